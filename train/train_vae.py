@@ -1,0 +1,181 @@
+"""Train a causal video VAE: single images first, then clips, then the statistics of its latents.
+
+A CPU-sized try:
+
+    accelerate launch train/train_vae.py --config train/recipes/shapes-64-vae.yaml --output_dir runs/try \
+        --image_steps 20 --max_steps 40
+"""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgen.data.shapes import ShapesWorld, render
+from vgen.data.video_io import write_video
+from vgen.models.vae import CausalVideoVAE
+from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
+from vgen.training.run import (
+    RunConfig,
+    accumulate,
+    compile_blocks,
+    config_text,
+    generators,
+    make_optimizer,
+    micro_batches,
+    parse_config,
+    progress,
+    start,
+)
+
+
+@dataclass(kw_only=True)
+class VAEConfig(RunConfig):
+    """Settings of a VAE's training."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
+    height: int = 64
+    """Pixels."""
+    width: int = 64
+    """Pixels."""
+    num_frames: int = 17
+    """Frames a clip."""
+    image_steps: int = 0
+    """The first steps, which train on single frames."""
+    image_batch_size: int = 32
+    """Samples a step while training on single frames."""
+    kl_weight: float = 3e-4
+    """Weight of the divergence, a mean over latent elements, beside the absolute error, a mean over pixels."""
+    num_score_clips: int = 64
+    """Fresh clips that a score is the mean over."""
+    num_calibration_clips: int = 512
+    """Clips that the latents' mean and deviation are taken from at the end."""
+
+
+def main(config: VAEConfig) -> None:
+    """Trains; the same call goes on where an interrupted one stopped."""
+    if config.dry_run:
+        print(config_text(config))
+        return
+    accelerator = start(config)
+    torch.backends.cudnn.benchmark = True
+
+    world = ShapesWorld(split="train", seed=config.seed)
+    fresh = ShapesWorld(split="all", seed=config.seed + 1)
+    vae = CausalVideoVAE.from_pretrained(config.init) if config.init else CausalVideoVAE(**config.model)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(vae)
+    optimizer, schedule = make_optimizer(config, vae)
+    average = AveragedWeights(vae.to(accelerator.device), config.ema_decay)
+    network, optimizer = accelerator.prepare(vae, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    done = resume(accelerator, config.output_dir, average)
+    network.train()
+
+    bar = progress(config, accelerator, done)
+    for step in range(done, config.max_steps):
+        images = step < config.image_steps
+        size, frames = (config.image_batch_size, 1) if images else (config.batch_size, config.num_frames)
+        moment = random.Random(step).uniform(0, 4) if images else 0.0
+        logs = {"l1": 0.0, "kl": 0.0}
+        for part in accumulate(accelerator, network, micro_batches(config, accelerator, size)):
+            clip = draw(world, first_index(config, step), part, config, accelerator.device, frames, moment)
+            out = network(clip, generator=generators(config.seed, step, part))
+            l1 = (out.sample.float() - clip).abs().mean()
+            kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
+            share = (part.stop - part.start) / size
+            accelerator.backward((l1 + config.kl_weight * kl) * share * accelerator.num_processes)
+            logs["l1"] += l1.detach() * share
+            logs["kl"] += kl.detach() * share
+        norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.step()
+        bar.update()
+
+        # every log_every steps: a line in the trackers
+        if (step + 1) % config.log_every == 0:
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept")
+            logs = {name: accelerator.reduce(value).item() for name, value in logs.items()}
+            accelerator.log(logs | {"grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}, step=step + 1)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
+
+        # every sample_every steps: PSNR on fresh clips, and a video of originals over reconstructions
+        if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
+            with average:
+                psnr, pairs = score(vae, fresh, config, accelerator.device)
+            accelerator.log({"psnr": psnr}, step=step + 1)
+            bar.write(f"step {step + 1}: {psnr:.2f} dB")
+            write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
+
+        # every save_every steps: a checkpoint
+        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with average:
+            calibrate(vae, world, config, accelerator.device)
+            vae.save_pretrained(config.output_dir / "vae")
+    accelerator.end_training()
+
+
+def first_index(config: VAEConfig, step: int) -> int:
+    """Where a step's batch begins in the world: no sample is drawn twice."""
+    images = min(step, config.image_steps)
+    return images * config.image_batch_size + (step - images) * config.batch_size
+
+
+def draw(
+    world: ShapesWorld,
+    first: int,
+    part: slice,
+    config: VAEConfig,
+    device: torch.device,
+    num_frames: int,
+    moment: float = 0.0,
+) -> Tensor:
+    """Clips `(b, 3, f, h, w)` of a part of the batch that begins at index `first` of the world."""
+    scenes = [world.scene(first + index) for index in range(part.start, part.stop)]
+    size = {"height": config.height, "width": config.width}
+    return render(scenes, num_frames=num_frames, start=moment, device=device, **size)
+
+
+@torch.no_grad()
+def score(vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device) -> tuple[float, np.ndarray]:
+    """Mean PSNR in dB of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones."""
+    vae.eval()
+    values, shown = [], None
+    for begin in range(0, config.num_score_clips, 8):
+        clip = draw(world, begin, slice(0, 8), config, device, config.num_frames)
+        decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+        values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
+        if shown is None:
+            pairs = torch.cat([torch.cat(list(x), dim=-1) for x in (clip, decoded)], dim=-2)
+            shown = pairs.add(1).mul(127.5).round().byte().movedim(0, -1).cpu().numpy()
+    vae.train()
+    assert shown is not None
+    return torch.cat(values).mean().item(), shown
+
+
+@torch.no_grad()
+def calibrate(vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device) -> None:
+    """Takes the latents' statistics over clips of the training world into the config."""
+    vae.eval()
+    latents = []
+    for begin in range(0, config.num_calibration_clips, 8):
+        clip = draw(world, begin, slice(0, 8), config, device, config.num_frames)
+        latents.append(vae.encode(clip).latent_dist.mode())
+    vae.calibrate(torch.cat(latents))
+
+
+if __name__ == "__main__":
+    main(parse_config(VAEConfig, __doc__))

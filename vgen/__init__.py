@@ -1,0 +1,1 @@
+"""Video diffusion that is causal in time."""

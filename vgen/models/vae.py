@@ -1,0 +1,512 @@
+"""CausalVideoVAE: clips to spacetime latents and back, in one pass or as a stream.
+
+Shapes: clip `(b, c, f, h, w)`, latents `(b, c, t, h, w)`, with `f = 1 + s * (t - 1)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from einops import rearrange
+from torch import Tensor, nn
+
+from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
+from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
+
+
+@dataclass
+class VAEOutput(BaseOutput):
+    """A reconstructed clip `(b, c, f, h, w)`, not clamped, and the posterior it was drawn from."""
+
+    sample: Tensor
+    latent_dist: DiagonalGaussianDistribution = None  # type: ignore[assignment]  # accelerate rebuilds from a dict
+
+
+class ChannelNorm(nn.Module):
+    """Divides every position by its root mean square over channels; no statistic spans time or space."""
+
+    def __init__(self, channels: int, num_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+        return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = ChannelNorm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), history)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))), history)
+        return self.conv_shortcut(x) + h
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention within each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, _, h, _ = x.shape
+        frames = rearrange(x, "b c f h w -> (b f) c h w")
+        qkv = rearrange(self.to_qkv(self.norm(frames)), "n (k c) h w -> k n 1 (h w) c", k=3)
+        out = F.scaled_dot_product_attention(*qkv.unbind(0))
+        out = self.proj(rearrange(out, "n 1 (h w) c -> n c h w", h=h))
+        return x + rearrange(out, "(b f) c h w -> b c f h w", b=b)
+
+
+class Downsample(CausalDownsample):
+    """Halves height and width and, where `time` is true, the number of frames after the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__(channels)
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        if not time:
+            del self.time_conv
+        self.time = time
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = _per_frame(self.resample, x)
+        return super().forward(x, history) if self.time else x
+
+
+class Upsample(CausalUpsample):
+    """Doubles height and width, halves channels and, where `time` is true, doubles the frames after the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__(channels)
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        if not time:
+            del self.time_conv
+        self.time = time
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = super().forward(x, history) if self.time else x
+        return _per_frame(self.resample, x)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention within frames, residual block."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameAttention(channels)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout) for _ in range(2)])
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = self.resnets[0](x, history)
+        x = self.attentions[0](x)
+        return self.resnets[1](x, history)
+
+
+class Encoder(nn.Module):
+    """Patchified clip `(b, c, f, h, w)` to the parameters of the posterior, before `quant_conv`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        base_dim: int,
+        z_dim: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        temperal_downsample: Sequence[bool],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        dims = [base_dim * m for m in (1, *dim_mult)]
+        self.conv_in = CausalConv3d(in_channels, dims[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            for i in range(num_res_blocks):
+                self.down_blocks.append(ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dropout))
+            if level < len(dim_mult) - 1:
+                self.down_blocks.append(Downsample(out_dim, time=temperal_downsample[level]))
+        self.mid_block = MidBlock(dims[-1], dropout)
+        self.norm_out = ChannelNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], z_dim, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = self.conv_in(x, history)
+        for block in (*self.down_blocks, self.mid_block):
+            x = _run(self, block, x, history)
+        return self.conv_out(F.silu(self.norm_out(x)), history)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks at one resolution, then upsampling."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, up: bool, time: bool
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
+        )
+        self.upsamplers = nn.ModuleList([Upsample(out_channels, time)]) if up else None
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, history)
+        return x if self.upsamplers is None else self.upsamplers[0](x, history)
+
+
+class Decoder(nn.Module):
+    """Latents `(b, c, t, h, w)`, after `post_quant_conv`, to a patchified clip."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        base_dim: int,
+        z_dim: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        temperal_upsample: Sequence[bool],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        dims = [base_dim * m for m in (dim_mult[-1], *reversed(dim_mult))]
+        self.conv_in = CausalConv3d(z_dim, dims[0], 3, padding=1)
+        self.mid_block = MidBlock(dims[0], dropout)
+        self.up_blocks = nn.ModuleList()
+        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            up = level < len(dim_mult) - 1
+            in_dim = in_dim if level == 0 else in_dim // 2  # upsampling halves the channels
+            time = up and temperal_upsample[level]
+            self.up_blocks.append(UpBlock(in_dim, out_dim, num_res_blocks, dropout, up, time))
+        self.norm_out = ChannelNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = self.conv_in(x, history)
+        for block in (self.mid_block, *self.up_blocks):
+            x = _run(self, block, x, history)
+        return self.conv_out(F.silu(self.norm_out(x)), history)
+
+
+class CausalVideoVAE(ModelMixin, ConfigMixin):
+    """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
+
+    With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed; parameter and config names
+    are the same. Latent 0 holds pixel frame 0 alone, latent k holds frames `s*(k-1)+1 .. s*k`.
+
+    Args:
+        base_dim: Channels of the first level.
+        decoder_base_dim: The same for the decoder; `None` takes `base_dim`.
+        z_dim: Channels of the latents.
+        dim_mult: Multiples of `base_dim`, one a level; between levels, height and width are halved.
+        num_res_blocks: Residual blocks a level in the encoder; the decoder has one more.
+        attn_scales: Must be empty; attention stands in the middle block only.
+        temperal_downsample: For each step between levels, whether time is halved too (spelt as in diffusers).
+        dropout: Dropout rate inside residual blocks.
+        latents_mean: Mean of each latent channel, for `normalize`; `None` means zeros.
+        latents_std: Standard deviation of each latent channel; `None` means ones.
+        is_residual: Must be false; the residual layout of Wan 2.2 is not served.
+        in_channels: Channels behind patchification: `3 * patch_size**2`.
+        out_channels: The same on the way out.
+        patch_size: Pixels of a `patch_size` square become channels in front and behind; `None` means 1.
+        scale_factor_temporal: `s`; must agree with `temperal_downsample`.
+        scale_factor_spatial: Pixels a latent covers in height and width; must agree with the levels.
+
+    Source: Wan: Open and Advanced Large-Scale Video Generative Models, arXiv 2503.20314, section 4.1.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["ResidualBlock"]
+    _no_split_modules = ["ResidualBlock", "MidBlock", "UpBlock"]
+    _skip_keys = ["history", "state"]
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
+
+    @register_to_config
+    def __init__(
+        self,
+        base_dim: int = 96,
+        decoder_base_dim: int | None = None,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attn_scales: Sequence[float] = (),
+        temperal_downsample: Sequence[bool] = (False, True, True),
+        dropout: float = 0.0,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        is_residual: bool = False,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        patch_size: int | None = None,
+        scale_factor_temporal: int | None = None,
+        scale_factor_spatial: int | None = None,
+    ) -> None:
+        super().__init__()
+        temporal = 2 ** sum(map(bool, temperal_downsample))
+        spatial = 2 ** (len(dim_mult) - 1) * (patch_size or 1)
+        _check_layout(
+            is_residual=is_residual,
+            attn_scales=attn_scales,
+            stages=(len(temperal_downsample), len(dim_mult) - 1),
+            temporal=(scale_factor_temporal, temporal),
+            spatial=(scale_factor_spatial, spatial),
+        )
+        self.temporal_compression_ratio = temporal
+        self.spatial_compression_ratio = spatial
+        self.register_to_config(
+            scale_factor_temporal=temporal,
+            scale_factor_spatial=spatial,
+            latents_mean=list(latents_mean or [0.0] * z_dim),
+            latents_std=list(latents_std or [1.0] * z_dim),
+        )
+        shared: dict[str, Any] = {"dim_mult": dim_mult, "num_res_blocks": num_res_blocks, "dropout": dropout}
+        self.encoder = Encoder(in_channels, base_dim, z_dim * 2, temperal_downsample=temperal_downsample, **shared)
+        self.quant_conv = CausalConv3d(z_dim * 2, z_dim * 2, 1)
+        self.post_quant_conv = CausalConv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(
+            out_channels,
+            decoder_base_dim or base_dim,
+            z_dim,
+            temperal_upsample=list(reversed(temperal_downsample)),
+            **shared,
+        )
+        self.frames_per_piece = 32
+        register_state_keys(self)
+        self.state_identity = network_identity(self)
+
+    def forward(
+        self, clip: Tensor, sample_posterior: bool = True, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> VAEOutput:
+        """Encodes and decodes; the only call that training uses, since DDP and FSDP see no other.
+
+        Args:
+            clip: `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
+            sample_posterior: Whether to draw the latents, or take the mode.
+            generator: Source of the draw, one or one a sample.
+        """
+        posterior = DiagonalGaussianDistribution(self._encode(clip, None).float())  # bf16 is too coarse for the KL
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return VAEOutput(sample=self._decode(latents.to(self.dtype), None), latent_dist=posterior)
+
+    @apply_forward_hook
+    def encode(self, clip: Tensor, state: TemporalState | None = None, return_dict: bool = True) -> Any:
+        """Encodes a clip, or the next piece of a stream.
+
+        Args:
+            clip: `(b, c, f, h, w)` in [-1, 1]. Without a state `f = 1 + s*k`; with one, any number of frames: those
+                that do not fill a latent wait in `state.pending`.
+            state: What the stream remembers; written here.
+            return_dict: Whether to return an `AutoencoderKLOutput` or a tuple.
+
+        Returns:
+            `.latent_dist` over raw latents `(b, c, t, h, w)`; `t = 0` if a piece completes no latent.
+
+        Raises:
+            ValueError: Height or width is no multiple of the spatial compression, or `f` is not `1 + s*k`.
+        """
+        self._check_size(clip)
+        moments = self._encode(clip, None) if state is None else self._encode_piece(clip, state)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True, return_dict: bool = True
+    ) -> Any:
+        """Decodes latents, or the next piece of a stream of them.
+
+        Args:
+            latents: Raw latents `(b, c, t, h, w)`; any split of a stream gives the same frames.
+            state: What the stream remembers; written here.
+            clamp: Whether to clamp to [-1, 1]; losses want the raw value.
+            return_dict: Whether to return a `DecoderOutput` or a tuple.
+
+        Returns:
+            `.sample`, a clip `(b, c, f, h, w)`; the first latent of a stream gives one frame, each other one `s`.
+        """
+        if state is not None:
+            clip = self._decode_piece(latents, state)
+        elif torch.is_grad_enabled():
+            clip = self._decode(latents, None)
+        else:
+            clip = self._decode_bounded(latents)
+        clip = clip.clamp(-1, 1) if clamp else clip
+        return DecoderOutput(sample=clip) if return_dict else (clip,)
+
+    def decode_stream(
+        self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True
+    ) -> Iterator[Tensor]:
+        """Yields the clip of `latents` in pieces `(b, c, n, h, w)`, so that memory does not grow with its length."""
+        state = TemporalState() if state is None else state
+        for piece in latents.split(self._latents_per_piece, dim=2):
+            yield self.decode(piece, state, clamp=clamp).sample
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents `(b, c, t, h, w)` to what denoisers see: zero mean and unit deviation in every channel."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    @torch.no_grad()
+    def calibrate(self, latents: Tensor) -> None:
+        """Takes the statistics for `normalize` from raw latents `(n, c, t, h, w)` into the config."""
+        values = rearrange(latents.double(), "n c t h w -> c (n t h w)")
+        self.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
+
+    @property
+    def _latents_per_piece(self) -> int:
+        return max(1, self.frames_per_piece // self.temporal_compression_ratio)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (torch.tensor(self.config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+        return mean.to(latents), std.to(latents)
+
+    def _check_size(self, clip: Tensor) -> None:
+        ratio = self.spatial_compression_ratio
+        height, width = clip.shape[-2:]
+        if height % ratio or width % ratio:
+            nearest = [max(ratio, round(side / ratio) * ratio) for side in (height, width)]
+            raise ValueError(
+                f"a clip of {height}x{width} pixels cannot be encoded: height and width must be multiples of {ratio}; "
+                f"the nearest is {nearest[0]}x{nearest[1]}"
+            )
+
+    def _encode(self, clip: Tensor, history: History | None) -> Tensor:
+        s = self.temporal_compression_ratio
+        if history is None and clip.shape[2] % s != 1 % s:
+            below = max(1, (clip.shape[2] - 1) // s * s + 1)
+            raise ValueError(
+                f"a clip of {clip.shape[2]} frames cannot be encoded: the number of frames must be 1 + {s}*k; "
+                f"the nearest are {below} and {below + s}"
+            )
+        x = patchify(clip, self.config.patch_size)
+        return self.quant_conv(self.encoder(_channels_last(x), history))
+
+    def _encode_piece(self, clip: Tensor, state: TemporalState) -> Tensor:
+        self._check_state(state)
+        s = self.temporal_compression_ratio
+        pending = state.pending
+        frames = clip if pending is None else torch.cat([pending.to(clip), clip], dim=2)
+        started = state.get("encoded_frames") is not None
+        first = 0 if started else 1
+        usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
+        history = state.history()
+        if usable:
+            moments = self._encode(frames[:, :, :usable], history)
+            history.put("encoded_frames", torch.ones(1))
+        else:
+            size = [side // self.spatial_compression_ratio for side in clip.shape[-2:]]
+            moments = clip.new_zeros(clip.shape[0], 2 * self.config.z_dim, 0, *size, dtype=self.dtype)
+        history.put("pending", frames[:, :, usable:].clone())
+        state.commit(history)
+        return moments
+
+    def _decode(self, latents: Tensor, history: History | None) -> Tensor:
+        x = self.decoder(_channels_last(self.post_quant_conv(latents)), history)
+        return unpatchify(x, self.config.patch_size)
+
+    def _decode_piece(self, latents: Tensor, state: TemporalState) -> Tensor:
+        self._check_state(state)
+        history = state.history()
+        clip = self._decode(latents, history)
+        state.commit(history)
+        return clip
+
+    def _decode_bounded(self, latents: Tensor) -> Tensor:
+        b, _, t, h, w = latents.shape
+        if t <= self._latents_per_piece:
+            return self._decode(latents, None)
+        s, ratio = self.temporal_compression_ratio, self.spatial_compression_ratio
+        clip, begin = None, 0
+        for piece in self.decode_stream(latents, clamp=False):
+            if clip is None:
+                clip = piece.new_empty(b, piece.shape[1], 1 + s * (t - 1), h * ratio, w * ratio)
+            clip[:, :, begin : begin + piece.shape[2]] = piece
+            begin += piece.shape[2]
+        assert clip is not None
+        return clip
+
+    def _check_state(self, state: TemporalState) -> None:
+        state.bind(self)
+        if state.writable and torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            raise ValueError(
+                "a writable state under gradient checkpointing would be written twice: use state.frozen(), "
+                "torch.no_grad() or disable_gradient_checkpointing()"
+            )
+
+
+def patchify(clip: Tensor, patch_size: int | None) -> Tensor:
+    """Moves squares of `patch_size` pixels into channels, in diffusers' order."""
+    p = patch_size or 1
+    return rearrange(clip, "b c f (h p) (w q) -> b (c q p) f h w", p=p, q=p)
+
+
+def unpatchify(x: Tensor, patch_size: int | None) -> Tensor:
+    """The inverse of `patchify`."""
+    p = patch_size or 1
+    return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=p, q=p)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    b = x.shape[0]
+    frames = layer(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=b)
+
+
+def _run(owner: Any, block: nn.Module, x: Tensor, history: History | None) -> Tensor:
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        return owner._gradient_checkpointing_func(block, x, history)
+    return block(x, history)
+
+
+def _check_layout(
+    *,
+    is_residual: bool,
+    attn_scales: Sequence[float],
+    stages: tuple[int, int],
+    temporal: tuple[int | None, int],
+    spatial: tuple[int | None, int],
+) -> None:
+    if is_residual:
+        raise ValueError("is_residual=True, the layout of the Wan 2.2 VAE, is not served by CausalVideoVAE")
+    if attn_scales:
+        raise ValueError(f"attn_scales={list(attn_scales)} is not served: attention stands in the middle block only")
+    if stages[0] != stages[1]:
+        raise ValueError(f"temperal_downsample has {stages[0]} entries, but dim_mult has {stages[1]} steps")
+    for name, (given, actual) in {"temporal": temporal, "spatial": spatial}.items():
+        if given is not None and given != actual:
+            raise ValueError(f"scale_factor_{name}={given} does not agree with the layers, which give {actual}")

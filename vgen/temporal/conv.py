@@ -1,0 +1,110 @@
+"""Convolutions that never look ahead, and resampling of time that can run piece by piece.
+
+Every module takes an optional `History`: without one, the input is a whole stream; with one, it is the next piece
+of a stream, and the module leaves there what the piece after it needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vgen.temporal.state import History
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution whose output frame k sees input frames up to k only.
+
+    Time is padded in front with zeros, or with the last inputs of the previous piece. Space is padded on both sides.
+    The arithmetic is that of diffusers' `WanCausalConv3d` with stride 1.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: `(time, height, width)`, or one number for all three.
+        padding: Spatial zero padding on each side; in time it is always `kernel - 1` in front.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int], padding: int = 0
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=(0, padding, padding))
+        self.state_key = ""
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`."""
+        length = self.kernel_size[0] - 1
+        if length == 0:
+            return super().forward(x)
+        past = None if history is None else history.get(self.state_key)
+        if history is None and x.shape[2] == 1:
+            return self._single_frame(x)
+        if past is None:
+            past = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
+        x = torch.cat([past.to(x), x], dim=2)
+        if history is not None:
+            history.put(self.state_key, x[:, :, -length:].clone())
+        return super().forward(x)
+
+    def _single_frame(self, x: Tensor) -> Tensor:
+        """A lone frame meets the last tap only, at a third of the cost; images are encoded and trained this way."""
+        y = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        return y.unsqueeze(2)
+
+
+class CausalDownsample(nn.Module):
+    """Halves the number of frames after the first: `1 + 2k` frames become `1 + k`.
+
+    The stream's first frame bypasses the convolution; each later output sees one earlier frame and its own two.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+        self.state_key = ""
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, 1 + 2k, h, w)` to `(b, c, 1 + k, h, w)`, or a later piece `2k` to `k`."""
+        past = None if history is None else history.get(self.state_key)
+        if history is not None:
+            history.put(self.state_key, x[:, :, -1:].clone())
+        if past is not None:
+            return self.time_conv(torch.cat([past.to(x), x], dim=2))
+        if x.shape[2] == 1:
+            return x
+        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+
+
+class CausalUpsample(nn.Module):
+    """Doubles the number of frames after the first: `1 + k` frames become `1 + 2k`.
+
+    The stream's first frame bypasses the convolution and is never an input of it: the history of the second frame is
+    zeros.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
+        self.state_key = ""
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, 1 + k, h, w)` to `(b, c, 1 + 2k, h, w)`, or a later piece `k` to `2k`."""
+        if history is not None and history.get(self.state_key) is not None:
+            return self._double(x, history)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        if history is not None:
+            history.put(self.state_key, torch.ones(1, device=x.device))  # the first frame has passed
+        if rest.shape[2] == 0:
+            return first
+        return torch.cat([first, self._double(rest, history)], dim=2)
+
+    def _double(self, x: Tensor, history: History | None) -> Tensor:
+        return rearrange(self.time_conv(x, history), "b (k c) f h w -> b c (f k) h w", k=2)

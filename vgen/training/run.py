@@ -1,0 +1,170 @@
+"""What every training script shares: its settings, its accelerator, its optimiser and its share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from jsonargparse import ArgumentParser
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Settings of a run that do not depend on what is trained."""
+
+    output_dir: Path
+    """Folder for checkpoints, logs, samples and the result; the same command resumes from it."""
+    init: str | None = None
+    """Folder or Hub id of weights to start from; `None` starts from random ones."""
+    seed: int = 0
+    """All randomness derives from it, the step and the index of a sample in the batch."""
+    max_steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 8
+    """Samples an optimiser step, over all processes and accumulation."""
+    gradient_accumulation_steps: int = 1
+    """Parts that each process takes its share of a batch in."""
+    gradient_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass, to save memory."""
+    mixed_precision: str = "bf16"
+    """`no`, `bf16` or `fp16`."""
+    compile: bool = False
+    """Whether to compile the network's repeated blocks, which takes a minute at the start."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule."""
+    lr_schedule: str = "cosine"
+    """Any name that `diffusers.optimization.get_scheduler` knows."""
+    warmup_steps: int = 100
+    """Optimiser steps until the peak."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    adam_beta2: float = 0.99
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights that are saved as the result; 0 saves the last ones."""
+    log_every: int = 10
+    """Steps between two lines in the trackers."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    sample_every: int = 500
+    """Steps between two scores with samples."""
+    dry_run: bool = False
+    """Whether to print the resolved settings and stop."""
+
+    def check(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def parse_config(config_class: type[ConfigT], description: str, args: list[str] | None = None) -> ConfigT:
+    """Reads `--config recipe.yaml` and `--name value` overrides into a checked `config_class`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override it")
+    parser.add_class_arguments(config_class)
+    values = parser.parse_args(args).as_dict()
+    values.pop("config")
+    config = config_class(**values)
+    config.check()
+    return config
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved settings as YAML."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def start(config: RunConfig) -> Accelerator:
+    """Makes the accelerator of a run and writes the settings beside its checkpoints."""
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
+    )
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared by {accelerator.num_processes} processes times "
+            f"{config.gradient_accumulation_steps} accumulation steps: give a multiple of {parts}"
+        )
+    set_seed(config.seed)
+    if accelerator.is_main_process:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        (config.output_dir / "config.yaml").write_text(config_text(config))
+    accelerator.init_trackers("logs")
+    return accelerator
+
+
+def make_optimizer(config: RunConfig, network: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW over the trainable weights, decaying matrices only, and its schedule."""
+    weights = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    schedule = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+    )
+    return optimizer, schedule
+
+
+def compile_blocks(network: Any) -> None:
+    """Compiles a diffusers model block by block, anew for each shape."""
+    torch._dynamo.config.recompile_limit = 64
+    network.compile_repeated_blocks(dynamic=False)
+
+
+def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Iterator[slice]:
+    """This process's parts of a batch of `size` samples, one for each backward pass."""
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    share = size // parts
+    for micro in range(config.gradient_accumulation_steps):
+        begin = (accelerator.process_index * config.gradient_accumulation_steps + micro) * share
+        yield slice(begin, begin + share)
+
+
+def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[slice]) -> Iterator[slice]:
+    """Yields the parts of a batch, and lets processes exchange gradients in the last part's backward pass only."""
+    parts = list(parts)
+    for part in parts[:-1]:
+        with accelerator.no_sync(network):
+            yield part
+    yield parts[-1]
+
+
+def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
+    """One CPU generator a sample, a function of the seed, the step and the sample's index in the batch alone."""
+    keys = [((seed * 1_000_003 + step) * 65_537 + index) % 2**63 for index in range(part.start, part.stop)]
+    return [torch.Generator().manual_seed(key) for key in keys]
+
+
+def progress(config: RunConfig, accelerator: Accelerator, first_step: int) -> tqdm:
+    """A bar over the run's steps with rate and time left, on the main process."""
+    hidden = not accelerator.is_main_process
+    return tqdm(total=config.max_steps, initial=first_step, unit="step", disable=hidden, mininterval=5.0)
