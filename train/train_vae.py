@@ -48,8 +48,10 @@ class VAEConfig(RunConfig):
     """The first steps, which train on single frames."""
     image_batch_size: int = 32
     """Samples a step while training on single frames."""
-    kl_weight: float = 3e-4
-    """Weight of the divergence, a mean over latent elements, beside the absolute error, a mean over pixels."""
+    mse_weight: float = 1.0
+    """Weight of the squared error, beside the absolute error; both are means over pixels."""
+    kl_weight: float = 1e-5
+    """Weight of the divergence, a mean over latent elements."""
     num_score_clips: int = 64
     """Fresh clips that a score is the mean over."""
     num_calibration_clips: int = 512
@@ -87,10 +89,11 @@ def main(config: VAEConfig) -> None:
         for part in accumulate(accelerator, network, micro_batches(config, accelerator, size)):
             clip = draw(world, first_index(config, step), part, config, accelerator.device, frames, moment)
             out = network(clip, generator=generators(config.seed, step, part))
-            l1 = (out.sample.float() - clip).abs().mean()
+            error = out.sample.float() - clip
+            l1, mse = error.abs().mean(), error.square().mean()
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
             share = (part.stop - part.start) / size
-            accelerator.backward((l1 + config.kl_weight * kl) * share * accelerator.num_processes)
+            accelerator.backward((l1 + config.mse_weight * mse + config.kl_weight * kl) * share * accelerator.num_processes)
             logs["l1"] += l1.detach() * share
             logs["kl"] += kl.detach() * share
         norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)

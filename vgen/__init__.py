@@ -1,1 +1,30 @@
-"""Video diffusion that is causal in time."""
+"""Video diffusion that is causal in time: train, generate, predict, interpolate and extend video."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
+    from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
+    from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
+    from vgen.temporal.state import TemporalState as TemporalState
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CausalVideoVAE": "vgen.models.vae",
+    "SpacetimeTransformer": "vgen.models.transformer",
+    "TemporalState": "vgen.temporal.state",
+    "VideoGenPipeline": "vgen.pipeline",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vgen' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -39,6 +39,8 @@ MAX_COLOR_ERROR_BESIDE_CORE = 0.4
 """The same where the colour is known to be present."""
 CORE_COVERAGE = 0.45
 MIN_COVERAGE = 0.2
+MAX_COVERED = 0.5
+"""More of the frames that is not background is noise rather than objects."""
 MIN_AREA = 4 * PIXEL**2
 """Less of a colour, averaged over the frames, is no object."""
 MIN_AREA_IN_FRAME = 2 * PIXEL**2
@@ -238,6 +240,8 @@ def _find_layers(frames: Tensor) -> list[_Layer]:
     background = _background(frames)
     offset = rearrange(frames - rearrange(background, "c -> c 1 1"), "f c h w -> c (f h w)")
     place = (reduce(offset.square(), "c p -> p", "sum") > MIN_CONTRAST**2).nonzero()[:, 0]
+    if len(place) > MAX_COVERED * math.prod(size):
+        return [_Layer(None, _paint(torch.ones(1, len(place)), place, size)[0])]
     amount, error = _unmix(offset[:, place], torch.tensor([OBJECT_COLORS[color] for color in COLORS]) - background)
     min_pixels = MIN_AREA * min(size[1:]) ** 2 * size[0]
     present = _cores(amount, error, MAX_COLOR_ERROR).sum(dim=1) >= min_pixels
@@ -350,7 +354,7 @@ def _cut_windows(coverage: Tensor) -> _Windows:
     height, width = coverage.shape[1:]
     most = float(reduce(coverage, "f h w -> f", "sum").max())
     radius = math.sqrt(most / min(outline.area for outline in OUTLINES.values()))
-    half = math.ceil(min(1.1 * radius + 4, min(height, width) / 2))
+    half = min(math.ceil(1.1 * radius) + 4, min(height, width) // 2)
     reach = torch.arange(-half, half)
     column = _circular_mean(reduce(coverage, "f h w -> f w", "sum")).round().long()[:, None] + reach
     row = _circular_mean(reduce(coverage, "f h w -> f h", "sum")).round().long()[:, None] + reach
@@ -405,7 +409,8 @@ def _read_shape(windows: _Windows, moments: Tensor, area: Tensor, clear: Tensor)
     weight = area.square() * clear / (area.square() * clear).sum()
     mean = (scores * weight[:, None]).sum(dim=0)
     best = int(mean.argmax())
-    agreement = float(weight[scores.argmax(dim=1) == best].sum())
+    steady = F.avg_pool1d(scores.T, 5, stride=1, padding=2, count_include_pad=False)
+    agreement = float(weight[steady.argmax(dim=0) == best].sum())
     fits = float(weight[scores[:, best] > MIN_SHAPE_SCORE].sum())
     legible = agreement > MIN_SHAPE_AGREEMENT and fits > MIN_SHAPE_AGREEMENT
     return SHAPES[best] if legible else None, float(mean[best])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -20,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
+from vgen.models.loading import StrictModel
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
@@ -213,7 +214,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)), history)
 
 
-class CausalVideoVAE(ModelMixin, ConfigMixin):
+class CausalVideoVAE(StrictModel, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
     With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed; parameter and config names
@@ -295,9 +296,28 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             temperal_upsample=list(reversed(temperal_downsample)),
             **shared,
         )
+        self._initialize()
         self.frames_per_piece = 32
         register_state_keys(self)
         self.state_identity = network_identity(self)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Starts as an image autoencoder that repeats frames: every kernel in time begins as its last tap alone."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                taps = module.weight if module.weight.ndim == 4 else module.weight.zero_()[:, :, -1]
+                nn.init.kaiming_normal_(taps, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (CausalDownsample, CausalUpsample)) and hasattr(module, "time_conv"):
+                last = module.time_conv.weight.zero_()[:, :, -1, 0, 0]
+                last.copy_(torch.eye(last.shape[1]).repeat(last.shape[0] // last.shape[1], 1))
+            elif isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, FrameAttention):
+                nn.init.zeros_(module.proj.weight)
+        nn.init.constant_(self.quant_conv.bias[self.config.z_dim :], -6.0)  # a wide posterior never recovers
 
     def forward(
         self, clip: Tensor, sample_posterior: bool = True, generator: torch.Generator | list[torch.Generator] | None = None

@@ -75,6 +75,8 @@ class TemporalState:
         self.sink = sink
         self.identity: dict[str, str] | None = None
         self.writable = True
+        self.num_frames = 0
+        """Token frames in the attention cache, at most `sink + window`."""
         self._tensors: dict[str, Tensor] = {}
         self._branches: dict[str, TemporalState] = {}
 
@@ -138,6 +140,7 @@ class TemporalState:
         view = TemporalState(self.window, self.sink)
         view.identity = self.identity
         view.writable = False
+        view.num_frames = self.num_frames
         view._tensors = self._tensors
         view._branches = {name: branch.frozen() for name, branch in self._branches.items()}
         return view
@@ -191,7 +194,8 @@ class TemporalState:
                 raise ValueError(f"{path} is not a saved TemporalState ({_FORMAT})")
             for prefix, header in json.loads(metadata["branches"]).items():
                 state = root._at(prefix)
-                state.window, state.sink, state.identity = header["window"], header["sink"], header["identity"]
+                for name in ("window", "sink", "identity", "num_frames"):
+                    setattr(state, name, header[name])
             for full_key in file.keys():
                 prefix, _, key = full_key.rpartition(_BRANCH)
                 root._at(prefix)._tensors[key] = file.get_tensor(full_key)
@@ -204,7 +208,7 @@ class TemporalState:
         return state
 
     def _collect(self, prefix: str, tensors: dict[str, Tensor], headers: dict[str, dict[str, Any]]) -> None:
-        headers[prefix] = {"window": self.window, "sink": self.sink, "identity": self.identity}
+        headers[prefix] = {name: getattr(self, name) for name in ("window", "sink", "identity", "num_frames")}
         lead = f"{prefix}{_BRANCH}" if prefix else ""
         tensors.update((lead + key, tensor.contiguous()) for key, tensor in self._tensors.items())
         for name, branch in self._branches.items():

@@ -1,0 +1,50 @@
+"""Loading that never guesses: weights fit their config to the last key, or an error names what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class StrictModel(ModelMixin):
+    """A diffusers model whose `from_pretrained` refuses missing, unexpected and pickled weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads as diffusers does, from safetensors only.
+
+        Raises:
+            ValueError: The weights are pickled, or keys of weights and config do not agree; they are named.
+        """
+        folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
+        refuse_pickles(folder)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+        if problems:
+            told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
+            raise ValueError(f"the weights of {cls.__name__} in {folder} do not fit its config: {told}")
+        return (model, info) if wants_info else model
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises where a local folder's weights are pickled and nothing else.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ValueError(f"{folder / pickled[0]} is a pickle, which can run code when read: only safetensors are loaded")
+
+
+def _shorten(keys: list[str], most: int = 8) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more

@@ -1,0 +1,102 @@
+"""From prompts to embeddings, for any transformers text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `(b, max_length)`; longer prompts are cut."""
+    batch = tokenizer(
+        [prompt_clean(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return batch.input_ids, batch.attention_mask
+
+
+def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings `(b, l, d)`: zeros after the prompt, as in WanPipeline; CLIP's stay, as in StableDiffusionPipeline."""
+    if text_encoder.config.model_type == "clip_text_model":
+        return text_encoder(input_ids).last_hidden_state
+    embeddings = text_encoder(input_ids, mask).last_hidden_state
+    return embeddings * mask[..., None].to(embeddings)
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """The words of a prompt that a tokenizer of whole words has never seen; nothing for other tokenizers."""
+    vocabulary = known_words(tokenizer)
+    if not vocabulary:
+        return []
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str(prompt_clean(prompt))
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [word for word in dict.fromkeys(words) if word not in vocabulary]
+
+
+def known_words(tokenizer: Any) -> list[str]:
+    """The words of a tokenizer of whole words, sorted; nothing for other tokenizers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, models.WordLevel):
+        return []
+    special = set(tokenizer.all_special_tokens)
+    return sorted(word for word in tokenizer.get_vocab() if word not in special)
+
+
+def make_word_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows whole words, whatever their case, and ends each prompt with `</s>`."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    # a comma is a word, other punctuation is dropped
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^\w,]+"), behavior="removed"),
+            pre_tokenizers.Split(",", behavior="isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+
+
+def make_text_encoder(num_words: int, dim: int, num_layers: int, seed: int = 0) -> T5EncoderModel:
+    """A small T5 encoder with random weights, to be trained with a denoiser.
+
+    Args:
+        num_words: Size of the tokenizer's vocabulary.
+        dim: Channels of the embeddings; heads have 32.
+        num_layers: Blocks.
+        seed: Of the weights.
+    """
+    config = T5Config(
+        vocab_size=num_words,
+        d_model=dim,
+        d_kv=32,
+        d_ff=2 * dim,
+        num_heads=dim // 32,
+        num_layers=num_layers,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return T5EncoderModel(config)
