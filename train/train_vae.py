@@ -93,7 +93,8 @@ def main(config: VAEConfig) -> None:
             l1, mse = error.abs().mean(), error.square().mean()
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
             share = (part.stop - part.start) / size
-            accelerator.backward((l1 + config.mse_weight * mse + config.kl_weight * kl) * share * accelerator.num_processes)
+            loss = l1 + config.mse_weight * mse + config.kl_weight * kl
+            accelerator.backward(loss * share * accelerator.num_processes)
             logs["l1"] += l1.detach() * share
             logs["kl"] += kl.detach() * share
         norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
@@ -153,7 +154,9 @@ def draw(
 
 
 @torch.no_grad()
-def score(vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device) -> tuple[float, np.ndarray]:
+def score(
+    vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device
+) -> tuple[float, np.ndarray]:
     """Mean PSNR in dB of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones."""
     vae.eval()
     values, shown = [], None

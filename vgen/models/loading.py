@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
-
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class StrictModel(ModelMixin):
-    """A diffusers model whose `from_pretrained` refuses missing, unexpected and pickled weights."""
+class StrictLoading:
+    """Comes before diffusers' `ModelMixin` and makes its `from_pretrained` refuse what does not fit or is pickled."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -24,7 +22,8 @@ class StrictModel(ModelMixin):
         refuse_pickles(folder)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         if problems:
             told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
@@ -42,7 +41,7 @@ def refuse_pickles(folder: Path) -> None:
         return
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
-        raise ValueError(f"{folder / pickled[0]} is a pickle, which can run code when read: only safetensors are loaded")
+        raise ValueError(f"{folder / pickled[0]} is a pickle, which can run code: only safetensors are loaded")
 
 
 def _shorten(keys: list[str], most: int = 8) -> str:

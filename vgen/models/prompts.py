@@ -27,7 +27,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
 
 
 def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings `(b, l, d)`: zeros after the prompt, as in WanPipeline; CLIP's stay, as in StableDiffusionPipeline."""
+    """Embeddings `(b, l, d)`: zeros after the prompt as in WanPipeline; CLIP's stay as in StableDiffusionPipeline."""
     if text_encoder.config.model_type == "clip_text_model":
         return text_encoder(input_ids).last_hidden_state
     embeddings = text_encoder(input_ids, mask).last_hidden_state

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, ConfigMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
@@ -22,7 +22,7 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vgen.models.loading import StrictModel
+from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
     Groups,
@@ -204,7 +204,7 @@ def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + gated).type_as(x)
 
 
-class SpacetimeTransformer(StrictModel, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan 2.1 text-to-video Transformer.
 
     With the same weights it equals `diffusers.WanTransformer3DModel`; parameter and config names are the same where
@@ -287,7 +287,7 @@ class SpacetimeTransformer(StrictModel, ConfigMixin, PeftAdapterMixin, CacheMixi
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r} is unknown: give one of {', '.join(ATTENTIONS)}")
         dim = num_attention_heads * attention_head_dim
-        patch = tuple(patch_size)
+        patch = (patch_size[0], patch_size[1], patch_size[2])
         self.rope = RotaryPositions(attention_head_dim)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
         self.keyframe_embedding = None
@@ -380,6 +380,7 @@ class SpacetimeTransformer(StrictModel, ConfigMixin, PeftAdapterMixin, CacheMixi
 
         write = cache is not None and cache.state.writable
         written: dict[str, tuple[Tensor, Tensor]] = {}
+        block: Any
         for block in self.blocks:
             past = None if cache is None else cache.read(block.cache_key)
             inputs = (encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, past_rotary)

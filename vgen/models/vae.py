@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -20,7 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
-from vgen.models.loading import StrictModel
+from vgen.models.loading import StrictLoading
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
@@ -41,6 +41,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `(b, c, ...)` to the same shape; the statistic is float32."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
         return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
@@ -60,6 +61,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c', f, h, w)`."""
         h = self.conv1(F.silu(self.norm1(x)), history)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))), history)
         return self.conv_shortcut(x) + h
@@ -75,6 +77,7 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `(b, c, f, h, w)` to the same shape."""
         b, _, _, h, _ = x.shape
         frames = rearrange(x, "b c f h w -> (b f) c h w")
         qkv = rearrange(self.to_qkv(self.norm(frames)), "n (k c) h w -> k n 1 (h w) c", k=3)
@@ -94,6 +97,7 @@ class Downsample(CausalDownsample):
         self.time = time
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c, f', h / 2, w / 2)`."""
         x = _per_frame(self.resample, x)
         return super().forward(x, history) if self.time else x
 
@@ -109,6 +113,7 @@ class Upsample(CausalUpsample):
         self.time = time
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c / 2, f', 2h, 2w)`."""
         x = super().forward(x, history) if self.time else x
         return _per_frame(self.resample, x)
 
@@ -122,6 +127,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout) for _ in range(2)])
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to the same shape."""
         x = self.resnets[0](x, history)
         x = self.attentions[0](x)
         return self.resnets[1](x, history)
@@ -155,6 +161,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, 2 * z, t, h', w')`."""
         x = self.conv_in(x, history)
         for block in (*self.down_blocks, self.mid_block):
             x = _run(self, block, x, history)
@@ -175,6 +182,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out_channels, time)]) if up else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c', f', h', w')`."""
         for resnet in self.resnets:
             x = resnet(x, history)
         return x if self.upsamplers is None else self.upsamplers[0](x, history)
@@ -208,13 +216,14 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, z, t, h, w)` to `(b, c, f, h', w')`."""
         x = self.conv_in(x, history)
         for block in (self.mid_block, *self.up_blocks):
             x = _run(self, block, x, history)
         return self.conv_out(F.silu(self.norm_out(x)), history)
 
 
-class CausalVideoVAE(StrictModel, ConfigMixin):
+class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
     With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed; parameter and config names
@@ -308,7 +317,8 @@ class CausalVideoVAE(StrictModel, ConfigMixin):
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 taps = module.weight if module.weight.ndim == 4 else module.weight.zero_()[:, :, -1]
                 nn.init.kaiming_normal_(taps, nonlinearity="linear")
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, (CausalDownsample, CausalUpsample)) and hasattr(module, "time_conv"):
                 last = module.time_conv.weight.zero_()[:, :, -1, 0, 0]
@@ -317,10 +327,14 @@ class CausalVideoVAE(StrictModel, ConfigMixin):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, FrameAttention):
                 nn.init.zeros_(module.proj.weight)
+        assert self.quant_conv.bias is not None
         nn.init.constant_(self.quant_conv.bias[self.config.z_dim :], -6.0)  # a wide posterior never recovers
 
     def forward(
-        self, clip: Tensor, sample_posterior: bool = True, generator: torch.Generator | list[torch.Generator] | None = None
+        self,
+        clip: Tensor,
+        sample_posterior: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> VAEOutput:
         """Encodes and decodes; the only call that training uses, since DDP and FSDP see no other.
 

@@ -19,7 +19,13 @@ from vgen.temporal.state import TemporalState
 GROUP_MODES = ("full", "causal", "chunk")
 Groups = str | Sequence[int] | Tensor
 
-_MASKLESS_BACKENDS = ("flash", "sage", "aiter", "native_flash")  # prefixes of dispatcher names that refuse or ignore a mask
+# prefixes of the dispatcher's names of backends that refuse or ignore a mask
+_MASKLESS_BACKENDS = (
+    "flash",
+    "sage",
+    "aiter",
+    "native_flash",
+)
 
 
 def make_groups(mode: str, num_frames: int, num_leading: int = 0, chunk_size: int = 1) -> list[int]:
@@ -133,7 +139,7 @@ class FrameCache:
 
     def __init__(self, state: TemporalState) -> None:
         if state.window is None:
-            raise ValueError("a state for attention needs a window: TemporalState(window=...), or set it in the config")
+            raise ValueError("a state for attention needs a window: TemporalState(window=...), or one in the config")
         self.state = state
         self.sink = state.sink or 0
         self.capacity = self.sink + state.window
@@ -206,7 +212,10 @@ class SpacetimeAttnProcessor:
             key = torch.cat([rotate(cache[0].to(key), cache_rotary_emb), key], dim=1)
             value = torch.cat([cache[1].to(value), value], dim=1)
         out = self._attend(query, key, value, attention_mask)
-        out = attn.to_out[1](attn.to_out[0](rearrange(out, "b n h d -> b n (h d)").type_as(query)))
+        out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
+        layer: Any
+        for layer in attn.to_out:
+            out = layer(out)
         return (out, *new) if return_key_value else out
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -259,6 +268,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         is_cross_attention: Whether keys and values come from a prompt.
     """
 
+    processor: Any
     _default_processor_cls = SpacetimeAttnProcessor
     _available_processors = [SpacetimeAttnProcessor]
 
@@ -276,7 +286,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.RMSNorm(inner, eps=eps)
         self.norm_k = nn.RMSNorm(inner, eps=eps)
         self.state_key = ""
-        self.set_processor(SpacetimeAttnProcessor())
+        self.set_processor(SpacetimeAttnProcessor())  # type: ignore[operator]
 
     def forward(
         self,

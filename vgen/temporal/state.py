@@ -126,7 +126,7 @@ class TemporalState:
 
     @property
     def pending(self) -> Tensor | None:
-        """Pixel frames `(b, c, n, h, w)`, `0 <= n < s`, that do not fill a latent yet; `None` before the first piece."""
+        """Pixel frames `(b, c, n, h, w)`, `0 <= n < s`, that fill no latent yet; `None` before the first piece."""
         return self._tensors.get("pending")
 
     @property

@@ -1,0 +1,71 @@
+"""Encode clips once, for the denoiser's training; the same command goes on where it stopped.
+
+accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --output_dir runs/shapes-64-latents
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from jsonargparse import auto_cli
+from tqdm.auto import tqdm
+
+from vgen.data.latents import write_shard
+from vgen.data.shapes import ShapesWorld, render
+from vgen.models.vae import CausalVideoVAE
+
+
+@dataclass(kw_only=True)
+class EncodeConfig:
+    """What to encode."""
+
+    vae: str
+    """Folder or Hub id of a `CausalVideoVAE`."""
+    output_dir: Path
+    """Folder of the shards."""
+    num_clips: int = 20000
+    """Clips of ShapesWorld."""
+    seed: int = 0
+    """Of the world."""
+    num_captions: int = 4
+    """Wordings of each clip."""
+    num_frames: int = 17
+    """Frames a clip."""
+    height: int = 64
+    """Pixels."""
+    width: int = 64
+    """Pixels."""
+    batch_size: int = 16
+    """Clips at once."""
+    shard_size: int = 2000
+    """Clips a file."""
+
+
+@torch.no_grad()
+def main(config: EncodeConfig) -> None:
+    """Encodes the shards that are missing, shared out over processes."""
+    process = PartialState()
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    vae = CausalVideoVAE.from_pretrained(config.vae).to(process.device).eval()
+    world = ShapesWorld(split="train", seed=config.seed)
+    starts = list(range(0, config.num_clips, config.shard_size))
+    for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
+        path = config.output_dir / f"{start:08d}.safetensors"
+        if path.exists():
+            continue
+        indices = range(start, min(start + config.shard_size, config.num_clips))
+        latents = []
+        for begin in range(0, len(indices), config.batch_size):
+            scenes = [world.scene(index) for index in indices[begin : begin + config.batch_size]]
+            size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
+            clip = render(scenes, device=process.device, **size)
+            with torch.autocast(process.device.type, torch.bfloat16):
+                posterior = vae.encode(clip).latent_dist
+            latents.append(vae.normalize(posterior.mode().float()).cpu())
+        captions = [[world.caption(index, variant) for variant in range(config.num_captions)] for index in indices]
+        write_shard(path, torch.cat(latents), captions)
+
+
+if __name__ == "__main__":
+    main(auto_cli(EncodeConfig))

@@ -1,0 +1,250 @@
+"""Train a video diffusion model: a denoiser with its text encoder, on latents that were computed once.
+
+A CPU-sized try, after training a VAE and encoding clips with it:
+
+    accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
+from einops import rearrange
+from torch import Tensor
+
+from vgen.data.latents import LatentSet, epoch_order
+from vgen.data.shapes import ShapesWorld, vocabulary
+from vgen.data.video_io import write_video
+from vgen.metrics.prompt import adherence
+from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.vae import CausalVideoVAE
+from vgen.pipeline import VideoGenPipeline
+from vgen.temporal.attention import make_groups
+from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
+from vgen.training.noise_levels import draw_levels
+from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
+from vgen.training.run import (
+    RunConfig,
+    accumulate,
+    compile_blocks,
+    config_text,
+    generators,
+    make_optimizer,
+    micro_batches,
+    parse_config,
+    progress,
+    start,
+)
+
+
+@dataclass(kw_only=True)
+class VDMConfig(RunConfig):
+    """Settings of a denoiser's training; `--init` is a pipeline to start from."""
+
+    vae: str
+    """Folder or Hub id of the VAE that encoded the latents."""
+    latents_dir: Path
+    """Folder that `pipelines/encode_latents.py` wrote."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `SpacetimeTransformer` for random weights; `--init` ignores them."""
+    text_dim: int = 128
+    """Channels of the text encoder that is trained along."""
+    text_layers: int = 2
+    """Its blocks."""
+    max_sequence_length: int = 32
+    """Tokens of a prompt."""
+    groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
+    """How often a step has which groups."""
+    levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
+    """How often a sample has noise levels that are shared, per group, or independent per frame."""
+    level_mean: float = 0.0
+    """Of the logit of a noise level."""
+    level_std: float = 1.0
+    """Of the logit of a noise level."""
+    level_shift: float = 1.0
+    """Moves noise levels towards noise, in training and at inference."""
+    text_dropout: float = 0.1
+    """How often the caption is replaced by ""."""
+    frame_rate: float = 8.0
+    """Pixel frames per second of the clips."""
+    frame_rate_dropout: float = 0.1
+    """How often the frame rate is not told."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults that the pipeline is saved with."""
+    num_score_prompts: int = 32
+    """Prompts of a score, half from training combinations, half held out."""
+
+
+def main(config: VDMConfig) -> None:
+    """Trains; the same call goes on where an interrupted one stopped."""
+    if config.dry_run:
+        print(config_text(config))
+        return
+    accelerator = start(config)
+    data = LatentSet(config.latents_dir)
+    pipe = make_pipeline(config)
+    if config.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(pipe.transformer)
+    model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
+    optimizer, schedule = make_optimizer(config, model)
+    average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    done = resume(accelerator, config.output_dir, average)
+    network.train()
+
+    bar = progress(config, accelerator, done)
+    for step in range(done, config.max_steps):
+        mode = choose(config.groups, random.Random(config.seed * 1_000_003 + step))
+        total = torch.zeros((), device=accelerator.device)
+        for part in accumulate(accelerator, network, micro_batches(config, accelerator, config.batch_size)):
+            batch = draw(data, pipe, config, step, part, mode)
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            noisy, target = flow_sample(batch["latents"], batch["noise"], batch["levels"])
+            prediction = network(
+                noisy,
+                batch["levels"],
+                batch["input_ids"],
+                batch["prompt_mask"],
+                groups=batch["groups"],
+                frame_rate=batch["frame_rate"],
+            )
+            loss = velocity_loss(prediction, target).sum() / config.batch_size
+            accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.step()
+        bar.update()
+
+        # every log_every steps: a line in the trackers
+        if (step + 1) % config.log_every == 0:
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept")
+            loss = accelerator.reduce(total).item()
+            logs = {"loss": loss, "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+            accelerator.log(logs, step=step + 1)
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        # every sample_every steps: how many prompts come out right, and a video of some
+        if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
+            with average:
+                scores, shown = score(pipe, config, accelerator)
+            accelerator.log({f"adherence/{name}": value for name, value in scores.items()}, step=step + 1)
+            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+            write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
+
+        # every save_every steps: a checkpoint
+        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with average:
+            pipe.save_pretrained(config.output_dir / "pipeline")
+    accelerator.end_training()
+
+
+def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
+    """The pipeline to train: from `--init`, or with random weights behind the given VAE."""
+    if config.init:
+        return VideoGenPipeline.from_pretrained(config.init)
+    vae = CausalVideoVAE.from_pretrained(config.vae)
+    tokenizer = make_word_tokenizer(vocabulary(), config.max_sequence_length)
+    return VideoGenPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.level_shift),
+        vae=vae,
+        transformer=SpacetimeTransformer(**{"text_dim": config.text_dim, **config.model}),
+        text_encoder=make_text_encoder(len(tokenizer), config.text_dim, config.text_layers, config.seed),
+        tokenizer=tokenizer,
+        max_sequence_length=config.max_sequence_length,
+        frame_rate=config.frame_rate,
+        **config.defaults,
+    )
+
+
+def choose(weights: dict[str, float], rng: random.Random) -> str:
+    """One of the names, by their weights."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def draw(
+    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, mode: str
+) -> dict[str, Tensor]:
+    """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
+    first = step * config.batch_size
+    samples, prompts, levels, noise, rates = [], [], [], [], []
+    chunk_size, p_t = pipe.transformer.config.chunk_size, pipe.transformer.config.patch_size[0]
+    num_frames = data.latents.shape[2] // p_t
+    groups = torch.tensor(make_groups(mode, num_frames, 0, chunk_size))
+    for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
+        rng = random.Random(torch.randint(2**62, (), generator=generator).item())
+        epoch, place = divmod(first + index, len(data))
+        latents, captions = data[_order(len(data), config.seed, epoch)[place]]
+        samples.append(latents)
+        prompts.append("" if rng.random() < config.text_dropout else rng.choice(captions))
+        rates.append(float("nan") if rng.random() < config.frame_rate_dropout else config.frame_rate)
+        kind = choose(config.levels, rng)
+        levels.append(draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift))
+        noise.append(torch.randn(latents.shape, generator=generator))
+    input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
+    return {
+        "latents": torch.stack(samples).float(),
+        "noise": torch.stack(noise),
+        "levels": torch.stack(levels),
+        "input_ids": input_ids,
+        "prompt_mask": prompt_mask,
+        "groups": groups,
+        "frame_rate": torch.tensor(rates),
+    }
+
+
+@torch.no_grad()
+def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
+    """Adherence on fixed prompts, and frames `(f, h, w, 3)` of some videos."""
+    scores, shown = {}, []
+    training = pipe.transformer.training
+    pipe.transformer.eval()
+    pipe.text_encoder.eval()
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    for split in ("train", "held_out"):
+        world = ShapesWorld(split=split, seed=config.seed + 1)
+        indices = range(config.num_score_prompts // 2)
+        with accelerator.autocast():
+            videos = pipe(
+                [world.caption(index) for index in indices],
+                generator=[torch.Generator().manual_seed(index) for index in indices],
+                output_type="pt",
+            ).frames
+        clips = rearrange(videos.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
+        result = adherence(list(clips), [world.scene(index) for index in indices])
+        scores |= {f"{split} {name}": value for name, value in result.items()}
+        shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
+    pipe.transformer.train(training)
+    pipe.text_encoder.train(training)
+    return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
+
+
+_orders: dict[tuple[int, int, int], Tensor] = {}
+
+
+def _order(size: int, seed: int, epoch: int) -> Tensor:
+    key = (size, seed, epoch)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = epoch_order(size, seed, epoch)
+    return _orders[key]
+
+
+if __name__ == "__main__":
+    main(parse_config(VDMConfig, __doc__))

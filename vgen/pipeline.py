@@ -1,0 +1,476 @@
+"""VideoGenPipeline: from a sentence to a video, with diffusers' arguments and output types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from einops import rearrange
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vgen.models.loading import refuse_pickles
+from vgen.models.prompts import embed, known_words, tokenize, unknown_words
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.vae import CausalVideoVAE
+
+logger = logging.get_logger(__name__)
+
+CHECKPOINTS = Path(str(resources.files("vgen"))) / "checkpoints"
+PREFIX = "vgen/"
+
+
+@dataclass
+class VideoGenPipelineOutput(BaseOutput):
+    """Videos: a list of lists of images, an array `(b, f, h, w, c)` in [0, 1], or a tensor `(b, f, c, h, w)`."""
+
+    frames: Any
+
+
+class VideoGenPipeline(DiffusionPipeline):
+    """Turns prompts into videos.
+
+    Args:
+        scheduler: Any diffusers scheduler that fits the denoiser's training.
+        vae: Clips to latents and back; without one the denoiser works on pixels.
+        transformer: The denoiser.
+        text_encoder: Any transformers text encoder; without one, prompts are given as embeddings.
+        tokenizer: Its tokenizer.
+        height: Default height of videos, in pixels.
+        width: Default width, in pixels.
+        num_frames: Default number of frames.
+        frame_rate: Default pixel frames per second of the content.
+        num_inference_steps: Default number of denoising steps.
+        guidance_scale: Default weight of classifier-free guidance.
+        max_sequence_length: Default length of prompts, in tokens.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "transformer", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        vae: CausalVideoVAE | None = None,
+        transformer: SpacetimeTransformer | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        frame_rate: float = 16.0,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        max_sequence_length: int = 512,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=max_sequence_length,
+        )
+        self.vae_scale_factor_temporal = vae.temporal_compression_ratio if vae is not None else 1
+        self.vae_scale_factor_spatial = vae.spatial_compression_ratio if vae is not None else 1
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
+        """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
+
+        Raises:
+            ValueError: There is no such checkpoint, its weights are pickled, or they do not fit its config.
+        """
+        source = find_checkpoint(pretrained_model_name_or_path)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)  # transformers would keep the file's half precision
+        if isinstance(source, Path):
+            for component in sorted(path for path in source.iterdir() if path.is_dir()):
+                refuse_pickles(component)
+            return super().from_pretrained(str(source), **kwargs)
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except OSError as error:
+            raise ValueError(f"{_not_found(source)}, and it could not be loaded from the Hub: {error}") from error
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        frame_rate: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        groups: str | Sequence[int] = "full",
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> Any:
+        """Generates videos; whatever is `None` takes the checkpoint's default.
+
+        Args:
+            prompt: What to show.
+            negative_prompt: What to steer away from; "" if not given.
+            height: In pixels.
+            width: In pixels.
+            num_frames: All frames, `1 + s*k`.
+            frame_rate: Pixel frames per second of the content, told to a denoiser that knows it.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Weight of classifier-free guidance; off up to 1.
+            num_videos_per_prompt: Videos for each prompt.
+            generator: Source of the noise; a list has one for each video. A CPU generator gives the same video on
+                every device.
+            latents: Noise `(b, c, t, h, w)` to start from instead.
+            prompt_embeds: `(b, l, d)` instead of `prompt`.
+            negative_prompt_embeds: `(b, l, d)` instead of `negative_prompt`.
+            groups: Which token frames see which: `full`, `causal`, `chunk`, or integers.
+            output_type: `np`, `pil`, `pt` or `latent`.
+            return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
+            attention_kwargs: `{"scale": ...}` scales LoRA layers.
+            callback_on_step_end: Called as `f(pipeline, step, timestep, tensors)`; what it returns replaces tensors.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets.
+            max_sequence_length: Length of prompts, in tokens.
+
+        Raises:
+            ValueError: An argument is not possible; the nearest legal one is named.
+        """
+        height, width = height or self.config.height, width or self.config.width
+        num_frames = self.config.num_frames if num_frames is None else num_frames
+        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_frames,
+            steps,
+            prompt_embeds,
+            negative_prompt_embeds,
+            groups,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._interrupt = False
+        device, dtype = self._execution_device, self.denoiser.dtype
+
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_videos_per_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            max_sequence_length,
+            device,
+            dtype,
+        )
+        latents = self.prepare_latents(
+            prompt_embeds.shape[0], height, width, num_frames, torch.float32, device, generator, latents
+        )
+        self.scheduler.set_timesteps(steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        with self.progress_bar(total=steps) as bar:
+            for index, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    continue
+                self._current_timestep = timestep
+                prediction = self.predict_noise(
+                    self.scheduler.scale_model_input(latents, timestep)
+                    if hasattr(self.scheduler, "scale_model_input")
+                    else latents,
+                    timestep,
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    frame_rate=frame_rate,
+                    groups=groups,
+                    attention_kwargs=attention_kwargs,
+                )
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, index, timestep, asked) or {}
+                    latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
+                    negative_prompt_embeds = tensors["negative_prompt_embeds"]
+                if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
+                    bar.update()
+        self._current_timestep = None
+
+        frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        return VideoGenPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        groups: str | Sequence[int] = "full",
+        output_type: str = "np",
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+    ) -> None:
+        """Refuses what cannot be generated.
+
+        Raises:
+            ValueError: Says what was given, what is legal, and the nearest legal value.
+        """
+        _, p_h, p_w = self.denoiser.config.patch_size
+        for name, side, patch in (("height", height, p_h), ("width", width, p_w)):
+            unit = self.vae_scale_factor_spatial * patch
+            if side < 1 or side % unit:
+                nearest = max(unit, round(side / unit) * unit)
+                raise ValueError(f"{name}={side} is not possible: give a multiple of {unit}; the nearest is {nearest}")
+        self._check_num_frames(num_frames)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} is not possible: give 1 or more")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds, and not both")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of prompt")
+        for one in [prompt] if isinstance(prompt, str) else prompt or []:
+            if not isinstance(one, str) or not one.strip():
+                raise ValueError(f"a prompt must be a text that says something, not {one!r}")
+        modes = self.denoiser.config.group_modes
+        if isinstance(groups, str) and groups not in modes:
+            raise ValueError(f"groups={groups!r}: this checkpoint was trained with {', '.join(modes)}")
+        if output_type not in ("np", "pil", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is unknown: give np, pil, pt or latent")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {sorted(unknown)}")
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeds prompts and, for guidance, what to steer away from, `(b * num_videos_per_prompt, l, d)` each.
+
+        Warns of words that the checkpoint has never seen.
+
+        Raises:
+            ValueError: There are not as many negative prompts as prompts.
+        """
+        device = device or self._execution_device
+        length = max_sequence_length or self.config.max_sequence_length
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            self._warn_of_unknown_words(prompts)
+            prompt_embeds = self._embed(prompts, length, device, dtype)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            if self.text_encoder is None:
+                raise ValueError("without a text encoder, guidance needs negative_prompt_embeds (or guidance_scale=1)")
+            count = prompt_embeds.shape[0]
+            negatives = [negative_prompt or ""] * count if not isinstance(negative_prompt, list) else negative_prompt
+            if len(negatives) != count:
+                raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one, or as many")
+            negative_prompt_embeds = self._embed(negatives, length, device, dtype)
+
+        def ready(embeds: Tensor | None) -> Tensor | None:
+            if embeds is None or not do_classifier_free_guidance and embeds is negative_prompt_embeds:
+                return None
+            return embeds.to(device=device, dtype=dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        embeds = ready(prompt_embeds)
+        assert embeds is not None
+        return embeds, ready(negative_prompt_embeds)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        num_frames: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise `(b, c, t, h, w)`, drawn on the CPU unless a generator lives elsewhere.
+
+        Raises:
+            ValueError: The number of generators or the shape of `latents` does not fit.
+        """
+        space, time = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        channels = self.denoiser.config.in_channels
+        shape = (batch_size, channels, (num_frames - 1) // time + 1, height // space, width // space)
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit: these settings need {shape}")
+            return latents.to(device=device, dtype=dtype)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} videos: give one, or as many")
+        return randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype).to(device)
+
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """One evaluation of the denoiser, with the rows of classifier-free guidance in one batch; float32."""
+        dtype = self.denoiser.dtype
+        rows, prompts = latents, prompt_embeds
+        guided = self.do_classifier_free_guidance and negative_prompt_embeds is not None
+        if guided:
+            assert negative_prompt_embeds is not None
+            rows, prompts = torch.cat([latents, latents]), torch.cat([prompt_embeds, negative_prompt_embeds])
+        levels = timestep.expand(rows.shape[0])
+        out = self.denoiser(rows.to(dtype), levels, prompts, return_dict=False, **conditions)[0].float()
+        if not guided:
+            return out
+        positive, negative = out.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def decode_latents(self, latents: Tensor, output_type: str) -> Any:
+        """Denormalised and decoded videos in the asked form."""
+        if self.vae is not None:
+            latents = self.vae.decode(self.vae.denormalize(latents).to(self.vae.dtype)).sample
+        return self.video_processor.postprocess_video(latents.float(), output_type=output_type)
+
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Yields the videos of latents from `output_type="latent"` piece by piece, uint8 `(b, n, h, w, c)`."""
+        pieces: Iterable[Tensor] = [latents]
+        if self.vae is not None:
+            pieces = self.vae.decode_stream(self.vae.denormalize(latents).to(self.vae.dtype))
+        for piece in pieces:
+            pixels = piece.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+            yield rearrange(pixels, "b c n h w -> b n h w c").cpu().numpy()
+
+    @property
+    def denoiser(self) -> SpacetimeTransformer:
+        """The network that predicts."""
+        return self.transformer
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of classifier-free guidance in the running call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call guides."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the running call."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The running call's timestep."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to stop denoising."""
+        return self._interrupt
+
+    def _check_num_frames(self, num_frames: int) -> None:
+        s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]
+        unit = s * p_t
+        first = 1 + s * (p_t - 1)  # the frames of one token frame
+        if num_frames < first or (num_frames - first) % unit:
+            below = max(first, first + (num_frames - first) // unit * unit)
+            nearest = below if num_frames <= below + unit / 2 else below + unit
+            raise ValueError(
+                f"num_frames={num_frames} is not possible: give {first} + {unit}*k; the nearest is {nearest}"
+            )
+
+    def _embed(self, prompts: Sequence[str], length: int, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        assert self.text_encoder is not None
+        ids, mask = tokenize(self.tokenizer, prompts, length)
+        embeds = embed(self.text_encoder, ids.to(device), mask.to(device))
+        return embeds.to(device=device, dtype=dtype)
+
+    def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+        words = dict.fromkeys(word for prompt in prompts for word in unknown_words(self.tokenizer, prompt))
+        if words:
+            logger.warning(
+                f"this checkpoint has never seen: {', '.join(words)}. "
+                f"The words it knows: {' '.join(known_words(self.tokenizer))}"
+            )
+
+
+def find_checkpoint(name: str | Path) -> Path | str:
+    """The folder of a packaged checkpoint or of a path, or the Hub id.
+
+    Raises:
+        ValueError: The name can be neither, or its folder holds no pipeline.
+    """
+    text = str(name)
+    packaged = CHECKPOINTS / text.removeprefix(PREFIX)
+    if text.startswith(PREFIX) and packaged.is_dir():
+        return packaged
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} holds no pipeline: it has no model_index.json")
+        return folder
+    if text.count("/") != 1 or text.startswith((PREFIX, ".", "/", "~")):
+        raise ValueError(_not_found(text))
+    return text
+
+
+def packaged_checkpoints() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(PREFIX + path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
+
+
+def _not_found(name: str) -> str:
+    packaged = ", ".join(packaged_checkpoints()) or "none"
+    return f"no model {name!r}: it is no packaged checkpoint ({packaged}) and no folder here ({Path.cwd()})"

@@ -1,0 +1,37 @@
+"""Which noise each token frame of a training sample gets; level 0 is clean, level 1 is noise alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KINDS = ("shared", "group", "independent")
+
+
+def draw_levels(
+    kind: str, groups: Tensor, generator: torch.Generator, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Tensor:
+    """Draws logit-normal levels `(n,)` for the token frames of one sample.
+
+    Args:
+        kind: `shared`: one level for all; `group`: one for each group; `independent`: one for each frame, as in
+            diffusion forcing.
+        groups: Group of each token frame, `(n,)`.
+        generator: Of this sample, on the CPU.
+        mean: Of the logit.
+        std: Of the logit.
+        shift: Moves levels towards noise: `shift * l / (1 + (shift - 1) * l)`.
+
+    Raises:
+        ValueError: There is no such kind.
+
+    Source: Scaling rectified flow Transformers, arXiv 2403.03206, sections 3.1 and 5.3.2; Diffusion Forcing,
+        arXiv 2407.01392.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"noise levels of kind {kind!r} are unknown: give one of {', '.join(KINDS)}")
+    draws = torch.sigmoid(mean + std * torch.randn(len(groups), generator=generator))
+    draws = shift * draws / (1 + (shift - 1) * draws)
+    if kind == "shared":
+        return draws[:1].expand(len(groups))
+    return draws[groups.unique(return_inverse=True)[1]] if kind == "group" else draws
