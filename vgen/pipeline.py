@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -163,7 +164,8 @@ class VideoGenPipeline(DiffusionPipeline):
         Raises:
             ValueError: An argument is not possible; the nearest legal one is named.
         """
-        height, width = height or self.config.height, width or self.config.width
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
         num_frames = self.config.num_frames if num_frames is None else num_frames
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -474,3 +476,7 @@ def packaged_checkpoints() -> list[str]:
 def _not_found(name: str) -> str:
     packaged = ", ".join(packaged_checkpoints()) or "none"
     return f"no model {name!r}: it is no packaged checkpoint ({packaged}) and no folder here ({Path.cwd()})"
+
+
+# `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module
+diffusers.VideoGenPipeline = VideoGenPipeline

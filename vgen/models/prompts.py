@@ -42,7 +42,7 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     backend = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(prompt_clean(prompt))
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    return [word for word in dict.fromkeys(words) if word not in vocabulary]
+    return [word for word in dict.fromkeys(words) if word not in vocabulary and word[0].isalnum()]
 
 
 def known_words(tokenizer: Any) -> list[str]:

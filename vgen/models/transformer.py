@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
@@ -22,6 +22,7 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.models.convert import refuse_nonzero, with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -35,6 +36,8 @@ from vgen.temporal.state import TemporalState, network_identity, register_state_
 
 TASKS = ("text", "leading", "keyframes")
 ATTENTIONS = ("joint", "divided")
+
+_BEYOND_WAN = ("keyframe_embedding", "frame_rate_embedder")
 
 
 class ConditionEmbedder(nn.Module):
@@ -401,6 +404,27 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             n=n, h=rows, w=columns, i=p_t, j=p_h, k=p_w,
         )  # fmt: skip
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @classmethod
+    def from_diffusers(cls, source: WanTransformer3DModel) -> SpacetimeTransformer:
+        """The same network, from diffusers' class.
+
+        Raises:
+            ValueError: It has the image-to-video layout.
+        """
+        return with_same_weights(source, cls)
+
+    def to_diffusers(self) -> WanTransformer3DModel:
+        """The same network, as diffusers' class; parts that are still zero are left behind.
+
+        Raises:
+            ValueError: Attention is divided, or keyframes or the frame rate do something.
+        """
+        if self.config.attention != "joint":
+            raise ValueError("WanTransformer3DModel has no divided attention")
+        for part in _BEYOND_WAN:
+            refuse_nonzero(self, f"{part}.{'embedder.linear_2' if 'rate' in part else ''}", "Wan has no such part")
+        return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
     def _open(self, state: TemporalState, n: int) -> FrameCache:
         """Binds the state and checks that this piece fits behind what it remembers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -20,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
+from vgen.models.convert import with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
@@ -415,6 +416,27 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         """Takes the statistics for `normalize` from raw latents `(n, c, t, h, w)` into the config."""
         values = rearrange(latents.double(), "n c t h w -> c (n t h w)")
         self.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
+
+    @classmethod
+    def from_diffusers(cls, source: AutoencoderKLWan) -> CausalVideoVAE:
+        """The same autoencoder, from diffusers' class.
+
+        Raises:
+            ValueError: It has the residual layout of Wan 2.2.
+        """
+        return with_same_weights(source, cls)
+
+    def to_diffusers(self) -> AutoencoderKLWan:
+        """The same autoencoder, as diffusers' class.
+
+        Raises:
+            ValueError: Its temporal compression is not the one that diffusers' class has built in.
+        """
+        if self.temporal_compression_ratio != 4:
+            raise ValueError(
+                f"AutoencoderKLWan compresses time by 4; this network does by {self.temporal_compression_ratio}"
+            )
+        return with_same_weights(self, AutoencoderKLWan)
 
     @property
     def _latents_per_piece(self) -> int:

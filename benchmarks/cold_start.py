@@ -1,0 +1,44 @@
+"""Wall time and peak memory of the commands a user meets first, each from a cold process.
+
+python benchmarks/cold_start.py
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COMMANDS = {
+    'python -c "import vgen"': [sys.executable, "-c", "import vgen"],
+    "vgen --help": [sys.executable, "-m", "vgen.cli", "--help"],
+    "vgen generate": [sys.executable, "-m", "vgen.cli", "generate", "a red circle moves right", "--overwrite", "-o"],
+}
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak MiB of one process."""
+    begin = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        os.execv(command[0], command)
+    _, status, usage = os.wait4(pid, 0)
+    assert status == 0, command
+    return time.perf_counter() - begin, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    """Prints medians of five runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in COMMANDS.items():
+            command = [*command, str(Path(folder) / "video.mp4")] if "generate" in name else command
+            runs = [run(command) for _ in range(5)]
+            seconds, memory = (statistics.median(column) for column in zip(*runs, strict=True))
+            print(f"{name:<28} {seconds:6.2f} s {memory:7.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

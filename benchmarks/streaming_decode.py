@@ -1,0 +1,61 @@
+"""Peak memory of decoding a long video piece by piece, over that of a short one.
+
+    python benchmarks/streaming_decode.py
+
+Each length runs in a process of its own, on random latents; memory is the peak resident size above that after loading.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+def peak_mebibytes() -> float:
+    """The process's peak resident size so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def measure(num_frames: int, size: int, model: str) -> float:
+    """Peak above that after loading, in MiB."""
+    import torch
+
+    from vgen.models.vae import CausalVideoVAE
+    from vgen.pipeline import find_checkpoint
+
+    vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval()
+    loaded = peak_mebibytes()
+    s, ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    shape = (1, vae.config.z_dim, 1 + (num_frames - 1) // s, size // ratio, size // ratio)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    frames = 0
+    with torch.no_grad():
+        for piece in vae.decode_stream(latents):
+            frames += piece.shape[2]
+    assert frames == num_frames
+    return peak_mebibytes() - loaded
+
+
+def main() -> None:
+    """Prints both peaks and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vgen/shapes-64")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--num-frames", type=int, nargs="+", default=[17, 257])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(measure(args.one, args.size, args.model))
+        return
+    peaks = []
+    for num_frames in args.num_frames:
+        command = [sys.executable, __file__, "--model", args.model, "--size", str(args.size), "--one", str(num_frames)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.split()[-1]))
+        print(f"{num_frames} frames of {args.size}x{args.size}: {peaks[-1]:.0f} MiB")
+    print(f"ratio: {peaks[-1] / peaks[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def _randomize(module: nn.Module, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def _splits(length: int) -> Iterator[list[int]]:
+    yield []
+    for first in range(1, length + 1):
+        yield from ([first, *rest] for rest in _splits(length - first) if first + sum(rest) == length)
+
+
+@pytest.fixture
+def randomize() -> Callable[..., Any]:
+    """Draws all weights of a module from N(0, 0.2), so that every path through it matters."""
+    return _randomize
+
+
+@pytest.fixture
+def splits() -> Callable[[int], list[list[int]]]:
+    """All ways to cut a length into pieces."""
+    return lambda length: [pieces for pieces in _splits(length) if sum(pieces) == length]
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., Any]:
+    """Builds a tiny CausalVideoVAE with random weights."""
+    from vgen.models.vae import CausalVideoVAE
+
+    def make(seed: int = 0, **config: Any) -> CausalVideoVAE:
+        tiny = {"base_dim": 4, "z_dim": 3, "dim_mult": [1, 2, 2], "num_res_blocks": 1}
+        return _randomize(CausalVideoVAE(**{**tiny, "temperal_downsample": [True, True], **config}), seed)
+
+    return make
+
+
+@pytest.fixture
+def make_transformer() -> Callable[..., Any]:
+    """Builds a tiny SpacetimeTransformer with random weights."""
+    from vgen.models.transformer import SpacetimeTransformer
+
+    def make(seed: int = 0, **config: Any) -> SpacetimeTransformer:
+        tiny = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 3,
+            "out_channels": 3,
+            "text_dim": 5,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "num_layers": 2,
+        }
+        return _randomize(SpacetimeTransformer(**{**tiny, **config}), seed)
+
+    return make

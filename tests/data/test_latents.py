@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from vgen.data.latents import LatentSet, epoch_order, write_shard
+
+
+def test_what_was_written_is_read_in_the_order_of_names(tmp_path):
+    torch.manual_seed(0)
+    parts = [torch.randn(3, 4, 2, 2, 2), torch.randn(2, 4, 2, 2, 2)]
+    write_shard(tmp_path / "1.safetensors", parts[1], [["d"], ["e", "é"]])
+    write_shard(tmp_path / "0.safetensors", parts[0], [["a"], ["b"], ["c"]])
+    data = LatentSet(tmp_path)
+    assert len(data) == 5
+    assert torch.equal(data.latents, torch.cat(parts).half())
+    assert [captions for _, captions in (data[i] for i in range(5))] == [["a"], ["b"], ["c"], ["d"], ["e", "é"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no latents"):
+        LatentSet(tmp_path)
+
+
+def test_captions_must_match_latents(tmp_path):
+    with pytest.raises(ValueError, match="2 latents with 1"):
+        write_shard(tmp_path / "0.safetensors", torch.zeros(2, 1, 1, 1, 1), [["a"]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_epoch_visits_every_clip_in_another_order():
+    orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert all(order.sort().values.tolist() == list(range(50)) for order in orders)
+    assert torch.equal(orders[0], orders[3])
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])

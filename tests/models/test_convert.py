@@ -1,0 +1,55 @@
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.vae import CausalVideoVAE
+
+VAE = {
+    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
+    "scale_factor_spatial": 4, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "config"),
+    [(AutoencoderKLWan, CausalVideoVAE, VAE), (WanTransformer3DModel, SpacetimeTransformer, TRANSFORMER)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_exact(theirs, ours, config, dtype):
+    torch.manual_seed(0)
+    source = theirs(**config).to(dtype).eval()
+    back = ours.from_diffusers(source).to_diffusers()
+    assert not back.training
+    expected, weights = source.state_dict(), back.state_dict()
+    assert list(weights) == list(expected)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert {name: back.config[name] for name in config} == {name: source.config[name] for name in config}
+    assert all(weights[name].dtype == expected[name].dtype for name in expected)
+
+
+def test_parts_that_diffusers_lacks_are_left_behind_while_zero_and_refused_afterwards():
+    network = SpacetimeTransformer(**TRANSFORMER, keyframe_slots=4, frame_rate_embedding=True)
+    assert isinstance(network.to_diffusers(), WanTransformer3DModel)
+    for part in (network.keyframe_embedding.weight, network.frame_rate_embedder.embedder.linear_2.weight):
+        part.data.fill_(1)
+        with pytest.raises(ValueError, match="cannot be converted"):
+            network.to_diffusers()
+        part.data.zero_()
+    with pytest.raises(ValueError, match="divided"):
+        SpacetimeTransformer(**TRANSFORMER, attention="divided").to_diffusers()
+
+
+def test_layouts_that_are_not_served_are_refused_by_name():
+    residual = AutoencoderKLWan(**VAE | {"is_residual": True})
+    with pytest.raises(ValueError, match="is_residual"):
+        CausalVideoVAE.from_diffusers(residual)
+    animate = WanTransformer3DModel(**TRANSFORMER, image_dim=8, added_kv_proj_dim=24)
+    with pytest.raises(ValueError, match="image-to-video"):
+        SpacetimeTransformer.from_diffusers(animate)
+    with pytest.raises(ValueError, match="compresses time by 4"):
+        CausalVideoVAE(**VAE | {"temperal_downsample": [False, True]}).to_diffusers()

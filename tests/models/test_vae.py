@@ -1,0 +1,432 @@
+import random
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from vgen.models.vae import CausalVideoVAE, patchify, unpatchify
+from vgen.temporal.state import TemporalState
+
+LAYOUTS = {
+    "one level": {"dim_mult": [1], "temperal_downsample": []},
+    "s = 1": {"dim_mult": [1, 2], "temperal_downsample": [False]},
+    "s = 2": {"dim_mult": [1, 2], "temperal_downsample": [True]},
+    "two stages": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "num_res_blocks": 2},
+    "as Wan 2.1": {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    "stages apart": {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [True, False, True]},
+    "wider decoder": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "decoder_base_dim": 6},
+    "patches": {
+        "dim_mult": [1, 2, 2],
+        "temperal_downsample": [True, True],
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+    },
+}
+TINY = {"base_dim": 4, "z_dim": 3, "num_res_blocks": 1}
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_clip(vae: CausalVideoVAE, frames: int, batch: int = 2) -> Tensor:
+    side = vae.spatial_compression_ratio
+    return draw(batch, 3, frames, 2 * side, 3 * side).tanh()
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def moments(vae: CausalVideoVAE, clip: Tensor, state: TemporalState | None = None) -> Tensor:
+    return vae.encode(clip, state).latent_dist.parameters
+
+
+def stream_encode(vae: CausalVideoVAE, clip: Tensor, pieces: list[int], state: TemporalState | None = None) -> Tensor:
+    state = TemporalState() if state is None else state
+    return torch.cat([moments(vae, piece, state) for piece in clip.split(pieces, dim=2)], dim=2)
+
+
+def stream_decode(vae: CausalVideoVAE, latents: Tensor, pieces: list[int]) -> Tensor:
+    state = TemporalState()
+    out = [vae.decode(piece, state, clamp=False).sample for piece in latents.split(pieces, dim=2)]
+    return torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_same_weights_as_diffusers_wan_vae(randomize, layout):
+    config = {**TINY, **LAYOUTS[layout]}
+    wan = randomize(AutoencoderKLWan(**config, latents_mean=[0.0] * 3, latents_std=[1.0] * 3))
+    vae = CausalVideoVAE(**config).eval()
+    vae.load_state_dict(wan.state_dict())
+    for key, weight in vae.state_dict().items():
+        assert torch.equal(weight, wan.state_dict()[key])
+
+    clip = draw_clip(vae, 13)
+    expected = wan.encode(clip).latent_dist.parameters
+    torch.testing.assert_close(moments(vae, clip), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stream_encode(vae, clip, [4, 3, 6]), expected, atol=1e-4, rtol=1e-4)
+
+    latents = draw(2, 3, 4, 2, 3)
+    with mock.patch.object(torch, "clamp", lambda x, **limits: x):  # diffusers' decoder always clamps
+        expected = wan.decode(latents).sample
+    torch.testing.assert_close(vae.decode(latents, clamp=False).sample, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stream_decode(vae, latents, [2, 1, 1]), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.decode(latents).sample, expected.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_compression_follows_from_the_layers(make_vae):
+    sizes = {name: make_vae(**layout) for name, layout in LAYOUTS.items()}
+    ratios = {name: (vae.temporal_compression_ratio, vae.spatial_compression_ratio) for name, vae in sizes.items()}
+    assert ratios["as Wan 2.1"] == (4, 8) and ratios["patches"] == (4, 8) and ratios["one level"] == (1, 1)
+    assert sizes["patches"].config.scale_factor_temporal == 4 and sizes["patches"].config.scale_factor_spatial == 8
+
+
+def test_a_pixel_square_becomes_channels_and_back():
+    clip = draw(2, 3, 2, 4, 6)
+    assert torch.equal(unpatchify(patchify(clip, 2), 2), clip)
+    assert torch.equal(patchify(clip, None), clip)
+
+
+@torch.no_grad()
+def test_a_frame_changes_no_latent_before_its_own(make_vae):
+    vae = make_vae()
+    clip = draw_clip(vae, 9, batch=1)
+    before = moments(vae, clip)
+    for frame in range(9):
+        changed = clip.clone()
+        changed[:, :, frame] += 0.5
+        latent = (frame + 3) // 4
+        after = moments(vae, changed)
+        assert torch.equal(after[:, :, :latent], before[:, :, :latent])
+        assert not torch.equal(after[:, :, latent], before[:, :, latent])
+
+
+@torch.no_grad()
+def test_a_latent_changes_no_frame_before_its_own(make_vae):
+    vae = make_vae()
+    latents = draw(1, 3, 4, 2, 3)
+    before = vae.decode(latents, clamp=False).sample
+    for latent in range(4):
+        changed = latents.clone()
+        changed[:, :, latent] += 0.5
+        frame = max(0, 4 * latent - 3)
+        after = vae.decode(changed, clamp=False).sample
+        assert torch.equal(after[:, :, :frame], before[:, :, :frame])
+        assert not torch.equal(after[:, :, frame], before[:, :, frame])
+
+
+@pytest.mark.parametrize("layout", ["two stages", "patches", "s = 2", "s = 1"])
+@torch.no_grad()
+def test_streamed_encoding_equals_offline_for_any_split(make_vae, layout):
+    vae = make_vae(**LAYOUTS[layout])
+    clip = draw_clip(vae, 13)
+    offline = moments(vae, clip)
+    rng = random.Random(0)
+    cuts = [sorted(rng.sample(range(1, 13), rng.randint(1, 6))) for _ in range(6)]
+    splits = [[b - a for a, b in zip([0, *cut], [*cut, 13], strict=True)] for cut in cuts]
+    splits += [[size] * (13 // size) + [13 % size] * (13 % size > 0) for size in (1, 2, 3, 4, 5, 6, 8, 12, 13)]
+    for pieces in [*splits, [0, 2, 0, 11, 0]]:
+        close(stream_encode(vae, clip, pieces), offline)
+
+
+@pytest.mark.parametrize("layout", ["two stages", "patches", "s = 2", "s = 1"])
+@torch.no_grad()
+def test_streamed_decoding_equals_offline_for_every_split(make_vae, splits, layout):
+    vae = make_vae(**LAYOUTS[layout])
+    latents = draw(2, 3, 5, 2, 3)
+    offline = vae.decode(latents, clamp=False).sample
+    for pieces in splits(5):
+        close(stream_decode(vae, latents, pieces), offline)
+
+
+@torch.no_grad()
+def test_frames_that_fill_no_latent_wait_as_pixels(make_vae):
+    vae, state = make_vae(), TemporalState()
+    clip = draw_clip(vae, 12)
+    assert state.pending is None
+    done = 0
+    for size, latents, waiting in [(1, 1, 0), (2, 0, 2), (1, 0, 3), (2, 1, 1), (4, 1, 1), (2, 0, 3)]:
+        out = moments(vae, clip[:, :, done : done + size], state)
+        done += size
+        assert out.shape == (2, 6, latents, 2, 3)
+        assert torch.equal(state.pending, clip[:, :, done - waiting : done])
+
+
+@torch.no_grad()
+def test_a_piece_that_completes_no_latent_gives_a_distribution_over_none(make_vae):
+    vae, state = make_vae(), TemporalState()
+    moments(vae, draw_clip(vae, 1), state)
+    distribution = vae.encode(draw_clip(vae, 2), state).latent_dist
+    assert distribution.mode().shape == distribution.sample().shape == (2, 3, 0, 2, 3)
+
+
+@torch.no_grad()
+def test_an_empty_piece_of_latents_decodes_to_no_frames(make_vae):
+    vae, state = make_vae(), TemporalState()
+    latents = draw(1, 3, 3, 2, 3)
+    offline = vae.decode(latents).sample
+    frames = [vae.decode(piece, state).sample for piece in latents.split([0, 2, 0, 1], dim=2)]
+    assert [piece.shape[2] for piece in frames] == [0, 5, 0, 4]
+    close(torch.cat(frames, dim=2), offline)
+
+
+@torch.no_grad()
+def test_one_state_serves_encode_and_decode(make_vae):
+    vae, state = make_vae(), TemporalState()
+    clip = draw_clip(vae, 9)
+    offline = vae.encode(clip).latent_dist.mode()
+    offline_clip = vae.decode(offline, clamp=False).sample
+    frames = []
+    for piece in clip.split([1, 4, 4], dim=2):
+        latents = vae.encode(piece, state).latent_dist.mode()
+        frames.append(vae.decode(latents, state, clamp=False).sample)
+    close(torch.cat(frames, dim=2), offline_clip)
+
+
+@torch.no_grad()
+def test_frozen_state_is_read_and_not_written(make_vae, tmp_path):
+    vae, state = make_vae(), TemporalState()
+    clip = draw_clip(vae, 9)
+    moments(vae, clip[:, :, :3], state)
+    copies = {key: tensor.clone() for key, tensor in state._tensors.items()}
+    first, second = (moments(vae, clip[:, :, 3:], state.frozen()) for _ in range(2))
+    assert torch.equal(first, second)
+    assert copies.keys() == state._tensors.keys()
+    assert all(torch.equal(state.get(key), tensor) for key, tensor in copies.items())
+    assert torch.equal(moments(vae, clip[:, :, 3:], state), first)
+
+
+@torch.no_grad()
+def test_stream_resumed_from_a_file_continues_identically(make_vae, tmp_path):
+    vae, state = make_vae(), TemporalState()
+    clip, latents = draw_clip(vae, 14), draw(2, 3, 5, 2, 3)
+    moments(vae, clip[:, :, :7], state)
+    vae.decode(latents[:, :, :2], state)
+    state.save(tmp_path / "state.safetensors")
+    loaded = TemporalState.load(tmp_path / "state.safetensors")
+    assert torch.equal(moments(vae, clip[:, :, 7:], loaded), moments(vae, clip[:, :, 7:], state))
+    assert torch.equal(vae.decode(latents[:, :, 2:], loaded).sample, vae.decode(latents[:, :, 2:], state).sample)
+
+
+@torch.no_grad()
+def test_a_long_video_is_decoded_in_bounded_pieces_that_equal_one_pass(make_vae):
+    vae = make_vae()
+    latents = draw(1, 3, 11, 2, 3)
+    whole = vae.decode(latents, clamp=False).sample
+    sizes = []
+    vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2]))
+    vae.frames_per_piece = 8
+    close(vae.decode(latents, clamp=False).sample, whole)
+    assert sizes == [2, 2, 2, 2, 2, 1]
+    assert vae.decode(latents).sample.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_decode_stream_never_holds_more_than_a_piece(make_vae):
+    vae, state = make_vae(), TemporalState()
+    vae.frames_per_piece = 8
+    latents = draw(1, 3, 11, 2, 3)
+    pieces, bytes_held, worked = [], [], []
+    vae.decoder.register_forward_pre_hook(lambda module, args: worked.append(args[0].shape[2]))
+    for piece in vae.decode_stream(latents, state, clamp=False):
+        pieces.append(piece)
+        bytes_held.append(state.num_bytes)
+        assert len(worked) == len(pieces)  # nothing is decoded before it is asked for
+    assert [piece.shape[2] for piece in pieces] == [5, 8, 8, 8, 8, 4]
+    assert len(set(bytes_held[1:])) == 1
+    vae.frames_per_piece = 1000
+    close(torch.cat(pieces, dim=2), vae.decode(latents, clamp=False).sample)
+
+
+@torch.no_grad()
+def test_decode_stream_of_a_frozen_state_continues_it(make_vae):
+    vae, state = make_vae(), TemporalState()
+    vae.frames_per_piece = 4
+    latents = draw(1, 3, 5, 2, 3)
+    vae.decode(latents[:, :, :2], state)
+    expected = vae.decode(latents[:, :, 2:], state.frozen(), clamp=False).sample
+    streamed = torch.cat(list(vae.decode_stream(latents[:, :, 2:], state.frozen(), clamp=False)), dim=2)
+    close(streamed, expected)
+
+
+def test_long_decoding_under_autograd_has_gradients(make_vae):
+    vae = make_vae()
+    vae.frames_per_piece = 4
+    latents = draw(1, 3, 3, 2, 3).requires_grad_()
+    vae.decode(latents, clamp=False).sample[:, :, -1].sum().backward()
+    assert latents.grad.abs().amax((0, 1, 3, 4)).min() > 0
+
+
+@pytest.mark.parametrize("frames, nearest", [(2, "1 and 5"), (4, "1 and 5"), (6, "5 and 9"), (12, "9 and 13")])
+def test_wrong_frame_counts_name_the_nearest(make_vae, frames, nearest):
+    vae = make_vae()
+    with pytest.raises(ValueError, match=f"clip of {frames} frames .*nearest are {nearest}"):
+        vae.encode(draw_clip(vae, frames))
+    with pytest.raises(ValueError, match=f"nearest are {nearest}"):
+        vae(draw_clip(vae, frames))
+
+
+@pytest.mark.parametrize("state", [None, TemporalState()])
+def test_wrong_sizes_name_the_nearest(make_vae, state):
+    with pytest.raises(ValueError, match="11x6 pixels .* multiples of 4; the nearest is 12x8"):
+        make_vae().encode(draw(1, 3, 1, 11, 6), state)
+
+
+def test_forward_refuses_wrong_sizes_too(make_vae):
+    with pytest.raises(ValueError, match="the nearest is 12x8"):
+        make_vae()(draw(1, 3, 1, 11, 6))
+
+
+def test_layouts_that_are_not_served_are_refused_by_name():
+    for config, name in [
+        ({"is_residual": True}, "is_residual"),
+        ({"attn_scales": [1.0]}, "attn_scales"),
+        ({"temperal_downsample": [True]}, "temperal_downsample"),
+        ({"scale_factor_temporal": 8}, "scale_factor_temporal=8"),
+        ({"scale_factor_spatial": 16}, "scale_factor_spatial=16"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            CausalVideoVAE(**{**TINY, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], **config})
+
+
+def test_normalize_is_the_formula_of_wan(make_vae):
+    vae = make_vae(latents_mean=[0.5, -1.0, 2.0], latents_std=[2.0, 0.5, 3.0])
+    latents = draw(2, 3, 2, 4, 4)
+    mean = torch.tensor([0.5, -1.0, 2.0]).view(1, 3, 1, 1, 1)
+    std = torch.tensor([2.0, 0.5, 3.0]).view(1, 3, 1, 1, 1)
+    close(vae.normalize(latents), (latents - mean) / std)
+    close(vae.denormalize(vae.normalize(latents)), latents)
+    assert vae.normalize(latents.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(make_vae().normalize(latents), latents)
+
+
+def test_calibrated_latents_have_zero_mean_and_unit_deviation(make_vae):
+    vae = make_vae()
+    latents = 3 * draw(4, 3, 2, 6, 6) + torch.tensor([1.0, -2.0, 50.0]).view(3, 1, 1, 1)
+    vae.calibrate(latents)
+    normalized = vae.normalize(latents).transpose(0, 1).flatten(1)
+    close(normalized.mean(1), torch.zeros(3))
+    close(normalized.std(1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_saved_vae_loads_exactly_with_its_statistics(make_vae, tmp_path):
+    vae = make_vae(**LAYOUTS["patches"])
+    clip = draw_clip(vae, 5)
+    state = TemporalState()
+    before = moments(vae, clip[:, :, :1], state)
+    vae.calibrate(draw(2, 3, 2, 4, 4))
+    vae.save_pretrained(tmp_path)
+    loaded = CausalVideoVAE.from_pretrained(tmp_path).eval()
+    assert loaded.state_dict().keys() == vae.state_dict().keys()
+    assert all(torch.equal(weight, loaded.state_dict()[key]) for key, weight in vae.state_dict().items())
+    latents = loaded.encode(clip).latent_dist.mode()
+    assert torch.equal(latents, vae.encode(clip).latent_dist.mode())
+    assert torch.equal(loaded.normalize(latents), vae.normalize(latents))
+    assert not torch.equal(loaded.normalize(latents), latents)
+    assert loaded.config.scale_factor_temporal == 4 and loaded.config.patch_size == 2
+    close(torch.cat([before, moments(vae, clip[:, :, 1:], state)], dim=2), moments(loaded, clip))
+
+
+@torch.no_grad()
+def test_stream_continues_in_a_vae_that_was_saved_and_loaded(make_vae, tmp_path):
+    vae, state = make_vae(), TemporalState()
+    clip = draw_clip(vae, 9)
+    vae.calibrate(draw(2, 3, 2, 4, 4))
+    first = moments(vae, clip[:, :, :3], state)
+    vae.save_pretrained(tmp_path)
+    loaded = CausalVideoVAE.from_pretrained(tmp_path).eval()
+    close(torch.cat([first, moments(loaded, clip[:, :, 3:], state)], dim=2), moments(vae, clip))
+
+
+def test_state_of_another_config_is_refused(make_vae):
+    state = TemporalState()
+    with torch.no_grad():
+        make_vae().encode(draw(1, 3, 1, 8, 8), state)
+        for call in ("encode", "decode"):
+            piece = draw(1, 3, 1, 8, 8)
+            with pytest.raises(ValueError, match="belongs to CausalVideoVAE .* cannot serve CausalVideoVAE"):
+                getattr(make_vae(num_res_blocks=2), call)(piece, state)
+
+
+@torch.no_grad()
+def test_failed_piece_leaves_the_state_as_it_was(make_vae):
+    vae, state = make_vae(), TemporalState()
+    clip = draw_clip(vae, 9)
+    first = moments(vae, clip[:, :, :5], state)
+    handle = vae.encoder.mid_block.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        moments(vae, clip[:, :, 5:], state)
+    handle.remove()
+    close(torch.cat([first, moments(vae, clip[:, :, 5:], state)], dim=2), moments(vae, clip))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_vae):
+    gradients = []
+    for checkpointed in (False, True):
+        vae = make_vae().train()
+        if checkpointed:
+            vae.enable_gradient_checkpointing()
+        output = vae(draw_clip(vae, 5), generator=torch.Generator().manual_seed(0))
+        (output.sample.square().mean() + output.latent_dist.kl().mean()).backward()
+        gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_writable_state_under_gradient_checkpointing_is_refused(make_vae):
+    vae, state = make_vae(), TemporalState()
+    vae.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="would be written twice"):
+        vae.encode(draw_clip(vae, 1), state)
+    with pytest.raises(ValueError, match="would be written twice"):
+        vae.decode(draw(1, 3, 1, 2, 3), state)
+    assert state.num_bytes == 0
+    with torch.no_grad():
+        vae.encode(draw_clip(vae, 1), state)
+    vae.encode(draw_clip(vae, 4), state.frozen()).latent_dist.mode().sum().backward()
+
+
+@torch.no_grad()
+def test_forward_encodes_and_decodes(make_vae):
+    vae = make_vae()
+    clip = draw_clip(vae, 5)
+    output = vae(clip, sample_posterior=False)
+    close(output.latent_dist.parameters, moments(vae, clip))
+    close(output.sample, vae.decode(output.latent_dist.mode(), clamp=False).sample)
+    drawn = [vae(clip, generator=torch.Generator().manual_seed(seed)).sample for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@torch.no_grad()
+def test_half_precision_gives_finite_numbers_close_to_full(make_vae):
+    vae = make_vae()
+    clip = draw_clip(vae, 9)
+    full, full_clip = moments(vae, clip), vae.decode(draw(1, 3, 3, 2, 3)).sample
+    vae = vae.bfloat16()
+    half = moments(vae, clip.bfloat16())
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+    assert (half - full).abs().mean() < 0.1 * full.abs().mean()
+    half_clip = vae.decode(draw(1, 3, 3, 2, 3).bfloat16()).sample
+    assert half_clip.dtype == torch.bfloat16
+    assert (half_clip - full_clip).abs().mean() < 0.1 * full_clip.abs().mean()
+    assert stream_encode(vae, clip.bfloat16(), [2, 7]).isfinite().all()
+    output = vae(clip.bfloat16())
+    assert output.sample.isfinite().all() and output.latent_dist.parameters.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_fresh_vae_is_an_image_autoencoder_that_repeats_frames():
+    torch.manual_seed(0)
+    config = {**TINY, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
+    vae = CausalVideoVAE(**config).eval()
+    still = draw(1, 3, 1, 8, 8).expand(-1, -1, 9, -1, -1)
+    latents = vae.encode(still).latent_dist.mode()
+    close(latents, latents[:, :, :1].expand_as(latents))
+    frames = vae.decode(latents, clamp=False).sample
+    close(frames, frames[:, :, :1].expand_as(frames))

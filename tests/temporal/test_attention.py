@@ -1,0 +1,207 @@
+import math
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
+from einops import rearrange
+from torch import Tensor
+
+import vgen.temporal.attention
+from vgen.temporal.attention import (
+    FrameCache,
+    RotaryPositions,
+    SpacetimeAttention,
+    group_mask,
+    group_tensor,
+    make_groups,
+    rotate,
+)
+from vgen.temporal.state import TemporalState
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_attention(attn: SpacetimeAttention, x: Tensor, source: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention without positions, spelt out; `visible` is `(n, m)`."""
+    query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+    query, key, value = (rearrange(part, "b n (h d) -> b h n d", h=attn.heads) for part in (query, key, value))
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return attn.to_out[0](rearrange(scores.softmax(-1) @ value, "b h n d -> b n (h d)"))
+
+
+@pytest.mark.parametrize(
+    "mode, num_leading, chunk_size, expected",
+    [
+        ("full", 0, 1, [1, 1, 1, 1, 1, 1, 1]),
+        ("full", 3, 1, [0, 0, 0, 1, 1, 1, 1]),
+        ("full", 7, 1, [0, 0, 0, 0, 0, 0, 0]),
+        ("causal", 3, 2, [0, 1, 2, 3, 4, 5, 6]),
+        ("chunk", 0, 1, [0, 1, 2, 3, 4, 5, 6]),
+        ("chunk", 0, 2, [0, 1, 1, 2, 2, 3, 3]),
+        ("chunk", 1, 3, [0, 1, 1, 1, 2, 2, 2]),
+        ("chunk", 2, 3, [0, 1, 2, 2, 2, 3, 3]),
+        ("chunk", 4, 2, [0, 1, 1, 2, 3, 3, 4]),
+        ("chunk", 7, 4, [0, 1, 1, 1, 1, 2, 2]),
+    ],
+)
+def test_group_modes(mode, num_leading, chunk_size, expected):
+    assert make_groups(mode, 7, num_leading, chunk_size) == expected
+
+
+def test_unknown_group_mode_is_refused_by_name():
+    with pytest.raises(ValueError, match="'block' is no group mode: give one of full, causal, chunk"):
+        make_groups("block", 3)
+
+
+def test_groups_that_hide_nothing_need_no_mask():
+    assert group_tensor("full", 4, 1, CPU) is None
+    assert group_tensor([2, 2, 2, 2], 4, 1, CPU) is None
+    assert group_mask(None, 3, torch.float32) is None
+
+
+@pytest.mark.parametrize("groups", [[0, 1], [0, 0], torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 1, 4)])
+def test_groups_of_another_length_are_refused(groups):
+    with pytest.raises(ValueError, match="do not fit 4 token frames"):
+        group_tensor(groups, 4, 1, CPU)
+
+
+def test_groups_of_each_sample_may_be_lists():
+    rows = [[0, 1], [0, 1]]
+    assert torch.equal(group_tensor(rows, 2, 1, CPU), torch.tensor(rows))
+
+
+@pytest.mark.parametrize("num_cached", [0, 2])
+def test_mask_shows_earlier_groups_and_every_cached_frame(num_cached):
+    groups = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 2]])
+    mask = group_mask(groups, num_cached, torch.float64)
+    assert mask.shape == (2, 1, 4, num_cached + 4) and mask.dtype == torch.float64
+    for sample in range(2):
+        for i in range(4):
+            for j in range(num_cached + 4):
+                seen = j < num_cached or groups[sample, j - num_cached] <= groups[sample, i]
+                assert mask[sample, 0, i, j] == (0 if seen else float("-inf"))
+
+
+@pytest.mark.parametrize("head_dim", [6, 12, 16, 64, 128])
+def test_rotary_positions_equal_those_of_diffusers(head_dim):
+    cos, sin = RotaryPositions(head_dim)(torch.arange(5), 3, 2)
+    wan_cos, wan_sin = WanRotaryPosEmbed(head_dim, (1, 2, 2), 32)(torch.zeros(1, 1, 5, 6, 4))
+    torch.testing.assert_close(cos.repeat_interleave(2, dim=-1), wan_cos[0, :, 0].float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin.repeat_interleave(2, dim=-1), wan_sin[0, :, 0].float(), atol=1e-6, rtol=0)
+
+
+def test_products_of_rotated_vectors_depend_on_distance_only():
+    rope, query, key = RotaryPositions(12), draw(1, 6, 1, 12, seed=2), draw(1, 6, 1, 12, seed=3)
+    products = []
+    for shift in (0, 5, 17):
+        turned_query = rotate(query, rope(torch.tensor([3 + shift]), 2, 3))
+        turned_key = rotate(key, rope(torch.tensor([1 + shift]), 2, 3))
+        products.append(turned_query[0, :, 0] @ turned_key[0, :, 0].T)
+    torch.testing.assert_close(products[1], products[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(products[2], products[0], atol=1e-5, rtol=1e-5)
+    other = rotate(query, rope(torch.tensor([4]), 2, 3))[0, :, 0] @ key[0, :, 0].T
+    assert not torch.allclose(other, products[0], atol=1e-2)
+
+
+def test_attention_equals_that_of_diffusers(randomize):
+    ours, wan = SpacetimeAttention(24, 2, 12, 1e-5), WanAttention(24, 2, 12, 1e-5, processor=WanAttnProcessor())
+    ours.load_state_dict(randomize(wan).state_dict())
+    x = draw(2, 6, 24)
+    rotary = RotaryPositions(12)(torch.arange(1), 2, 3)
+    doubled = tuple(part.repeat_interleave(2, dim=-1)[None, :, None] for part in rotary)
+    torch.testing.assert_close(ours(x, rotary_emb=rotary), wan(x, rotary_emb=doubled), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_with_a_mask_equals_softmax_over_what_is_visible(randomize):
+    attn = randomize(SpacetimeAttention(24, 2, 12))
+    x, groups = draw(2, 5, 24), torch.tensor([0, 1, 1, 3, 2])
+    visible = groups[None, :] <= groups[:, None]
+    out = attn(x, attention_mask=group_mask(groups, 0, torch.float32))
+    torch.testing.assert_close(out, plain_attention(attn, x, x, visible), atol=1e-5, rtol=1e-5)
+
+
+def test_cross_attention_equals_softmax_over_the_prompt(randomize):
+    attn = randomize(SpacetimeAttention(24, 2, 12, is_cross_attention=True))
+    x, prompt = draw(2, 5, 24), draw(2, 3, 24, seed=2)
+    torch.testing.assert_close(attn(x, prompt), plain_attention(attn, x, prompt), atol=1e-5, rtol=1e-5)
+
+
+def test_cached_keys_are_rotated_when_read(randomize):
+    attn, rope = randomize(SpacetimeAttention(24, 2, 12)), RotaryPositions(12)
+    x = draw(2, 10, 24)
+    whole = attn(x, rotary_emb=rope(torch.arange(5), 2, 1), attention_mask=_causal_tokens(5, 2))
+    _, key, value = attn(x[:, :6], rotary_emb=rope(torch.arange(3), 2, 1), return_key_value=True)
+    late, past = rope(torch.tensor([3, 4]), 2, 1), rope(torch.arange(3), 2, 1)
+    mask = torch.nn.functional.pad(_causal_tokens(2, 2), (6, 0))
+    out = attn(x[:, 6:], rotary_emb=late, attention_mask=mask, cache=(key, value), cache_rotary_emb=past)
+    torch.testing.assert_close(out, whole[:, 6:], atol=1e-5, rtol=1e-5)
+
+
+def _causal_tokens(frames: int, tokens: int) -> Tensor:
+    mask = group_mask(torch.arange(frames), 0, torch.float32)
+    return mask.repeat_interleave(tokens, dim=2).repeat_interleave(tokens, dim=3)
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [0, 1, 1, 2, 2], [1, 0, 2, 0, 1], [0, 0, 0, 0, 1]])
+@pytest.mark.parametrize("num_cached", [0, 3])
+def test_backend_without_masks_gives_the_same(randomize, monkeypatch, groups, num_cached):
+    attn = randomize(SpacetimeAttention(24, 2, 12))
+    x, cache = draw(2, 5, 24), (draw(2, 3, 2, 12, seed=2), draw(2, 3, 2, 12, seed=3))
+    rope = RotaryPositions(12)
+    options = {"attention_mask": group_mask(torch.tensor(groups), num_cached, torch.float32)}
+    options["rotary_emb"] = rope(torch.arange(3, 8), 1, 1)
+    if num_cached:
+        options |= {"cache": cache, "cache_rotary_emb": rope(torch.arange(3), 1, 1)}
+    masked = attn(x, **options)
+    monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
+    asked = []
+    dispatch = attn.processor._dispatch
+    monkeypatch.setattr(attn.processor, "_dispatch", lambda *args: asked.append(args[3]) or dispatch(*args))
+    torch.testing.assert_close(attn(x, **options), masked, atol=1e-5, rtol=1e-5)
+    assert len(asked) == len(set(groups)) and all(mask is None for mask in asked)
+
+
+def test_backend_without_masks_refuses_masks_of_their_own_by_name(randomize, monkeypatch):
+    attn = randomize(SpacetimeAttention(24, 2, 12))
+    monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
+    mask = group_mask(torch.tensor([[0, 1], [1, 0]]), 0, torch.float32)
+    with pytest.raises(ValueError, match="attention backend 'native' takes no mask"):
+        attn(draw(2, 2, 24), attention_mask=mask)
+    with pytest.raises(ValueError, match="attention backend 'native' takes no mask"):
+        attn(draw(1, 2, 24), draw(1, 3, 24), attention_mask=torch.zeros(1, 1, 1, 3))
+
+
+@pytest.mark.parametrize("window, sink", [(1, 0), (3, 0), (2, 1), (3, 2), (4, 4)])
+@pytest.mark.parametrize("chunks", [[1] * 12, [2] * 6, [5, 5, 5], [1, 3, 2, 4, 1, 1], [12]])
+def test_ring_buffer_holds_the_first_and_the_latest_frames_in_order(window, sink, chunks):
+    state, seen = TemporalState(window, sink), []
+    for chunk in chunks:
+        new = torch.arange(len(seen), len(seen) + chunk, dtype=torch.float32).view(1, chunk, 1, 1, 1)
+        FrameCache(state).write({"a": (new, -new), "b": (new + 100, new)})
+        seen += new.flatten().tolist()
+        kept = seen[:sink] + seen[sink:][-window:]
+
+        cache = FrameCache(state)
+        order = cache.positions(CPU).argsort()
+        assert cache.positions(CPU)[order].tolist() == list(range(len(kept)))
+        keys, values = cache.read("a")
+        assert keys[0, order, 0, 0, 0].tolist() == kept
+        assert (-values)[0, order, 0, 0, 0].tolist() == kept
+        assert (cache.read("b")[0] - 100)[0, order, 0, 0, 0].tolist() == kept
+        assert state.num_frames == len(kept) <= sink + window
+
+
+def test_cache_is_empty_before_the_first_frame():
+    cache = FrameCache(TemporalState(window=2))
+    assert cache.num_frames == 0 and cache.read("a") is None and cache.positions(CPU).tolist() == []
+
+
+def test_cache_needs_a_window():
+    with pytest.raises(ValueError, match="needs a window"):
+        FrameCache(TemporalState())

@@ -1,0 +1,92 @@
+"""The command line, as a user meets it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.test_pipeline import make_pipeline
+from vgen.cli import app
+from vgen.data.video_io import read_video
+
+PROMPT = "a red circle moves right"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.gif", "video.webp", "frames"])
+def test_generate_writes_every_format(model, tmp_path, name):
+    done = run("generate", PROMPT, "-o", tmp_path / name, "--model", model)
+    assert done.exit_code == 0, done.output
+    frames, _ = read_video(tmp_path / name)
+    assert frames.shape == (9, 16, 16, 3)
+
+
+def test_the_same_seed_gives_the_same_file(model, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("generate", PROMPT, "-o", tmp_path / f"{name}.webp", "--model", model, "--seed", seed)
+    a, b, c = ((tmp_path / f"{name}.webp").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_options_reach_the_pipeline(model, tmp_path):
+    arguments = ("--num-frames", 5, "--height", 24, "--width", 8, "--steps", 1, "--guidance", 1, "--fps", 4)
+    done = run("generate", PROMPT, "-o", tmp_path / "v.mp4", "--model", model, "--groups", "causal", *arguments)
+    assert done.exit_code == 0, done.output
+    frames, rate = read_video(tmp_path / "v.mp4")
+    assert frames.shape == (5, 24, 8, 3) and rate == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-frames", 8], "nearest is 9"),
+        (["--model", "vgen/nothing"], "no model"),
+        (["--steps", 0], "num_inference_steps"),
+        (["--output", "video.xyz"], ".xyz"),
+        (["--output", "no/such/folder/video.mp4"], "does not exist"),
+        (["--output", "taken.mp4"], "exists already"),
+    ],
+)
+def test_a_mistake_prints_one_line_and_exits_with_two(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.mp4").write_bytes(b"precious")
+    options = {"--output": "video.mp4", "--model": model} | dict(zip(arguments[::2], arguments[1::2], strict=True))
+    done = run("generate", PROMPT, *(part for option in options.items() for part in option))
+    assert done.exit_code == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
+    assert (tmp_path / "taken.mp4").read_bytes() == b"precious"
+
+
+def test_overwrite_replaces(model, tmp_path):
+    (tmp_path / "taken.mp4").write_bytes(b"old")
+    done = run("generate", PROMPT, "-o", tmp_path / "taken.mp4", "--model", model, "--overwrite")
+    assert done.exit_code == 0 and len(read_video(tmp_path / "taken.mp4")[0]) == 9
+
+
+def test_info_tells_defaults_abilities_and_sizes(model):
+    done = run("info", model)
+    assert done.exit_code == 0
+    for word in ("num_frames 9", "full, causal, chunk", "CausalVideoVAE", "M parameters"):
+        assert word in done.output
+
+
+def test_import_and_help_load_nothing_heavy():
+    code = "import sys, vgen, vgen.cli; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vgen.cli", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - begin < 5  # measured: well under 1 s; the bound only catches a heavy import

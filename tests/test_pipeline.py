@@ -1,0 +1,275 @@
+"""Properties of VideoGenPipeline on tiny random weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from vgen.models.prompts import make_text_encoder, make_word_tokenizer
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.vae import CausalVideoVAE
+from vgen.pipeline import VideoGenPipeline, find_checkpoint
+
+PROMPT = "a red circle moves right"
+WORDS = ["a", "blue", "circle", "left", "moves", "red", "right", "square", "up"]
+
+
+def make_pipeline(vae=True, seed=0, **transformer):
+    torch.manual_seed(seed)
+    tokenizer = make_word_tokenizer(WORDS, 8)
+    size = {"in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2)} | transformer
+    pipe = VideoGenPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=CausalVideoVAE(base_dim=8, z_dim=4, dim_mult=[1, 1, 1], temperal_downsample=[True, True], num_res_blocks=1)
+        if vae
+        else None,
+        transformer=SpacetimeTransformer(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+            group_modes=["full", "causal", "chunk"],
+            keyframe_slots=4,
+            frame_rate_embedding=True,
+            **size,
+        ),
+        text_encoder=make_text_encoder(len(tokenizer), 32, 1).eval(),
+        tokenizer=tokenizer,
+        height=16,
+        width=16,
+        num_frames=9,
+        frame_rate=8.0,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        max_sequence_length=8,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_video_has_the_default_size_and_lies_in_zero_to_one(pipe):
+    frames = pipe(PROMPT, generator=seeded()).frames
+    assert frames.shape == (1, 9, 16, 16, 3)
+    assert 0 <= frames.min() < frames.max() <= 1
+
+
+def test_a_seed_gives_the_same_video_every_time(pipe):
+    first, again, other = (pipe(PROMPT, generator=seeded(seed)).frames for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other, atol=1e-3)
+
+
+def test_a_list_of_prompts_gives_what_the_single_prompts_give(pipe):
+    prompts = [PROMPT, "a blue square moves up"]
+    together = pipe(prompts, generator=[seeded(0), seeded(1)]).frames
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, generator=seeded(index)).frames[0]
+        assert np.allclose(together[index], alone, atol=1e-5)
+
+
+def test_videos_of_one_prompt_differ_and_each_follows_its_generator(pipe):
+    frames = pipe(PROMPT, num_videos_per_prompt=2, generator=[seeded(0), seeded(1)]).frames
+    assert not np.allclose(frames[0], frames[1], atol=1e-3)
+    assert np.allclose(frames[1], pipe(PROMPT, generator=seeded(1)).frames[0], atol=1e-5)
+
+
+def test_output_types_agree(pipe):
+    array = pipe(PROMPT, generator=seeded()).frames
+    tensor = pipe(PROMPT, generator=seeded(), output_type="pt").frames
+    images = pipe(PROMPT, generator=seeded(), output_type="pil").frames
+    latents = pipe(PROMPT, generator=seeded(), output_type="latent").frames
+    assert np.allclose(tensor.movedim(2, -1).numpy(), array, atol=1e-6)
+    assert len(images[0]) == 9 and np.allclose(np.asarray(images[0][3]) / 255, array[0, 3], atol=0.51 / 255)
+    assert latents.shape == (1, 4, 3, 4, 4)
+    stream = np.concatenate(list(pipe.decode_stream(latents)), axis=1)
+    assert np.allclose(stream / 255, array, atol=0.51 / 255)
+    assert np.array_equal(pipe(PROMPT, generator=seeded(), return_dict=False)[0], array)
+
+
+def test_denoising_equals_an_euler_loop_written_out(pipe):
+    noise = torch.randn(1, 4, 3, 4, 4, generator=seeded())
+    latents = pipe(PROMPT, latents=noise, output_type="latent").frames
+    positive, negative = pipe.encode_prompt(PROMPT)
+    expected, levels = noise, [1.0, 1 / 1000, 0.0]  # FlowMatchEulerDiscreteScheduler's linear levels for two steps
+    with torch.no_grad():
+        for level, following in zip(levels[:-1], levels[1:], strict=True):
+            told = torch.tensor([1000 * level])
+            v_pos, v_neg = (pipe.transformer(expected, told, e, frame_rate=8.0).sample for e in (positive, negative))
+            expected = expected + (following - level) * (v_neg + 3.0 * (v_pos - v_neg))
+    assert torch.allclose(latents, expected, atol=1e-5)
+
+
+def test_prompt_embeddings_replace_prompts(pipe):
+    positive, negative = pipe.encode_prompt(PROMPT, "a blue square")
+    by_text = pipe(PROMPT, "a blue square", generator=seeded()).frames
+    by_embeds = pipe(prompt_embeds=positive, negative_prompt_embeds=negative, generator=seeded()).frames
+    assert np.allclose(by_text, by_embeds, atol=1e-6)
+    assert not np.allclose(by_text, pipe(PROMPT, generator=seeded()).frames, atol=1e-3)
+
+
+def test_guidance_of_one_ignores_the_negative_prompt(pipe):
+    plain = pipe(PROMPT, guidance_scale=1.0, generator=seeded()).frames
+    with_negative = pipe(PROMPT, "a blue square", guidance_scale=1.0, generator=seeded()).frames
+    assert np.array_equal(plain, with_negative)
+
+
+def test_a_callback_sees_every_step_and_can_replace_latents(pipe):
+    seen = []
+
+    def zero(pipeline, step, timestep, tensors):
+        seen.append((step, set(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = pipe(PROMPT, callback_on_step_end=zero, output_type="latent").frames
+    assert seen == [(0, {"latents"}), (1, {"latents"})]
+    assert latents.abs().max() == 0
+
+
+def test_a_callback_can_interrupt(pipe):
+    steps = []
+
+    def stop(pipeline, step, timestep, tensors):
+        steps.append(step)
+        pipeline._interrupt = True
+        return {}
+
+    pipe(PROMPT, callback_on_step_end=stop, num_inference_steps=4)
+    assert steps == [0]
+
+
+def test_causal_groups_keep_early_latents_from_late_noise(pipe):
+    noise = torch.randn(1, 4, 3, 4, 4, generator=seeded())
+    other = noise.clone()
+    other[:, :, 2] += 1
+    first, second = (
+        pipe(PROMPT, latents=x, groups="causal", output_type="latent", guidance_scale=1.0).frames
+        for x in (noise, other)
+    )
+    assert torch.equal(first[:, :, :2], second[:, :, :2])
+    assert not torch.allclose(first[:, :, 2], second[:, :, 2], atol=1e-3)
+
+
+def test_pixels_work_without_a_vae():
+    pipe = make_pipeline(vae=False, in_channels=3, out_channels=3, patch_size=(2, 16, 16))
+    frames = pipe(PROMPT, num_frames=4, height=32, width=16, generator=seeded()).frames
+    assert frames.shape == (1, 4, 32, 16, 3)
+    with pytest.raises(ValueError, match="num_frames=5.*nearest is 4"):
+        pipe(PROMPT, num_frames=5)
+
+
+def test_saved_and_loaded_gives_the_same_video(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    video = pipe(PROMPT, generator=seeded()).frames
+    loaded = VideoGenPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(PROMPT, generator=seeded()).frames, video)
+    general = DiffusionPipeline.from_pretrained(str(tmp_path))
+    assert type(general) is VideoGenPipeline
+
+
+def test_names_in_a_saved_pipeline_are_a_file_format(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["vgen.models.vae", "CausalVideoVAE"]
+    assert index["transformer"] == ["vgen.models.transformer", "SpacetimeTransformer"]
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert {key for key, value in index.items() if isinstance(value, list)} == {
+        "vae", "transformer", "text_encoder", "tokenizer", "scheduler",
+    }  # fmt: skip
+    defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
+    assert [index[name] for name in defaults] == [16, 16, 9, 8.0, 2, 3.0]
+
+
+def test_a_saved_pipeline_loads_in_a_fresh_process(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    code = f"from vgen import VideoGenPipeline; print(type(VideoGenPipeline.from_pretrained({str(tmp_path)!r}).vae))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "CausalVideoVAE" in done.stdout, done.stderr
+
+
+def test_half_precision_files_load_as_float32(pipe, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    loaded = VideoGenPipeline.from_pretrained(tmp_path)
+    assert {loaded.vae.dtype, loaded.transformer.dtype, loaded.text_encoder.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_frames": 8}, "num_frames=8.*nearest is 9"),
+        ({"num_frames": 0}, "num_frames=0.*nearest is 1"),
+        ({"height": 20}, "height=20.*multiple of 8.*nearest is (16|24)"),
+        ({"width": 0}, "width=0.*nearest is 8"),
+        ({"prompt": "  "}, "says something"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"groups": "sideways"}, "trained with full, causal, chunk"),
+        ({"output_type": "mp4"}, "np, pil, pt or latent"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 1 videos"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"need \(1, 4, 3, 4, 4\)"),
+        ({"negative_prompt": ["a", "a"]}, "2 negative prompts for 1"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    ],
+)
+def test_mistakes_are_refused_with_the_nearest_legal_value(pipe, arguments, message):
+    arguments = {"prompt": PROMPT} | arguments
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_unknown_words_warn_and_known_ones_do_not(pipe, caplog):
+    import diffusers
+
+    diffusers.utils.logging.enable_propagation()
+    pipe("a red Circle, moves right!")
+    assert "never seen" not in caplog.text
+    pipe("a zebra moves")
+    assert "never seen: zebra" in caplog.text and "circle" in caplog.text
+    diffusers.utils.logging.disable_propagation()
+
+
+def test_a_missing_model_names_the_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("vgen/nothing", "./nothing", "/nothing/here", "nothing"):
+        with pytest.raises(ValueError, match="no packaged checkpoint .* and no folder here"):
+            find_checkpoint(name)
+    assert find_checkpoint("someone/model") == "someone/model"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="model_index.json"):
+        find_checkpoint("empty")
+
+
+def test_pickled_weights_are_refused_by_name(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipe.transformer.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin.*pickle"):
+        VideoGenPipeline.from_pretrained(tmp_path)
+
+
+def test_a_config_that_does_not_fit_its_weights_is_refused_with_the_keys(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    for change, key in (({"num_layers": 2}, r"blocks\.1"), ({"keyframe_slots": 0}, "keyframe_embedding")):
+        shutil.copytree(tmp_path / "pipe", tmp_path / "broken")
+        path = tmp_path / "broken" / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=key):
+            VideoGenPipeline.from_pretrained(tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken")

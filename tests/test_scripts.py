@@ -1,0 +1,137 @@
+"""The training scripts, run as a user runs them, at tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vgen.data.video_io import read_video
+from vgen.models.vae import CausalVideoVAE
+from vgen.pipeline import VideoGenPipeline
+
+ROOT = Path(__file__).parents[1]
+VAE = {
+    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True],
+    "patch_size": 2, "in_channels": 12, "out_channels": 12,
+}  # fmt: skip
+DENOISER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "freq_dim": 16,
+    "ffn_dim": 32, "num_layers": 1, "group_modes": ["full", "causal"], "keyframe_slots": 4,
+}  # fmt: skip
+TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "--log_every": 1, "--save_every": 2}
+
+
+def launch(script, *arguments, check=True, **options):
+    words = [str(word) for pair in options.items() for word in pair]
+    command = [sys.executable, str(ROOT / script), *arguments, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train_vae(output_dir, **options):
+    settings = {
+        "--output_dir": output_dir, "--model": json.dumps(VAE), "--height": 16, "--width": 16, "--num_frames": 5,
+        "--image_steps": 2, "--image_batch_size": 4, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
+        "--num_score_clips": 8, "--num_calibration_clips": 8,
+    }  # fmt: skip
+    return launch("train/train_vae.py", **settings | TINY | options)
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    train_vae(folder)
+    return folder
+
+
+def encode(vae_run, output_dir):
+    settings = {
+        "--vae": vae_run / "vae", "--output_dir": output_dir, "--height": 16, "--width": 16, "--num_frames": 5,
+        "--batch_size": 4, "--shard_size": 8, "--num_clips": 12,
+    }  # fmt: skip
+    return launch("pipelines/encode_latents.py", **settings)
+
+
+@pytest.fixture(scope="module")
+def latents_dir(vae_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    encode(vae_run, folder)
+    return folder
+
+
+def train_vdm(vae_run, latents_dir, output_dir, **options):
+    defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
+    settings = {
+        "--output_dir": output_dir, "--vae": vae_run / "vae", "--latents_dir": latents_dir,
+        "--model": json.dumps(DENOISER), "--text_dim": 32, "--text_layers": 1, "--batch_size": 4, "--max_steps": 4,
+        "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
+    }  # fmt: skip
+    return launch("train/train_vdm.py", **settings | TINY | options)
+
+
+def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
+    vae = CausalVideoVAE.from_pretrained(vae_run / "vae")
+    assert all(std > 0 and std != 1 for std in vae.config.latents_std)
+    frames, _ = read_video(vae_run / "samples.mp4")
+    assert frames.shape == (5, 32, 8 * 16, 3)
+    assert (vae_run / "config.yaml").is_file() and list((vae_run / "logs").rglob("events*"))
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(vae_run, tmp_path):
+    # the same command with an earlier end would decay the learning rate earlier, so the end comes as a crash
+    done = train_vae(tmp_path, check=False, **{"--sample_every": 3, "--num_score_clips": -1})
+    assert done.returncode != 0 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    again = train_vae(tmp_path)
+    assert "after 2 steps" in again.stdout
+    weights, expected = (load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (tmp_path, vae_run))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
+    train_vae(tmp_path, **{"--gradient_accumulation_steps": 2})
+    weights, expected = (load_file(run / "checkpoint-2/ema.safetensors") for run in (tmp_path, vae_run))
+    moved = max((weights[name] - expected[name]).abs().max().item() for name in expected)
+    assert moved < 1e-4
+
+
+def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_dir):
+    paths = sorted(latents_dir.glob("*.safetensors"))
+    assert [path.name for path in paths] == ["00000000.safetensors", "00000008.safetensors"]
+    latents = torch.cat([load_file(path)["latents"] for path in paths]).float()
+    assert latents.shape == (12, 4, 2, 2, 2)
+    before = paths[0].stat().st_mtime_ns
+    paths[1].unlink()
+    encode(vae_run, latents_dir)
+    assert paths[0].stat().st_mtime_ns == before
+    again = torch.cat([load_file(path)["latents"] for path in paths]).float()
+    assert torch.equal(latents, again)
+
+
+def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
+    train_vdm(vae_run, latents_dir, tmp_path)
+    pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
+    assert pipe.config.num_inference_steps == 1
+
+
+def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
+    recipe = "train/recipes/shapes-64.yaml"
+    done = launch("train/train_vdm.py", "--config", recipe, **{"--output_dir": tmp_path / "run", "--dry_run": "true"})
+    assert "num_layers: 8" in done.stdout and f"output_dir: {tmp_path / 'run'}" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--batch_size", 0, "batch_size=0"), ("--max_stepz", 3, "max_stepz"), ("--ema_decay", 1, "ema_decay=1")],
+)
+def test_a_wrong_setting_is_named(tmp_path, option, value, message):
+    done = train_vae(tmp_path / "run", check=False, **{option: value})
+    assert done.returncode != 0 and message in done.stderr
