@@ -218,7 +218,7 @@ class VideoGenPipeline(DiffusionPipeline):
                     timestep,
                     prompt_embeds,
                     negative_prompt_embeds,
-                    frame_rate=frame_rate,
+                    frame_rate=frame_rate if self.denoiser.config.frame_rate_embedding else None,
                     groups=groups,
                     attention_kwargs=attention_kwargs,
                 )

@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,21 +17,12 @@ SUFFIXES = (".mp4", ".gif", ".webp", "")
 
 
 def moving_pattern(num_frames=12, height=32, width=48):
-    """Smooth frames that all differ."""
-    y, x = np.mgrid[:height, :width]
-    frames = [
-        np.stack([(3 * x + 5 * i) % 200, 4 * y % 200, np.full_like(x, 10 + 3 * i)], -1) for i in range(num_frames)
-    ]
-    return np.stack(frames).astype(np.uint8)
-
-
-def few_colors(num_frames=12, height=32, width=48):
     """Frames that all differ and that a palette of 256 colours holds exactly."""
-    index = np.arange(num_frames, dtype=np.uint8)[:, None, None, None]
-    return moving_pattern(num_frames, height, width) // 32 * 32 + index
+    i, y, x = np.mgrid[:num_frames, :height, :width]
+    return np.stack([(3 * x + 5 * i) % 200 // 16 * 16, 4 * y % 200 // 16 * 16, 10 + 3 * i], -1).astype(np.uint8)
 
 
-def encode(path, frames, codec="libx264", pixel_format="yuv420p", *, rate=8, times=None, tags=None, **options):
+def encode(path, frames, codec="libx264", pixel_format="yuv420p", *, rate=8, times=None, **options):
     """Writes a video with PyAV alone; `times` are milliseconds."""
     clock = 1 / Fraction(rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as container:
@@ -40,7 +32,7 @@ def encode(path, frames, codec="libx264", pixel_format="yuv420p", *, rate=8, tim
         stream.time_base = stream.codec_context.time_base = clock
         for index, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgba" if frame.shape[-1] == 4 else "rgb24")
-            picture = picture.reformat(format=pixel_format, **(tags or {}))
+            picture = picture.reformat(format=pixel_format)
             picture.pts, picture.time_base = index if times is None else times[index], clock
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -57,22 +49,17 @@ def listing(folder):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("size", [(32, 48), (31, 45), (1, 1), (2, 7)])
-def test_read_after_write_gives_the_same_video(tmp_path, suffix, size):
-    frames = few_colors(6, *size)
+def test_read_after_write_gives_the_same_frames_and_as_many(tmp_path, suffix, size):
+    frames = moving_pattern(4, *size)[[0, 1, 1, 1, 2, 3, 3]]
     path = tmp_path / f"clip{suffix}"
-    write_video(frames, path, 10.0)
+    with VideoWriter(path, 10.0) as writer:
+        writer.append(frames[0])
+        writer.append(frames[1:])
+        assert writer.num_frames == 7
     read, rate = read_video(path)
     assert read.shape == frames.shape and read.dtype == np.uint8 and rate == pytest.approx(10.0)
     assert mean_error(read, frames) <= (4 if suffix == ".mp4" else 0)
     assert listing(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_equal_frames_stay_separate(tmp_path, suffix):
-    frames = few_colors(3).repeat(4, axis=0)
-    write_video(frames, tmp_path / f"clip{suffix}")
-    read, _ = read_video(tmp_path / f"clip{suffix}")
-    assert len(read) == 12 and mean_error(read, frames) <= (4 if suffix == ".mp4" else 0)
 
 
 def test_lower_crf_is_closer_to_the_original(tmp_path):
@@ -84,22 +71,10 @@ def test_lower_crf_is_closer_to_the_original(tmp_path):
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_frames_chunks_and_generators_write_the_same(tmp_path, suffix):
-    frames = few_colors()
-    with VideoWriter(tmp_path / f"a{suffix}") as writer:
-        writer.append(frames[0])
-        writer.append(frames[1:9])
-        writer.append(frames[9:])
-        assert writer.num_frames == 12
-    write_video((frame for frame in frames), tmp_path / f"b{suffix}")
-    assert np.array_equal(read_video(tmp_path / f"a{suffix}")[0], read_video(tmp_path / f"b{suffix}")[0])
-
-
 @pytest.mark.parametrize("rate", [8.0, 23.976, 30000 / 1001, 48.0])
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", "", ".mkv", ".avi"])
 def test_resampling_to_its_own_rate_changes_nothing(tmp_path, suffix, rate):
-    frames, path = few_colors(40, 8, 8), tmp_path / f"clip{suffix}"
+    frames, path = moving_pattern(40, 8, 8), tmp_path / f"clip{suffix}"
     if suffix in (".mkv", ".avi"):
         encode(path, frames, "ffv1", "bgr0", rate=Fraction(rate).limit_denominator(1001))
     else:
@@ -149,7 +124,7 @@ def test_times_count_from_the_first_frame(tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_info_agrees_with_the_frames(tmp_path, suffix):
-    write_video(few_colors(16, 31, 44), tmp_path / f"clip{suffix}", 8.0)
+    write_video(moving_pattern(16, 31, 44), tmp_path / f"clip{suffix}", 8.0)
     info = video_info(tmp_path / f"clip{suffix}")
     assert (info.width, info.height, info.num_frames) == (44, 31, 16)
     assert info.frame_rate == pytest.approx(8.0, rel=0.01) and info.duration == pytest.approx(2.0, rel=0.01)
@@ -172,19 +147,10 @@ def test_frames_are_upright(tmp_path, a, b, quarters):
 @pytest.mark.parametrize("codec, pixel_format", [("ffv1", "yuv420p10le"), ("prores_ks", "yuv422p10le")])
 def test_ten_bits_become_eight(tmp_path, codec, pixel_format):
     frames = moving_pattern(3)
-    read, _ = read_video(encode(tmp_path / f"clip{'.mkv' if codec == 'ffv1' else '.mov'}", frames, codec, pixel_format))
+    read, _ = read_video(
+        encode(tmp_path / f"clip{'.mkv' if codec == 'ffv1' else '.mov'}", frames, codec, pixel_format)
+    )
     assert read.dtype == np.uint8 and mean_error(read, frames) < 3
-
-
-@pytest.mark.parametrize("matrix, space", [("ITU709", "bt709"), ("ITU601", "smpte170m")])
-@pytest.mark.parametrize("color_range, stored_range", [("MPEG", "tv"), ("JPEG", "pc")])
-def test_colors_follow_the_files_matrix_and_range(tmp_path, matrix, space, color_range, stored_range):
-    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [30, 90, 160], [250, 250, 250]], np.uint8)
-    frames = np.broadcast_to(colors[:, None, None], (5, 16, 16, 3)).copy()
-    tags = {"dst_colorspace": matrix, "dst_color_range": color_range}
-    options = {"colorspace": space, "color_range": stored_range, "crf": 1}
-    path = encode(tmp_path / "clip.mp4", frames, pixel_format="yuv444p", tags=tags, **options)
-    assert np.abs(read_video(path)[0].astype(int) - frames).max() <= 4
 
 
 def test_written_mp4_is_widely_playable_and_names_its_colors(tmp_path):
@@ -249,15 +215,19 @@ def audio_only(path):
         container.mux(stream.encode(None))
 
 
+def text(path):
+    path.write_text("this is no video" * 99)
+
+
 NOT_VIDEOS = {
     "audio.mp4": (audio_only, "only: audio"),
-    "empty.mp4": (lambda path: path.touch(), "empty"),
-    "empty.gif": (lambda path: path.touch(), "empty"),
-    "text.mp4": (lambda path: path.write_text("this is no video" * 99), "not a video"),
-    "text.gif": (lambda path: path.write_text("this is no video" * 99), "no image"),
-    "text.webp": (lambda path: path.write_text("this is no video" * 99), "no image"),
-    "notes.txt": (lambda path: path.write_text("hello"), "legal are .mp4"),
-    "folder": (lambda path: path.mkdir(), "no .png"),
+    "empty.mp4": (Path.touch, "empty"),
+    "empty.gif": (Path.touch, "empty"),
+    "text.mp4": (text, "not a video"),
+    "text.gif": (text, "no image"),
+    "text.webp": (text, "no image"),
+    "notes.txt": (text, "legal are .mp4"),
+    "folder": (Path.mkdir, "no .png"),
 }
 
 
@@ -278,11 +248,11 @@ def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path, name):
 )
 def test_a_cut_file_gives_its_good_frames_and_then_an_error(tmp_path, name, fraction):
     path, codecs = tmp_path / name, {".avi": "mpeg4", ".webm": "libvpx-vp9"}
-    frames = np.random.default_rng(0).integers(0, 256, (48, 32, 48, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 32, 48, 3), dtype=np.uint8)
     if path.stem == "streamable" or path.suffix in (".gif", ".webp"):
-        write_video(frames, path)
+        write_video(noise[:16], path)
     else:
-        encode(path, frames, codecs.get(path.suffix, "libx264"), g=6)
+        encode(path, noise, codecs.get(path.suffix, "libx264"), g=6)
     whole, data = read_video(path)[0], path.read_bytes()
     path.write_bytes(data[: int(fraction * len(data))])
     read = []
@@ -291,8 +261,7 @@ def test_a_cut_file_gives_its_good_frames_and_then_an_error(tmp_path, name, frac
     with pytest.raises(ValueError, match=name):
         read_video(path)
     if name in ("streamable.mp4", "clip.mkv", "clip.webm", "clip.avi"):
-        assert len(read) >= fraction * 48 - 8
-        assert np.array_equal(read_video(path, max_frames=8)[0], whole[:8])
+        assert len(read) >= 8 and np.array_equal(read_video(path, max_frames=8)[0], whole[:8])
 
 
 def test_frames_of_different_size_are_refused(tmp_path):
@@ -310,7 +279,7 @@ ILLEGAL = [{"start": -1}, {"start": 2, "end": 2}, {"end": 0}, {"frame_rate": 0},
 
 @pytest.mark.parametrize("arguments", ILLEGAL)
 def test_illegal_ranges_are_refused(tmp_path, arguments):
-    write_video(few_colors(), tmp_path / "clip.gif")
+    write_video(moving_pattern(), tmp_path / "clip.gif")
     with pytest.raises(ValueError, match="no frames" if arguments == {"start": 99} else next(iter(arguments))):
         read_video(tmp_path / "clip.gif", **arguments)
 
@@ -321,11 +290,11 @@ def test_illegal_ranges_are_refused(tmp_path, arguments):
 def test_an_interrupted_write_leaves_things_as_they_were(tmp_path, suffix, error, exists):
     path = tmp_path / f"clip{suffix}"
     if exists:
-        write_video(few_colors(4), path)
+        write_video(moving_pattern(4), path)
     before = listing(tmp_path)
 
     def interrupted():
-        yield from few_colors(7)
+        yield from moving_pattern(7)
         raise error
 
     with pytest.raises(error):
@@ -337,11 +306,11 @@ def test_an_interrupted_write_leaves_things_as_they_were(tmp_path, suffix, error
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_old_video_stays_until_the_new_one_is_whole(tmp_path, suffix):
     path = tmp_path / f"clip{suffix}"
-    write_video(few_colors(4), path)
+    write_video(moving_pattern(4), path)
     with pytest.raises(FileExistsError, match="overwrite"):
         VideoWriter(path)
     with VideoWriter(path, overwrite=True) as writer:
-        writer.append(few_colors(7))
+        writer.append(moving_pattern(7))
         assert len(read_video(path)[0]) == 4
     assert len(read_video(path)[0]) == 7 and listing(tmp_path) == [path.name]
 
@@ -353,10 +322,10 @@ def test_what_is_no_video_or_appears_meanwhile_is_not_replaced(tmp_path):
     (tmp_path / "plain").write_text("a file")
     for name in ("run", "run.mp4", "plain"):
         with pytest.raises(FileExistsError, match="not replaced"):
-            write_video(few_colors(), tmp_path / name, overwrite=True)
+            write_video(moving_pattern(), tmp_path / name, overwrite=True)
     with pytest.raises(FileExistsError):
         with VideoWriter(tmp_path / "clip.gif") as writer:
-            writer.append(few_colors())
+            writer.append(moving_pattern())
             (tmp_path / "clip.gif").write_text("someone else's")
     assert (tmp_path / "run" / "thesis.tex").exists() and (tmp_path / "clip.gif").read_text() == "someone else's"
     assert listing(tmp_path) == ["clip.gif", "plain", "run", "run.mp4"]
@@ -366,7 +335,7 @@ def test_what_is_no_video_or_appears_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_forgotten_writer_leaves_nothing(tmp_path, suffix):
     writer = VideoWriter(tmp_path / f"clip{suffix}")
-    writer.append(few_colors())
+    writer.append(moving_pattern())
     assert listing(tmp_path) != []
     del writer
     gc.collect()
@@ -375,7 +344,7 @@ def test_a_forgotten_writer_leaves_nothing(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_wrong_frames_are_refused_and_nothing_is_left(tmp_path, suffix):
-    path, frames = tmp_path / f"clip{suffix}", few_colors()
+    path, frames = tmp_path / f"clip{suffix}", moving_pattern()
     for wrong in (frames / 255, frames[..., :1], np.zeros((0, 8, 3), np.uint8), frames.swapaxes(1, 2)):
         with pytest.raises(ValueError, match="frames"):
             write_video([frames, wrong], path)
@@ -415,16 +384,59 @@ FULL_DISK = """
 import resource, sys
 import numpy as np
 from vgen.data.video_io import write_video
-noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
-for limit in (2_000, 100_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for suffix in (".mp4", ".gif", ".webp", "") if limit > 2_000 else (".mp4", ".gif", ".webp"):
-        if suffix == "":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
-        for count in (1, 60):
-            try:
-                write_video(noise[:count], sys.argv[1] + "/clip" + suffix)
-                print("written", suffix, limit, count)
-            except OSError as error:
-                print(error, limit, count)
+noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+for path in sys.argv[2:]:
+    try:
+        write_video(noise, path)
+    except OSError as error:
+        print(error)
 """
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the file size as Linux does")
+@pytest.mark.parametrize("limit", [2_000, 100_000])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, limit):
+    paths = [tmp_path / f"clip{suffix}" for suffix in (SUFFIXES if limit == 2_000 else SUFFIXES[:3])]
+    messages = run_script(FULL_DISK, limit, *paths).splitlines()
+    assert messages == [f"[Errno 27] could not write {path}: File too large" for path in paths]
+    assert listing(tmp_path) == []
+
+
+STREAM = """
+import sys
+import numpy as np
+from vgen.data.video_io import VideoWriter, iter_video
+y, x = np.mgrid[:96, :128]
+for num_frames in (60, 400):
+    for suffix in (".mp4", ".gif", ".webp"):
+        with VideoWriter(f"{sys.argv[1]}/{num_frames}{suffix}") as writer:
+            for i in range(num_frames):
+                writer.append(np.stack([x + i, y, y + 2 * i], -1).astype(np.uint8) & 224)
+        assert sum(1 for _ in iter_video(writer.path)) == num_frames
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with /proc")
+def test_memory_does_not_depend_on_the_number_of_frames(tmp_path):
+    short, long = map(int, run_script(STREAM, tmp_path).split())
+    assert long - short < 340 * 96 * 128 * 3 / 1024 / 3
+
+
+FORK = """
+import os, sys
+from vgen.data.video_io import read_video
+read_video(sys.argv[1])
+child = os.fork()
+if child == 0:
+    read_video(sys.argv[1])
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_data_loader_workers_can_be_forked_after_reading(tmp_path):
+    write_video(moving_pattern(12, 240, 320), tmp_path / "clip.mp4")
+    assert run_script(FORK, tmp_path / "clip.mp4").strip() == "7"

@@ -136,11 +136,6 @@ def test_any_branch_name_survives_saving(tmp_path, name):
     assert_same(TemporalState.load(tmp_path / "state.safetensors"), state)
 
 
-def test_branch_name_with_the_separator_is_refused():
-    with pytest.raises(ValueError, match="must not contain '//'"):
-        TemporalState().branch("a//b")
-
-
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
     filled(0).save(path)

@@ -232,15 +232,18 @@ class _VideoFile:
         return {"frame_rate": self._rate, "num_frames": self._stream.frames or None, "duration": duration or None}
 
     def frames(self, start: float) -> Iterator[_Frame]:
-        origin, damage, time, duration = self._stream.start_time or 0, None, 0.0, 0.0
+        origin, damage, time, duration = None, None, 0.0, 0.0
         try:
             if start > _SEEK_MARGIN:
+                first = next(self._container.decode(self._stream), None)
+                origin = first.pts or 0 if first else 0
                 self._container.seek(origin + int((start - _SEEK_MARGIN) / self._clock), stream=self._stream)
             for packet in self._container.demux():
                 if packet.is_corrupt:
                     damage = "a part is missing"
                 elif packet.stream.index == self._stream.index:
                     for frame in packet.decode():
+                        origin = frame.pts or 0 if origin is None else origin
                         time = time + duration if frame.pts is None else (frame.pts - origin) * self._clock
                         duration = frame.duration * self._clock or 1 / (self._rate or DEFAULT_FRAME_RATE)
                         yield _Frame(time, duration, partial(_decoded_pixels, frame))

@@ -21,7 +21,10 @@ class StrictLoading:
         folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
         refuse_pickles(folder)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError(
+                "use_safetensors=False asks for a pickle, which can run code: only safetensors are loaded"
+            )
         load: Any = super().from_pretrained  # type: ignore[misc]
         model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}

@@ -18,7 +18,7 @@ from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ from vgen.temporal.attention import (
     group_tensor,
 )
 from vgen.temporal.state import TemporalState, network_identity, register_state_keys
+
+logger = logging.get_logger(__name__)
 
 TASKS = ("text", "leading", "keyframes")
 ATTENTIONS = ("joint", "divided")
@@ -285,6 +287,11 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
             if value is not None:
                 raise ValueError(f"{name}={value}: the image-to-video layout of Wan is not served")
+        if out_channels not in (None, in_channels):
+            raise ValueError(
+                f"in_channels={in_channels} with out_channels={out_channels}: layouts that take conditions as "
+                "channels, such as the image-to-video layout of Wan 2.2, are not served"
+            )
         if pos_embed_seq_len is not None or qk_norm != "rms_norm_across_heads":
             raise ValueError(f"pos_embed_seq_len={pos_embed_seq_len} with qk_norm={qk_norm!r} is not served")
         if attention not in ATTENTIONS:
@@ -436,6 +443,11 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             )
         cache = FrameCache(state)
         limit = self.config.trained_token_frames
+        if limit is not None and cache.capacity >= limit:
+            raise ValueError(
+                f"a sink of {cache.sink} and a window of {cache.capacity - cache.sink} leave no room for new token "
+                f"frames: this network was trained with {limit} in all"
+            )
         if limit is not None and cache.num_frames + n > limit:
             raise ValueError(
                 f"{cache.num_frames} remembered and {n} new token frames exceed the {limit} that this network was "
@@ -465,7 +477,10 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         return self.keyframe_embedding(keyframes)
 
     def _embed_frame_rate(self, frame_rate: float | Tensor | None, b: int, device: torch.device) -> Tensor | None:
-        if frame_rate is None or self.frame_rate_embedder is None:
+        if frame_rate is None:
+            return None
+        if self.frame_rate_embedder is None:
+            logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
             return None
         rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=device)
         return self.frame_rate_embedder(rates.expand(b))

@@ -344,6 +344,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
             sample_posterior: Whether to draw the latents, or take the mode.
             generator: Source of the draw, one or one a sample.
         """
+        self._check_size(clip)
         posterior = DiagonalGaussianDistribution(self._encode(clip, None).float())  # bf16 is too coarse for the KL
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         return VAEOutput(sample=self._decode(latents.to(self.dtype), None), latent_dist=posterior)
@@ -384,7 +385,12 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         Returns:
             `.sample`, a clip `(b, c, f, h, w)`; the first latent of a stream gives one frame, each other one `s`.
         """
-        if state is not None:
+        if latents.shape[2] == 0:
+            h, w = (side * self.spatial_compression_ratio for side in latents.shape[-2:])
+            clip = latents.new_zeros(
+                latents.shape[0], self.config.out_channels // (self.config.patch_size or 1) ** 2, 0, h, w
+            )
+        elif state is not None:
             clip = self._decode_piece(latents, state)
         elif torch.is_grad_enabled():
             clip = self._decode(latents, None)
@@ -396,8 +402,12 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
     def decode_stream(
         self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
-        """Yields the clip of `latents` in pieces `(b, c, n, h, w)`, so that memory does not grow with its length."""
+        """Yields the clip of `latents` in pieces `(b, c, n, h, w)`, so that memory does not grow with its length.
+
+        A frozen state is continued on a copy of its own.
+        """
         state = TemporalState() if state is None else state
+        state = state if state.writable else state.copy()
         for piece in latents.split(self._latents_per_piece, dim=2):
             yield self.decode(piece, state, clamp=clamp).sample
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _FORMAT = "vgen.TemporalState/1"
-_BRANCH = "//"  # separates branch names from keys in a saved file; module paths hold dots only
+_HEADER = ("window", "sink", "identity", "num_frames")
+_NOT_ARCHITECTURE = ("latents_mean", "latents_std")  # a calibrated VAE continues the streams that it began
 
 
 def register_state_keys(network: nn.Module) -> None:
@@ -29,7 +31,11 @@ def register_state_keys(network: nn.Module) -> None:
 
 def network_identity(network: Any) -> dict[str, str]:
     """The class and the hash of the configuration that a state is bound to."""
-    config = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
+    config = {
+        key: value
+        for key, value in dict(network.config).items()
+        if not key.startswith("_") and key not in _NOT_ARCHITECTURE
+    }
     text = json.dumps(config, sort_keys=True, default=str)
     return {"class": type(network).__name__, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
@@ -88,13 +94,10 @@ class TemporalState:
         """
         identity = network.state_identity
         if self.identity is None:
-            if not self.writable:
-                return
-            self.identity = dict(identity)
-            if self.window is None:
-                self.window = network.config.get("window")
-            if self.sink is None:
-                self.sink = network.config.get("sink")
+            if self.writable:
+                self.identity = dict(identity)
+            self.window = network.config.get("window") if self.window is None else self.window
+            self.sink = network.config.get("sink") if self.sink is None else self.sink
         elif self.identity != identity:
             raise ValueError(
                 f"this state belongs to {_describe(self.identity)} and cannot serve {_describe(identity)}: "
@@ -145,14 +148,17 @@ class TemporalState:
         view._branches = {name: branch.frozen() for name, branch in self._branches.items()}
         return view
 
-    def branch(self, name: str) -> TemporalState:
-        """An independent part of this state, made at first use: another guidance history or a spatial tile.
+    def copy(self) -> TemporalState:
+        """An independent state that continues the same stream; writable, also where this is a frozen view."""
+        copy = TemporalState()
+        for name in _HEADER:
+            setattr(copy, name, getattr(self, name))
+        copy._tensors = {key: tensor.clone() for key, tensor in self._tensors.items()}
+        copy._branches = {name: branch.copy() for name, branch in self._branches.items()}
+        return copy
 
-        Args:
-            name: Any text without "//".
-        """
-        if _BRANCH in name:
-            raise ValueError(f"a branch name must not contain {_BRANCH!r}: {name!r}")
+    def branch(self, name: str) -> TemporalState:
+        """An independent part of this state, made at first use: another guidance history or a spatial tile."""
         if name not in self._branches:
             branch = TemporalState(self.window, self.sink)
             branch.writable = self.writable
@@ -160,9 +166,14 @@ class TemporalState:
         return self._branches[name]
 
     def move_to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TemporalState:
-        """Moves all tensors in place and returns the state; `dtype` applies to floating-point tensors only."""
-        for key, tensor in self._tensors.items():
-            self._tensors[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        """Moves all tensors and returns the state; `dtype` applies to floating-point tensors only.
+
+        A frozen view that is moved leaves the state that it views where it was.
+        """
+        self._tensors = {
+            key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            for key, tensor in self._tensors.items()
+        }
         for branch in self._branches.values():
             branch.move_to(device, dtype)
         return self
@@ -170,8 +181,10 @@ class TemporalState:
     def save(self, path: str | Path) -> None:
         """Writes the state, branches included, to one safetensors file that appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
-        headers: dict[str, dict[str, Any]] = {}
-        self._collect("", tensors, headers)
+        headers: list[dict[str, Any]] = []
+        for number, (names, state) in enumerate(self._walk(())):
+            headers.append({"branch": names} | {name: getattr(state, name) for name in _HEADER})
+            tensors.update((f"{number}/{key}", tensor.contiguous()) for key, tensor in state._tensors.items())
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -188,31 +201,28 @@ class TemporalState:
             ValueError: The file is no saved state.
         """
         root = cls()
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is not a saved TemporalState ({_FORMAT})")
-            for prefix, header in json.loads(metadata["branches"]).items():
-                state = root._at(prefix)
-                for name in ("window", "sink", "identity", "num_frames"):
-                    setattr(state, name, header[name])
-            for full_key in file.keys():
-                prefix, _, key = full_key.rpartition(_BRANCH)
-                root._at(prefix)._tensors[key] = file.get_tensor(full_key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a saved TemporalState: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a saved TemporalState ({_FORMAT})")
+        for number, header in enumerate(json.loads(metadata["branches"])):
+            state = root
+            for name in header["branch"]:
+                state = state.branch(name)
+            for name in _HEADER:
+                setattr(state, name, header[name])
+            lead = f"{number}/"
+            state._tensors = {key[len(lead) :]: value for key, value in tensors.items() if key.startswith(lead)}
         return root
 
-    def _at(self, prefix: str) -> TemporalState:
-        state = self
-        for name in filter(None, prefix.split(_BRANCH)):
-            state = state.branch(name)
-        return state
-
-    def _collect(self, prefix: str, tensors: dict[str, Tensor], headers: dict[str, dict[str, Any]]) -> None:
-        headers[prefix] = {name: getattr(self, name) for name in ("window", "sink", "identity", "num_frames")}
-        lead = f"{prefix}{_BRANCH}" if prefix else ""
-        tensors.update((lead + key, tensor.contiguous()) for key, tensor in self._tensors.items())
+    def _walk(self, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], TemporalState]]:
+        yield names, self
         for name, branch in self._branches.items():
-            branch._collect(lead + name, tensors, headers)
+            yield from branch._walk((*names, name))
 
 
 def _describe(identity: dict[str, str]) -> str:
