@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from vgen.data.latents import write_shard
 from vgen.data.shapes import ShapesWorld, render
 from vgen.models.vae import CausalVideoVAE
+from vgen.training.run import compile_blocks
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,8 @@ class EncodeConfig:
     """Clips at once."""
     shard_size: int = 2000
     """Clips a file."""
+    compile: bool = False
+    """Whether to compile the VAE's repeated blocks, which takes a minute at the start."""
 
 
 @torch.no_grad()
@@ -48,6 +51,8 @@ def main(config: EncodeConfig) -> None:
     process = PartialState()
     config.output_dir.mkdir(parents=True, exist_ok=True)
     vae = CausalVideoVAE.from_pretrained(config.vae).to(process.device).eval()
+    if config.compile:
+        compile_blocks(vae)
     world = ShapesWorld(split="train", seed=config.seed)
     starts = list(range(0, config.num_clips, config.shard_size))
     for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):

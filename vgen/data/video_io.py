@@ -203,9 +203,9 @@ def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_Vi
         yield _Animation(path)
     else:
         try:
-            container = av.open(str(path), metadata_errors="replace")
-        except av.FFmpegError as error:
-            raise ValueError(f"{path} is not a video that can be read, or cut short: {error.strerror}") from error
+            container = av.open(str(path))
+        except (av.FFmpegError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a video that can be read, or cut short: {error}") from error
         with container:
             yield _VideoFile(path, container)
 
@@ -255,7 +255,7 @@ class _VideoFile:
 
 def _decoded_pixels(frame: av.VideoFrame) -> np.ndarray:
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    # One thread: those of a pool would outlive this call and block processes that are forked later.
+    # one thread: starting a pool of them for each frame costs more than it saves
     pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
     return np.ascontiguousarray(np.rot90(_on_black(pixels), k=round(frame.rotation / 90)))
 
@@ -315,7 +315,7 @@ def _opened_image(path: Path) -> Iterator[Any]:
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
             yield file
-    except (OSError, SyntaxError, EOFError, struct.error) as error:  # all that Pillow raises
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
         raise ValueError(f"{path} is no image, damaged or cut short: {error.__cause__ or error}") from error
 
 
