@@ -77,9 +77,7 @@ def video_info(path: str | os.PathLike) -> VideoInfo:
 def iter_video(
     path: str | os.PathLike, *, start: float | None = None, end: float | None = None, frame_rate: float | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields the frames of a video one by one.
-
-    Of a damaged or cut file the readable frames come before the error.
+    """Yields the frames of a video one by one, and of a damaged or cut file the readable ones before the error.
 
     Args:
         path: A video file (mp4, m4v, mov, mkv, webm, avi, gif, webp) or a folder of png or jpg frames.
@@ -235,8 +233,7 @@ class _VideoFile:
         origin, damage, time, duration = None, None, 0.0, 0.0
         try:
             if start > _SEEK_MARGIN:
-                first = next(self._container.decode(self._stream), None)
-                origin = first.pts or 0 if first else 0
+                origin = next((frame.pts for frame in self._container.decode(self._stream)), None) or 0
                 self._container.seek(origin + int((start - _SEEK_MARGIN) / self._clock), stream=self._stream)
             for packet in self._container.demux():
                 if packet.is_corrupt:
@@ -336,13 +333,15 @@ def _on_black(pixels: np.ndarray) -> np.ndarray:
 
 
 def _lacks_its_end(path: Path) -> bool:
-    """Whether a gif, mkv or webm was cut: FFmpeg and Pillow take the cut for its end."""
+    """Whether a gif, avi, mkv or webm was cut: FFmpeg and Pillow may take the cut for its end."""
     with path.open("rb") as file:
         head = file.read(4096)
         size = file.seek(0, os.SEEK_END)
         if head.startswith(b"GIF"):
             file.seek(max(size - 64, 0))
             return not file.read().rstrip(b"\0").endswith(b";")
+    if head.startswith(b"RIFF"):
+        return 8 + int.from_bytes(head[4:8], "little") > size
     # Matroska: one segment, then its length in eight bytes, all ones where it is not known.
     segment = head.find(b"\x18\x53\x80\x67\x01")
     if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 0:

@@ -11,11 +11,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
+from transformers import get_scheduler
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,9 @@ class RunConfig:
     learning_rate: float = 1e-3
     """Peak of the schedule."""
     lr_schedule: str = "cosine"
-    """Any name that `diffusers.optimization.get_scheduler` knows."""
+    """Any name `transformers.get_scheduler` knows; `warmup_stable_decay` can be prolonged before its decay."""
+    decay_steps: int = 0
+    """Last steps of `warmup_stable_decay`, in which the rate falls to zero."""
     warmup_steps: int = 100
     """Optimiser steps until the peak."""
     weight_decay: float = 0.0
@@ -74,6 +76,11 @@ class RunConfig:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
+            raise ValueError(
+                f"decay_steps={self.decay_steps} does not go with lr_schedule={self.lr_schedule!r}: "
+                "warmup_stable_decay needs it, the others have none"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
@@ -129,7 +136,11 @@ def make_optimizer(config: RunConfig, network: nn.Module) -> tuple[torch.optim.O
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
     schedule = get_scheduler(
-        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+        config.lr_schedule,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.max_steps,
+        scheduler_specific_kwargs={"num_decay_steps": config.decay_steps} if config.decay_steps else None,
     )
     return optimizer, schedule
 
