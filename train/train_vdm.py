@@ -52,6 +52,8 @@ class VDMConfig(RunConfig):
     """Folder that `pipelines/encode_latents.py` wrote."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SpacetimeTransformer` for random weights; `--init` ignores them."""
+    attention_backend: str | None = None
+    """Any name of diffusers' attention dispatcher; for short clips on a CPU, `_native_math` is the fastest."""
     text_dim: int = 128
     """Channels of the text encoder that is trained along."""
     text_layers: int = 2
@@ -90,6 +92,8 @@ def main(config: VDMConfig) -> None:
     pipe = make_pipeline(config)
     if config.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if config.attention_backend:
+        pipe.transformer.set_attention_backend(config.attention_backend)
     if config.compile:
         compile_blocks(pipe.transformer)
     model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)

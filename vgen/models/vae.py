@@ -5,7 +5,7 @@ Shapes: clip `(b, c, f, h, w)`, latents `(b, c, t, h, w)`, with `f = 1 + s * (t 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vgen.models.convert import with_same_weights
 from vgen.models.loading import StrictLoading
+from vgen.models.tiling import Tiling, run_tiled
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
@@ -224,7 +225,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)), history)
 
 
-class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
+class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
     With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed; parameter and config names
@@ -308,6 +309,9 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         )
         self._initialize()
         self.frames_per_piece = 32
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tiling = Tiling()
         register_state_keys(self)
         self.state_identity = network_identity(self)
 
@@ -366,7 +370,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
             ValueError: Height or width is no multiple of the spatial compression, or `f` is not `1 + s*k`.
         """
         self._check_size(clip)
-        moments = self._encode(clip, None) if state is None else self._encode_piece(clip, state)
+        moments = self._encode_tiles(clip, None) if state is None else self._encode_piece(clip, state)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -385,17 +389,16 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         Returns:
             `.sample`, a clip `(b, c, f, h, w)`; the first latent of a stream gives one frame, each other one `s`.
         """
+
+        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
+            if branch is not None:
+                return self._streamed(self._decode, part, branch)
+            return self._decode(part, None) if torch.is_grad_enabled() else self._decode_bounded(part)
+
         if latents.shape[2] == 0:
-            h, w = (side * self.spatial_compression_ratio for side in latents.shape[-2:])
-            clip = latents.new_zeros(
-                latents.shape[0], self.config.out_channels // (self.config.patch_size or 1) ** 2, 0, h, w
-            )
-        elif state is not None:
-            clip = self._decode_piece(latents, state)
-        elif torch.is_grad_enabled():
-            clip = self._decode(latents, None)
+            clip = self._no_frames(latents)
         else:
-            clip = self._decode_bounded(latents)
+            clip = self._divided(run, latents, state, self.spatial_compression_ratio, 1)
         clip = clip.clamp(-1, 1) if clamp else clip
         return DecoderOutput(sample=clip) if return_dict else (clip,)
 
@@ -410,6 +413,34 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         state = state if state.writable else state.copy()
         for piece in latents.split(self._latents_per_piece, dim=2):
             yield self.decode(piece, state, clamp=clamp).sample
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Encodes and decodes frames larger than a tile in overlapping tiles; each has its own branch of a state.
+
+        Args:
+            tile_sample_min_height: Height of a tile in pixels; `None` keeps what is set, 256 at first.
+            tile_sample_min_width: Width of a tile.
+            tile_sample_stride_height: Pixels from one tile to the next, 192 at first.
+            tile_sample_stride_width: The same sideways.
+
+        Raises:
+            ValueError: Tiles would leave gaps or not fall on latents.
+        """
+        tiling = Tiling(
+            tile_sample_min_height or self.tiling.height,
+            tile_sample_min_width or self.tiling.width,
+            tile_sample_stride_height or self.tiling.stride_height,
+            tile_sample_stride_width or self.tiling.stride_width,
+        )
+        tiling.check(self.spatial_compression_ratio)
+        self.tiling = tiling
+        super().enable_tiling()
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents `(b, c, t, h, w)` to what denoisers see: zero mean and unit deviation in every channel."""
@@ -483,30 +514,59 @@ class CausalVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         s = self.temporal_compression_ratio
         pending = state.pending
         frames = clip if pending is None else torch.cat([pending.to(clip), clip], dim=2)
-        started = state.get("encoded_frames") is not None
-        first = 0 if started else 1
+        first = 0 if state.get("encoded_frames") is not None else 1
         usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
-        history = state.history()
         if usable:
-            moments = self._encode(frames[:, :, :usable], history)
-            history.put("encoded_frames", torch.ones(1))
+            moments = self._encode_tiles(frames[:, :, :usable], state)
         else:
             size = [side // self.spatial_compression_ratio for side in clip.shape[-2:]]
             moments = clip.new_zeros(clip.shape[0], 2 * self.config.z_dim, 0, *size, dtype=self.dtype)
+        history = state.history()
         history.put("pending", frames[:, :, usable:].clone())
+        if usable:
+            history.put("encoded_frames", torch.ones(1))
         state.commit(history)
         return moments
+
+    def _encode_tiles(self, clip: Tensor, state: TemporalState | None) -> Tensor:
+        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
+            return self._encode(part, None) if branch is None else self._streamed(self._encode, part, branch)
+
+        return self._divided(run, clip, state, 1, self.spatial_compression_ratio)
 
     def _decode(self, latents: Tensor, history: History | None) -> Tensor:
         x = self.decoder(_channels_last(self.post_quant_conv(latents)), history)
         return unpatchify(x, self.config.patch_size)
 
-    def _decode_piece(self, latents: Tensor, state: TemporalState) -> Tensor:
+    def _streamed(self, run: Callable[[Tensor, History | None], Tensor], x: Tensor, state: TemporalState) -> Tensor:
         self._check_state(state)
         history = state.history()
-        clip = self._decode(latents, history)
+        out = run(x, history)
         state.commit(history)
-        return clip
+        return out
+
+    def _no_frames(self, latents: Tensor) -> Tensor:
+        channels = self.config.out_channels // (self.config.patch_size or 1) ** 2
+        height, width = (side * self.spatial_compression_ratio for side in latents.shape[-2:])
+        return latents.new_zeros(latents.shape[0], channels, 0, height, width)
+
+    def _divided(
+        self,
+        run: Callable[[Tensor, TemporalState | None], Tensor],
+        x: Tensor,
+        state: TemporalState | None,
+        in_unit: int,
+        out_unit: int,
+    ) -> Tensor:
+        """Runs sample by sample where slicing is on, and tile by tile where tiling is on and frames are large."""
+        if self.use_slicing and len(x) > 1:
+            branches = [state and state.branch(f"sample {index}") for index in range(len(x))]
+            parts = zip(x.split(1), branches, strict=True)
+            return torch.cat([self._divided(run, part, branch, in_unit, out_unit) for part, branch in parts])
+        height, width = (side * in_unit for side in x.shape[-2:])
+        if not self.use_tiling or (height <= self.tiling.height and width <= self.tiling.width):
+            return run(x, state)
+        return run_tiled(lambda tile, name: run(tile, state and state.branch(name)), x, self.tiling, in_unit, out_unit)
 
     def _decode_bounded(self, latents: Tensor) -> Tensor:
         b, _, t, h, w = latents.shape
