@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from vgen.models.prompts import make_text_encoder, make_word_tokenizer
+from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline, find_checkpoint
+from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
 
 PROMPT = "a red circle moves right"
 WORDS = ["a", "blue", "circle", "left", "moves", "red", "right", "square", "up"]
@@ -171,6 +172,24 @@ def test_pixels_work_without_a_vae():
     assert frames.shape == (1, 4, 32, 16, 3)
     with pytest.raises(ValueError, match="num_frames=5.*nearest is 4"):
         pipe(PROMPT, num_frames=5)
+
+
+def test_pixels_train_without_a_vae():
+    pipe = make_pipeline(vae=False, in_channels=3, out_channels=3, patch_size=(2, 16, 16))
+    model = PromptedDenoiser(pipe.transformer, pipe.text_encoder)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    clips = torch.randn(1, 3, 1, 1, 1, generator=seeded()).expand(8, 3, 4, 16, 16)  # one colour
+    ids, mask = tokenize(pipe.tokenizer, [PROMPT] * 8, 8)
+    losses = []
+    for step in range(60):
+        noise, levels = torch.randn(clips.shape, generator=seeded(step)), torch.rand(8, 2, generator=seeded(step))
+        noisy, target = flow_sample(clips, noise, levels)
+        loss = velocity_loss(model(noisy, levels, ids, mask), target).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
 def test_saved_and_loaded_gives_the_same_video(pipe, tmp_path):

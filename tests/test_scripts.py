@@ -123,7 +123,7 @@ def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
 
 def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
     recipe = "train/recipes/shapes-64.yaml"
-    done = launch("train/train_vdm.py", "--config", recipe, **{"--output_dir": tmp_path / "run", "--dry_run": "true"})
+    done = launch("train/train_vdm.py", "--dry_run", "--config", recipe, **{"--output_dir": tmp_path / "run"})
     assert "num_layers: 8" in done.stdout and f"output_dir: {tmp_path / 'run'}" in done.stdout
     assert not list(tmp_path.iterdir())
 

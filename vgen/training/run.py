@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -92,7 +92,8 @@ def parse_config(config_class: type[ConfigT], description: str, args: list[str] 
     """Reads `--config recipe.yaml` and `--name value` overrides into a checked `config_class`."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override it")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, skip={"dry_run"})
+    parser.add_argument("--dry_run", action=ActionYesNo, default=False, help="print the resolved settings and stop")
     values = parser.parse_args(args).as_dict()
     values.pop("config")
     config = config_class(**values)
