@@ -3,6 +3,8 @@
 accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --output_dir runs/shapes-64-latents
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from vgen.data.latents import write_shard
 from vgen.data.shapes import ShapesWorld, render
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
+
+NOT_IN_SHARDS = ("vae", "output_dir", "num_clips", "batch_size", "compile")
 
 
 @dataclass(kw_only=True)
@@ -54,12 +58,15 @@ def main(config: EncodeConfig) -> None:
     if config.compile:
         compile_blocks(vae)
     world = ShapesWorld(split="train", seed=config.seed)
+    if process.is_main_process:
+        check_settings(config, vae)
+    process.wait_for_everyone()
     starts = list(range(0, config.num_clips, config.shard_size))
     for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
-        path = config.output_dir / f"{start:08d}.safetensors"
+        indices = range(start, min(start + config.shard_size, config.num_clips))
+        path = config.output_dir / f"{start:08d}-{indices.stop:08d}.safetensors"
         if path.exists():
             continue
-        indices = range(start, min(start + config.shard_size, config.num_clips))
         latents = []
         for begin in range(0, len(indices), config.batch_size):
             scenes = [world.scene(index) for index in indices[begin : begin + config.batch_size]]
@@ -70,6 +77,31 @@ def main(config: EncodeConfig) -> None:
             latents.append(vae.normalize(posterior.mode().float()).cpu())
         captions = [[world.caption(index, variant) for variant in range(config.num_captions)] for index in indices]
         write_shard(path, torch.cat(latents), captions)
+        for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
+            shorter.unlink()
+
+
+def check_settings(config: EncodeConfig, vae: CausalVideoVAE) -> None:
+    """Writes down what the shards of the folder were made with, or checks that it is the same.
+
+    Raises:
+        ValueError: The folder holds shards of another VAE or other settings; what differs is named.
+    """
+    settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
+    digest = hashlib.sha256(str(sorted(vae.config.items())).encode())
+    for _, weight in sorted(vae.state_dict().items()):
+        digest.update(weight.detach().cpu().float().numpy().tobytes())
+    settings["vae_sha256"] = digest.hexdigest()
+    path = config.output_dir / "settings.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if not found and any(config.output_dir.glob("*.safetensors")):
+        raise ValueError(f"{config.output_dir} holds shards of unknown settings: choose an empty folder")
+    differing = [name for name in settings if found and found.get(name) != settings[name]]
+    if differing:
+        raise ValueError(
+            f"{config.output_dir} holds shards with another {', '.join(differing)}: choose another folder"
+        )
+    path.write_text(json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":

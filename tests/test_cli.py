@@ -54,6 +54,8 @@ def test_options_reach_the_pipeline(model, tmp_path):
         (["--num-frames", 8], "nearest is 9"),
         (["--model", "vgen/nothing"], "no model"),
         (["--steps", 0], "num_inference_steps"),
+        (["--fps", 0], "frame"),
+        (["--device", "nonsense"], "--device nonsense"),
         (["--output", "video.xyz"], ".xyz"),
         (["--output", "no/such/folder/video.mp4"], "does not exist"),
         (["--output", "taken.mp4"], "exists already"),

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
@@ -122,6 +122,20 @@ def test_prompt_embeddings_replace_prompts(pipe):
     by_embeds = pipe(prompt_embeds=positive, negative_prompt_embeds=negative, generator=seeded()).frames
     assert np.allclose(by_text, by_embeds, atol=1e-6)
     assert not np.allclose(by_text, pipe(PROMPT, generator=seeded()).frames, atol=1e-3)
+
+
+def test_prompt_embeddings_may_have_any_length(pipe):
+    positive, _ = pipe.encode_prompt(PROMPT, max_sequence_length=12)
+    assert positive.shape[1] == 12 and np.isfinite(pipe(prompt_embeds=positive).frames).all()
+
+
+def test_noise_is_scaled_and_drawn_as_the_scheduler_asks(pipe):
+    pipe.scheduler = EulerAncestralDiscreteScheduler()
+    videos = [pipe(PROMPT, generator=seeded(seed), num_inference_steps=3).frames for seed in (0, 0, 1)]
+    assert np.array_equal(videos[0], videos[1]) and not np.allclose(videos[0], videos[2], atol=1e-3)
+    latents = pipe.prepare_latents(1, 16, 16, 9, torch.float32, torch.device("cpu"), seeded())
+    expected = torch.randn(latents.shape, generator=seeded()) * pipe.scheduler.init_noise_sigma
+    assert pipe.scheduler.init_noise_sigma > 1 and torch.equal(latents, expected)
 
 
 def test_guidance_of_one_ignores_the_negative_prompt(pipe):
@@ -243,6 +257,10 @@ def test_half_precision_files_load_as_float32(pipe, tmp_path):
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 videos"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"need \(1, 4, 3, 4, 4\)"),
         ({"negative_prompt": ["a", "a"]}, "2 negative prompts for 1"),
+        ({"prompt": []}, "empty list"),
+        ({"frame_rate": 0}, "frame_rate=0"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 8, 5)}, r"give \(b, l, 32\)"),
+        ({"negative_prompt_embeds": torch.zeros(1, 3, 32)}, "must be the same"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
 )

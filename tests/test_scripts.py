@@ -51,12 +51,12 @@ def vae_run(tmp_path_factory):
     return folder
 
 
-def encode(vae_run, output_dir):
+def encode(vae_run, output_dir, check=True, **options):
     settings = {
         "--vae": vae_run / "vae", "--output_dir": output_dir, "--height": 16, "--width": 16, "--num_frames": 5,
         "--batch_size": 4, "--shard_size": 8, "--num_clips": 12,
     }  # fmt: skip
-    return launch("pipelines/encode_latents.py", **settings)
+    return launch("pipelines/encode_latents.py", check=check, **settings | options)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
 
 def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_dir):
     paths = sorted(latents_dir.glob("*.safetensors"))
-    assert [path.name for path in paths] == ["00000000.safetensors", "00000008.safetensors"]
+    assert [path.name for path in paths] == ["00000000-00000008.safetensors", "00000008-00000012.safetensors"]
     latents = torch.cat([load_file(path)["latents"] for path in paths]).float()
     assert latents.shape == (12, 4, 2, 2, 2)
     before = paths[0].stat().st_mtime_ns
@@ -112,6 +112,8 @@ def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_di
     assert paths[0].stat().st_mtime_ns == before
     again = torch.cat([load_file(path)["latents"] for path in paths]).float()
     assert torch.equal(latents, again)
+    refused = encode(vae_run, latents_dir, check=False, **{"--seed": 1})
+    assert refused.returncode != 0 and "another seed" in refused.stderr
 
 
 def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
@@ -119,6 +121,8 @@ def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
     assert pipe.config.num_inference_steps == 1
+    weights = load_file(tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
 def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
@@ -128,9 +132,19 @@ def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+    done = train_vae(tmp_path, check=False, **{"--gradient_accumulation_steps": 3})
+    assert done.returncode != 0 and "a batch of 4 cannot be shared" in done.stderr and "such as 3" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--batch_size", 0, "batch_size=0"), ("--max_stepz", 3, "max_stepz"), ("--ema_decay", 1, "ema_decay=1")],
+    [
+        ("--batch_size", 0, "batch_size=0"),
+        ("--sample_every", 0, "sample_every=0"),
+        ("--max_stepz", 3, "max_stepz"),
+        ("--ema_decay", 1, "ema_decay=1"),
+    ],
 )
 def test_a_wrong_setting_is_named(tmp_path, option, value, message):
     done = train_vae(tmp_path / "run", check=False, **{option: value})

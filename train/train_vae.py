@@ -21,6 +21,7 @@ from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
 from vgen.training.run import (
     RunConfig,
     accumulate,
+    check_finite,
     compile_blocks,
     config_text,
     generators,
@@ -84,7 +85,7 @@ def main(config: VAEConfig) -> None:
     for step in range(done, config.max_steps):
         images = step < config.image_steps
         size, frames = (config.image_batch_size, 1) if images else (config.batch_size, config.num_frames)
-        moment = random.Random(step).uniform(0, 4) if images else 0.0
+        moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
         logs = {"l1": 0.0, "kl": 0.0}
         for part in accumulate(accelerator, network, micro_batches(config, accelerator, size)):
             clip = draw(world, first_index(config, step), part, config, accelerator.device, frames, moment)
@@ -100,14 +101,14 @@ def main(config: VAEConfig) -> None:
         norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        average.step()
+        if not accelerator.optimizer_step_was_skipped:
+            schedule.step()
+            average.step()
         bar.update()
 
         # every log_every steps: a line in the trackers
         if (step + 1) % config.log_every == 0:
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept")
+            check_finite(accelerator, norm, step + 1)
             logs = {name: accelerator.reduce(value).item() for name, value in logs.items()}
             accelerator.log(logs | {"grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}, step=step + 1)
             bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
@@ -122,6 +123,7 @@ def main(config: VAEConfig) -> None:
 
         # every save_every steps: a checkpoint
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            check_finite(accelerator, norm, step + 1)
             save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
 
     accelerator.wait_for_everyone()

@@ -24,13 +24,14 @@ from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
-from vgen.temporal.attention import make_groups
+from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
-from vgen.training.noise_levels import draw_levels
+from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
 from vgen.training.run import (
     RunConfig,
     accumulate,
+    check_finite,
     compile_blocks,
     config_text,
     generators,
@@ -80,6 +81,27 @@ class VDMConfig(RunConfig):
     """Defaults that the pipeline is saved with."""
     num_score_prompts: int = 32
     """Prompts of a score, half from training combinations, half held out."""
+    save_dtype: str = "float16"
+    """Precision of the weights in the saved pipeline; loading gives float32 unless asked otherwise."""
+
+    def check(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A setting is out of range or unknown.
+        """
+        super().check()
+        for name, known in (("groups", GROUP_MODES), ("levels", KINDS)):
+            given = getattr(self, name)
+            if not given or set(given) - set(known) or min(given.values()) < 0:
+                raise ValueError(f"{name}={given} must weigh some of {', '.join(known)}")
+        for name in ("text_dropout", "frame_rate_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.num_score_prompts < 2:
+            raise ValueError(f"num_score_prompts={self.num_score_prompts} must be at least 2")
+        if self.save_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"save_dtype={self.save_dtype!r} must be float32, bfloat16 or float16")
 
 
 def main(config: VDMConfig) -> None:
@@ -104,12 +126,14 @@ def main(config: VDMConfig) -> None:
     done = resume(accelerator, config.output_dir, average)
     network.train()
 
+    num_frames = data.latents.shape[2] // pipe.transformer.config.patch_size[0]
     bar = progress(config, accelerator, done)
     for step in range(done, config.max_steps):
         mode = choose(config.groups, random.Random(config.seed * 1_000_003 + step))
+        groups = make_groups(mode, num_frames, 0, pipe.transformer.config.chunk_size)
         total = torch.zeros((), device=accelerator.device)
         for part in accumulate(accelerator, network, micro_batches(config, accelerator, config.batch_size)):
-            batch = draw(data, pipe, config, step, part, mode)
+            batch = draw(data, pipe, config, step, part, groups)
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             noisy, target = flow_sample(batch["latents"], batch["noise"], batch["levels"])
             prediction = network(
@@ -117,7 +141,7 @@ def main(config: VDMConfig) -> None:
                 batch["levels"],
                 batch["input_ids"],
                 batch["prompt_mask"],
-                groups=batch["groups"],
+                groups=groups,
                 frame_rate=batch["frame_rate"],
             )
             loss = velocity_loss(prediction, target).sum() / config.batch_size
@@ -126,14 +150,14 @@ def main(config: VDMConfig) -> None:
         norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        average.step()
+        if not accelerator.optimizer_step_was_skipped:
+            schedule.step()
+            average.step()
         bar.update()
 
         # every log_every steps: a line in the trackers
         if (step + 1) % config.log_every == 0:
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept")
+            check_finite(accelerator, norm, step + 1)
             loss = accelerator.reduce(total).item()
             logs = {"loss": loss, "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
             accelerator.log(logs, step=step + 1)
@@ -149,12 +173,13 @@ def main(config: VDMConfig) -> None:
 
         # every save_every steps: a checkpoint
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            check_finite(accelerator, norm, step + 1)
             save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with average:
-            pipe.save_pretrained(config.output_dir / "pipeline")
+            pipe.to(getattr(torch, config.save_dtype)).save_pretrained(config.output_dir / "pipeline")
     accelerator.end_training()
 
 
@@ -182,14 +207,11 @@ def choose(weights: dict[str, float], rng: random.Random) -> str:
 
 
 def draw(
-    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, mode: str
+    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, groups: list[int]
 ) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     first = step * config.batch_size
     samples, prompts, levels, noise, rates = [], [], [], [], []
-    chunk_size, p_t = pipe.transformer.config.chunk_size, pipe.transformer.config.patch_size[0]
-    num_frames = data.latents.shape[2] // p_t
-    groups = torch.tensor(make_groups(mode, num_frames, 0, chunk_size))
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
         epoch, place = divmod(first + index, len(data))
@@ -198,7 +220,9 @@ def draw(
         prompts.append("" if rng.random() < config.text_dropout else rng.choice(captions))
         rates.append(float("nan") if rng.random() < config.frame_rate_dropout else config.frame_rate)
         kind = choose(config.levels, rng)
-        levels.append(draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift))
+        levels.append(
+            draw_levels(kind, torch.tensor(groups), generator, config.level_mean, config.level_std, config.level_shift)
+        )
         noise.append(torch.randn(latents.shape, generator=generator))
     input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
     return {
@@ -207,7 +231,6 @@ def draw(
         "levels": torch.stack(levels),
         "input_ids": input_ids,
         "prompt_mask": prompt_mask,
-        "groups": groups,
         "frame_rate": torch.tensor(rates),
     }
 

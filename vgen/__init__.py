@@ -1,4 +1,4 @@
-"""Video diffusion that is causal in time: train, generate, predict, interpolate and extend video."""
+"""Video diffusion that is causal in time: train, generate and stream video."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -48,7 +48,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Weight of the prompt; 1 is unguided.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     groups: Annotated[str, typer.Option(help="Which frames see which: full, causal or chunk.")] = "full",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same video.")] = 0,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -61,7 +61,8 @@ def generate(
 
         _check_output(output, overwrite)
         pipe = _load(model, device)
-        with VideoWriter(output, fps or pipe.config.frame_rate, overwrite=overwrite) as writer:
+        rate = pipe.config.frame_rate if fps is None else fps
+        with VideoWriter(output, rate, overwrite=overwrite) as writer:
             latents = pipe(
                 prompt,
                 negative_prompt,
@@ -138,6 +139,10 @@ def _load(model: str, device: str | None) -> VideoGenPipeline:
     transformers_logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not there: {str(error).splitlines()[0]}") from error
     return VideoGenPipeline.from_pretrained(model).to(device)
 
 

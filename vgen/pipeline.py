@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -100,6 +101,8 @@ class VideoGenPipeline(DiffusionPipeline):
             ValueError: There is no such checkpoint, its weights are pickled, or they do not fit its config.
         """
         source = find_checkpoint(pretrained_model_name_or_path)
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)  # transformers would keep the file's half precision
         if isinstance(source, Path):
@@ -177,6 +180,7 @@ class VideoGenPipeline(DiffusionPipeline):
             height,
             width,
             num_frames,
+            frame_rate,
             steps,
             prompt_embeds,
             negative_prompt_embeds,
@@ -199,12 +203,14 @@ class VideoGenPipeline(DiffusionPipeline):
             device,
             dtype,
         )
+        self.scheduler.set_timesteps(steps, device=device)
         latents = self.prepare_latents(
             prompt_embeds.shape[0], height, width, num_frames, torch.float32, device, generator, latents
         )
-        self.scheduler.set_timesteps(steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=steps) as bar:
             for index, timestep in enumerate(timesteps):
@@ -222,7 +228,7 @@ class VideoGenPipeline(DiffusionPipeline):
                     groups=groups,
                     attention_kwargs=attention_kwargs,
                 )
-                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
@@ -245,6 +251,7 @@ class VideoGenPipeline(DiffusionPipeline):
         height: int,
         width: int,
         num_frames: int,
+        frame_rate: float,
         num_inference_steps: int,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -264,6 +271,11 @@ class VideoGenPipeline(DiffusionPipeline):
                 nearest = max(unit, round(side / unit) * unit)
                 raise ValueError(f"{name}={side} is not possible: give a multiple of {unit}; the nearest is {nearest}")
         self._check_num_frames(num_frames)
+        if not frame_rate > 0:
+            raise ValueError(f"frame_rate={frame_rate} is not possible: give frames per second above 0")
+        text_dim = self.denoiser.config.text_dim
+        if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_dim):
+            raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: give (b, l, {text_dim})")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} is not possible: give 1 or more")
         if (prompt is None) == (prompt_embeds is None):
@@ -272,6 +284,8 @@ class VideoGenPipeline(DiffusionPipeline):
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
             raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of prompt")
+        if prompt is not None and not prompt and not isinstance(prompt, str):
+            raise ValueError("prompt is an empty list: give at least one prompt")
         for one in [prompt] if isinstance(prompt, str) else prompt or []:
             if not isinstance(one, str) or not one.strip():
                 raise ValueError(f"a prompt must be a text that says something, not {one!r}")
@@ -316,7 +330,12 @@ class VideoGenPipeline(DiffusionPipeline):
             negatives = [negative_prompt or ""] * count if not isinstance(negative_prompt, list) else negative_prompt
             if len(negatives) != count:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one, or as many")
-            negative_prompt_embeds = self._embed(negatives, length, device, dtype)
+            negative_prompt_embeds = self._embed(negatives, prompt_embeds.shape[1], device, dtype)
+        if do_classifier_free_guidance and negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise ValueError(
+                f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} do not go with prompt "
+                f"embeddings of shape {tuple(prompt_embeds.shape)}: they must be the same"
+            )
 
         def ready(embeds: Tensor | None) -> Tensor | None:
             if embeds is None or not do_classifier_free_guidance and embeds is negative_prompt_embeds:
@@ -352,7 +371,8 @@ class VideoGenPipeline(DiffusionPipeline):
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} videos: give one, or as many")
-        return randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype).to(device)
+        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype).to(device)
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def predict_noise(
         self,

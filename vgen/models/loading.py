@@ -21,7 +21,9 @@ class StrictLoading:
         folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
         refuse_pickles(folder)
         wants_info = kwargs.pop("output_loading_info", False)
-        if kwargs.setdefault("use_safetensors", True) is False:
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"]:
             raise ValueError(
                 "use_safetensors=False asks for a pickle, which can run code: only safetensors are loaded"
             )

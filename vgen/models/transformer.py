@@ -451,7 +451,7 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         if limit is not None and cache.num_frames + n > limit:
             raise ValueError(
                 f"{cache.num_frames} remembered and {n} new token frames exceed the {limit} that this network was "
-                f"trained with: give at most {limit - cache.capacity} at once, or a smaller window"
+                f"trained with: give at most {limit - cache.num_frames} at once, or a smaller window"
             )
         return cache
 

@@ -144,7 +144,7 @@ class TemporalState:
         view.identity = self.identity
         view.writable = False
         view.num_frames = self.num_frames
-        view._tensors = self._tensors
+        view._tensors = dict(self._tensors)
         view._branches = {name: branch.frozen() for name, branch in self._branches.items()}
         return view
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ class AveragedWeights:
     def __init__(self, network: nn.Module, decay: float):
         self._names = [name for name, _ in network.named_parameters()]
         self._network = network
-        self._average = EMAModel(network.parameters(), decay=decay)
+        self._average = EMAModel(network.parameters(), decay=decay, foreach=True)
 
     def step(self) -> None:
         """Takes over the weights after an optimiser step."""
@@ -44,10 +42,10 @@ class AveragedWeights:
         self._average.restore(self._network.parameters())
 
     def save(self, path: Path) -> None:
-        """Writes the average and its step count."""
+        """Writes the average."""
         tensors = dict(zip(self._names, self._average.shadow_params, strict=True))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata={"step": str(self._average.optimization_step)})
+        save_file(tensors, path)
 
     def load(self, path: Path, step: int) -> None:
         """Reads the average of a run after `step` optimiser steps."""
@@ -76,7 +74,6 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
         average.save(partial / "ema.safetensors")
-        (partial / "step.json").write_text(json.dumps({"step": step}))
         partial.replace(final)
         for _, old in checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
@@ -93,8 +90,3 @@ def resume(accelerator: Accelerator, folder: Path, average: AveragedWeights) -> 
     average.load(path / "ema.safetensors", step)
     accelerator.print(f"resumed from {path} after {step} steps")
     return step
-
-
-def trainable(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for p in parameters if p.requires_grad)

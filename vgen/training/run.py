@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from jsonargparse import ActionYesNo, ArgumentParser
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -73,7 +73,15 @@ class RunConfig:
         Raises:
             ValueError: A setting is out of range.
         """
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "save_every", "keep_last"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "save_every",
+            "sample_every",
+            "keep_last",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
@@ -110,15 +118,16 @@ def config_text(config: RunConfig) -> str:
 def start(config: RunConfig) -> Accelerator:
     """Makes the accelerator of a run and writes the settings beside its checkpoints."""
     accelerator = Accelerator(
+        # images leave kernels in time without a gradient, text to video does so with the keyframe embedding
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
+    if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared by {accelerator.num_processes} processes times "
-            f"{config.gradient_accumulation_steps} accumulation steps: give a multiple of {parts}"
+            "accelerate's own gradient accumulation would scale the loss twice: set gradient_accumulation_steps in "
+            "the recipe, not in accelerate's configuration"
         )
     set_seed(config.seed)
     if accelerator.is_main_process:
@@ -132,10 +141,10 @@ def make_optimizer(config: RunConfig, network: nn.Module) -> tuple[torch.optim.O
     """AdamW over the trainable weights, decaying matrices only, and its schedule."""
     weights = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in weights if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if not _is_matrix(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
     schedule = get_scheduler(
         config.lr_schedule,
         optimizer,
@@ -146,6 +155,11 @@ def make_optimizer(config: RunConfig, network: nn.Module) -> tuple[torch.optim.O
     return optimizer, schedule
 
 
+def _is_matrix(weight: nn.Parameter) -> bool:
+    """Whether a weight maps channels to channels, unlike gains, biases and modulation tables."""
+    return weight.ndim >= 2 and weight.shape[0] > 1 and weight.numel() > max(weight.shape)
+
+
 def compile_blocks(network: Any) -> None:
     """Compiles a diffusers model block by block, anew for each shape."""
     torch._dynamo.config.recompile_limit = 64
@@ -153,8 +167,18 @@ def compile_blocks(network: Any) -> None:
 
 
 def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Iterator[slice]:
-    """This process's parts of a batch of `size` samples, one for each backward pass."""
+    """This process's parts of a batch of `size` samples, one for each backward pass.
+
+    Raises:
+        ValueError: The batch cannot be shared out evenly.
+    """
     parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if size % parts:
+        raise ValueError(
+            f"a batch of {size} cannot be shared by {accelerator.num_processes} processes times "
+            f"{config.gradient_accumulation_steps} accumulation steps: give a multiple of {parts}, such as "
+            f"{max(1, round(size / parts)) * parts}"
+        )
     share = size // parts
     for micro in range(config.gradient_accumulation_steps):
         begin = (accelerator.process_index * config.gradient_accumulation_steps + micro) * share
@@ -168,6 +192,16 @@ def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[sli
         with accelerator.no_sync(network):
             yield part
     yield parts[-1]
+
+
+def check_finite(accelerator: Accelerator, norm: Tensor, step: int) -> None:
+    """Stops a run whose gradient has overflowed, unless the step was skipped for it.
+
+    Raises:
+        FloatingPointError: Names the step; the last checkpoint is kept.
+    """
+    if not accelerator.optimizer_step_was_skipped and not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient is not finite at step {step}; the last checkpoint is kept")
 
 
 def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
