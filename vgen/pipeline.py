@@ -331,9 +331,10 @@ class VideoGenPipeline(DiffusionPipeline):
             if len(negatives) != count:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one, or as many")
             negative_prompt_embeds = self._embed(negatives, prompt_embeds.shape[1], device, dtype)
-        if do_classifier_free_guidance and negative_prompt_embeds.shape != prompt_embeds.shape:
+        negative = negative_prompt_embeds
+        if do_classifier_free_guidance and negative is not None and negative.shape != prompt_embeds.shape:
             raise ValueError(
-                f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} do not go with prompt "
+                f"negative_prompt_embeds of shape {tuple(negative.shape)} do not go with prompt "
                 f"embeddings of shape {tuple(prompt_embeds.shape)}: they must be the same"
             )
 
