@@ -17,7 +17,7 @@ def peak_mebibytes() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure(num_frames: int, size: int, model: str) -> float:
+def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> float:
     """Peak above that after loading, in MiB."""
     import torch
 
@@ -25,6 +25,7 @@ def measure(num_frames: int, size: int, model: str) -> float:
     from vgen.pipeline import find_checkpoint
 
     vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval()
+    vae.frames_per_piece = frames_per_piece
     loaded = peak_mebibytes()
     s, ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     shape = (1, vae.config.z_dim, 1 + (num_frames - 1) // s, size // ratio, size // ratio)
@@ -43,14 +44,21 @@ def main() -> None:
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--num-frames", type=int, nargs="+", default=[17, 257])
+    parser.add_argument("--frames-per-piece", type=int, default=8, help="the same for every length")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(measure(args.one, args.size, args.model))
+        print(measure(args.one, args.size, args.model, args.frames_per_piece))
         return
     peaks = []
     for num_frames in args.num_frames:
-        command = [sys.executable, __file__, "--model", args.model, "--size", str(args.size), "--one", str(num_frames)]
+        settings = {
+            "model": args.model,
+            "size": args.size,
+            "frames-per-piece": args.frames_per_piece,
+            "one": num_frames,
+        }
+        command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in settings.items())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(float(done.stdout.split()[-1]))
         print(f"{num_frames} frames of {args.size}x{args.size}: {peaks[-1]:.0f} MiB")
