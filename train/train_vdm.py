@@ -212,6 +212,7 @@ def draw(
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     first = step * config.batch_size
     samples, prompts, levels, noise, rates = [], [], [], [], []
+    numbers = torch.tensor(groups)
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
         epoch, place = divmod(first + index, len(data))
@@ -220,9 +221,7 @@ def draw(
         prompts.append("" if rng.random() < config.text_dropout else rng.choice(captions))
         rates.append(float("nan") if rng.random() < config.frame_rate_dropout else config.frame_rate)
         kind = choose(config.levels, rng)
-        levels.append(
-            draw_levels(kind, torch.tensor(groups), generator, config.level_mean, config.level_std, config.level_shift)
-        )
+        levels.append(draw_levels(kind, numbers, generator, config.level_mean, config.level_std, config.level_shift))
         noise.append(torch.randn(latents.shape, generator=generator))
     input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
     return {

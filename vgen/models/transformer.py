@@ -436,11 +436,6 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
     def _open(self, state: TemporalState, n: int) -> FrameCache:
         """Binds the state and checks that this piece fits behind what it remembers."""
         state.bind(self)
-        if state.writable and torch.is_grad_enabled() and self.gradient_checkpointing:
-            raise ValueError(
-                "a writable state under gradient checkpointing would be written twice: use state.frozen(), "
-                "torch.no_grad() or disable_gradient_checkpointing()"
-            )
         cache = FrameCache(state)
         limit = self.config.trained_token_frames
         if limit is not None and cache.capacity >= limit:

@@ -510,7 +510,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.quant_conv(self.encoder(_channels_last(x), history))
 
     def _encode_piece(self, clip: Tensor, state: TemporalState) -> Tensor:
-        self._check_state(state)
+        state.bind(self)
         s = self.temporal_compression_ratio
         pending = state.pending
         frames = clip if pending is None else torch.cat([pending.to(clip), clip], dim=2)
@@ -539,7 +539,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         return unpatchify(x, self.config.patch_size)
 
     def _streamed(self, run: Callable[[Tensor, History | None], Tensor], x: Tensor, state: TemporalState) -> Tensor:
-        self._check_state(state)
+        state.bind(self)
         history = state.history()
         out = run(x, history)
         state.commit(history)
@@ -581,14 +581,6 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             begin += piece.shape[2]
         assert clip is not None
         return clip
-
-    def _check_state(self, state: TemporalState) -> None:
-        state.bind(self)
-        if state.writable and torch.is_grad_enabled() and self.is_gradient_checkpointing:
-            raise ValueError(
-                "a writable state under gradient checkpointing would be written twice: use state.frozen(), "
-                "torch.no_grad() or disable_gradient_checkpointing()"
-            )
 
 
 def patchify(clip: Tensor, patch_size: int | None) -> Tensor:

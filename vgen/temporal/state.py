@@ -90,8 +90,14 @@ class TemporalState:
         """Claims this state for `network`, or checks that it was claimed by its like.
 
         Raises:
-            ValueError: The state holds the stream of another class or configuration.
+            ValueError: The state holds the stream of another class or configuration, or would be written twice
+                under gradient checkpointing.
         """
+        if self.writable and torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "a writable state under gradient checkpointing would be written twice: use state.frozen(), "
+                "torch.no_grad() or disable_gradient_checkpointing()"
+            )
         identity = network.state_identity
         if self.identity is None:
             if self.writable:
