@@ -66,10 +66,10 @@ CLIP_SECONDS = 2.0
 INTERVALS_PER_SECOND = 8.0
 
 PIXEL = 1 / 64
-RADIUS = {"small": 5.2 * PIXEL, "medium": 6.4 * PIXEL, "large": 7.7 * PIXEL}
-DISPLACEMENT = {"slow": 3.3 * PIXEL, "normal": 5.0 * PIXEL, "quick": 6.7 * PIXEL}
+RADIUS = {"small": 6.4 * PIXEL, "medium": 7.7 * PIXEL, "large": 9.0 * PIXEL}
+DISPLACEMENT = {"slow": 3.0 * PIXEL, "normal": 4.1 * PIXEL, "quick": 5.2 * PIXEL}
 SPIN = {"slow": math.radians(40), "normal": math.radians(80), "quick": math.radians(128)}
-GROWTH = {"slow": 1.35, "normal": 1.55, "quick": 1.7}
+GROWTH = {"slow": 1.3, "normal": 1.45, "quick": 1.58}
 SHRINKAGE = {"slow": 0.72, "normal": 0.6, "quick": 0.5}
 RADIUS_JITTER = 0.03
 SPEED_JITTER = 0.05
