@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
@@ -97,6 +98,8 @@ class VideoGenPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
         """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
 
+        Folders of diffusers' `WanPipeline` (Wan 2.1 text to video) load too.
+
         Raises:
             ValueError: There is no such checkpoint, its weights are pickled, or they do not fit its config.
         """
@@ -113,6 +116,23 @@ class VideoGenPipeline(DiffusionPipeline):
             return super().from_pretrained(source, **kwargs)
         except OSError as error:
             raise ValueError(f"{_not_found(source)}, and it could not be loaded from the Hub: {error}") from error
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Reads `model_index.json`, that of a `WanPipeline` as ours.
+
+        Raises:
+            ValueError: It belongs to another kind of pipeline, which is named.
+        """
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        name = index.get("_class_name") if isinstance(index, dict) else cls.__name__
+        if name == "WanPipeline":
+            return from_wan_index(index)
+        if name != cls.__name__:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {name}: served are {cls.__name__} and WanPipeline"
+            )
+        return index
 
     @torch.no_grad()
     def __call__(

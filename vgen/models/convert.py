@@ -44,3 +44,19 @@ def refuse_nonzero(network: nn.Module, part: str, reason: str) -> None:
     """
     if any(value.any() for name, value in network.named_parameters() if name.startswith(part)):
         raise ValueError(f"{part} of {type(network).__name__} cannot be converted: {reason}")
+
+
+def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
+    """The `model_index.json` of a diffusers `WanPipeline` as that of a `VideoGenPipeline`: the files stay as they are.
+
+    Raises:
+        ValueError: It is a layout beyond Wan 2.1 text to video; the part is named.
+    """
+    for part in ("transformer_2", "boundary_ratio", "expand_timesteps"):
+        value = index.get(part)
+        if value not in (None, False) and value != [None, None]:
+            raise ValueError(f"{part}={value} in this WanPipeline is a layout of Wan 2.2, which is not served")
+    ours = {name: index[name] for name in ("_diffusers_version", "scheduler", "text_encoder", "tokenizer")}
+    ours["vae"] = ["vgen.models.vae", "CausalVideoVAE"]
+    ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
+    return {"_class_name": "VideoGenPipeline", **ours}
