@@ -125,6 +125,14 @@ def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
+def test_a_run_with_muon_resumes_exactly(vae_run, latents_dir, tmp_path):
+    options = {"--optimizer": "muon", "--lr_schedule": "constant"}
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        train_vdm(vae_run, latents_dir, tmp_path / folder, **options | {"--max_steps": steps})
+    parts, whole = (load_file(tmp_path / f"{folder}/checkpoint-4/model.safetensors") for folder in ("parts", "whole"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
 def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
     recipe = "train/recipes/shapes-64.yaml"
     done = launch("train/train_vdm.py", "--dry_run", "--config", recipe, **{"--output_dir": tmp_path / "run"})

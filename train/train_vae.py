@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
+from vgen.metrics.prompt import adherence
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
 from vgen.training.run import (
@@ -25,11 +26,12 @@ from vgen.training.run import (
     compile_blocks,
     config_text,
     generators,
-    make_optimizer,
+    make_optimizers,
     micro_batches,
     parse_config,
     progress,
     start,
+    update,
 )
 
 
@@ -74,10 +76,10 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-    optimizer, schedule = make_optimizer(config, vae)
+    optimizers, schedules = make_optimizers(config, vae)
     average = AveragedWeights(vae.to(accelerator.device), config.ema_decay)
-    network, optimizer = accelerator.prepare(vae, optimizer)
-    accelerator.register_for_checkpointing(schedule)
+    network, *optimizers = accelerator.prepare(vae, *optimizers)
+    accelerator.register_for_checkpointing(*schedules)
     done = resume(accelerator, config.output_dir, average)
     network.train()
 
@@ -98,27 +100,22 @@ def main(config: VAEConfig) -> None:
             accelerator.backward(loss * share * accelerator.num_processes)
             logs["l1"] += l1.detach() * share
             logs["kl"] += kl.detach() * share
-        norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            schedule.step()
-            average.step()
+        norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
         bar.update()
 
         # every log_every steps: a line in the trackers
         if (step + 1) % config.log_every == 0:
             check_finite(accelerator, norm, step + 1)
             logs = {name: accelerator.reduce(value).item() for name, value in logs.items()}
-            accelerator.log(logs | {"grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}, step=step + 1)
+            accelerator.log(logs | {"grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}, step=step + 1)
             bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
 
-        # every sample_every steps: PSNR on fresh clips, and a video of originals over reconstructions
+        # every sample_every steps: scores on fresh clips, and a video of originals over reconstructions
         if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
             with average:
-                psnr, pairs = score(vae, fresh, config, accelerator.device)
-            accelerator.log({"psnr": psnr}, step=step + 1)
-            bar.write(f"step {step + 1}: {psnr:.2f} dB")
+                scores, pairs = score(vae, fresh, config, accelerator.device)
+            accelerator.log(scores, step=step + 1)
+            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
             write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
 
         # every save_every steps: a checkpoint
@@ -158,20 +155,26 @@ def draw(
 @torch.no_grad()
 def score(
     vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device
-) -> tuple[float, np.ndarray]:
-    """Mean PSNR in dB of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones."""
+) -> tuple[dict[str, float], np.ndarray]:
+    """Scores of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones.
+
+    `psnr` is a mean in dB, `readable` the fraction in which the checker reads what the originals show: small shapes
+    can lose their corners without a trace in the PSNR.
+    """
     vae.eval()
-    values, shown = [], None
+    values, reconstructions, shown = [], [], None
     for begin in range(0, config.num_score_clips, 8):
         clip = draw(world, begin, slice(0, 8), config, device, config.num_frames)
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
         values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
+        reconstructions.extend(decoded.cpu())
         if shown is None:
             pairs = torch.cat([torch.cat(list(x), dim=-1) for x in (clip, decoded)], dim=-2)
             shown = pairs.add(1).mul(127.5).round().byte().movedim(0, -1).cpu().numpy()
     vae.train()
     assert shown is not None
-    return torch.cat(values).mean().item(), shown
+    readable = adherence(reconstructions, [world.scene(index) for index in range(len(reconstructions))])["right"]
+    return {"psnr": torch.cat(values).mean().item(), "readable": readable}, shown
 
 
 @torch.no_grad()

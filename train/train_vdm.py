@@ -35,11 +35,12 @@ from vgen.training.run import (
     compile_blocks,
     config_text,
     generators,
-    make_optimizer,
+    make_optimizers,
     micro_batches,
     parse_config,
     progress,
     start,
+    update,
 )
 
 
@@ -119,10 +120,10 @@ def main(config: VDMConfig) -> None:
     if config.compile:
         compile_blocks(pipe.transformer)
     model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
-    optimizer, schedule = make_optimizer(config, model)
+    optimizers, schedules = make_optimizers(config, model)
     average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
-    network, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
+    network, *optimizers = accelerator.prepare(model, *optimizers)
+    accelerator.register_for_checkpointing(*schedules)
     done = resume(accelerator, config.output_dir, average)
     network.train()
 
@@ -147,19 +148,14 @@ def main(config: VDMConfig) -> None:
             loss = velocity_loss(prediction, target).sum() / config.batch_size
             accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
-        norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            schedule.step()
-            average.step()
+        norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
         bar.update()
 
         # every log_every steps: a line in the trackers
         if (step + 1) % config.log_every == 0:
             check_finite(accelerator, norm, step + 1)
             loss = accelerator.reduce(total).item()
-            logs = {"loss": loss, "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+            logs = {"loss": loss, "grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}
             accelerator.log(logs, step=step + 1)
             bar.set_postfix(loss=f"{loss:.4f}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
+
+from vgen.training.checkpoint import AveragedWeights
 
 
 @dataclass(kw_only=True)
@@ -48,8 +50,10 @@ class RunConfig:
     """Last steps of `warmup_stable_decay`, in which the rate falls to zero."""
     warmup_steps: int = 100
     """Optimiser steps until the peak."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon` for the matrices of linear layers with AdamW for the rest."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Of matrices, by either optimiser."""
     adam_beta2: float = 0.99
     """Of AdamW."""
     max_grad_norm: float = 1.0
@@ -89,6 +93,8 @@ class RunConfig:
                 f"decay_steps={self.decay_steps} does not go with lr_schedule={self.lr_schedule!r}: "
                 "warmup_stable_decay needs it, the others have none"
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer={self.optimizer!r} must be adamw or muon")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
@@ -137,22 +143,62 @@ def start(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: RunConfig, network: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over the trainable weights, decaying matrices only, and its schedule."""
+def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
+    """The optimisers of all trainable weights, decaying matrices only, and their schedules.
+
+    With `optimizer="muon"`, Muon takes the matrices of linear layers and AdamW the rest, at the same rate: Muon's
+    updates are scaled to the size that AdamW's have.
+
+    Source: Muon is scalable for LLM training, arXiv 2502.16982.
+    """
+    linear = {id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)}
+    if config.optimizer != "muon":
+        linear = set()
     weights = [p for p in network.parameters() if p.requires_grad]
+    rest = [p for p in weights if id(p) not in linear]
     groups = [
-        {"params": [p for p in weights if _is_matrix(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in weights if not _is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in rest if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if not _is_matrix(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
-    schedule = get_scheduler(
-        config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
-        scheduler_specific_kwargs={"num_decay_steps": config.decay_steps} if config.decay_steps else None,
-    )
-    return optimizer, schedule
+    betas = (0.9, config.adam_beta2)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    ]
+    matrices = [p for p in weights if id(p) in linear]
+    if matrices:
+        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+    schedules = [
+        get_scheduler(
+            config.lr_schedule,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+            scheduler_specific_kwargs={"num_decay_steps": config.decay_steps} if config.decay_steps else None,
+        )
+        for optimizer in optimizers
+    ]
+    return optimizers, schedules
+
+
+def update(
+    accelerator: Accelerator,
+    network: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedules: Sequence[LambdaLR],
+    average: AveragedWeights,
+    max_norm: float,
+) -> Tensor:
+    """Takes a step with the gradients that the backward passes left; returns their norm before clipping."""
+    norm = accelerator.clip_grad_norm_(network.parameters(), max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        for schedule in schedules:
+            schedule.step()
+        average.step()
+    return norm
 
 
 def _is_matrix(weight: nn.Parameter) -> bool:

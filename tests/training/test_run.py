@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+from vgen.training.run import RunConfig, make_optimizers
+
+
+def take_a_step(network, tmp_path, **settings):
+    """The change of each weight by one step at full rate."""
+    config = RunConfig(output_dir=tmp_path, lr_schedule="constant", learning_rate=0.1, **settings)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    optimizers, _ = make_optimizers(config, network)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: weight.detach() - before[name] for name, weight in network.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_trainable_weight_is_updated_once(optimizer, tmp_path):
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"embed": nn.Embedding(5, 6), "linear": nn.Linear(6, 4), "frozen": nn.Linear(3, 3)})
+    network["frozen"].requires_grad_(False)
+    for weight in network.parameters():
+        weight.grad = torch.randn(weight.shape) if weight.requires_grad else None
+    gradient = network["linear"].weight.grad.clone()
+    change = take_a_step(network, tmp_path, optimizer=optimizer)
+
+    assert not any(change[name].any() for name in ("frozen.weight", "frozen.bias"))
+    signs = {name: -weight.grad.sign() for name, weight in network.named_parameters() if weight.requires_grad}
+    for name in ("embed.weight", "linear.bias", *(["linear.weight"] if optimizer == "adamw" else [])):
+        torch.testing.assert_close(change[name], 0.1 * signs[name])
+    if optimizer == "muon":
+        # the nearest orthogonal matrix, at the root mean square 0.2 of AdamW's updates; five Newton-Schulz steps bring
+        # the singular values near 1
+        u, s, v = torch.linalg.svd(-change["linear.weight"], full_matrices=False)
+        expected_u, _, expected_v = torch.linalg.svd(gradient, full_matrices=False)
+        assert ((u @ v) * (expected_u @ expected_v)).sum() > 0.98 * 4
+        scaled = s / (0.1 * 0.2 * 6**0.5)
+        assert scaled.min() > 0.6 and scaled.max() < 1.3
+
+
+def test_unknown_optimizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="optimizer='sgd' must be adamw or muon"):
+        RunConfig(output_dir=tmp_path, optimizer="sgd").check()
