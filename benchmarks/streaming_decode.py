@@ -3,9 +3,9 @@
     python benchmarks/streaming_decode.py
 
 Each length runs in a process of its own, on random latents; memory is the peak resident size above that after loading.
-glibc puts ever larger blocks on its heap as they are freed, where they leave holes: the resident size creeps up with the
-number of pieces although the live memory does not. `MALLOC_MMAP_THRESHOLD_`, which any program can be started with,
-keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
+glibc puts ever larger blocks on its heap as they are freed, where they leave holes: the resident size creeps up with
+the number of pieces although the live memory does not. `MALLOC_MMAP_THRESHOLD_`, which any program can be started
+with, keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
 """
 
 import argparse

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -40,7 +41,7 @@ class VideoGenPipelineOutput(BaseOutput):
     frames: Any
 
 
-class VideoGenPipeline(DiffusionPipeline):
+class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Turns prompts into videos.
 
     Args:
@@ -61,6 +62,7 @@ class VideoGenPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "transformer", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _lora_loadable_modules = ["transformer"]
 
     def __init__(
         self,
@@ -133,6 +135,17 @@ class VideoGenPipeline(DiffusionPipeline):
                 f"{pretrained_model_name_or_path} holds a {name}: served are {cls.__name__} and WanPipeline"
             )
         return index
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """Reads LoRA weights, from safetensors only; for `load_lora_weights`.
+
+        Raises:
+            ValueError: `use_safetensors=False` asks for a pickle.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -409,12 +422,20 @@ class VideoGenPipeline(DiffusionPipeline):
         guided = self.do_classifier_free_guidance and negative_prompt_embeds is not None
         if guided:
             assert negative_prompt_embeds is not None
-            rows, prompts = torch.cat([latents, latents]), torch.cat([prompt_embeds, negative_prompt_embeds])
+            rows, prompts = torch.cat([latents, latents]), torch.cat([negative_prompt_embeds, prompt_embeds])
         levels = timestep.expand(rows.shape[0])
-        out = self.denoiser(rows.to(dtype), levels, prompts, return_dict=False, **conditions)[0].float()
+        # a name for diffusers' step caches, which keep what they remember of one kind of call apart from others
+        with self.denoiser.cache_context("cond_uncond"):
+            out = self.denoiser(
+                hidden_states=rows.to(dtype),
+                timestep=levels,
+                encoder_hidden_states=prompts,
+                return_dict=False,
+                **conditions,
+            )[0].float()
         if not guided:
             return out
-        positive, negative = out.chunk(2)
+        negative, positive = out.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
     def decode_latents(self, latents: Tensor, output_type: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
@@ -142,7 +143,7 @@ class SpacetimeBlock(nn.Module):
 
         x = _modulate(self.norm_time if self.divided else self.norm1, hidden_states, shift, scale)
         over_time = self._divided_time if self.divided else self._joint
-        out, key, value = over_time(x, num_frames, rotary_emb, *past)
+        out, *key_value = over_time(x, num_frames, rotary_emb, *past, return_key_value)
         hidden_states = _gated_sum(hidden_states, out, gate)
         if self.divided:
             x = _modulate(self.norm1, hidden_states, shift, scale)
@@ -154,7 +155,7 @@ class SpacetimeBlock(nn.Module):
 
         x = self.ffn(_modulate(self.norm3, hidden_states, ffn_shift, ffn_scale))
         hidden_states = _gated_sum(hidden_states, x, ffn_gate)
-        return (hidden_states, key, value) if return_key_value else hidden_states
+        return (hidden_states, *key_value) if return_key_value else hidden_states
 
     def _joint(
         self,
@@ -164,11 +165,13 @@ class SpacetimeBlock(nn.Module):
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None,
         cache_rotary_emb: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        return_key_value: bool,
+    ) -> tuple[Tensor, ...]:
         past = cache and (cache[0].flatten(1, 2), cache[1].flatten(1, 2))
-        out, key, value = self.attn1(x, None, mask, rotary_emb, past, cache_rotary_emb, return_key_value=True)
-        key, value = (rearrange(part, "b (n p) h d -> b n p h d", n=n) for part in (key, value))
-        return out, key, value
+        out = self.attn1(x, None, mask, rotary_emb, past, cache_rotary_emb, return_key_value)
+        if not return_key_value:
+            return (out,)
+        return out[0], *(rearrange(part, "b (n p) h d -> b n p h d", n=n) for part in out[1:])
 
     def _divided_time(
         self,
@@ -178,7 +181,8 @@ class SpacetimeBlock(nn.Module):
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None,
         cache_rotary_emb: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        return_key_value: bool,
+    ) -> tuple[Tensor, ...]:
         b, p = x.shape[0], x.shape[1] // n
         # between tokens of one place the angles of space cancel, so the first place's serve all
         first = tuple(part[::p] for part in rotary_emb)
@@ -186,15 +190,20 @@ class SpacetimeBlock(nn.Module):
         past = cache and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cache)
         mask = mask if mask is None or mask.shape[0] == 1 else repeat(mask, "b i q k -> (b p) i q k", p=p)
         x = rearrange(x, "b (n p) d -> (b p) n d", n=n)
-        out, key, value = self.attn_time(x, None, mask, first, past, first_past, return_key_value=True)
-        key, value = (rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in (key, value))
-        return rearrange(out, "(b p) n d -> b (n p) d", b=b), key, value
+        out = self.attn_time(x, None, mask, first, past, first_past, return_key_value)
+        out, *key_value = out if return_key_value else (out,)
+        key_value = [rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in key_value]
+        return rearrange(out, "(b p) n d -> b (n p) d", b=b), *key_value
 
     def _divided_space(self, x: Tensor, n: int, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
         p = x.shape[1] // n
         frame = tuple(part[:p] for part in rotary_emb)
         out = self.attn1(rearrange(x, "b (n p) d -> (b n) p d", n=n), rotary_emb=frame)
         return rearrange(out, "(b n) p d -> b (n p) d", n=n)
+
+
+# diffusers' step caches look up what a block takes and returns
+TransformerBlockRegistry.register(SpacetimeBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 def _modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -435,6 +444,10 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
 
     def _open(self, state: TemporalState, n: int) -> FrameCache:
         """Binds the state and checks that this piece fits behind what it remembers."""
+        if self.is_cache_enabled and state.writable:
+            raise ValueError(
+                "a step cache skips blocks, whose keys and values a writable state needs: disable_cache()"
+            )
         state.bind(self)
         cache = FrameCache(state)
         limit = self.config.trained_token_frames

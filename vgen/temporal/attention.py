@@ -63,9 +63,9 @@ def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch
     if isinstance(groups, str):
         groups = make_groups(groups, num_frames, 0, chunk_size)
     if not isinstance(groups, Tensor):
-        groups = torch.tensor(groups)
-        if groups.shape == (num_frames,) and (groups == groups[0]).all():
+        if isinstance(groups[0], int) and list(groups) == [groups[0]] * num_frames:
             return None
+        groups = torch.tensor(groups)
     if groups.shape[-1] != num_frames or groups.ndim > 2:
         raise ValueError(
             f"groups of shape {tuple(groups.shape)} do not fit {num_frames} token frames: give (n,) or (b, n) integers"
