@@ -1,4 +1,6 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,3 +65,21 @@ def make_transformer() -> Callable[..., Any]:
         return _randomize(SpacetimeTransformer(**{**tiny, **config}), seed)
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
+    """The files of each repository that `push_to_hub` uploads, instead of a network."""
+    from huggingface_hub import ModelCard
+
+    uploaded: dict[str, dict[str, bytes]] = {}
+
+    def upload(self: Any, folder: str, repo_id: str, **_: Any) -> None:
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        uploaded[repo_id] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    hub_utils = "diffusers.utils.hub_utils"
+    monkeypatch.setattr(f"{hub_utils}.PushToHubMixin._upload_folder", upload)
+    monkeypatch.setattr(f"{hub_utils}.create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(f"{hub_utils}.load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    return uploaded

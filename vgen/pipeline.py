@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -165,6 +166,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         groups: str | Sequence[int] = "full",
+        guider: BaseGuidance | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -190,6 +192,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds: `(b, l, d)` instead of `prompt`.
             negative_prompt_embeds: `(b, l, d)` instead of `negative_prompt`.
             groups: Which token frames see which: `full`, `causal`, `chunk`, or integers.
+            guider: Any of diffusers' guiders, instead of classifier-free guidance with `guidance_scale`.
             output_type: `np`, `pil`, `pt` or `latent`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
@@ -222,6 +225,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._guider = guider
         self._interrupt = False
         device, dtype = self._execution_device, self.denoiser.dtype
 
@@ -250,6 +254,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 if self._interrupt:
                     continue
                 self._current_timestep = timestep
+                if guider is not None:
+                    guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timestep)
                 prediction = self.predict_noise(
                     self.scheduler.scale_model_input(latents, timestep)
                     if hasattr(self.scheduler, "scale_model_input")
@@ -416,27 +422,46 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative_prompt_embeds: Tensor | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """One evaluation of the denoiser, with the rows of classifier-free guidance in one batch; float32."""
-        dtype = self.denoiser.dtype
-        rows, prompts = latents, prompt_embeds
-        guided = self.do_classifier_free_guidance and negative_prompt_embeds is not None
-        if guided:
-            assert negative_prompt_embeds is not None
-            rows, prompts = torch.cat([latents, latents]), torch.cat([negative_prompt_embeds, prompt_embeds])
-        levels = timestep.expand(rows.shape[0])
-        # a name for diffusers' step caches, which keep what they remember of one kind of call apart from others
-        with self.denoiser.cache_context("cond_uncond"):
+        """The guided prediction, float32; classifier-free guidance has its rows in one batch, guiders one by one."""
+        if self._guider is not None:
+            return self._predict_with_guider(latents, timestep, prompt_embeds, negative_prompt_embeds, conditions)
+        if not self.do_classifier_free_guidance or negative_prompt_embeds is None:
+            return self._predict("cond", latents, timestep, prompt_embeds, conditions)
+        prompts = torch.cat([negative_prompt_embeds, prompt_embeds])
+        out = self._predict("cond_uncond", torch.cat([latents, latents]), timestep, prompts, conditions)
+        negative, positive = out.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def _predict_with_guider(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None,
+        conditions: dict[str, Any],
+    ) -> Tensor:
+        guider: Any = self._guider
+        rows = guider.prepare_inputs({"prompts": (prompt_embeds, negative_prompt_embeds)})
+        for row in rows:
+            guider.prepare_models(self.denoiser)
+            name = getattr(row, guider._identifier_key)
+            row.noise_pred = self._predict(name, latents, timestep, row.prompts, conditions)
+            guider.cleanup_models(self.denoiser)
+        return guider(rows)[0]
+
+    def _predict(
+        self, name: str, latents: Tensor, timestep: Tensor, prompts: Tensor, conditions: dict[str, Any]
+    ) -> Tensor:
+        """One evaluation; diffusers' step caches keep what they remember of one name apart from others."""
+        with self.denoiser.cache_context(name):
             out = self.denoiser(
-                hidden_states=rows.to(dtype),
-                timestep=levels,
+                hidden_states=latents.to(self.denoiser.dtype),
+                timestep=timestep.expand(latents.shape[0]),
                 encoder_hidden_states=prompts,
                 return_dict=False,
                 **conditions,
-            )[0].float()
-        if not guided:
-            return out
-        negative, positive = out.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+            )
+        return out[0].float()
 
     def decode_latents(self, latents: Tensor, output_type: str) -> Any:
         """Denormalised and decoded videos in the asked form."""
@@ -466,8 +491,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call guides."""
-        return self._guidance_scale > 1
+        """Whether the running call guides, so that it needs negative prompts."""
+        return self._guider is not None or self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from vgen.temporal.state import TemporalState
 
@@ -59,6 +59,13 @@ class Transformer:
 @pytest.fixture(params=["vae", "transformer"])
 def case(request, make_vae, make_transformer):
     return VAE(make_vae) if request.param == "vae" else Transformer(make_transformer)
+
+
+@pytest.fixture(autouse=True)
+def own_backend(monkeypatch):
+    """Setting a network's backend also sets that of all others."""
+    active = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
 
 
 @pytest.fixture(autouse=True)
@@ -115,23 +122,15 @@ def test_what_stays_in_float32_does_so_when_loaded_in_half_precision(case, tmp_p
 def test_a_fresh_process_loads_it(case, tmp_path):
     case.network.save_pretrained(tmp_path)
     name, module = type(case.network).__name__, type(case.network).__module__
-    code = f"from {module} import {name} as N; print(sum(p.numel() for p in N.from_pretrained({str(tmp_path)!r}).parameters()))"
+    loaded = f"__import__({module!r}, fromlist=['x']).{name}.from_pretrained({str(tmp_path)!r})"
+    code = f"print(sum(weight.numel() for weight in {loaded}.parameters()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == sum(weight.numel() for weight in case.network.parameters())
 
 
-def test_pushing_uploads_config_and_weights(case, monkeypatch):
-    uploaded = {}
-
-    def upload(self, folder, repo_id, **options):
-        uploaded[repo_id] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-    monkeypatch.setattr("diffusers.utils.hub_utils.PushToHubMixin._upload_folder", upload)
-    monkeypatch.setattr(
-        "diffusers.utils.hub_utils.create_repo", lambda repo_id, **_: type("", (), {"repo_id": repo_id})
-    )
+def test_pushing_uploads_config_and_weights(case, hub):
     case.network.push_to_hub("someone/something")
-    files = uploaded["someone/something"]
+    files = hub["someone/something"]
     assert json.loads(files["config.json"])["_class_name"] == type(case.network).__name__
     assert "diffusion_pytorch_model.safetensors" in files
 
@@ -178,14 +177,14 @@ def test_sequential_offloading_keeps_streams_equal(case):
 
 def test_the_whole_network_compiles_without_a_graph_break(case):
     torch.compiler.reset()
-    network = torch.compile(case.network, fullgraph=True, backend="aot_eager")
+    network = torch.compile(case.network, fullgraph=True, backend="eager")
     close(case.whole(network), case.whole(case.network))
 
 
 def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(case):
     exact = case.whole(case.network)
     torch.compiler.reset()
-    case.network.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    case.network.compile_repeated_blocks(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=64):  # one compilation for each shape of a block
         close(case.whole(case.network), exact)
         close(case.streamed(case.network), exact)
@@ -193,7 +192,7 @@ def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(ca
 
 def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_transformer):
     case = Transformer(make_transformer)
-    case.network.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=False)
+    case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
     state = TemporalState(window=2, sink=1)
     chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
 
@@ -207,3 +206,48 @@ def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_trans
     with torch._dynamo.config.patch(error_on_recompile=True):
         for chunk in chunks[4:]:
             step(chunk)
+
+
+BACKENDS = ["native", "_native_math", "_native_flash", "flex"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_transformer, backend):
+    case = Transformer(make_transformer)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    inputs = {"groups": "causal"} | ({} if backend == "_native_flash" else {"encoder_attention_mask": mask})
+    exact = case._call(case.network, case.input, **inputs)
+    case.network.set_attention_backend(backend)
+    close(case._call(case.network, case.input, **inputs), exact)
+    changed = case.input.clone()
+    changed[:, :, 2:] = 0
+    before, after = (case._call(case.network, clip, **inputs) for clip in (case.input, changed))
+    assert torch.equal(before[:, :, :2], after[:, :, :2]) and not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="works with CUDA")
+def test_xformers_without_cuda_is_one_clear_error(make_transformer):
+    network = make_transformer()
+    with pytest.raises(RuntimeError, match="(?i)xformers"):
+        network.set_attention_backend("xformers")
+    with pytest.raises((ModuleNotFoundError, ValueError), match="(?i)xformers"):
+        network.enable_xformers_memory_efficient_attention()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enable", ["set_attention_backend", "enable_xformers_memory_efficient_attention"])
+def test_xformers_gives_the_native_result_with_cuda(make_transformer, enable):
+    pytest.importorskip("xformers")
+    case = Transformer(make_transformer)
+    case.network.to("cuda", torch.bfloat16)
+    case.input, case.prompt = case.input.cuda(), case.prompt.cuda()
+    exact = case.whole(case.network)
+    getattr(case.network, enable)(*(["xformers"] if enable == "set_attention_backend" else []))
+    close(case.whole(case.network), exact, atol=3e-2)
+
+
+def test_context_parallelism_is_refused_with_a_reason(make_transformer):
+    from diffusers import ContextParallelConfig
+
+    with pytest.raises(ValueError, match="frames"):
+        make_transformer().enable_parallelism(config=ContextParallelConfig(ring_degree=2))

@@ -442,6 +442,17 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             refuse_nonzero(self, f"{part}.{'embedder.linear_2' if 'rate' in part else ''}", "Wan has no such part")
         return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
+    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises: diffusers' hooks split tokens only, and here noise levels and masks go with whole frames.
+
+        Raises:
+            ValueError: Says so.
+        """
+        raise ValueError(
+            "context parallelism is not served: it would split the tokens of a video between devices, but not the "
+            "noise levels, groups and cached keys that belong to whole token frames; share out videos instead"
+        )
+
     def _open(self, state: TemporalState, n: int) -> FrameCache:
         """Binds the state and checks that this piece fits behind what it remembers."""
         if self.is_cache_enabled and state.writable:

@@ -166,8 +166,10 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
     ]
     matrices = [p for p in weights if id(p) in linear]
     if matrices:
-        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+        muon = torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
     schedules = [
         get_scheduler(
             config.lr_schedule,

@@ -1,0 +1,184 @@
+"""What users of diffusers do with a pipeline: swap schedulers and guiders, choose files and precision, offload."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SkipLayerGuidance,
+    UniPCMultistepScheduler,
+)
+
+from vgen.pipeline import VideoGenPipeline
+
+from .test_pipeline import PROMPT, make_pipeline, seeded
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline()
+
+
+def latents(pipe, **arguments):
+    return pipe(PROMPT, generator=seeded(), output_type="latent", **arguments).frames
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS = {
+    "Euler": lambda: FlowMatchEulerDiscreteScheduler(),
+    "Heun": lambda: FlowMatchHeunDiscreteScheduler(),
+    "UniPC": lambda: UniPCMultistepScheduler(**FLOW),
+    "DPM-Solver++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **FLOW),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_flow_scheduler_goes_to_the_same_video(pipe, name):
+    """All solve one differential equation; with small steps they agree, which a wrong level or sign would not."""
+    exact = latents(pipe, num_inference_steps=200, guidance_scale=1.0)
+    pipe.scheduler = SCHEDULERS[name]()
+    noise = latents(pipe, num_inference_steps=1, guidance_scale=1.0)
+    close = latents(pipe, num_inference_steps=100, guidance_scale=1.0)
+    error = (close - exact).norm() / exact.norm()
+    assert error < 0.02 and (noise - exact).norm() / exact.norm() > 0.02
+
+
+def test_a_swapped_scheduler_is_saved(pipe, tmp_path):
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
+    pipe.save_pretrained(tmp_path)
+    assert isinstance(VideoGenPipeline.from_pretrained(tmp_path).scheduler, UniPCMultistepScheduler)
+
+
+def test_the_guider_of_classifier_free_guidance_equals_the_built_in(pipe):
+    expected = latents(pipe, guidance_scale=3.0)
+    assert torch.allclose(latents(pipe, guider=ClassifierFreeGuidance(guidance_scale=3.0)), expected, atol=1e-5)
+    assert torch.equal(latents(pipe, guidance_scale=3.0), expected)
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        ClassifierFreeZeroStarGuidance(guidance_scale=3.0, zero_init_steps=0),
+        AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0),
+        SkipLayerGuidance(
+            guidance_scale=3.0,
+            skip_layer_guidance_layers=[1],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        ),
+    ],
+    ids=lambda guider: type(guider).__name__,
+)
+def test_other_guiders_guide_otherwise_and_leave_no_trace(guider, randomize):
+    pipe = make_pipeline(num_layers=3)
+    randomize(pipe.transformer)
+    plain = latents(pipe)
+    guided = latents(pipe, guider=guider)
+    assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, atol=1e-4)
+    assert torch.equal(latents(pipe), plain)
+
+
+def test_diffusers_own_class_loads_a_folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again, VideoGenPipeline)
+    assert torch.equal(latents(again), latents(pipe))
+
+
+def test_a_variant_is_loaded_by_its_name_and_a_missing_one_is_told(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(latents(VideoGenPipeline.from_pretrained(tmp_path, variant="fp16")), latents(pipe))
+    with pytest.raises(ValueError, match="bf16"):
+        VideoGenPipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_every_component_has_its_own_precision_where_asked(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    precisions = {"transformer": torch.bfloat16, "default": torch.float32}
+    again = VideoGenPipeline.from_pretrained(tmp_path, dtype=precisions)
+    assert again.transformer.dtype == torch.bfloat16
+    assert again.vae.dtype == again.text_encoder.dtype == torch.float32
+
+
+def test_components_may_be_left_out_or_given(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    bare = VideoGenPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None, vae=pipe.vae)
+    assert bare.text_encoder is None and bare.vae is pipe.vae
+    shared = VideoGenPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
+    assert shared.transformer is pipe.transformer
+    positive, negative = pipe.encode_prompt(PROMPT)
+    embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    frames = bare(**embeds, generator=seeded(), output_type="latent").frames
+    assert torch.allclose(frames, latents(shared), atol=1e-5)
+
+
+def test_sharded_weights_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(latents(VideoGenPipeline.from_pretrained(tmp_path)), latents(pipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_finite_and_close(pipe, dtype):
+    exact = pipe(PROMPT, generator=seeded()).frames
+    frames = pipe.to(dtype)(PROMPT, generator=seeded()).frames
+    assert abs(frames - exact).mean() < 0.02
+
+
+def test_prompts_are_encoded_alone(pipe):
+    positive, negative = pipe.encode_prompt([PROMPT, "a blue square"], num_videos_per_prompt=2)
+    assert positive.shape == negative.shape == (4, 8, 32)
+    assert torch.equal(positive[0], positive[1]) and not torch.equal(positive[1], positive[2])
+
+
+def test_group_offloading_gives_the_same_video(pipe):
+    expected = latents(pipe)
+    cpu = torch.device("cpu")
+    pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.allclose(latents(pipe), expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_to_the_cpu_gives_the_same_video_and_stream(method):
+    expected = latents(make_pipeline().to("cuda")).cpu()
+    pipe = make_pipeline()
+    getattr(pipe, method)()
+    result = latents(pipe)
+    assert torch.allclose(result.cpu(), expected, atol=1e-3)
+    assert sum(piece.shape[1] for piece in pipe.decode_stream(result)) == 9
+
+
+def test_tiling_and_slicing_of_the_vae_are_reached_from_the_pipeline(pipe):
+    expected = pipe(PROMPT, num_videos_per_prompt=2, generator=seeded()).frames
+    pipe.vae.enable_slicing()
+    assert abs(pipe(PROMPT, num_videos_per_prompt=2, generator=seeded()).frames - expected).max() < 1e-5
+
+
+def test_pushing_uploads_every_component(pipe, hub):
+    pipe.push_to_hub("someone/something")
+    files = hub["someone/something"]
+    assert json.loads(files["model_index.json"])["_class_name"] == "VideoGenPipeline"
+    assert {"vae", "transformer", "text_encoder", "tokenizer", "scheduler"} <= {Path(name).parts[0] for name in files}
+
+
+def test_a_hub_id_is_downloaded_and_loaded(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    asked = []
+
+    def download(cls, name, **options):
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(VideoGenPipeline, "download", classmethod(download))
+    assert torch.equal(latents(VideoGenPipeline.from_pretrained("someone/something")), latents(pipe))
+    assert asked == ["someone/something"]
