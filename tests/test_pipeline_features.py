@@ -16,6 +16,7 @@ from diffusers import (
     SkipLayerGuidance,
     UniPCMultistepScheduler,
 )
+from diffusers.hooks import LayerSkipConfig
 
 from vgen.pipeline import VideoGenPipeline
 
@@ -70,7 +71,7 @@ def test_the_guider_of_classifier_free_guidance_equals_the_built_in(pipe):
         AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0),
         SkipLayerGuidance(
             guidance_scale=3.0,
-            skip_layer_guidance_layers=[1],
+            skip_layer_config=LayerSkipConfig(indices=[1], fqn="blocks"),
             skip_layer_guidance_start=0.0,
             skip_layer_guidance_stop=1.0,
         ),

@@ -1,0 +1,44 @@
+"""Weights in 8-bit integers through torchao, as diffusers' users ask for them."""
+
+import pytest
+import torch
+from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.pipeline import VideoGenPipeline
+from vgen.temporal.state import TemporalState
+
+pytest.importorskip("torchao")
+from torchao.quantization import Int8WeightOnlyConfig  # noqa: E402
+from torchao.utils import TorchAOBaseTensor  # noqa: E402
+
+
+def quantized(module):
+    return [name for name, weight in module.named_parameters() if isinstance(weight, TorchAOBaseTensor)]
+
+
+@torch.no_grad()
+def test_a_quantised_denoiser_is_close_and_its_streams_equal_one_pass(make_transformer, tmp_path):
+    exact = make_transformer(group_modes=["full", "causal"])
+    exact.save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    network = SpacetimeTransformer.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config).eval()
+    assert "blocks.0.attn1.to_q.weight" in quantized(network) and not quantized(exact)
+
+    latents, prompt, level = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 6, 5), torch.tensor([300.0])
+    expected, whole = (one(latents, level, prompt, groups="causal").sample for one in (exact, network))
+    assert 0 < (whole - expected).norm() / expected.norm() < 0.1
+    state = TemporalState(window=4)
+    pieces = [network(piece, level, prompt, state=state).sample for piece in latents.split(1, dim=2)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-4, rtol=0)
+
+
+def test_a_pipeline_quantises_the_components_it_is_told_to(tmp_path):
+    from ..test_pipeline import PROMPT, make_pipeline
+
+    make_pipeline().save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    pipe = VideoGenPipeline.from_pretrained(tmp_path, quantization_config=config)
+    pipe.set_progress_bar_config(disable=True)
+    assert quantized(pipe.transformer) and not quantized(pipe.vae)
+    assert pipe(PROMPT).frames.shape == (1, 9, 16, 16, 3)
