@@ -12,13 +12,8 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-
-def peak_mebibytes() -> float:
-    """The process's peak resident size so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+from pairs import peak_mebibytes
 
 
 def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> float:

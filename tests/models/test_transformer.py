@@ -351,6 +351,16 @@ def test_state_of_another_network_is_refused(make_transformer, make_vae):
             make_transformer(window=3)(latents, levels, prompt, state=state)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1, 4, 4), (1, 3, 1, 4, 8)])
+def test_piece_of_another_batch_or_size_is_refused(make_transformer, shape):
+    network, state = make_transformer(), TemporalState(window=2)
+    level = torch.tensor([300.0])
+    with torch.no_grad():
+        network(torch.randn(1, 3, 1, 4, 4), level, None, state=state)
+        with pytest.raises(ValueError, match="does not continue this stream"):
+            network(torch.randn(shape), level.expand(shape[0]), None, state=state)
+
+
 def test_state_without_a_window_is_refused(make_transformer):
     latents, levels, prompt = inputs()
     with torch.no_grad(), pytest.raises(ValueError, match="needs a window"):

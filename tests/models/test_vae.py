@@ -355,6 +355,18 @@ def test_state_of_another_config_is_refused(make_vae):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16, 16), (1, 3, 4, 16, 24)])
+def test_piece_of_another_batch_or_size_is_refused(make_vae, shape):
+    vae, state = make_vae(), TemporalState()
+    with torch.no_grad():
+        latents = vae.encode(torch.rand(1, 3, 1, 16, 16), state).latent_dist.mode()
+        with pytest.raises(ValueError, match="does not continue this stream"):
+            vae.encode(torch.rand(shape), state)
+        vae.decode(latents, state)
+        with pytest.raises(ValueError, match="does not continue this stream"):
+            vae.decode(torch.rand(shape[0], 3, 1, 4, shape[-1] // 4 + (shape[0] == 1)), state)
+
+
 def test_failed_piece_leaves_the_state_as_it_was(make_vae):
     vae, state = make_vae(), TemporalState()
     clip = draw_clip(vae, 9)

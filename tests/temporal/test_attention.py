@@ -190,16 +190,16 @@ def test_ring_buffer_holds_the_first_and_the_latest_frames_in_order(window, sink
         cache = FrameCache(state)
         order = cache.positions(CPU).argsort()
         assert cache.positions(CPU)[order].tolist() == list(range(len(kept)))
-        keys, values = cache.read("a")
+        keys, values = cache.read("a", 1, 1)
         assert keys[0, order, 0, 0, 0].tolist() == kept
         assert (-values)[0, order, 0, 0, 0].tolist() == kept
-        assert (cache.read("b")[0] - 100)[0, order, 0, 0, 0].tolist() == kept
+        assert (cache.read("b", 1, 1)[0] - 100)[0, order, 0, 0, 0].tolist() == kept
         assert state.num_frames == len(kept) <= sink + window
 
 
 def test_cache_is_empty_before_the_first_frame():
     cache = FrameCache(TemporalState(window=2))
-    assert cache.num_frames == 0 and cache.read("a") is None and cache.positions(CPU).tolist() == []
+    assert cache.num_frames == 0 and cache.read("a", 1, 1) is None and cache.positions(CPU).tolist() == []
 
 
 def test_cache_needs_a_window():

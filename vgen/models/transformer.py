@@ -401,7 +401,7 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         written: dict[str, tuple[Tensor, Tensor]] = {}
         block: Any
         for block in self.blocks:
-            past = None if cache is None else cache.read(block.cache_key)
+            past = None if cache is None else cache.read(block.cache_key, b, rows * columns)
             inputs = (encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, past_rotary)
             if write:
                 tokens, *written[block.cache_key] = block(tokens, *inputs, return_key_value=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vgen.models.convert import with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.models.tiling import Tiling, run_tiled
-from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
+from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample, append
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
 
@@ -513,7 +513,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         state.bind(self)
         s = self.temporal_compression_ratio
         pending = state.pending
-        frames = clip if pending is None else torch.cat([pending.to(clip), clip], dim=2)
+        frames = clip if pending is None else append(pending, clip)
         first = 0 if state.get("encoded_frames") is not None else 1
         usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
         if usable:

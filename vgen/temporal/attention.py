@@ -153,12 +153,21 @@ class FrameCache:
         window = self.capacity - self.sink
         return torch.where(slots < self.sink, slots, self.sink + (slots - self._total(device)) % window)
 
-    def read(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """Keys, not rotated, and values `(b, num_frames, p, h, d)` of one attention layer; `None` at the start."""
+    def read(self, key: str, batch_size: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Keys, not rotated, and values `(b, num_frames, p, h, d)` of one attention layer; `None` at the start.
+
+        Raises:
+            ValueError: The stream has another batch size or number of tokens in a frame.
+        """
         if self.num_frames == 0:
             return None
         keys, values = self.state.get(f"{key}.key"), self.state.get(f"{key}.value")
         assert keys is not None and values is not None
+        if (keys.shape[0], keys.shape[2]) != (batch_size, num_tokens):
+            raise ValueError(
+                f"a piece of {batch_size} samples with {num_tokens} tokens a frame does not continue this stream of "
+                f"{keys.shape[0]} with {keys.shape[2]}: use a new TemporalState"
+            )
         return keys[:, : self.num_frames], values[:, : self.num_frames]
 
     def write(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -14,6 +14,21 @@ from torch import Tensor, nn
 from vgen.temporal.state import History
 
 
+def append(past: Tensor, piece: Tensor) -> Tensor:
+    """A stream's earlier frames `(b, c, n, h, w)` and its next ones, in the dtype of the piece.
+
+    Raises:
+        ValueError: The piece has another batch or size than the stream.
+    """
+    sizes = [(x.shape[0], *x.shape[3:]) for x in (past, piece)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"a piece of (b, h, w) = {sizes[1]} does not continue this stream of {sizes[0]}, as both are inside the "
+            "network: use a new TemporalState"
+        )
+    return torch.cat([past.to(piece), piece], dim=2)
+
+
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution whose output frame k sees input frames up to k only.
 
@@ -34,7 +49,11 @@ class CausalConv3d(nn.Conv3d):
         self.state_key = ""
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`."""
+        """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`.
+
+        Raises:
+            ValueError: The piece has another batch or size than the stream.
+        """
         length = self.kernel_size[0] - 1
         if length == 0:
             return super().forward(x)
@@ -43,7 +62,7 @@ class CausalConv3d(nn.Conv3d):
             return self._single_frame(x)
         if past is None:
             past = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
-        x = torch.cat([past.to(x), x], dim=2)
+        x = append(past, x)
         if history is not None:
             history.put(self.state_key, x[:, :, -length:].clone())
         return super().forward(x)
@@ -74,7 +93,7 @@ class CausalDownsample(nn.Module):
         if history is not None:
             history.put(self.state_key, x[:, :, -1:].clone())
         if past is not None:
-            return self.time_conv(torch.cat([past.to(x), x], dim=2))
+            return self.time_conv(append(past, x))
         if x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)

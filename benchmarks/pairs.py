@@ -1,0 +1,92 @@
+"""Two implementations timed turn by turn, and the peak memory of each in a process of its own."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_mebibytes() -> float:
+    """The peak so far: of CUDA's allocations, else of the process's resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call, its kernels included."""
+    begin = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: int) -> tuple[float, float, float]:
+    """Median seconds of ours and of theirs over interleaved pairs, and the median of the pairs' ratios."""
+    seconds(ours), seconds(theirs)
+    pairs = []
+    for index in range(num_pairs):
+        if index % 2:
+            pairs.append((seconds(ours), seconds(theirs)))
+        else:
+            second = seconds(theirs)
+            pairs.append((seconds(ours), second))
+    mine, other = zip(*pairs, strict=True)
+    return statistics.median(mine), statistics.median(other), statistics.median(a / b for a, b in pairs)
+
+
+def memory_of(arguments: list[str]) -> float:
+    """MiB that this script's `--one` run with these arguments prints, in a process of its own."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # see streaming_decode.py
+    command = [sys.executable, sys.argv[0], *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
+def compare(
+    cases: dict[str, Callable[[bool], Callable[[], Any]]], args: argparse.Namespace, passed_on: list[str]
+) -> None:
+    """Prints one line a case, or with `--one NAME ours|theirs` that run's peak above the one after loading.
+
+    Args:
+        cases: For each name, a function that builds our call (`True`) or diffusers' (`False`).
+        args: With `num_pairs`, `one`, `output`.
+        passed_on: Arguments that the memory runs need to build the same cases.
+    """
+    if args.one:
+        name, whose = args.one
+        call = cases[name](whose == "ours")
+        loaded = peak_mebibytes()
+        call()
+        print(peak_mebibytes() - loaded)
+        return
+    rows = {}
+    print(f"{'case':<40}{'ours':>10}{'diffusers':>12}{'time ratio':>12}{'memory ratio':>14}")
+    for name, build in cases.items():
+        mine, other, ratio = time_ratio(build(True), build(False), args.num_pairs)
+        memory = [memory_of([*passed_on, "--one", name, whose]) for whose in ("ours", "theirs")]
+        rows[name] = {"ours": mine, "diffusers": other, "time": ratio, "memory": memory[0] / memory[1]}
+        cells = f"{mine:>8.3f} s{other:>10.3f} s{ratio:>12.3f}{memory[0] / memory[1]:>14.3f}"
+        print(f"{name:<40}{cells}", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-pairs", type=int, default=20)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    return parser

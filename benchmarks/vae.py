@@ -1,0 +1,54 @@
+"""CausalVideoVAE beside diffusers' AutoencoderKLWan with the same weights: time and peak memory as ratios.
+
+    python benchmarks/vae.py
+
+Median of interleaved pairs. Streamed decoding hands pieces of 8 frames on; diffusers decodes in one call.
+"""
+
+from functools import partial
+
+import torch
+from pairs import compare, make_parser
+
+from vgen.models.vae import CausalVideoVAE
+
+CONFIG = {"base_dim": 32, "z_dim": 8, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
+
+
+def build(kind: str, dtype: str, size: int, frames: int, ours: bool):
+    """The call of one case."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = CausalVideoVAE(**CONFIG).to(device, getattr(torch, dtype)).eval()
+    vae.frames_per_piece = 8
+    network = vae if ours else vae.to_diffusers().to(device, getattr(torch, dtype)).eval()
+    clip = torch.rand(1, 3, frames, size, size, device=device).to(network.dtype)
+    latents = torch.randn(1, 8, 1 + (frames - 1) // 4, size // 4, size // 4, device=device).to(network.dtype)
+    if kind == "encode":
+        return lambda: network.encode(clip)
+    if kind == "decode" or not ours:
+        return lambda: network.decode(latents)
+    return lambda: [None for _ in network.decode_stream(latents)]
+
+
+def main() -> None:
+    """Prints one line a case."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--frames", type=int, nargs="+", default=[17, 65, 257], help="of streamed decoding")
+    args = parser.parse_args()
+    cases = {}
+    for dtype in args.dtypes:
+        for size in args.sizes:
+            for kind in ("encode", "decode"):
+                cases[f"{kind} 17 frames {size} {dtype}"] = partial(build, kind, dtype, size, 17)
+        for frames in args.frames:
+            size = args.sizes[0]
+            cases[f"stream {frames} frames {size} {dtype}"] = partial(build, "stream", dtype, size, frames)
+    passed_on = ["--dtypes", *args.dtypes, "--sizes", *map(str, args.sizes), "--frames", *map(str, args.frames)]
+    compare(cases, args, passed_on)
+
+
+if __name__ == "__main__":
+    main()
