@@ -66,14 +66,14 @@ def latents_dir(vae_run, tmp_path_factory):
     return folder
 
 
-def train_vdm(vae_run, latents_dir, output_dir, **options):
+def train_vdm(vae_run, latents_dir, output_dir, check=True, **options):
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
         "--output_dir": output_dir, "--vae": vae_run / "vae", "--latents_dir": latents_dir,
         "--model": json.dumps(DENOISER), "--text_dim": 32, "--text_layers": 1, "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
-    return launch("train/train_vdm.py", **settings | TINY | options)
+    return launch("train/train_vdm.py", check=check, **settings | TINY | options)
 
 
 def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
@@ -123,6 +123,20 @@ def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
     assert pipe.config.num_inference_steps == 1
     weights = load_file(tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+def test_a_pipeline_to_start_from_must_agree_with_the_settings(vae_run, latents_dir, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_vdm(vae_run, latents_dir, first)
+    refused = train_vdm(
+        vae_run, latents_dir, second, check=False, **{"--init": first / "pipeline", "--level_shift": 3}
+    )
+    assert refused.returncode != 0 and "level_shift=3.0, but the pipeline" in refused.stderr
+    train_vdm(vae_run, latents_dir, second, **{"--init": first / "pipeline", "--learning_rate": 0})
+    before, after = (
+        load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors") for run in (first, second)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_run_with_muon_resumes_exactly(vae_run, latents_dir, tmp_path):

@@ -46,7 +46,11 @@ from vgen.training.run import (
 
 @dataclass(kw_only=True)
 class VDMConfig(RunConfig):
-    """Settings of a denoiser's training; `--init` is a pipeline to start from."""
+    """Settings of a denoiser's training.
+
+    `--init` is a pipeline to start from. Its parts and defaults are kept, and settings that make a new pipeline (`vae`,
+    `model`, `text_dim`, `text_layers`, `defaults`) do not apply.
+    """
 
     vae: str
     """Folder or Hub id of the VAE that encoded the latents."""
@@ -182,7 +186,15 @@ def main(config: VDMConfig) -> None:
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     """The pipeline to train: from `--init`, or with random weights behind the given VAE."""
     if config.init:
-        return VideoGenPipeline.from_pretrained(config.init)
+        pipe = VideoGenPipeline.from_pretrained(config.init)
+        for name, wanted, found in (
+            ("level_shift", config.level_shift, pipe.scheduler.config.get("shift", 1.0)),
+            ("max_sequence_length", config.max_sequence_length, pipe.config.max_sequence_length),
+            ("frame_rate", config.frame_rate, pipe.config.frame_rate),
+        ):
+            if wanted != found:
+                raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
+        return pipe
     vae = CausalVideoVAE.from_pretrained(config.vae)
     tokenizer = make_word_tokenizer(vocabulary(), config.max_sequence_length)
     return VideoGenPipeline(
