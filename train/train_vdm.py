@@ -48,8 +48,8 @@ from vgen.training.run import (
 class VDMConfig(RunConfig):
     """Settings of a denoiser's training.
 
-    `--init` is a pipeline to start from. Its parts and defaults are kept, and settings that make a new pipeline (`vae`,
-    `model`, `text_dim`, `text_layers`, `defaults`) do not apply.
+    `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline (`vae`,
+    `model`, `text_dim`, `text_layers`, `defaults`) do not apply then.
     """
 
     vae: str
