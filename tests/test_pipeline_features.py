@@ -163,6 +163,22 @@ def test_tiling_and_slicing_of_the_vae_are_reached_from_the_pipeline(pipe):
     expected = pipe(PROMPT, num_videos_per_prompt=2, generator=seeded()).frames
     pipe.vae.enable_slicing()
     assert abs(pipe(PROMPT, num_videos_per_prompt=2, generator=seeded()).frames - expected).max() < 1e-5
+    pipe.vae.enable_tiling(8, 8, 4, 4)
+    tiled = pipe(PROMPT, num_videos_per_prompt=2, generator=seeded()).frames
+    assert tiled.shape == expected.shape and abs(tiled - expected).max() > 1e-3
+
+
+def test_a_callback_can_change_the_guidance(pipe, randomize):
+    randomize(pipe.transformer)
+
+    def stop_guiding(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    weak = latents(pipe, guidance_scale=9.0, num_inference_steps=4, callback_on_step_end=stop_guiding)
+    assert not torch.allclose(weak, latents(pipe, guidance_scale=9.0, num_inference_steps=4), atol=1e-2)
+    with pytest.raises(ValueError, match="not both"):
+        latents(pipe, guidance_scale=9.0, guider=ClassifierFreeGuidance())
 
 
 def test_pushing_uploads_every_component(pipe, hub):
@@ -181,5 +197,8 @@ def test_a_hub_id_is_downloaded_and_loaded(pipe, tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(VideoGenPipeline, "download", classmethod(download))
+    load_config = VideoGenPipeline.load_config
+    local = classmethod(lambda cls, name, **options: load_config(str(tmp_path), **options))
+    monkeypatch.setattr(VideoGenPipeline, "load_config", local)
     assert torch.equal(latents(VideoGenPipeline.from_pretrained("someone/something")), latents(pipe))
     assert asked == ["someone/something"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    ClassifierFreeGuidance,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -102,6 +103,13 @@ def test_a_cache_that_skips_nothing_changes_nothing_and_one_that_skips_saves_wor
     assert torch.equal(again, cached)
     pipe.transformer.disable_cache()
     assert torch.equal(generate(pipe), plain)
+
+
+def test_faster_cache_and_guiders_do_not_go_together():
+    pipe = make_pipeline(num_layers=LAYERS)
+    pipe.transformer.enable_cache(faster(pipe, 2))
+    with pytest.raises(ValueError, match="FasterCache"):
+        pipe(PROMPT, guider=ClassifierFreeGuidance())
 
 
 def test_a_cache_refuses_to_skip_what_a_state_must_remember():

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FasterCacheConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
@@ -115,7 +115,9 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for component in sorted(path for path in source.iterdir() if path.is_dir()):
                 refuse_pickles(component)
             return super().from_pretrained(str(source), **kwargs)
+        hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
         try:
+            cls.load_config(source, **{name: kwargs[name] for name in hub if name in kwargs})  # refuse before loading
             return super().from_pretrained(source, **kwargs)
         except OSError as error:
             raise ValueError(f"{_not_found(source)}, and it could not be loaded from the Hub: {error}") from error
@@ -192,7 +194,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds: `(b, l, d)` instead of `prompt`.
             negative_prompt_embeds: `(b, l, d)` instead of `negative_prompt`.
             groups: Which token frames see which: `full`, `causal`, `chunk`, or integers.
-            guider: Any of diffusers' guiders, instead of classifier-free guidance with `guidance_scale`.
+            guider: One of diffusers' guiders, instead of classifier-free guidance with `guidance_scale`; those that
+                skip attention layers need one of `skip_layer_config` to do so by whole blocks.
             output_type: `np`, `pil`, `pt` or `latent`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
@@ -225,6 +228,10 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if guider is not None and guidance_scale is not None:
+            raise ValueError("give guidance_scale or guider, not both: the guider has a weight of its own")
+        if guider is not None and isinstance(self.denoiser._cache_config, FasterCacheConfig):
+            raise ValueError("FasterCache wants guidance in one batch, guiders do not: disable_cache() or no guider")
         self._guider = guider
         self._interrupt = False
         device, dtype = self._execution_device, self.denoiser.dtype

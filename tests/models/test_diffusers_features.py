@@ -44,7 +44,7 @@ class Transformer:
 
     def _call(self, network, clip, **options):
         dtype = network.dtype
-        level = torch.tensor([300.0])
+        level = torch.tensor([300.0], device=clip.device)
         return network(clip.to(dtype), level, self.prompt.to(dtype), **options).sample.float()
 
     def whole(self, network):
@@ -112,11 +112,10 @@ def test_a_device_map_places_the_network(case, tmp_path, device_map):
 def test_what_stays_in_float32_does_so_when_loaded_in_half_precision(case, tmp_path):
     case.network.save_pretrained(tmp_path)
     network = load(case, tmp_path, dtype=torch.bfloat16)
-    kept = getattr(network, "_keep_in_fp32_modules", None) or []
-    for name, weight in network.named_parameters():
-        parts = name.split(".")
-        expected = torch.float32 if any(part in kept for part in parts) else torch.bfloat16
-        assert weight.dtype == expected, name
+    full = {name for name, weight in network.named_parameters() if weight.dtype == torch.float32}
+    kept = ("time_embedder", "scale_shift_table", "norm2")  # the other norms have no weights
+    named = {name for name, _ in network.named_parameters() if any(part in name.split(".") for part in kept)}
+    assert full == (named if isinstance(case, Transformer) else set())
 
 
 def test_a_fresh_process_loads_it(case, tmp_path):
@@ -175,10 +174,14 @@ def test_sequential_offloading_keeps_streams_equal(case):
     close(case.streamed(case.network), exact)
 
 
-def test_the_whole_network_compiles_without_a_graph_break(case):
+def test_the_whole_network_compiles_without_a_graph_break(case, monkeypatch):
+    exact = case.whole(case.network)
     torch.compiler.reset()
-    network = torch.compile(case.network, fullgraph=True, backend="eager")
-    close(case.whole(network), case.whole(case.network))
+    # the methods rather than the module, whose other methods would stay as they are
+    for method in ("encode", "decode") if isinstance(case, VAE) else ("forward",):
+        compiled = torch.compile(getattr(case.network, method), fullgraph=True, backend="eager")
+        monkeypatch.setattr(case.network, method, compiled)
+    close(case.whole(case.network), exact)
 
 
 def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(case):
@@ -238,7 +241,7 @@ def test_xformers_without_cuda_is_one_clear_error(make_transformer):
 @pytest.mark.parametrize("enable", ["set_attention_backend", "enable_xformers_memory_efficient_attention"])
 def test_xformers_gives_the_native_result_with_cuda(make_transformer, enable):
     pytest.importorskip("xformers")
-    case = Transformer(make_transformer)
+    case = Transformer(lambda **config: make_transformer(attention_head_dim=16, **config))
     case.network.to("cuda", torch.bfloat16)
     case.input, case.prompt = case.input.cuda(), case.prompt.cuda()
     exact = case.whole(case.network)

@@ -39,6 +39,13 @@ def test_every_trainable_weight_is_updated_once(optimizer, tmp_path):
         assert scaled.min() > 0.6 and scaled.max() < 1.3
 
 
-def test_unknown_optimizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="optimizer='sgd' must be adamw or muon"):
-        RunConfig(output_dir=tmp_path, optimizer="sgd").check()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer='sgd' must be adamw or muon"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "does not go with fp16"),
+    ],
+)
+def test_optimizers_that_do_not_work_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(output_dir=tmp_path, **settings).check()

@@ -443,14 +443,15 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
     def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Always raises: diffusers' hooks split tokens only, and here noise levels and masks go with whole frames.
+        """Always raises: diffusers' hooks split tokens or heads, and here levels and masks go with whole frames.
 
         Raises:
             ValueError: Says so.
         """
         raise ValueError(
-            "context parallelism is not served: it would split the tokens of a video between devices, but not the "
-            "noise levels, groups and cached keys that belong to whole token frames; share out videos instead"
+            "context and tensor parallelism are not served: they would split the tokens or heads of a video between "
+            "devices, but not the noise levels, groups and cached keys that belong to whole token frames; share out "
+            "videos instead"
         )
 
     def _open(self, state: TemporalState, n: int) -> FrameCache:

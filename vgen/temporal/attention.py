@@ -63,7 +63,7 @@ def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch
     if isinstance(groups, str):
         groups = make_groups(groups, num_frames, 0, chunk_size)
     if not isinstance(groups, Tensor):
-        if isinstance(groups[0], int) and list(groups) == [groups[0]] * num_frames:
+        if len(groups) and isinstance(groups[0], int) and list(groups) == [groups[0]] * num_frames:
             return None
         groups = torch.tensor(groups)
     if groups.shape[-1] != num_frames or groups.ndim > 2:
@@ -280,6 +280,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
     processor: Any
     _default_processor_cls = SpacetimeAttnProcessor
     _available_processors = [SpacetimeAttnProcessor]
+    _supports_qkv_fusion = False
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, eps: float = 1e-6, is_cross_attention: bool = False

@@ -95,6 +95,10 @@ class RunConfig:
             )
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer={self.optimizer!r} must be adamw or muon")
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "optimizer=muon does not go with fp16, whose loss scale knows one optimiser only: use bf16"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
