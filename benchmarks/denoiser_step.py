@@ -7,15 +7,15 @@ bf16 autocast, AdamW, random latents; the median of the steps after the first tw
 
 import argparse
 import statistics
-import time
 
 import torch
+from pairs import seconds
 
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.pipeline import find_checkpoint
 
 
-def seconds(backend: str, compiled: bool, args: argparse.Namespace) -> float:
+def step_seconds(backend: str, compiled: bool, args: argparse.Namespace) -> float:
     """The median of one setting."""
     network = SpacetimeTransformer.from_pretrained(find_checkpoint(args.model), subfolder="transformer").train()
     network.set_attention_backend(backend)
@@ -26,16 +26,15 @@ def seconds(backend: str, compiled: bool, args: argparse.Namespace) -> float:
     timestep = torch.rand(args.batch_size, config.trained_token_frames) * 1000
     prompt = torch.randn(args.batch_size, 32, config.text_dim)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    times = []
-    for _ in range(args.num_steps + 2):
-        begin = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             out = network(latents, timestep, prompt, frame_rate=8.0).sample
         out.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+
+    return statistics.median([seconds(step) for _ in range(args.num_steps + 2)][2:])
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
     for backend in args.backends:
         for compiled in (False, True):
             kind = "compiled" if compiled else "eager"
-            print(f"{backend:<14}{kind:<10}{seconds(backend, compiled, args):.3f} s", flush=True)
+            print(f"{backend:<14}{kind:<10}{step_seconds(backend, compiled, args):.3f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,12 @@ def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: in
     return statistics.median(mine), statistics.median(other), statistics.median(a / b for a, b in pairs)
 
 
-def memory_of(arguments: list[str]) -> float:
-    """MiB that this script's `--one` run with these arguments prints, in a process of its own."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # see streaming_decode.py
+def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
+    """MiB that this script's `--one` run with these arguments prints, in a process of its own.
+
+    `mmap_threshold` is explained in streaming_decode.py.
+    """
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold)} if mmap_threshold else {})
     command = [sys.executable, sys.argv[0], *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.split()[-1])

@@ -9,11 +9,8 @@ with, keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 
-from pairs import peak_mebibytes
+from pairs import memory_of, peak_mebibytes
 
 
 def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> float:
@@ -23,12 +20,13 @@ def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> fl
     from vgen.models.vae import CausalVideoVAE
     from vgen.pipeline import find_checkpoint
 
-    vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval().to(device)
     vae.frames_per_piece = frames_per_piece
     loaded = peak_mebibytes()
     s, ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     shape = (1, vae.config.z_dim, 1 + (num_frames - 1) // s, size // ratio, size // ratio)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     frames = 0
     with torch.no_grad():
         for piece in vae.decode_stream(latents):
@@ -50,7 +48,6 @@ def main() -> None:
     if args.one:
         print(measure(args.one, args.size, args.model, args.frames_per_piece))
         return
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(args.mmap_threshold)} if args.mmap_threshold else {})
     peaks = []
     for num_frames in args.num_frames:
         settings = {
@@ -59,9 +56,7 @@ def main() -> None:
             "frames-per-piece": args.frames_per_piece,
             "one": num_frames,
         }
-        command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in settings.items())]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peaks.append(float(done.stdout.split()[-1]))
+        peaks.append(memory_of([f"--{name}={value}" for name, value in settings.items()], args.mmap_threshold))
         print(f"{num_frames} frames of {args.size}x{args.size}: {peaks[-1]:.0f} MiB")
     print(f"ratio: {peaks[-1] / peaks[0]:.3f}")
 

@@ -22,7 +22,7 @@ def _splits(length: int) -> Iterator[list[int]]:
         yield from ([first, *rest] for rest in _splits(length - first) if first + sum(rest) == length)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomize() -> Callable[..., Any]:
     """Draws all weights of a module from N(0, 0.2), so that every path through it matters."""
     return _randomize

@@ -18,7 +18,7 @@ SETTINGS = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, randomize):
     """A tiny random one, in the layout of the public checkpoints."""
     torch.manual_seed(0)
     tokenizer = make_word_tokenizer(["a", "blue", "circle", "moves", "red", "square"], 16)
@@ -46,13 +46,14 @@ def folder(tmp_path_factory):
         ffn_dim=32,
         num_layers=2,
     )
-    with torch.no_grad():
-        for weight in (*vae.parameters(), *transformer.parameters()):
-            weight.copy_(0.2 * torch.randn(weight.shape))
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     path = tmp_path_factory.mktemp("wan")
     WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=randomize(vae),
+        scheduler=scheduler,
+        transformer=randomize(transformer),
     ).save_pretrained(path)
     return path
 

@@ -155,9 +155,8 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
 
     Source: Muon is scalable for LLM training, arXiv 2502.16982.
     """
-    linear = {id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)}
-    if config.optimizer != "muon":
-        linear = set()
+    layers = network.modules() if config.optimizer == "muon" else ()
+    linear = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
     weights = [p for p in network.parameters() if p.requires_grad]
     rest = [p for p in weights if id(p) not in linear]
     groups = [
