@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from vgen.data.captions import parse_caption
+from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import read_video
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -66,14 +70,35 @@ def latents_dir(vae_run, tmp_path_factory):
     return folder
 
 
-def train_vdm(vae_run, latents_dir, output_dir, check=True, **options):
+def train_text_encoder(output_dir, **options):
+    settings = {
+        "--output_dir": output_dir, "--dim": 32, "--num_layers": 1, "--batch_size": 4, "--max_steps": 4,
+        "--sample_every": 4, "--num_score_captions": 8,
+    }  # fmt: skip
+    return launch("train/train_text_encoder.py", **settings | TINY | options)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    train_text_encoder(folder)
+    return folder
+
+
+def train_vdm(runs, output_dir, check=True, **options):
+    vae_run, text_run, latents_dir = runs
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
-        "--output_dir": output_dir, "--vae": vae_run / "vae", "--latents_dir": latents_dir,
-        "--model": json.dumps(DENOISER), "--text_dim": 32, "--text_layers": 1, "--batch_size": 4, "--max_steps": 4,
+        "--output_dir": output_dir, "--vae": vae_run / "vae", "--text_encoder": text_run,
+        "--latents_dir": latents_dir, "--model": json.dumps(DENOISER), "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
     return launch("train/train_vdm.py", check=check, **settings | TINY | options)
+
+
+@pytest.fixture(scope="module")
+def runs(vae_run, text_run, latents_dir):
+    return vae_run, text_run, latents_dir
 
 
 def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
@@ -116,8 +141,8 @@ def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_di
     assert refused.returncode != 0 and "another seed" in refused.stderr
 
 
-def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
-    train_vdm(vae_run, latents_dir, tmp_path)
+def test_a_trained_pipeline_generates(runs, tmp_path):
+    train_vdm(runs, tmp_path)
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
     assert pipe.config.num_inference_steps == 1
@@ -125,24 +150,49 @@ def test_a_trained_pipeline_generates(vae_run, latents_dir, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
-def test_a_pipeline_to_start_from_must_agree_with_the_settings(vae_run, latents_dir, tmp_path):
+def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):
+    before = load_file(runs[1] / "text_encoder/model.safetensors")
+    moved = []
+    for train in ("false", "true"):
+        train_vdm(runs, tmp_path / train, **{"--train_text_encoder": train, "--save_dtype": "float32"})
+        after = load_file(tmp_path / train / "pipeline/text_encoder/model.safetensors")
+        moved.append(max((after[name] - before[name]).abs().max().item() for name in before))
+    assert moved[0] == 0 < moved[1]
+
+
+def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
+    script = runpy.run_path(str(ROOT / "train/train_text_encoder.py"))
+    config = script["TextEncoderConfig"](output_dir=text_run)
+    tokenizer = AutoTokenizer.from_pretrained(text_run / "tokenizer")
+    world = ShapesWorld(seed=3)
+    input_ids, mask, said = script["draw"](world, tokenizer, range(50), config)
+    for row in range(50):
+        scene = parse_caption(world.caption(row))
+        words = tokenizer.convert_ids_to_tokens(input_ids[row][mask[row].bool()])
+        places = [place for place, values in enumerate(said[row].tolist()) if values[0] >= 0]
+        assert [words[place] for place in places] == [one.color for one in scene.objects]
+        for place, one in zip(places, scene.objects, strict=True):
+            legal = script["ATTRIBUTES"].values()
+            values = [names[number] for names, number in zip(legal, said[row, place].tolist(), strict=True)]
+            assert values == [one.shape, one.motion, one.size, one.speed, scene.background]
+
+
+def test_a_pipeline_to_start_from_must_agree_with_the_settings(runs, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    train_vdm(vae_run, latents_dir, first)
-    refused = train_vdm(
-        vae_run, latents_dir, second, check=False, **{"--init": first / "pipeline", "--level_shift": 3}
-    )
+    train_vdm(runs, first)
+    refused = train_vdm(runs, second, check=False, **{"--init": first / "pipeline", "--level_shift": 3})
     assert refused.returncode != 0 and "level_shift=3.0, but the pipeline" in refused.stderr
-    train_vdm(vae_run, latents_dir, second, **{"--init": first / "pipeline", "--learning_rate": 0})
+    train_vdm(runs, second, **{"--init": first / "pipeline", "--learning_rate": 0})
     before, after = (
         load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors") for run in (first, second)
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_with_muon_resumes_exactly(vae_run, latents_dir, tmp_path):
+def test_a_run_with_muon_resumes_exactly(runs, tmp_path):
     options = {"--optimizer": "muon", "--lr_schedule": "constant"}
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        train_vdm(vae_run, latents_dir, tmp_path / folder, **options | {"--max_steps": steps})
+        train_vdm(runs, tmp_path / folder, **options | {"--max_steps": steps})
     parts, whole = (load_file(tmp_path / f"{folder}/checkpoint-4/model.safetensors") for folder in ("parts", "whole"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 

@@ -1,6 +1,6 @@
-"""Train a video diffusion model: a denoiser with its text encoder, on latents that were computed once.
+"""Train a video diffusion model: a denoiser behind a text encoder, on latents that were computed once.
 
-A CPU-sized try, after training a VAE and encoding clips with it:
+A CPU-sized try, after training a text encoder and a VAE and encoding clips with it:
 
     accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
 """
@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
 from torch import Tensor
+from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from vgen.data.latents import LatentSet, epoch_order
-from vgen.data.shapes import ShapesWorld, vocabulary
+from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
-from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
+from vgen.models.prompts import tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -49,21 +50,21 @@ class VDMConfig(RunConfig):
     """Settings of a denoiser's training.
 
     `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline (`vae`,
-    `model`, `text_dim`, `text_layers`, `defaults`) do not apply then.
+    `text_encoder`, `model`, `defaults`) do not apply then.
     """
 
     vae: str
     """Folder or Hub id of the VAE that encoded the latents."""
+    text_encoder: str
+    """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
     latents_dir: Path
     """Folder that `pipelines/encode_latents.py` wrote."""
+    train_text_encoder: bool = False
+    """Whether the text encoder is trained along."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SpacetimeTransformer` for random weights; `--init` ignores them."""
     attention_backend: str | None = None
     """Any name of diffusers' attention dispatcher; for short clips on a CPU, `_native_math` is the fastest."""
-    text_dim: int = 128
-    """Channels of the text encoder that is trained along."""
-    text_layers: int = 2
-    """Its blocks."""
     max_sequence_length: int = 32
     """Tokens of a prompt."""
     groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
@@ -123,6 +124,7 @@ def main(config: VDMConfig) -> None:
         pipe.transformer.set_attention_backend(config.attention_backend)
     if config.compile:
         compile_blocks(pipe.transformer)
+    pipe.text_encoder.requires_grad_(config.train_text_encoder)
     model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
     optimizers, schedules = make_optimizers(config, model)
     average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
@@ -130,6 +132,7 @@ def main(config: VDMConfig) -> None:
     accelerator.register_for_checkpointing(*schedules)
     done = resume(accelerator, config.output_dir, average)
     network.train()
+    pipe.text_encoder.train(config.train_text_encoder)
 
     num_frames = data.latents.shape[2] // pipe.transformer.config.patch_size[0]
     bar = progress(config, accelerator, done)
@@ -196,13 +199,14 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
         return pipe
     vae = CausalVideoVAE.from_pretrained(config.vae)
-    tokenizer = make_word_tokenizer(vocabulary(), config.max_sequence_length)
+    text_encoder = AutoModelForTextEncoding.from_pretrained(config.text_encoder, subfolder="text_encoder")
+    text_dim = text_encoder.config.hidden_size
     return VideoGenPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.level_shift),
         vae=vae,
-        transformer=SpacetimeTransformer(**{"text_dim": config.text_dim, **config.model}),
-        text_encoder=make_text_encoder(len(tokenizer), config.text_dim, config.text_layers, config.seed),
-        tokenizer=tokenizer,
+        transformer=SpacetimeTransformer(**{"text_dim": text_dim, **config.model}),
+        text_encoder=text_encoder,
+        tokenizer=AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer"),
         max_sequence_length=config.max_sequence_length,
         frame_rate=config.frame_rate,
         **config.defaults,
@@ -246,7 +250,7 @@ def draw(
 def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
     """Adherence on fixed prompts, and frames `(f, h, w, 3)` of some videos."""
     scores, shown = {}, []
-    training = pipe.transformer.training
+    training, trains_text = pipe.transformer.training, pipe.text_encoder.training
     pipe.transformer.eval()
     pipe.text_encoder.eval()
     pipe.to(accelerator.device)
@@ -265,7 +269,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
         scores |= {f"{split} {name}": value for name, value in result.items()}
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
     pipe.transformer.train(training)
-    pipe.text_encoder.train(training)
+    pipe.text_encoder.train(trains_text)
     return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
 
 
