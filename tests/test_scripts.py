@@ -174,7 +174,9 @@ def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
         for place, one in zip(places, scene.objects, strict=True):
             legal = script["ATTRIBUTES"].values()
             values = [names[number] for names, number in zip(legal, said[row, place].tolist(), strict=True)]
-            assert values == [one.shape, one.motion, one.size, one.speed, scene.background]
+            assert values == [
+                one.color, one.shape, one.motion, one.size, one.speed, scene.background, len(scene.objects)
+            ]  # fmt: skip
 
 
 def test_a_pipeline_to_start_from_must_agree_with_the_settings(runs, tmp_path):

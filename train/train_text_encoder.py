@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vgen.data.captions import BACKGROUNDS, MOTIONS, SHAPES, SIZES, SPEEDS
+from vgen.data.captions import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS
 from vgen.data.shapes import Scene, ShapesWorld, vocabulary
 from vgen.models.prompts import embed, make_text_encoder, make_word_tokenizer, tokenize
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
@@ -31,7 +31,15 @@ from vgen.training.run import (
     update,
 )
 
-ATTRIBUTES = {"shape": SHAPES, "motion": MOTIONS, "size": SIZES, "speed": SPEEDS, "background": BACKGROUNDS}
+ATTRIBUTES = {
+    "color": COLORS,
+    "shape": SHAPES,
+    "motion": MOTIONS,
+    "size": SIZES,
+    "speed": SPEEDS,
+    "background": BACKGROUNDS,
+    "number": (1, 2),
+}
 NOT_SAID = -100
 
 
@@ -138,7 +146,9 @@ def draw(
 def attributes(scene: Scene, number: int) -> list[int]:
     """Numbers of an object's values, in the order of `ATTRIBUTES`."""
     one = scene.objects[number]
-    values = {"background": scene.background} | {name: getattr(one, name) for name in ("shape", "motion", "size")}
+    values = {"background": scene.background, "number": len(scene.objects)} | {
+        name: getattr(one, name) for name in ("color", "shape", "motion", "size")
+    }
     values["speed"] = "normal" if one.motion in ("still", "bounce") else one.speed
     return [legal.index(values[name]) for name, legal in ATTRIBUTES.items()]
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, FasterCacheConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -574,3 +575,6 @@ def _not_found(name: str) -> str:
 
 # `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module
 diffusers.VideoGenPipeline = VideoGenPipeline
+# and downloads from the Hub only what it knows how to load
+for _component in (CausalVideoVAE, SpacetimeTransformer):
+    LOADABLE_CLASSES[_component.__module__] = {_component.__name__: ["save_pretrained", "from_pretrained"]}

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+    _skip_attention___ret___hidden_states,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
@@ -30,6 +36,7 @@ from vgen.temporal.attention import (
     Groups,
     RotaryPositions,
     SpacetimeAttention,
+    SpacetimeAttnProcessor,
     group_mask,
     group_tensor,
 )
@@ -204,6 +211,9 @@ class SpacetimeBlock(nn.Module):
 
 # diffusers' step caches look up what a block takes and returns
 TransformerBlockRegistry.register(SpacetimeBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+AttentionProcessorRegistry.register(
+    SpacetimeAttnProcessor, AttentionProcessorMetadata(_skip_attention___ret___hidden_states)
+)
 
 
 def _modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

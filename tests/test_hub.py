@@ -1,0 +1,103 @@
+"""Hub ids, downloaded over HTTP from a local endpoint in a fresh process."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from .test_pipeline import make_pipeline
+
+REPO, COMMIT = "someone/something", "0" * 40
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """A server with one repository: a tiny pipeline, its weights also as a variant."""
+    folder = tmp_path_factory.mktemp("repository")
+    make_pipeline().save_pretrained(folder)
+    make_pipeline().save_pretrained(folder, variant="fp16")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": COMMIT} for n in names]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):  # noqa: N802
+            self.answer(body=False)
+
+        def do_GET(self):  # noqa: N802
+            self.answer(body=True)
+
+        def answer(self, body):
+            path, headers = self.path.split("?")[0].strip("/"), {}
+            if path.startswith(f"api/models/{REPO}/tree/"):
+                content, status = json.dumps(tree).encode(), 200
+            elif path.startswith(f"api/models/{REPO}"):
+                siblings = [{"rfilename": name} for name in names]
+                info = {"id": REPO, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+                content, status = json.dumps(info).encode(), 200
+            elif path.startswith(f"{REPO}/resolve/") and path.split("/", 4)[4] in names:
+                content, status = (folder / path.split("/", 4)[4]).read_bytes(), 200
+                headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
+            else:
+                known = path.startswith(REPO)
+                content, status = b"", 404
+                headers["X-Error-Code"] = "EntryNotFound" if known else "RepoNotFound"
+            self.send_response(status)
+            for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": len(content), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fresh(code, endpoint, cache, check=True):
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+LOADS = {
+    "pipeline": f"from vgen import VideoGenPipeline as C; p = C.from_pretrained({REPO!r}).transformer",
+    "diffusers": "import vgen.pipeline; from diffusers import DiffusionPipeline as C; "
+    f"p = C.from_pretrained({REPO!r}).vae",
+    "transformer": "from vgen import SpacetimeTransformer as C; "
+    f"p = C.from_pretrained({REPO!r}, subfolder='transformer')",
+    "vae": f"from vgen import CausalVideoVAE as C; p = C.from_pretrained({REPO!r}, subfolder='vae', variant='fp16')",
+}
+
+
+@pytest.mark.parametrize("what", LOADS)
+def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, tmp_path):
+    count = "; print(sum(weight.double().sum().item() for weight in p.parameters()))"
+    network = getattr(make_pipeline(), "vae" if what in ("diffusers", "vae") else "transformer")
+    expected = sum(weight.double().sum().item() for weight in network.parameters())
+    done = fresh(LOADS[what] + count, endpoint, tmp_path)
+    assert float(done.stdout.split()[-1]) == expected
+    # once downloaded, it is there without the server
+    again = fresh(
+        "import os; os.environ['HF_HUB_OFFLINE'] = '1'; " + LOADS[what] + count, "http://127.0.0.1:9", tmp_path
+    )
+    assert float(again.stdout.split()[-1]) == expected
+
+
+def test_what_is_not_there_is_told(endpoint, tmp_path):
+    code = "from vgen import VideoGenPipeline as C; C.from_pretrained('someone/else')"
+    done = fresh(code, endpoint, tmp_path, check=False)
+    assert done.returncode != 0 and "ValueError: no model 'someone/else'" in done.stderr
+    code = f"from vgen import CausalVideoVAE as C; C.from_pretrained({REPO!r}, subfolder='vae', variant='bf16')"
+    done = fresh(code, endpoint, tmp_path, check=False)
+    assert done.returncode != 0 and "bf16" in done.stderr
