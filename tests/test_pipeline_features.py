@@ -84,9 +84,7 @@ def test_the_guider_of_classifier_free_guidance_equals_the_built_in(pipe):
         ),
         PerturbedAttentionGuidance(
             guidance_scale=3.0,
-            perturbed_guidance_config=LayerSkipConfig(
-                indices=[1], fqn="blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
-            ),
+            perturbed_guidance_layers=[1],
             perturbed_guidance_start=0.0,
             perturbed_guidance_stop=1.0,
         ),
@@ -123,6 +121,13 @@ def test_every_component_has_its_own_precision_where_asked(pipe, tmp_path):
     again = VideoGenPipeline.from_pretrained(tmp_path, dtype=precisions)
     assert again.transformer.dtype == torch.bfloat16
     assert again.vae.dtype == again.text_encoder.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+def test_a_device_map_places_components(pipe, tmp_path, device_map):
+    pipe.save_pretrained(tmp_path)
+    again = VideoGenPipeline.from_pretrained(tmp_path, device_map=device_map)
+    assert torch.allclose(latents(again), latents(pipe), atol=1e-5)
 
 
 def test_components_may_be_left_out_or_given(pipe, tmp_path):

@@ -109,6 +109,19 @@ def test_a_device_map_places_the_network(case, tmp_path, device_map):
     close(case.whole(network), case.whole(case.network))
 
 
+def test_a_device_map_over_memory_and_disk_keeps_streams_equal(case, tmp_path):
+    parts = [name for name, part in case.network.named_children() if list(part.parameters())]
+    heavy = "decoder" if isinstance(case, VAE) else "blocks"
+    device_map = {name: "disk" if name == heavy else "cpu" for name in parts}
+    if not isinstance(case, VAE):
+        device_map["scale_shift_table"] = "cpu"
+    case.network.save_pretrained(tmp_path / "weights")
+    network = load(case, tmp_path / "weights", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert any(weight.is_meta for weight in network.parameters())
+    close(case.whole(network), case.whole(case.network))
+    close(case.streamed(network), case.whole(case.network))
+
+
 def test_what_stays_in_float32_does_so_when_loaded_in_half_precision(case, tmp_path):
     case.network.save_pretrained(tmp_path)
     network = load(case, tmp_path, dtype=torch.bfloat16)
@@ -209,6 +222,44 @@ def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_trans
     with torch._dynamo.config.patch(error_on_recompile=True):
         for chunk in chunks[4:]:
             step(chunk)
+
+
+def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_transformer):
+    case = Transformer(make_transformer)
+    state, same = TemporalState(window=2, sink=1), TemporalState(window=2, sink=1)
+    chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
+    torch.compiler.reset()
+    compiled = torch.compile(case.network.forward, fullgraph=True, backend="eager", dynamic=False)
+
+    def step(chunk):
+        level = torch.tensor([300.0])
+        compiled(chunk, level, case.prompt, state=state.frozen())
+        close(compiled(chunk, level, case.prompt, state=state).sample, case._call(case.network, chunk, state=same))
+
+    for chunk in chunks[:5]:
+        step(chunk)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for chunk in chunks[5:]:
+            step(chunk)
+
+
+def test_a_stream_through_the_compiled_vae_is_compiled_once_for_its_first_and_once_for_later_pieces(make_vae):
+    case = VAE(make_vae)
+    clip = torch.cat([case.input, case.input[:, :, 1:]], dim=2)
+    latents = case.network.encode(clip).latent_dist.mode()
+    exact = case.network.decode(latents).sample
+    torch.compiler.reset()
+    encode, decode = (
+        torch.compile(method, fullgraph=True, backend="eager", dynamic=False)
+        for method in (case.network.encode, case.network.decode)
+    )
+    state, means, frames = TemporalState(), [], []
+    for index, piece in enumerate([clip[:, :, :1], *clip[:, :, 1:].split(4, dim=2)]):
+        with torch._dynamo.config.patch(error_on_recompile=index > 2):
+            means.append(encode(piece, state=state).latent_dist.mode())
+            frames.append(decode(means[-1], state=state).sample)
+    close(torch.cat(means, dim=2), latents)
+    close(torch.cat(frames, dim=2), exact)
 
 
 BACKENDS = ["native", "_native_math", "_native_flash", "flex"]
