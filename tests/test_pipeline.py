@@ -23,7 +23,8 @@ WORDS = ["a", "blue", "circle", "left", "moves", "red", "right", "square", "up"]
 def make_pipeline(vae=True, seed=0, **transformer):
     torch.manual_seed(seed)
     tokenizer = make_word_tokenizer(WORDS, 8)
-    size = {"in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2), "num_layers": 1} | transformer
+    size = {"in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2), "num_layers": 1, "keyframe_slots": 4}
+    size |= transformer
     pipe = VideoGenPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=CausalVideoVAE(base_dim=8, z_dim=4, dim_mult=[1, 1, 1], temperal_downsample=[True, True], num_res_blocks=1)
@@ -36,7 +37,6 @@ def make_pipeline(vae=True, seed=0, **transformer):
             freq_dim=16,
             ffn_dim=32,
             group_modes=["full", "causal", "chunk"],
-            keyframe_slots=4,
             frame_rate_embedding=True,
             **size,
         ),

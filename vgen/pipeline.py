@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,11 +24,13 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vgen.known_frames import KnownFrames, encode_known_frames, place, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.attention import make_groups
 
 logger = logging.get_logger(__name__)
 
@@ -157,6 +159,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         *,
+        image: Any = None,
+        frames: Mapping[int, Any] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -182,7 +186,10 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Args:
             prompt: What to show.
             negative_prompt: What to steer away from; "" if not given.
-            height: In pixels.
+            image: The first frame: a PIL image, an array `(h, w, 3)` or a tensor `(3, h, w)`, uint8 or in [0, 1]; a
+                list has one for each prompt. The same as `frames={0: image}`.
+            frames: Known frames by index, each as `image`; they come back at their places.
+            height: In pixels; with known frames, theirs.
             width: In pixels.
             num_frames: All frames, `1 + s*k`.
             frame_rate: Pixel frames per second of the content, told to a denoiser that knows it.
@@ -207,6 +214,13 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: An argument is not possible; the nearest legal one is named.
         """
+        given = {} if image is None and frames is None else self._given_frames(image, frames, prompt, prompt_embeds)
+        for one in given.values():
+            height, width = height or one.shape[-2], width or one.shape[-1]
+            if (height, width) != tuple(one.shape[-2:]):
+                raise ValueError(
+                    f"a known frame of {one.shape[-2]}x{one.shape[-1]} pixels does not fit a video of {height}x{width}"
+                )
         height = self.config.height if height is None else height
         width = self.config.width if width is None else width
         num_frames = self.config.num_frames if num_frames is None else num_frames
@@ -237,6 +251,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._interrupt = False
         device, dtype = self._execution_device, self.denoiser.dtype
 
+        known = self._encode_given(given, num_frames, num_videos_per_prompt)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -252,6 +267,18 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         latents = self.prepare_latents(
             prompt_embeds.shape[0], height, width, num_frames, torch.float32, device, generator, latents
         )
+        latents = known.put_back(latents)
+        token_frames = latents.shape[2] // self.denoiser.config.patch_size[0]
+        num_known = known.placement.num_leading // self.denoiser.config.patch_size[0]
+        generated = torch.arange(token_frames, device=device) >= num_known
+        if isinstance(groups, str):
+            groups = make_groups(groups, token_frames, num_known, self.denoiser.config.chunk_size)
+        conditions: dict[str, Any] = {
+            "frame_rate": frame_rate if self.denoiser.config.frame_rate_embedding else None,
+            "keyframes": None if known.keyframes is None else known.keyframes.to(device, dtype),
+            "groups": groups,
+            "attention_kwargs": attention_kwargs,
+        }
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -268,28 +295,27 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     self.scheduler.scale_model_input(latents, timestep)
                     if hasattr(self.scheduler, "scale_model_input")
                     else latents,
-                    timestep,
+                    timestep * generated if num_known else timestep,
                     prompt_embeds,
                     negative_prompt_embeds,
-                    frame_rate=frame_rate if self.denoiser.config.frame_rate_embedding else None,
-                    groups=groups,
-                    attention_kwargs=attention_kwargs,
+                    **conditions,
                 )
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
+                latents = known.put_back(latents)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors |= callback_on_step_end(self, index, timestep, asked) or {}
-                    latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
+                    latents, prompt_embeds = known.put_back(tensors["latents"]), tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
                 if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
                     bar.update()
         self._current_timestep = None
 
-        frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        videos = latents if output_type == "latent" else self.decode_latents(latents, output_type, known)
         self.maybe_free_model_hooks()
-        return VideoGenPipelineOutput(frames=frames) if return_dict else (frames,)
+        return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
 
     def check_inputs(
         self,
@@ -436,6 +462,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not self.do_classifier_free_guidance or negative_prompt_embeds is None:
             return self._predict("cond", latents, timestep, prompt_embeds, conditions)
         prompts = torch.cat([negative_prompt_embeds, prompt_embeds])
+        keyframes = conditions.get("keyframes")
+        conditions |= {"keyframes": None if keyframes is None else torch.cat([keyframes, keyframes])}
         out = self._predict("cond_uncond", torch.cat([latents, latents]), timestep, prompts, conditions)
         negative, positive = out.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
@@ -464,17 +492,19 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         with self.denoiser.cache_context(name):
             out = self.denoiser(
                 hidden_states=latents.to(self.denoiser.dtype),
-                timestep=timestep.expand(latents.shape[0]),
+                timestep=timestep.expand(latents.shape[0], *timestep.shape),
                 encoder_hidden_states=prompts,
                 return_dict=False,
                 **conditions,
             )
         return out[0].float()
 
-    def decode_latents(self, latents: Tensor, output_type: str) -> Any:
-        """Denormalised and decoded videos in the asked form."""
+    def decode_latents(self, latents: Tensor, output_type: str, known: KnownFrames | None = None) -> Any:
+        """Denormalised and decoded videos in the asked form, known frames as they were given."""
         if self.vae is not None:
             latents = self.vae.decode(self.vae.denormalize(latents).to(self.vae.dtype)).sample
+        if known is not None:
+            latents = known.paste(latents)
         return self.video_processor.postprocess_video(latents.float(), output_type=output_type)
 
     @torch.no_grad()
@@ -516,6 +546,55 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def interrupt(self) -> bool:
         """Set `_interrupt` in a callback to stop denoising."""
         return self._interrupt
+
+    def _given_frames(
+        self,
+        image: Any,
+        frames: Mapping[int, Any] | None,
+        prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+    ) -> dict[int, Tensor]:
+        """Known frames `(b, 3, h, w)` in [-1, 1] by index, one for each prompt.
+
+        Raises:
+            ValueError: There are none, two for one index, not as many as prompts, or of different sizes.
+        """
+        if image is not None and frames is not None and 0 in frames:
+            raise ValueError("frame 0 is given twice: as image and in frames")
+        if frames is not None and not frames:
+            raise ValueError("frames is empty: give at least one known frame, or leave it out")
+        given = ({} if image is None else {0: image}) | dict(frames or {})
+        count = 1 if isinstance(prompt, str) else len(prompt) if prompt is not None else len(prompt_embeds)  # type: ignore[arg-type]
+        result: dict[int, Tensor] = {}
+        for index, one in given.items():
+            images = list(one) if isinstance(one, (list, tuple)) else [one] * count
+            if len(images) != count:
+                raise ValueError(f"{len(images)} images of frame {index} for {count} prompts: give one, or as many")
+            pixels = [to_pixels(each) for each in images]
+            sizes = sorted({f"{each.shape[-2]}x{each.shape[-1]}" for each in pixels})
+            if len(sizes) > 1:
+                raise ValueError(f"the images of frame {index} have different sizes: {', '.join(sizes)}")
+            result[index] = torch.stack(pixels)
+        return result
+
+    def _encode_given(self, given: dict[int, Tensor], num_frames: int, num_videos_per_prompt: int) -> KnownFrames:
+        """What the denoiser gets of known frames.
+
+        Raises:
+            ValueError: An index is out of range, or the checkpoint cannot use what is given.
+        """
+        config = self.denoiser.config
+        layout = (self.vae_scale_factor_temporal, config.patch_size[0])
+        placement = place(given.keys(), num_frames, *layout)
+        uses = {"leading": placement.num_leading > 0, "keyframes": bool(placement.slots)}
+        missing = [task for task, used in uses.items() if used and task not in config.tasks]
+        if missing or (uses["keyframes"] and config.keyframe_slots != layout[0]):
+            raise ValueError(
+                f"these known frames need a checkpoint trained for {' and '.join(missing or ['keyframes'])}: this one "
+                f"was trained for {', '.join(config.tasks)} and has {config.keyframe_slots} keyframe slots"
+            )
+        pixels = {index: one.repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()}
+        return encode_known_frames(pixels, num_frames, self.vae, *layout)
 
     def _check_num_frames(self, num_frames: int) -> None:
         s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]

@@ -1,0 +1,168 @@
+"""Which frames are given, and what a denoiser gets of them: leading latents at noise level 0, and keyframe slots.
+
+Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns. Pixel frame 0 is latent 0; latent k >= 1 holds
+frames `s*(k-1)+1 .. s*k`, and its slot j is for frame `s*(k-1) + 1 + j`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgen.models.vae import CausalVideoVAE
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where given frames go."""
+
+    num_leading: int
+    """Leading latents, a multiple of the patch's frames."""
+    leading_frames: int
+    """Pixel frames that these hold: the first ones of the video."""
+    slots: dict[int, tuple[int, int]]
+    """Latent and slot of each other given pixel frame."""
+
+
+def place(given: Collection[int], num_frames: int, compression: int = 4, patch_frames: int = 1) -> Placement:
+    """Splits given frames into a leading run that fills whole token frames, and keyframes.
+
+    Args:
+        given: Indices of pixel frames.
+        num_frames: Of the video, `1 + s*k`.
+        compression: `s`, pixel frames a latent.
+        patch_frames: Latents a token frame.
+
+    Raises:
+        ValueError: An index is out of range, frame 0 has no place, or nothing is left to generate.
+    """
+    wrong = sorted(index for index in given if not 0 <= index < num_frames)
+    if wrong:
+        raise ValueError(f"frame {wrong[0]} cannot be given: a video of {num_frames} has frames 0 to {num_frames - 1}")
+    if len(given) == num_frames:
+        raise ValueError(f"all {num_frames} frames are given: nothing is left to generate")
+    run = next(index for index in range(num_frames) if index not in given)
+    latents = (1 + (run - 1) // compression if run else 0) // patch_frames * patch_frames
+    frames = 1 + compression * (latents - 1) if latents else 0
+    rest = sorted(index for index in given if index >= frames)
+    if rest and rest[0] == 0:
+        needed = 1 + compression * (patch_frames - 1)
+        raise ValueError(
+            f"frame 0 is given, but this denoiser takes known beginnings in runs of {needed} frames: give frames 0 to "
+            f"{needed - 1}, or leave frame 0 out"
+        )
+    slots = {index: (1 + (index - 1) // compression, (index - 1) % compression) for index in rest}
+    return Placement(latents, frames, slots)
+
+
+@dataclass(frozen=True)
+class KnownFrames:
+    """What a denoiser gets of the given frames of a batch."""
+
+    placement: Placement
+    leading: Tensor | None
+    """Normalised latents `(b, c, num_leading, h, w)`; `None` if there are none."""
+    keyframes: Tensor | None
+    """Slots `(b, s * (c + 1), t, h, w)`."""
+    pixels: dict[int, Tensor]
+    """The given frames `(b, 3, h, w)` in [-1, 1]."""
+
+    def put_back(self, latents: Tensor) -> Tensor:
+        """Latents `(b, c, t, h, w)` whose leading ones are the known ones."""
+        if self.leading is None:
+            return latents
+        return torch.cat([self.leading.to(latents), latents[:, :, self.placement.num_leading :]], dim=2)
+
+    def paste(self, clip: Tensor) -> Tensor:
+        """A decoded clip `(b, 3, f, h, w)` with the given frames at their places."""
+        clip = clip.clone()
+        for index, frame in self.pixels.items():
+            clip[:, :, index] = frame.to(clip)
+        return clip
+
+
+@torch.no_grad()
+def encode_known_frames(
+    frames: Mapping[int, Tensor],
+    num_frames: int,
+    vae: CausalVideoVAE | None = None,
+    compression: int = 1,
+    patch_frames: int = 1,
+) -> KnownFrames:
+    """Encodes given frames: the leading run as a clip, every other frame alone.
+
+    Args:
+        frames: Pixel frames `(b, 3, h, w)` in [-1, 1] by index.
+        num_frames: Of the video.
+        vae: Encodes; without one, latents are pixels.
+        compression: `s`, 1 without a VAE.
+        patch_frames: Latents a token frame.
+
+    Raises:
+        ValueError: See `place`.
+    """
+    placement = place(frames.keys(), num_frames, compression, patch_frames)
+    leading = keyframes = None
+    if placement.num_leading:
+        leading = _encode(vae, torch.stack([frames[index] for index in range(placement.leading_frames)], dim=2))
+    if placement.slots:
+        alone = torch.stack([frames[index] for index in placement.slots])
+        images = _encode(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
+        num_latents = 1 + (num_frames - 1) // compression
+        keyframes = fill_slots(dict(zip(placement.slots.values(), images, strict=True)), num_latents, compression)
+    return KnownFrames(placement, leading, keyframes, dict(frames))
+
+
+def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int) -> Tensor:
+    """Keyframe slots `(b, s * (c + 1), t, h, w)`: in each the latent of a frame alone and a mask; zero where empty.
+
+    Args:
+        images: Normalised latents `(b, c, h, w)` of single frames by (latent, slot).
+        num_latents: `t`.
+        num_slots: `s`.
+    """
+    b, c, h, w = next(iter(images.values())).shape
+    slots = torch.zeros(b, num_slots, c + 1, num_latents, h, w)
+    for (latent, slot), image in images.items():
+        slots[:, slot, :c, latent] = image
+        slots[:, slot, c, latent] = 1
+    return slots.flatten(1, 2).to(image)
+
+
+def to_pixels(image: Any) -> Tensor:
+    """An image as pixels `(3, h, w)` in [-1, 1].
+
+    Args:
+        image: A PIL image, an array `(h, w, 3)`, or a tensor `(3, h, w)`; uint8, or floats in [0, 1].
+
+    Raises:
+        ValueError: It is none of these, or its values are out of range.
+    """
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.ndim == 3:
+        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
+        found = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
+        raise ValueError(
+            f"{found} is no image: give a PIL image, an array (h, w, 3) or a tensor (3, h, w), uint8 or in [0, 1]"
+        )
+    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    if not (pixels.amin() >= 0 and pixels.amax() <= 1):
+        raise ValueError(
+            f"an image has values from {pixels.amin():g} to {pixels.amax():g}: give uint8, or floats in [0, 1]"
+        )
+    return pixels * 2 - 1
+
+
+def _encode(vae: CausalVideoVAE | None, clip: Tensor) -> Tensor:
+    if vae is None:
+        return clip
+    weight = next(vae.parameters())
+    return vae.normalize(vae.encode(clip.to(weight.device, vae.dtype)).latent_dist.mode().float())
