@@ -5,12 +5,15 @@ accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --out
 
 import hashlib
 import json
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from einops import rearrange
 from jsonargparse import auto_cli
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vgen.data.latents import write_shard
@@ -37,6 +40,10 @@ class EncodeConfig:
     """Wordings of each clip."""
     num_frames: int = 17
     """Frames a clip."""
+    frame_rates: list[float] = field(default_factory=lambda: [8.0])
+    """Frames per second; each clip has one of them, drawn evenly."""
+    keyframes: bool = False
+    """Whether to encode each frame alone too, for training with known frames in between; doubles the time."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -67,18 +74,29 @@ def main(config: EncodeConfig) -> None:
         path = config.output_dir / f"{start:08d}-{indices.stop:08d}.safetensors"
         if path.exists():
             continue
-        latents = []
+        rates = [random.Random(config.seed * 1_000_003 + index).choice(config.frame_rates) for index in indices]
+        latents, frames = [], []
         for begin in range(0, len(indices), config.batch_size):
-            scenes = [world.scene(index) for index in indices[begin : begin + config.batch_size]]
+            part = slice(begin, begin + config.batch_size)
             size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-            clip = render(scenes, device=process.device, **size)
-            with torch.autocast(process.device.type, torch.bfloat16):
-                posterior = vae.encode(clip).latent_dist
-            latents.append(vae.normalize(posterior.mode().float()).cpu())
+            scenes = [world.scene(index) for index in indices[part]]
+            clip = render(scenes, frame_rate=torch.tensor(rates[part]), device=process.device, **size)
+            latents.append(encode(vae, clip))
+            if config.keyframes:
+                alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
+                images = torch.cat([encode(vae, images) for images in alone])
+                frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
         captions = [[world.caption(index, variant) for variant in range(config.num_captions)] for index in indices]
-        write_shard(path, torch.cat(latents), captions)
+        write_shard(path, torch.cat(latents), captions, rates, torch.cat(frames) if frames else None)
         for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
             shorter.unlink()
+
+
+def encode(vae: CausalVideoVAE, clip: Tensor) -> Tensor:
+    """Normalised latents of clips, on the CPU in half precision."""
+    with torch.autocast(clip.device.type, torch.bfloat16):
+        posterior = vae.encode(clip).latent_dist
+    return vae.normalize(posterior.mode().float()).half().cpu()
 
 
 def check_settings(config: EncodeConfig, vae: CausalVideoVAE) -> None:

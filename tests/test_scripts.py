@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vgen.data.captions import parse_caption
-from vgen.data.shapes import ShapesWorld
+from vgen.data.latents import LatentSet
+from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video
+from vgen.known_frames import encode_known_frames
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 
@@ -148,6 +152,112 @@ def test_a_trained_pipeline_generates(runs, tmp_path):
     assert pipe.config.num_inference_steps == 1
     weights = load_file(tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+@pytest.fixture(scope="module")
+def long_latents(vae_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    options = {"--num_frames": 17, "--keyframes": "true", "--frame_rates": "[4.0, 8.0]"}
+    encode(vae_run, folder, **options)
+    return folder
+
+
+def test_long_clips_are_encoded_with_their_rates_and_single_frames(vae_run, long_latents):
+    data = LatentSet(long_latents)
+    assert data.latents.shape == (12, 4, 5, 2, 2) and data.frames.shape == (12, 16, 4, 2, 2)
+    assert set(data.frame_rates.tolist()) == {4, 8}
+    vae, world = CausalVideoVAE.from_pretrained(vae_run / "vae"), ShapesWorld()
+    for index in range(4):
+        size = {"num_frames": 17, "height": 16, "width": 16, "frame_rate": data[index].frame_rate}
+        clip = render([world.scene(index)], **size)
+        alone = vae.normalize(vae.encode(clip[:, :, 7:8]).latent_dist.mode())[0, :, 0]
+        torch.testing.assert_close(data[index].frames[6].float(), alone, atol=0.1, rtol=0)  # bf16
+
+
+def mixture_of(text_run, latents_dir, **options):
+    script = runpy.run_path(str(ROOT / "train/train_vdm.py"))
+    config = script["VDMConfig"](
+        output_dir=latents_dir, vae="", text_encoder=str(text_run), latents_dir=latents_dir, **options
+    )
+    config.check()
+    return script["draw_row"], config
+
+
+def rows(text_run, latents_dir, mode="full", length=5, count=60, **options):
+    draw_row, config = mixture_of(text_run, latents_dir, **options)
+    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4)
+    clip = LatentSet(latents_dir)[3]
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        yield clip, draw_row(clip, network, config, mode, length, random.Random(seed), generator)
+
+
+def test_a_sample_is_what_the_pipeline_gives_the_denoiser(vae_run, text_run, long_latents):
+    vae, world = CausalVideoVAE.from_pretrained(vae_run / "vae"), ShapesWorld()
+    known = {"leading": 1.0, "keyframes": 1.0, "both": 1.0}
+    filled = 0
+    for clip, row in rows(text_run, long_latents, known=known, corrupted=0.0):
+        pixels = render([world.scene(3)], num_frames=17, height=16, width=16, frame_rate=clip.frame_rate)
+        num_leading = int((~row["generated"]).sum())
+        slots = row["keyframes"].unflatten(0, (4, -1))
+        masks = [(k, j) for k in range(5) for j in range(4) if slots[j, -1, k, 0, 0]]
+        given = {4 * (k - 1) + 1 + j for k, j in masks} | set(range(4 * num_leading - 3 if num_leading else 0))
+        expected = encode_known_frames({i: pixels[:, :, i] for i in given}, 17, vae, compression=4)
+        assert given and expected.placement.num_leading >= num_leading
+        if expected.placement.num_leading == num_leading and expected.keyframes is not None:
+            torch.testing.assert_close(row["keyframes"], expected.keyframes[0], atol=0.1, rtol=0)
+            filled += 1
+        if num_leading:
+            torch.testing.assert_close(
+                row["latents"][:, :num_leading], expected.leading[0][:, :num_leading], atol=0.1, rtol=0
+            )
+        assert (row["levels"][:num_leading] == 0).all() and (row["levels"][num_leading:] > 0).all()
+        assert row["groups"].tolist() == [int(frame >= num_leading) for frame in range(5)]
+    assert filled > 20
+
+
+def test_half_of_the_known_beginnings_are_noised_each_frame_at_its_own_level(text_run, long_latents):
+    noised = []
+    for _, row in rows(text_run, long_latents, known={"leading": 1.0}, levels={"independent": 1.0}, count=200):
+        history = row["levels"][~row["generated"]]
+        noised.append(bool(history.any()))
+        assert (history < 1 / 3).all() and (len(history.unique()) == len(history) or not noised[-1])
+        assert len(row["levels"][row["generated"]].unique()) == row["generated"].sum()
+    assert 70 < sum(noised) < 130
+
+
+def test_windows_behind_a_gap_begin_with_the_sink_and_know_what_a_rollout_knows(text_run, long_latents):
+    seen = set()
+    for clip, row in rows(text_run, long_latents, length=3, windows={"sink": 1.0}):
+        first = next(i for i in range(2, 4) if torch.equal(row["latents"][:, 1], clip.latents[:, i].float()))
+        assert torch.equal(row["latents"][:, [0, 2]], clip.latents[:, [0, first + 1]].float())
+        assert row["generated"].tolist() == [False, False, True]
+        seen.add(first)
+    assert seen == {2, 3}
+
+
+def test_known_frames_are_trained_and_then_served(vae_run, text_run, long_latents, tmp_path):
+    options = {
+        "--known": json.dumps({"none": 1, "both": 1}), "--window_lengths": "[3, 4]",
+        "--windows": json.dumps({"start": 1, "anywhere": 1, "sink": 1}),
+        "--groups": json.dumps({"full": 1, "causal": 1}),
+        "--model": json.dumps(DENOISER | {"sink": 1}),
+    }  # fmt: skip
+    train_vdm((vae_run, text_run, long_latents), tmp_path, **options)
+    pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
+    config = pipe.transformer.config
+    assert config.tasks == ["text", "leading", "keyframes"] and config.trained_token_frames == 4
+    image = torch.rand(3, 16, 16)
+    video = pipe("a red circle moves right", frames={0: image, 3: image}, output_type="pt").frames[0]
+    torch.testing.assert_close(video[3], image)
+    assert pipe.transformer.keyframe_embedding.weight.any()
+
+
+def test_known_frames_without_their_latents_are_refused(runs, tmp_path):
+    done = train_vdm(runs, tmp_path, check=False, **{"--known": json.dumps({"keyframes": 1})})
+    assert done.returncode != 0 and "--keyframes true" in done.stderr
+    done = train_vdm(runs, tmp_path, check=False, **{"--windows": json.dumps({"sink": 1}), "--window_lengths": "[2]"})
+    assert done.returncode != 0 and "does not fit clips of 2" in done.stderr
 
 
 def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):

@@ -5,6 +5,7 @@ A CPU-sized try, after training a text encoder and a VAE and encoding clips with
     accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
 """
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from einops import rearrange
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from vgen.data.latents import LatentSet, epoch_order
+from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
+from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
 from vgen.models.prompts import tokenize
 from vgen.models.transformer import SpacetimeTransformer
@@ -27,6 +30,7 @@ from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
+from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
 from vgen.training.run import (
@@ -68,7 +72,17 @@ class VDMConfig(RunConfig):
     max_sequence_length: int = 32
     """Tokens of a prompt."""
     groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
-    """How often a step has which groups."""
+    """How often a step has which groups; `full` has the leading known frames in a group of their own."""
+    windows: dict[str, float] = field(default_factory=lambda: {"start": 1.0})
+    """How often a sample is the start of its clip, a later part of it (`anywhere`), or its sink and a later part."""
+    window_lengths: list[int] = field(default_factory=list)
+    """Token frames of a sample, drawn for each step; empty takes whole clips."""
+    known: dict[str, float] = field(default_factory=lambda: {"none": 1.0})
+    """How often a sample has no known frames, leading ones, keyframes, or both."""
+    corrupted: float = 0.5
+    """How often leading frames are not clean, but each noised at a level of its own."""
+    corrupted_level: float = 1 / 3
+    """Highest such level."""
     levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
     """How often a sample has noise levels that are shared, per group, or independent per frame."""
     level_mean: float = 0.0
@@ -80,7 +94,7 @@ class VDMConfig(RunConfig):
     text_dropout: float = 0.1
     """How often the caption is replaced by ""."""
     frame_rate: float = 8.0
-    """Pixel frames per second of the clips."""
+    """Default of the pipeline, in pixel frames per second; each clip is told with its own."""
     frame_rate_dropout: float = 0.1
     """How often the frame rate is not told."""
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -97,11 +111,11 @@ class VDMConfig(RunConfig):
             ValueError: A setting is out of range or unknown.
         """
         super().check()
-        for name, known in (("groups", GROUP_MODES), ("levels", KINDS)):
+        for name, legal in (("groups", GROUP_MODES), ("windows", WINDOWS), ("known", KNOWN), ("levels", KINDS)):
             given = getattr(self, name)
-            if not given or set(given) - set(known) or min(given.values()) < 0:
-                raise ValueError(f"{name}={given} must weigh some of {', '.join(known)}")
-        for name in ("text_dropout", "frame_rate_dropout"):
+            if not given or set(given) - set(legal) or min(given.values()) < 0:
+                raise ValueError(f"{name}={given} must weigh some of {', '.join(legal)}")
+        for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         if self.num_score_prompts < 2:
@@ -118,6 +132,7 @@ def main(config: VDMConfig) -> None:
     accelerator = start(config)
     data = LatentSet(config.latents_dir)
     pipe = make_pipeline(config)
+    lengths = declare(pipe, config, data)
     if config.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if config.attention_backend:
@@ -134,14 +149,16 @@ def main(config: VDMConfig) -> None:
     network.train()
     pipe.text_encoder.train(config.train_text_encoder)
 
-    num_frames = data.latents.shape[2] // pipe.transformer.config.patch_size[0]
     bar = progress(config, accelerator, done)
     for step in range(done, config.max_steps):
-        mode = choose(config.groups, random.Random(config.seed * 1_000_003 + step))
-        groups = make_groups(mode, num_frames, 0, pipe.transformer.config.chunk_size)
+        rng = random.Random(config.seed * 1_000_003 + step)
+        mode = choose(config.groups, rng)
+        length = rng.choice(lengths)
         total = torch.zeros((), device=accelerator.device)
         for part in accumulate(accelerator, network, micro_batches(config, accelerator, config.batch_size)):
-            batch = draw(data, pipe, config, step, part, groups)
+            batch = draw(data, pipe, config, step, part, mode, length)
+            groups = batch.pop("groups")
+            shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             noisy, target = flow_sample(batch["latents"], batch["noise"], batch["levels"])
             prediction = network(
@@ -149,10 +166,11 @@ def main(config: VDMConfig) -> None:
                 batch["levels"],
                 batch["input_ids"],
                 batch["prompt_mask"],
-                groups=groups,
+                groups=shared,
                 frame_rate=batch["frame_rate"],
+                keyframes=batch.get("keyframes"),
             )
-            loss = velocity_loss(prediction, target).sum() / config.batch_size
+            loss = velocity_loss(prediction, target, batch["generated"]).sum() / config.batch_size
             accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
         norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
@@ -218,32 +236,93 @@ def choose(weights: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
+def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[int]:
+    """Writes into the denoiser's config what it is trained for; returns the lengths of windows.
+
+    Raises:
+        ValueError: The clips are too short, or known frames have no latents or no slots.
+    """
+    network = pipe.transformer.config
+    whole = data.latents.shape[2] // network.patch_size[0]
+    lengths = config.window_lengths or [whole]
+    used = {kind for kind, weight in config.known.items() if weight > 0}
+    if used & {"keyframes", "both"} and (data.frames is None or not network.keyframe_slots):
+        raise ValueError(
+            f"known={config.known} needs keyframe_slots in the model (it has {network.keyframe_slots}) and latents of "
+            "single frames: pipelines/encode_latents.py --keyframes true"
+        )
+    for kind, length in itertools.product((kind for kind, weight in config.windows.items() if weight > 0), lengths):
+        draw_window(kind, length, whole, network.sink, random.Random(0))
+    trained = ["leading"] if used & {"leading", "both"} or config.windows.get("sink") else []
+    trained += ["keyframes"] if used & {"keyframes", "both"} else []
+    pipe.transformer.register_to_config(
+        tasks=list(dict.fromkeys([*network.tasks, *trained])),
+        trained_token_frames=max(*lengths, network.trained_token_frames or 0),
+    )
+    return lengths
+
+
 def draw(
-    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, groups: list[int]
+    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, mode: str, length: int
 ) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     first = step * config.batch_size
-    samples, prompts, levels, noise, rates = [], [], [], [], []
-    numbers = torch.tensor(groups)
+    rows, prompts = [], []
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
         epoch, place = divmod(first + index, len(data))
-        latents, captions = data[_order(len(data), config.seed, epoch)[place]]
-        samples.append(latents)
-        prompts.append("" if rng.random() < config.text_dropout else rng.choice(captions))
-        rates.append(float("nan") if rng.random() < config.frame_rate_dropout else config.frame_rate)
-        kind = choose(config.levels, rng)
-        levels.append(draw_levels(kind, numbers, generator, config.level_mean, config.level_std, config.level_shift))
-        noise.append(torch.randn(latents.shape, generator=generator))
+        clip = data[_order(len(data), config.seed, epoch)[place]]
+        prompts.append("" if rng.random() < config.text_dropout else rng.choice(clip.captions))
+        rows.append(draw_row(clip, pipe.transformer.config, config, mode, length, rng, generator))
     input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
-    return {
-        "latents": torch.stack(samples).float(),
-        "noise": torch.stack(noise),
-        "levels": torch.stack(levels),
-        "input_ids": input_ids,
-        "prompt_mask": prompt_mask,
-        "frame_rate": torch.tensor(rates),
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"input_ids": input_ids, "prompt_mask": prompt_mask}
+
+
+def draw_row(
+    clip: EncodedClip,
+    network: FrozenDict,
+    config: VDMConfig,
+    mode: str,
+    length: int,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """A sample: a window of a clip, what of it is known, its noise and what is told beside the prompt."""
+    p_t = network.patch_size[0]
+    kind = choose(config.windows, rng)
+    window = draw_window(kind, length, clip.latents.shape[1] // p_t, network.sink, rng)
+    places = torch.tensor([frame * p_t + i for frame in window for i in range(p_t)])  # latents
+    latents = clip.latents[:, places].float()
+    known = choose(config.known, rng)
+    num_leading = draw_num_leading(known, length, network.sink + 1 if kind == "sink" else 0, rng)
+    groups = torch.tensor(make_groups(mode, length, num_leading, network.chunk_size))
+
+    levels = draw_levels(
+        choose(config.levels, rng), groups, generator, config.level_mean, config.level_std, config.level_shift
+    )
+    generated = torch.arange(length) >= num_leading
+    history = torch.rand(length, generator=generator) * config.corrupted_level
+    levels = torch.where(generated, levels, history if rng.random() < config.corrupted else torch.zeros(length))
+    row = {
+        "latents": latents,
+        "noise": torch.randn(latents.shape, generator=generator),
+        "levels": levels,
+        "groups": groups,
+        "generated": generated,
+        "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
+    if clip.frames is None or not network.keyframe_slots:
+        return row
+
+    images: dict[tuple[int, int], Tensor] = {}
+    if known in ("keyframes", "both"):
+        s, begin = network.keyframe_slots, max(num_leading * p_t, 1)
+        for frame in draw_keyframes(range(s * (begin - 1) + 1, s * (len(places) - 1) + 1), rng):
+            latent, slot = 1 + (frame - 1) // s, (frame - 1) % s
+            images[latent, slot] = clip.frames[s * (int(places[latent]) - 1) + slot][None].float()
+    row["keyframes"] = fill_slots(images, len(places), network.keyframe_slots, latents[None, :, 0])[0]
+    return row
 
 
 @torch.no_grad()

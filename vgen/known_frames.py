@@ -115,24 +115,26 @@ def encode_known_frames(
         alone = torch.stack([frames[index] for index in placement.slots])
         images = _encode(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
         num_latents = 1 + (num_frames - 1) // compression
-        keyframes = fill_slots(dict(zip(placement.slots.values(), images, strict=True)), num_latents, compression)
+        filled = dict(zip(placement.slots.values(), images, strict=True))
+        keyframes = fill_slots(filled, num_latents, compression, images[0])
     return KnownFrames(placement, leading, keyframes, dict(frames))
 
 
-def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int) -> Tensor:
+def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int, like: Tensor) -> Tensor:
     """Keyframe slots `(b, s * (c + 1), t, h, w)`: in each the latent of a frame alone and a mask; zero where empty.
 
     Args:
         images: Normalised latents `(b, c, h, w)` of single frames by (latent, slot).
         num_latents: `t`.
         num_slots: `s`.
+        like: A latent `(b, c, h, w)` that gives size, device and dtype.
     """
-    b, c, h, w = next(iter(images.values())).shape
-    slots = torch.zeros(b, num_slots, c + 1, num_latents, h, w)
+    b, c, h, w = like.shape
+    slots = like.new_zeros(b, num_slots, c + 1, num_latents, h, w)
     for (latent, slot), image in images.items():
         slots[:, slot, :c, latent] = image
         slots[:, slot, c, latent] = 1
-    return slots.flatten(1, 2).to(image)
+    return slots.flatten(1, 2)
 
 
 def to_pixels(image: Any) -> Tensor:

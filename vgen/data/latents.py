@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -12,17 +13,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_shard(path: Path, latents: Tensor, captions: Sequence[Sequence[str]]) -> None:
-    """Writes normalised latents `(n, c, t, h, w)` in half precision and, for each, its captions.
+def write_shard(
+    path: Path,
+    latents: Tensor,
+    captions: Sequence[Sequence[str]],
+    frame_rates: Sequence[float],
+    frames: Tensor | None = None,
+) -> None:
+    """Writes what is known of some clips; the file appears whole or not at all.
 
-    The file appears whole or not at all.
+    Args:
+        path: Of the shard.
+        latents: Normalised, `(n, c, t, h, w)`; kept in half precision.
+        captions: Of each clip.
+        frame_rates: Pixel frames per second of each clip.
+        frames: Latents of single frames, `(n, f - 1, c, h, w)`, those of every frame after the first encoded alone.
     """
-    if len(latents) != len(captions):
-        raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions")
+    if not len(latents) == len(captions) == len(frame_rates):
+        raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
     partial = path.with_name(path.name + ".partial")
     metadata = {"captions": json.dumps([list(one) for one in captions])}
-    save_file({"latents": latents.to(torch.float16).cpu().contiguous()}, partial, metadata=metadata)
+    tensors = {"latents": latents} | ({} if frames is None else {"frames": frames})
+    tensors = {name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors | {"frame_rates": torch.tensor(frame_rates)}, partial, metadata=metadata)
     partial.replace(path)
+
+
+class EncodedClip(NamedTuple):
+    """One clip of a `LatentSet`."""
+
+    latents: Tensor
+    """Normalised, `(c, t, h, w)`."""
+    captions: list[str]
+    frame_rate: float
+    frames: Tensor | None
+    """Latents of its frames from the second on, each encoded alone, `(f - 1, c, h, w)`."""
 
 
 class LatentSet(torch.utils.data.Dataset):
@@ -39,19 +64,24 @@ class LatentSet(torch.utils.data.Dataset):
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{folder} holds no latents (*.safetensors): write them with pipelines/encode_latents.py")
-        parts, self.captions = [], []
+        self.captions: list[list[str]] = []
+        parts: dict[str, list[Tensor]] = {}
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                parts.append(file.get_tensor("latents"))
+                for name in file.keys():  # noqa: SIM118, it is no mapping
+                    parts.setdefault(name, []).append(file.get_tensor(name))
                 self.captions.extend(json.loads(file.metadata()["captions"]))
-        self.latents = torch.cat(parts)
+        self.latents = torch.cat(parts["latents"])
+        self.frame_rates = torch.cat(parts["frame_rates"])
+        self.frames = torch.cat(parts["frames"]) if "frames" in parts else None
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
-        """Latents `(c, t, h, w)` and captions of one clip."""
-        return self.latents[index], self.captions[index]
+    def __getitem__(self, index: int) -> EncodedClip:
+        """One clip."""
+        frames = None if self.frames is None else self.frames[index]
+        return EncodedClip(self.latents[index], self.captions[index], self.frame_rates[index].item(), frames)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

@@ -1,0 +1,54 @@
+import random
+
+import pytest
+
+from vgen.training.mixture import KNOWN, draw_keyframes, draw_num_leading, draw_window
+
+
+def draws(draw, *args, count=300):
+    return [draw(*args, random.Random(seed)) for seed in range(count)]
+
+
+def test_windows_are_where_they_say():
+    assert draws(draw_window, "start", 3, 9, 1, count=5) == [[0, 1, 2]] * 5
+    anywhere = draws(draw_window, "anywhere", 3, 9, 1)
+    assert {window[0] for window in anywhere} == set(range(7))
+    assert all(window == list(range(window[0], window[0] + 3)) for window in anywhere)
+    for sink in (1, 2):
+        behind = draws(draw_window, "sink", 4, 9, sink)
+        assert all(window[:sink] == list(range(sink)) for window in behind)
+        assert {window[sink] for window in behind} == set(range(sink + 1, 9 - (4 - sink) + 1))
+        assert all(b - a == 1 for window in behind for a, b in zip(window[sink:], window[sink + 1 :], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "total", "sink"), [("start", 4, 3, 0), ("sink", 3, 3, 1), ("sink", 2, 9, 2)]
+)
+def test_a_window_that_does_not_fit_is_refused(kind, length, total, sink):
+    with pytest.raises(ValueError, match="does not fit"):
+        draw_window(kind, length, total, sink, random.Random(0))
+
+
+def test_something_is_always_left_to_generate():
+    for known in KNOWN:
+        for least in (0, 2):
+            numbers = set(draws(draw_num_leading, known, 5, least))
+            first = max(least, int(known in ("leading", "both")))
+            assert numbers == (set(range(first, 5)) if first else {0})
+
+
+def test_keyframes_are_spaced_last_or_scattered():
+    frames = range(5, 17)
+    chosen = draws(draw_keyframes, frames)
+    assert all(one and set(one) <= set(frames) and one == sorted(one) for one in chosen)
+    assert [16] in chosen
+    assert [8, 12, 16] in chosen and [6, 8, 10, 12, 14, 16] in chosen and [11] in chosen and [12] in chosen
+    assert len({tuple(one) for one in chosen}) > 50
+    assert all(one == [3] for one in draws(draw_keyframes, range(3, 4)))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="start, sink, anywhere"):
+        draw_window("middle", 1, 1, 0, random.Random(0))
+    with pytest.raises(ValueError, match="none, leading, keyframes"):
+        draw_num_leading("all", 2, 0, random.Random(0))

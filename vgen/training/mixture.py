@@ -1,0 +1,79 @@
+"""What a training sample asks of the denoiser: which window of a clip, and which of its frames are known.
+
+All draws come from a `random.Random` of the sample, and token frames count within the window unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+WINDOWS = ("start", "sink", "anywhere")
+KNOWN = ("none", "leading", "keyframes", "both")
+FACTORS = (2, 3, 4, 7, 8, 16)
+
+
+def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Random) -> list[int]:
+    """The token frames of a clip that a sample trains on.
+
+    Args:
+        kind: `start`: the first ones; `anywhere`: consecutive ones; `sink`: the first `sink` ones and later ones with
+            a gap between, as in a rollout whose cache has lost frames; one of these is known, one generated.
+        length: Token frames of the window.
+        total: Of the clip.
+        sink: Frames that a rollout never forgets.
+        rng: Of this sample.
+
+    Raises:
+        ValueError: The kind is unknown, or the clip is too short for it.
+    """
+    if kind not in WINDOWS:
+        raise ValueError(f"a window of kind {kind!r} is unknown: give one of {', '.join(WINDOWS)}")
+    gap = kind == "sink"
+    if length + gap > total or (gap and length < sink + 2):
+        raise ValueError(f"a {kind!r} window of {length} token frames does not fit clips of {total} (sink: {sink})")
+    if kind == "start":
+        return list(range(length))
+    if kind == "anywhere":
+        first = rng.randint(0, total - length)
+        return list(range(first, first + length))
+    first = rng.randint(sink + 1, total - (length - sink))
+    return [*range(sink), *range(first, first + length - sink)]
+
+
+def draw_num_leading(known: str, length: int, least: int, rng: random.Random) -> int:
+    """How many token frames at the start of a window are known: at least `least`, and at least 1 where asked.
+
+    Args:
+        known: `none`, `leading`, `keyframes`, or `both` of the last.
+        length: Token frames of the window.
+        least: For windows behind a gap, whose first frames a rollout always knows.
+        rng: Of this sample.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    if known not in KNOWN:
+        raise ValueError(f"known={known!r} is unknown: give one of {', '.join(KNOWN)}")
+    least = max(least, int(known in ("leading", "both")))
+    return rng.randint(least, length - 1) if least else 0
+
+
+def draw_keyframes(frames: Sequence[int], rng: random.Random) -> list[int]:
+    """Which of the pixel frames that could be keyframes are known: every n-th, the last, or any.
+
+    Args:
+        frames: Consecutive pixel frames, counted from the frame before the first known gap: in slow motion by 4,
+            frames 4, 8, 12, ... are known.
+        rng: Of this sample.
+    """
+    kind = rng.choice(("every", "last", "any"))
+    if kind == "every":
+        factor = rng.choice([factor for factor in FACTORS if factor <= len(frames)] or [1])
+        return list(frames[factor - 1 :: factor])
+    if kind == "any":
+        share = rng.uniform(0.05, 0.5)
+        chosen = [frame for frame in frames if rng.random() < share]
+        if chosen:
+            return chosen
+    return [frames[-1]]
