@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.state import TemporalState
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,32 @@ def encode_known_frames(
     placement = place(frames.keys(), num_frames, compression, patch_frames)
     leading = keyframes = None
     if placement.num_leading:
-        leading = _encode(vae, torch.stack([frames[index] for index in range(placement.leading_frames)], dim=2))
+        leading = encode_clip(vae, torch.stack([frames[index] for index in range(placement.leading_frames)], dim=2))
     if placement.slots:
-        alone = torch.stack([frames[index] for index in placement.slots])
-        images = _encode(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
+        images = encode_slots(vae, {place: frames[index] for index, place in placement.slots.items()})
         num_latents = 1 + (num_frames - 1) // compression
-        filled = dict(zip(placement.slots.values(), images, strict=True))
-        keyframes = fill_slots(filled, num_latents, compression, images[0])
+        keyframes = fill_slots(images, num_latents, compression, next(iter(images.values())))
     return KnownFrames(placement, leading, keyframes, dict(frames))
+
+
+def encode_clip(vae: CausalVideoVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
+    """Normalised latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
+
+    Without a VAE, latents are pixels.
+    """
+    if vae is None:
+        return clip
+    posterior = vae.encode(clip.to(next(vae.parameters()).device, vae.dtype), state=state).latent_dist
+    return vae.normalize(posterior.mode().float())
+
+
+def encode_slots(
+    vae: CausalVideoVAE | None, frames: Mapping[tuple[int, int], Tensor]
+) -> dict[tuple[int, int], Tensor]:
+    """Normalised latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
+    alone = torch.stack(list(frames.values()))
+    images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
+    return dict(zip(frames, images, strict=True))
 
 
 def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int, like: Tensor) -> Tensor:
@@ -135,6 +154,27 @@ def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_s
         slots[:, slot, :c, latent] = image
         slots[:, slot, c, latent] = 1
     return slots.flatten(1, 2)
+
+
+def to_clip(video: Any) -> Tensor:
+    """A video as pixels `(3, f, h, w)` in [-1, 1].
+
+    Args:
+        video: An array `(f, h, w, 3)`, a tensor `(f, 3, h, w)`, or a sequence of images as `to_pixels` takes them.
+
+    Raises:
+        ValueError: It is none of these, empty, or its frames have different sizes.
+    """
+    is_sequence = isinstance(video, (list, tuple))
+    if not is_sequence and getattr(video, "ndim", 0) != 4:
+        found = tuple(video.shape) if hasattr(video, "shape") else type(video).__name__
+        raise ValueError(f"{found} is no video: give an array (f, h, w, 3), a tensor (f, 3, h, w) or a list of images")
+    frames = [to_pixels(image) for image in video]
+    sizes = sorted({f"{frame.shape[-2]}x{frame.shape[-1]}" for frame in frames})
+    if len(sizes) != 1:
+        told = f"frames of different sizes: {', '.join(sizes)}" if sizes else "no frames"
+        raise ValueError(f"the video has {told}")
+    return torch.stack(frames, dim=1)
 
 
 def to_pixels(image: Any) -> Tensor:
@@ -161,10 +201,3 @@ def to_pixels(image: Any) -> Tensor:
             f"an image has values from {pixels.amin():g} to {pixels.amax():g}: give uint8, or floats in [0, 1]"
         )
     return pixels * 2 - 1
-
-
-def _encode(vae: CausalVideoVAE | None, clip: Tensor) -> Tensor:
-    if vae is None:
-        return clip
-    weight = next(vae.parameters())
-    return vae.normalize(vae.encode(clip.to(weight.device, vae.dtype)).latent_dist.mode().float())

@@ -24,12 +24,13 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vgen.known_frames import KnownFrames, encode_known_frames, place, to_pixels
+from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
+from vgen.rollout import Rollout
 from vgen.temporal.attention import make_groups
 
 logger = logging.get_logger(__name__)
@@ -281,8 +282,6 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         }
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=steps) as bar:
             for index, timestep in enumerate(timesteps):
@@ -291,16 +290,15 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 self._current_timestep = timestep
                 if guider is not None:
                     guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timestep)
-                prediction = self.predict_noise(
-                    self.scheduler.scale_model_input(latents, timestep)
-                    if hasattr(self.scheduler, "scale_model_input")
-                    else latents,
+                latents = self.denoising_step(
+                    latents,
+                    timestep,
                     timestep * generated if num_known else timestep,
                     prompt_embeds,
                     negative_prompt_embeds,
+                    generator,
                     **conditions,
                 )
-                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
                 latents = known.put_back(latents)
                 if callback_on_step_end is not None:
                     tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": prompt_embeds}
@@ -316,6 +314,114 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         videos = latents if output_type == "latent" else self.decode_latents(latents, output_type, known)
         self.maybe_free_model_hooks()
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+
+    def rollout(
+        self,
+        prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        video: Any = None,
+        *,
+        negative_prompt: str | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frame_rate: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        chunk_size: int | None = None,
+        window: int | None = None,
+        sink: int | None = None,
+        history_noise: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Rollout:
+        """Continues a video, or begins one, chunk after chunk, in memory that does not grow.
+
+        Args:
+            prompt: What to show; `{0: "...", 64: "..."}` changes it at new frame 64; a list makes several videos. None
+                continues without being told what, unguided.
+            video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
+                uint8 or in [0, 1]; a list of these with a list of prompts. The first frames, if None, are generated.
+            negative_prompt: What to steer away from.
+            num_frames: New frames, any number; `None` never ends.
+            height: In pixels; with a video, its own.
+            width: In pixels; with a video, its own.
+            frame_rate: Pixel frames per second of the content.
+            num_inference_steps: Denoising steps a chunk.
+            guidance_scale: Weight of classifier-free guidance; off up to 1.
+            chunk_size: Token frames a chunk.
+            window: Recent token frames that are remembered.
+            sink: Token frames from the start that are never forgotten.
+            history_noise: Noise level that generated frames are told to have when they are remembered.
+            generator: Source of the noise; a list has one for each video.
+
+        Returns:
+            An iterator over new frames, uint8 `(n, h, w, 3)`, or `(b, n, h, w, 3)` for a list of prompts.
+
+        Raises:
+            ValueError: The checkpoint cannot continue videos, or an argument is not possible.
+        """
+        config = self.denoiser.config
+        schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
+        if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
+            raise ValueError(f"a schedule of prompts begins at frame 0, not with frames {sorted(schedule)}")
+        count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
+        clip = None
+        if video is not None:
+            videos = [video] if isinstance(prompt, (str, Mapping)) or prompt is None else list(video)
+            if len(videos) != count:
+                raise ValueError(f"{len(videos)} videos for {count} prompts: give one for each")
+            clips = [to_clip(one) for one in videos]
+            if len({clip.shape for clip in clips}) > 1:
+                raise ValueError("the videos of a batch must have one length and size")
+            clip = torch.stack(clips)
+            height, width = height or clip.shape[-2], width or clip.shape[-1]
+            if (height, width) != clip.shape[-2:]:
+                raise ValueError(f"a video of {clip.shape[-2]}x{clip.shape[-1]} cannot become one of {height}x{width}")
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
+        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
+        first = 1 + self.vae_scale_factor_temporal * (config.patch_size[0] - 1)
+        for one in schedule.values():
+            texts = "a video" if one is None else one if isinstance(one, str) else list(one)
+            self.check_inputs(texts, negative_prompt, height, width, first, frame_rate, steps, groups=(0,))
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
+        if not 0 <= history_noise < 1:
+            raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
+        self._check_tasks({"leading"})
+        s, p_t = self.vae_scale_factor_temporal, config.patch_size[0]
+        if clip is not None and place(range(clip.shape[2]), clip.shape[2] + s * p_t, s, p_t).slots:
+            self._check_tasks({"keyframes"})
+        chunk_size = config.chunk_size if chunk_size is None else chunk_size
+        window = config.window if window is None else window
+        sink = config.sink if sink is None else sink
+        if window is None or window < 1 or sink < 0 or chunk_size < 1:
+            raise ValueError(f"window={window}, sink={sink}, chunk_size={chunk_size}: give at least 1, 0 and 1")
+        limit = config.trained_token_frames
+        if limit is not None and sink + window + chunk_size > limit:
+            raise ValueError(
+                f"sink={sink}, window={window} and chunk_size={chunk_size} token frames exceed the {limit} that this "
+                "checkpoint was trained with"
+            )
+        return Rollout(
+            self,
+            prompt,
+            clip,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            frame_rate=frame_rate,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            chunk_size=chunk_size,
+            window=window,
+            sink=sink,
+            history_noise=history_noise,
+            generator=generator,
+        )
 
     def check_inputs(
         self,
@@ -447,6 +553,28 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"{len(generator)} generators for {batch_size} videos: give one, or as many")
         noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype).to(device)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def denoising_step(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        levels: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        **conditions: Any,
+    ) -> Tensor:
+        """Latents `(b, c, t, h, w)` after one step of the scheduler at `timestep`.
+
+        Token frames are told to be at `levels`, in timesteps, one for all or `(n,)`.
+        """
+        scaled = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+        prediction = self.predict_noise(scaled, levels, prompt_embeds, negative_prompt_embeds, **conditions)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        return self.scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
 
     def predict_noise(
         self,
@@ -587,14 +715,18 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         layout = (self.vae_scale_factor_temporal, config.patch_size[0])
         placement = place(given.keys(), num_frames, *layout)
         uses = {"leading": placement.num_leading > 0, "keyframes": bool(placement.slots)}
-        missing = [task for task, used in uses.items() if used and task not in config.tasks]
-        if missing or (uses["keyframes"] and config.keyframe_slots != layout[0]):
-            raise ValueError(
-                f"these known frames need a checkpoint trained for {' and '.join(missing or ['keyframes'])}: this one "
-                f"was trained for {', '.join(config.tasks)} and has {config.keyframe_slots} keyframe slots"
-            )
+        self._check_tasks({task for task, used in uses.items() if used})
         pixels = {index: one.repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()}
         return encode_known_frames(pixels, num_frames, self.vae, *layout)
+
+    def _check_tasks(self, tasks: set[str]) -> None:
+        config, slots = self.denoiser.config, self.vae_scale_factor_temporal
+        missing = sorted(tasks - set(config.tasks))
+        if missing or ("keyframes" in tasks and config.keyframe_slots != slots):
+            raise ValueError(
+                f"this needs a checkpoint trained for {' and '.join(missing or ['keyframes'])}: this one "
+                f"was trained for {', '.join(config.tasks)} and has {config.keyframe_slots} keyframe slots"
+            )
 
     def _check_num_frames(self, num_frames: int) -> None:
         s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]

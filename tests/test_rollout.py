@@ -1,0 +1,241 @@
+"""Rollout: equal to full passes and to a slow replay, bounded, and right about what was given."""
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.known_frames import encode_clip, encode_slots, fill_slots, to_clip
+from vgen.temporal.state import TemporalState
+
+from .test_pipeline import PROMPT, make_pipeline, seeded
+
+OTHER = "a blue square"
+
+
+def build(randomize, **transformer):
+    settings = {"tasks": ["text", "leading", "keyframes"], "chunk_size": 1, "window": 2, "sink": 1, "num_layers": 2}
+    pipe = make_pipeline(**settings | transformer)
+    randomize(pipe.transformer)
+    randomize(pipe.vae)
+    return pipe
+
+
+@pytest.fixture
+def pipe(randomize):
+    return build(randomize)
+
+
+@pytest.fixture
+def video():
+    return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
+
+
+def frames_of(rollout):
+    return np.concatenate(list(rollout), axis=-4)
+
+
+def latents_of(rollout, monkeypatch):
+    """All latents that a rollout finishes, and its pixels."""
+    found, finish = [], rollout._finish
+
+    def listen(latents, level):
+        found.append(latents)
+        return finish(latents, level)
+
+    monkeypatch.setattr(rollout, "_finish", listen)
+    pixels = frames_of(rollout)
+    return torch.cat(found, dim=2), pixels
+
+
+@pytest.mark.parametrize("given", [1, 5, 9])
+def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(randomize, video, monkeypatch, given):
+    pipe = build(randomize, chunk_size=2, window=6)
+    rollout = pipe.rollout(PROMPT, video[:given], num_frames=8, generator=seeded())
+    latents, _ = latents_of(rollout, monkeypatch)
+    known = (given - 1) // 4 + 1
+    noise = torch.randn(1, 4, known + 2, *latents.shape[-2:])
+    noise[:, :, known:] = torch.randn(latents.shape, generator=seeded())
+    settings = {"frames": dict(enumerate(video[:given])), "num_frames": given + 8, "groups": "chunk"}
+    whole = pipe(PROMPT, **settings, latents=noise, output_type="latent").frames
+    torch.testing.assert_close(latents, whole[:, :, known:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("chunk_size", "window", "sink", "given"), [(1, 2, 1, 5), (2, 3, 0, 0), (2, 2, 2, 13)])
+def test_after_eviction_it_equals_a_replay_of_everything_before(
+    randomize, video, monkeypatch, chunk_size, window, sink, given
+):
+    pipe = build(randomize, chunk_size=chunk_size, window=window, sink=sink)
+    clip = video[:given] if given else None
+    rollout = pipe.rollout(PROMPT, clip, num_frames=24, generator=seeded(), guidance_scale=2.0, history_noise=0.1)
+    latents, pixels = latents_of(rollout, monkeypatch)
+
+    embeds = torch.cat(pipe.encode_prompt(PROMPT)[::-1])
+    known = encode_clip(pipe.vae, to_clip(clip)[None]) if given else latents[:, :, :0]
+    finished = [(frame, 0.0) for frame in known.split(1, dim=2) if given]
+    noise_source, at = seeded(), 0
+    while at < latents.shape[2]:
+        length = chunk_size if finished else 1
+        noise = torch.randn(1, 4, length, *latents.shape[-2:], generator=noise_source)
+        pipe.scheduler.set_timesteps(2)
+        x = noise
+        for timestep in pipe.scheduler.timesteps:
+            state = TemporalState(window, sink)
+            done = 0
+            while done < len(finished):
+                run = finished[done : done + (chunk_size if done else 1)]
+                if done < len(known[0, 0]) < done + len(run):
+                    run = finished[done : len(known[0, 0])]
+                piece = torch.cat([frame for frame, _ in run], dim=2).repeat(2, 1, 1, 1, 1)
+                level = torch.tensor([1000 * level for _, level in run]).expand(2, -1)
+                with torch.no_grad():
+                    pipe.transformer(piece, level, embeds, frame_rate=8.0, state=state)
+                done += len(run)
+            with torch.no_grad():
+                rows = x.repeat(2, 1, 1, 1, 1)
+                out = pipe.transformer(rows, timestep.expand(2), embeds, frame_rate=8.0, state=state.frozen()).sample
+            negative, positive = out.chunk(2)
+            x = pipe.scheduler.step(negative + 2.0 * (positive - negative), timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(latents[:, :, at : at + length], x, atol=2e-4, rtol=0)
+        finished += [(frame, 0.1) for frame in x.split(1, dim=2)]
+        at += length
+
+    with torch.no_grad():
+        everything = pipe.vae.denormalize(torch.cat([known, latents], dim=2))
+        expected = pipe.vae.decode(everything).sample[:, :, given:]
+    expected = ((expected + 1) * 127.5).round().movedim(1, -1)[0, :24].numpy()
+    assert abs(pixels.astype(float) - expected).max() <= 1
+
+
+def test_frames_that_fill_no_latent_are_keyframes_of_the_first_chunk(pipe, video, monkeypatch):
+    told, forward = [], pipe.transformer.forward
+
+    def listen(*args, **kwargs):
+        told.append(kwargs.get("keyframes"))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", listen)
+    pixels = frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, generator=seeded(), guidance_scale=1.0))
+    assert pixels.shape == (6, 16, 16, 3)
+    clip = to_clip(video[:7])[None]
+    slots = encode_slots(pipe.vae, {(0, 0): clip[:, :, 5], (0, 1): clip[:, :, 6]})
+    expected = fill_slots(slots, 1, 4, slots[0, 0])
+    filled = [one for one in told if one is not None and one.any()]
+    assert len(filled) == 2 and all(torch.allclose(one, expected, atol=1e-5) for one in filled)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 4, 5, 11])
+def test_any_number_of_new_frames_comes(pipe, num_frames):
+    rollout = pipe.rollout(PROMPT, num_frames=num_frames, generator=seeded())
+    assert len(frames_of(rollout)) == num_frames == rollout.frames_done
+    assert np.array_equal(
+        frames_of(pipe.rollout(PROMPT, num_frames=num_frames, generator=seeded())),
+        frames_of(pipe.rollout(PROMPT, num_frames=20, generator=seeded()))[:num_frames],
+    )
+
+
+def test_batches_equal_singles(pipe, video):
+    clips = [video[:5], video[4:9]]
+    prompts = [PROMPT, OTHER]
+    both = frames_of(pipe.rollout(prompts, clips, num_frames=9, generator=[seeded(0), seeded(1)]))
+    for i in range(2):
+        single = frames_of(pipe.rollout(prompts[i], clips[i], num_frames=9, generator=seeded(i)))
+        assert abs(both[i].astype(int) - single).max() <= 1
+
+
+def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
+    rollout = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
+    quiet = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
+    sizes = set()
+    for chunk in range(40):
+        mine, expected = next(rollout), next(quiet)
+        assert np.array_equal(mine, expected)
+        pipe(OTHER, guidance_scale=1.0, num_inference_steps=3)
+        if chunk >= 5:
+            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes, len(rollout._history)))
+    assert len(sizes) == 1
+
+
+def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe):
+    rollout = pipe.rollout({0: PROMPT, 9: OTHER}, num_frames=17, generator=seeded())
+    same = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded()))
+    pixels = frames_of(rollout)
+    assert np.array_equal(pixels[:9], same[:9]) and not np.array_equal(pixels[9:13], same[9:13])
+    # the sink alone, then what the window holds, as if the video had just begun
+    state = TemporalState(2, 1)
+    embeds = torch.cat(pipe.encode_prompt(OTHER)[::-1])
+    rollout = pipe.rollout({0: PROMPT, 17: OTHER}, generator=seeded())
+    for _ in range(5):
+        next(rollout)
+    history = list(rollout._history)
+    next(rollout)
+    with torch.no_grad():
+        for latents, level in history:
+            pipe.transformer(
+                latents.repeat(2, 1, 1, 1, 1), torch.full((2,), level), embeds, frame_rate=8.0, state=state
+            )
+        latents = rollout._history[-1][0]
+        level = torch.zeros(2)
+        pipe.transformer(latents.repeat(2, 1, 1, 1, 1), level, embeds, frame_rate=8.0, state=state)
+    for key, value in state._tensors.items():
+        torch.testing.assert_close(rollout.state._tensors[key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_prompt_it_continues_unguided(pipe, video):
+    pixels = frames_of(pipe.rollout(None, video[:5], num_frames=4, generator=seeded()))
+    assert pixels.shape == (4, 16, 16, 3)
+    rows = pipe.rollout(None, video[:5])._embeds
+    assert rows[1] is None and torch.equal(rows[0], pipe.encode_prompt([""], do_classifier_free_guidance=False)[0])
+
+
+def test_every_given_frame_matters(pipe, video):
+    for given in (2, 3, 4, 5, 10):
+        expected = frames_of(pipe.rollout(PROMPT, video[:given], num_frames=4, generator=seeded()))
+        for index in range(given):
+            changed = video[:given].copy()
+            changed[index] = 255 - changed[index]
+            assert not np.array_equal(
+                frames_of(pipe.rollout(PROMPT, changed, num_frames=4, generator=seeded())), expected
+            ), (given, index)
+
+
+def test_step_caches_stay_off_where_the_state_is_written(pipe):
+    from diffusers import FirstBlockCacheConfig
+
+    expected = frames_of(pipe.rollout(PROMPT, num_frames=9, generator=seeded()))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
+    assert np.array_equal(frames_of(pipe.rollout(PROMPT, num_frames=9, generator=seeded())), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_frames": 0}, "num_frames=0"),
+        ({"prompt": {4: PROMPT}}, "begins at frame 0"),
+        ({"prompt": ""}, "says something"),
+        ({"prompt": {0: PROMPT, 8: " "}}, "says something"),
+        ({"window": 0}, "window=0"),
+        ({"history_noise": 1.0}, "history_noise=1.0"),
+        ({"video": []}, "no frames"),
+        ({"video": 3}, "no video"),
+        ({"prompt": [PROMPT, OTHER], "video": [np.zeros((5, 16, 16, 3), np.uint8)]}, "1 videos for 2 prompts"),
+        ({"video": np.zeros((5, 16, 16, 3), np.uint8), "height": 32}, "cannot become one of 32x16"),
+        ({"video": np.zeros((5, 12, 16, 3), np.uint8)}, "height=12"),
+        ({"video": [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes: 8x16, 8x8"),
+    ],
+)
+def test_what_cannot_be_is_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.rollout(**{"prompt": PROMPT} | arguments)
+
+
+def test_a_checkpoint_that_cannot_says_so(randomize, video):
+    with pytest.raises(ValueError, match="trained for leading: this one was trained for text"):
+        build(randomize, tasks=["text"]).rollout(PROMPT)
+    only = build(randomize, tasks=["text", "leading"])
+    assert len(next(only.rollout(PROMPT, video[:5]))) == 4
+    with pytest.raises(ValueError, match="trained for keyframes"):
+        only.rollout(PROMPT, video[:6])
+    with pytest.raises(ValueError, match="window=None"):
+        build(randomize, window=None).rollout(PROMPT)
+    with pytest.raises(ValueError, match="exceed the 3"):
+        build(randomize, trained_token_frames=3).rollout(PROMPT)
