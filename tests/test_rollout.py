@@ -1,10 +1,14 @@
 """Rollout: equal to full passes and to a slow replay, bounded, and right about what was given."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, to_clip
+from vgen.rollout import Rollout
 from vgen.temporal.state import TemporalState
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
@@ -204,6 +208,62 @@ def test_step_caches_stay_off_where_the_state_is_written(pipe):
     expected = frames_of(pipe.rollout(PROMPT, num_frames=9, generator=seeded()))
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
     assert np.array_equal(frames_of(pipe.rollout(PROMPT, num_frames=9, generator=seeded())), expected)
+
+
+CONTINUE = """
+import sys
+import numpy as np
+from vgen import Rollout, VideoGenPipeline
+pipe = VideoGenPipeline.from_pretrained(sys.argv[1])
+rollout = Rollout.load(sys.argv[2], pipe)
+np.save(sys.argv[3], np.concatenate(list(rollout), axis=-4))
+"""
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(pipe, video, tmp_path, batch):
+    arguments = {"prompt": {0: PROMPT, 12: OTHER}, "video": video[:7], "generator": seeded()}
+    if batch:
+        arguments = {
+            "prompt": [PROMPT, OTHER], "video": [video[:5], video[5:10]], "generator": [seeded(0), seeded(1)]
+        }  # fmt: skip
+    rollout = pipe.rollout(num_frames=25, history_noise=0.1, **arguments)
+    pipe.save_pretrained(tmp_path / "pipe")
+    pieces = []
+    for index in range(3):  # at once, behind the given frames, behind new ones
+        rollout.save(tmp_path / f"saved {index}")
+        pieces.append(next(rollout))
+    pieces.append(frames_of(rollout))
+    for index in (0, 2):
+        command = [
+            sys.executable,
+            "-c",
+            CONTINUE,
+            tmp_path / "pipe",
+            tmp_path / f"saved {index}",
+            tmp_path / "rest.npy",
+        ]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        assert np.array_equal(np.load(tmp_path / "rest.npy"), np.concatenate(pieces[index:], axis=-4))
+
+
+def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, randomize, tmp_path):
+    rollout = pipe.rollout(PROMPT, num_frames=9, generator=seeded())
+    for _ in range(2):
+        next(rollout)
+        rollout.save(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert Rollout.load(tmp_path / "saved", pipe).frames_done == rollout.frames_done == 5
+    other = build(randomize)
+    with torch.no_grad():
+        other.transformer.proj_out.bias += 1
+    with pytest.raises(ValueError, match="another denoiser than"):
+        Rollout.load(tmp_path / "saved", other)
+    pipe.scheduler = type(pipe.scheduler)(shift=3.0)
+    with pytest.raises(ValueError, match="another scheduler than"):
+        Rollout.load(tmp_path / "saved", pipe)
+    with pytest.raises(ValueError, match="holds no saved rollout"):
+        Rollout.load(tmp_path, pipe)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
     from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
     from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
+    from vgen.rollout import Rollout as Rollout
     from vgen.temporal.state import TemporalState as TemporalState
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CausalVideoVAE": "vgen.models.vae",
+    "Rollout": "vgen.rollout",
     "SpacetimeTransformer": "vgen.models.transformer",
     "TemporalState": "vgen.temporal.state",
     "VideoGenPipeline": "vgen.pipeline",

@@ -420,7 +420,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window=window,
             sink=sink,
             history_noise=history_noise,
-            generator=generator,
+            generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
         )
 
     def check_inputs(

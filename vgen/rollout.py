@@ -5,14 +5,21 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` tok
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, place
@@ -20,6 +27,25 @@ from vgen.temporal.state import TemporalState
 
 if TYPE_CHECKING:
     from vgen.pipeline import VideoGenPipeline
+
+
+logger = logging.get_logger(__name__)
+
+_FORMAT = "vgen.Rollout/1"
+_SETTINGS = (
+    "single",
+    "negative_prompt",
+    "num_frames",
+    "size",
+    "frame_rate",
+    "num_inference_steps",
+    "guidance_scale",
+    "chunk_size",
+    "history_noise",
+    "frames_done",
+    "_given_frames",
+    "_prompt",
+)
 
 
 class Rollout:
@@ -49,7 +75,7 @@ class Rollout:
         window: int | None,
         sink: int | None,
         history_noise: float,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator],
     ):
         self.pipe = pipe
         self.schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: "" if prompt is None else prompt}
@@ -94,6 +120,94 @@ class Rollout:
         pixels = clip.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
         frames = rearrange(pixels, "b c n h w -> b n h w c").cpu().numpy()
         return frames[0] if self.single else frames
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all that the continuation needs but the weights, in JSON and safetensors.
+
+        The folder appears whole; an older one of the same name is replaced.
+        """
+        folder = Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        sources = self.generator if isinstance(self.generator, list) else [self.generator]
+        tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(sources)}
+        tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self._history)}
+        tensors |= {f"keyframe.{latent}.{slot}": image for (latent, slot), image in self._keyframes.items()}
+        tensors |= {f"embeds.{index}": one for index, one in enumerate(self._embeds or ()) if one is not None}
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors"
+        )
+        self.state.save(partial / "denoiser.safetensors")
+        self.decoder_state.save(partial / "decoder.safetensors")
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        record = {
+            "format": _FORMAT,
+            "versions": _versions(),
+            "made_with": _made_with(self.pipe),
+            "settings": settings | {"schedule": list(self.schedule.items())},
+            "levels": [level for _, level in self._history],
+            "generators": [str(source.device) for source in sources] if isinstance(self.generator, list) else None,
+        }
+        (partial / "rollout.json").write_text(json.dumps(record, indent=1))
+        if folder.exists():
+            old = folder.with_name(folder.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
+            partial.replace(folder)
+            shutil.rmtree(old)
+        else:
+            partial.replace(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, pipe: VideoGenPipeline) -> Rollout:
+        """Goes on where `save` was called; on the CPU, and with the same versions, bit for bit.
+
+        Args:
+            folder: What `save` wrote.
+            pipe: The pipeline that made it, or the same loaded again.
+
+        Raises:
+            ValueError: The folder holds no rollout, or that of other networks or another scheduler, which are named.
+        """
+        folder = Path(folder)
+        if not (folder / "rollout.json").is_file():
+            raise ValueError(f"{folder} holds no saved rollout: it has no rollout.json")
+        record = json.loads((folder / "rollout.json").read_text())
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"{folder} is not a saved rollout of this version ({_FORMAT})")
+        made_with = _made_with(pipe)
+        differing = [name for name, mark in record["made_with"].items() if made_with.get(name) != mark]
+        if differing:
+            raise ValueError(f"{folder} was made with another {' and '.join(differing)} than this pipeline has")
+        if record["versions"] != _versions():
+            logger.warning(f"{folder} was saved with {record['versions']}: the continuation may differ in rounding")
+        device = pipe._execution_device
+        tensors = load_file(folder / "tensors.safetensors")
+
+        self = cls.__new__(cls)
+        self.pipe = pipe
+        for name in _SETTINGS:
+            setattr(self, name, record["settings"][name])
+        self.schedule = {frame: prompt for frame, prompt in record["settings"]["schedule"]}
+        height, width = self.size
+        self.size = height, width
+        self.state = TemporalState.load(folder / "denoiser.safetensors").move_to(device)
+        self.decoder_state = TemporalState.load(folder / "decoder.safetensors").move_to(device)
+        levels = record["levels"]
+        self._history = [(tensors[f"history.{index}"].to(device), level) for index, level in enumerate(levels)]
+        self._keyframes = {}
+        for name in (name for name in tensors if name.startswith("keyframe.")):
+            _, latent, slot = name.split(".")
+            self._keyframes[int(latent), int(slot)] = tensors[name].to(device)
+        negative = tensors.get("embeds.1")
+        self._embeds = tensors["embeds.0"].to(device), None if negative is None else negative.to(device)
+        generators = []
+        for index, where in enumerate(record["generators"] or ["cpu"]):
+            generators.append(torch.Generator(where))
+            generators[-1].set_state(tensors[f"generator.{index}"])
+        self.generator = generators if record["generators"] else generators[0]
+        return self
 
     def _set_prompt(self) -> None:
         """Embeds the prompt that is due; what is remembered is computed again under a new one."""
@@ -200,6 +314,25 @@ class Rollout:
 
     def _guide(self) -> None:
         self.pipe._guidance_scale, self.pipe._guider = self.guidance_scale, None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("vgen", "torch", "diffusers")}
+
+
+def _made_with(pipe: VideoGenPipeline) -> dict[str, str]:
+    """A mark of each component: its configuration and the first values of each of its weights."""
+    marks = {"scheduler": hashlib.sha256(pipe.scheduler.to_json_string().encode()).hexdigest()}
+    for name, network in (("denoiser", pipe.denoiser), ("vae", pipe.vae)):
+        if network is None:
+            continue
+        digest = hashlib.sha256(json.dumps(network.state_identity, sort_keys=True).encode())
+        for key, weight in sorted(network.state_dict().items()):
+            digest.update(key.encode())
+            if not weight.is_meta:
+                digest.update(weight.flatten()[:8].float().cpu().numpy().tobytes())
+        marks[name] = digest.hexdigest()
+    return marks
 
 
 @contextmanager
