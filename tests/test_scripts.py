@@ -123,6 +123,17 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(vae_run, tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_a_frozen_encoder_keeps_latents_and_their_statistics(vae_run, tmp_path):
+    train_vae(tmp_path, **{"--init": vae_run / "vae", "--freeze_encoder": "true", "--image_steps": 0})
+    weights, before = (load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (tmp_path, vae_run))
+    kept = {name for name in before if torch.equal(weights[name], before[name])}
+    assert {name for name in before if name.startswith(("encoder.", "quant_conv."))} == kept
+    after, first = (CausalVideoVAE.from_pretrained(run / "vae") for run in (tmp_path, vae_run))
+    assert after.config.latents_mean == first.config.latents_mean
+    refused = train_vae(tmp_path / "other", check=False, **{"--freeze_encoder": "true"})
+    assert refused.returncode != 0 and "--init" in refused.stderr
+
+
 def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
     train_vae(tmp_path, **{"--gradient_accumulation_steps": 2})
     weights, expected = (load_file(run / "checkpoint-2/ema.safetensors") for run in (tmp_path, vae_run))

@@ -41,6 +41,8 @@ class VAEConfig(RunConfig):
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
+    freeze_encoder: bool = False
+    """Whether only the decoder is trained, so that latents encoded before, and denoisers of them, stay valid."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -60,6 +62,16 @@ class VAEConfig(RunConfig):
     num_calibration_clips: int = 512
     """Clips that the latents' mean and deviation are taken from at the end."""
 
+    def check(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A setting is out of range, or there is no encoder to keep.
+        """
+        super().check()
+        if self.freeze_encoder and not self.init:
+            raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
+
 
 def main(config: VAEConfig) -> None:
     """Trains; the same call goes on where an interrupted one stopped."""
@@ -72,6 +84,9 @@ def main(config: VAEConfig) -> None:
     world = ShapesWorld(split="train", seed=config.seed)
     fresh = ShapesWorld(split="all", seed=config.seed + 1)
     vae = CausalVideoVAE.from_pretrained(config.init) if config.init else CausalVideoVAE(**config.model)
+    if config.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if config.compile:
@@ -126,7 +141,8 @@ def main(config: VAEConfig) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with average:
-            calibrate(vae, world, config, accelerator.device)
+            if not config.freeze_encoder:
+                calibrate(vae, world, config, accelerator.device)
             vae.save_pretrained(config.output_dir / "vae")
     accelerator.end_training()
 
