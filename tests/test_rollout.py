@@ -191,6 +191,21 @@ def test_without_a_prompt_it_continues_unguided(pipe, video):
     assert rows[1] is None and torch.equal(rows[0], pipe.encode_prompt([""], do_classifier_free_guidance=False)[0])
 
 
+def test_a_prediction_is_a_rollout_gathered(pipe, video):
+    expected = frames_of(pipe.rollout(PROMPT, video[:6], num_frames=7, generator=seeded()))
+    frames = pipe.predict(video[:6], 7, PROMPT, generator=seeded()).frames
+    assert frames.shape == (1, 7, 16, 16, 3)
+    assert np.array_equal((frames[0] * 255).round().astype(np.uint8), expected)
+    images = pipe.predict(video[:6], 7, PROMPT, generator=seeded(), output_type="pil", return_dict=False)[0]
+    assert np.array_equal(np.stack([np.array(image) for image in images[0]]), expected)
+    batch = pipe.predict([video[:5], video[5:10]], 3, [PROMPT, OTHER], output_type="pt").frames
+    assert batch.shape == (2, 3, 3, 16, 16)
+    assert pipe.predict(video[:5], 3).frames.shape == (1, 3, 16, 16, 3)
+    for arguments, message in (({"output_type": "latent"}, "output_type"), ({"video": None}, "needs a video")):
+        with pytest.raises(ValueError, match=message):
+            pipe.predict(**{"video": video} | arguments)
+
+
 def test_every_given_frame_matters(pipe, video):
     for given in (2, 3, 4, 5, 10):
         expected = frames_of(pipe.rollout(PROMPT, video[:given], num_frames=4, generator=seeded()))

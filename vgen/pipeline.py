@@ -423,6 +423,40 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
         )
 
+    @torch.no_grad()
+    def predict(
+        self,
+        video: Any,
+        num_frames: int = 16,
+        prompt: str | list[str] | None = None,
+        *,
+        output_type: str = "np",
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Continues a video: a `rollout`, gathered.
+
+        Args:
+            video: Given frames as in `rollout`.
+            num_frames: New frames, any number; only these are returned.
+            prompt: What to show; `None` continues without being told what, unguided.
+            output_type: `np`, `pil` or `pt`.
+            return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
+            options: Any other argument that `rollout` takes.
+
+        Raises:
+            ValueError: As `rollout` does.
+        """
+        if output_type not in ("np", "pil", "pt"):
+            raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
+        if video is None:
+            raise ValueError("a prediction needs a video to continue: give at least one frame")
+        rollout = self.rollout(prompt, video, num_frames=num_frames, **options)
+        chunks = list(rollout) if isinstance(prompt, list) else [chunk[None] for chunk in rollout]
+        pixels = torch.from_numpy(np.concatenate(chunks, axis=1)).float() / 127.5 - 1
+        videos = self.video_processor.postprocess_video(rearrange(pixels, "b f h w c -> b c f h w"), output_type)
+        return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+
     def check_inputs(
         self,
         prompt: str | list[str] | None,
