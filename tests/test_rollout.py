@@ -187,6 +187,8 @@ def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe)
 def test_without_a_prompt_it_continues_unguided(pipe, video):
     pixels = frames_of(pipe.rollout(None, video[:5], num_frames=4, generator=seeded()))
     assert pixels.shape == (4, 16, 16, 3)
+    halfway = frames_of(pipe.rollout({0: None, 8: PROMPT}, video[:5], num_frames=9, generator=seeded()))
+    assert halfway.shape == (9, 16, 16, 3)
     rows = pipe.rollout(None, video[:5])._embeds
     assert rows[1] is None and torch.equal(rows[0], pipe.encode_prompt([""], do_classifier_free_guidance=False)[0])
 

@@ -78,7 +78,8 @@ class Rollout:
         generator: torch.Generator | list[torch.Generator],
     ):
         self.pipe = pipe
-        self.schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: "" if prompt is None else prompt}
+        schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
+        self.schedule = {frame: "" if one is None else one for frame, one in schedule.items()}
         self.single = isinstance(prompt, (str, Mapping)) or prompt is None
         self.negative_prompt = negative_prompt
         self.num_frames = num_frames
