@@ -139,6 +139,15 @@ def test_pixels_are_known_without_a_vae(randomize, video):
     randomize(pipe.transformer)
     frames = generate(pipe, (0, 1, 5), video)[0]
     assert np.array_equal((frames[[0, 1, 5]] * 255).round().astype(np.uint8), video[[0, 1, 5]])
+    for index in (0, 1, 5):
+        changed = video.copy()
+        changed[index] = 255 - changed[index]
+        assert abs(generate(pipe, (0, 1, 5), changed)[0][[2, 3, 4, 6]] - frames[[2, 3, 4, 6]]).max() > 1e-4
+
+
+def test_known_frames_without_a_prompt_are_refused(pipe, video):
+    with pytest.raises(ValueError, match="either prompt or prompt_embeds"):
+        pipe(image=video[0])
 
 
 @pytest.mark.parametrize(

@@ -23,23 +23,17 @@ WORDS = ["a", "blue", "circle", "left", "moves", "red", "right", "square", "up"]
 def make_pipeline(vae=True, seed=0, **transformer):
     torch.manual_seed(seed)
     tokenizer = make_word_tokenizer(WORDS, 8)
-    size = {"in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2), "num_layers": 1, "keyframe_slots": 4}
-    size |= transformer
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32,
+        "in_channels": 4, "out_channels": 4, "patch_size": (1, 2, 2), "num_layers": 1, "keyframe_slots": 4,
+        "group_modes": ["full", "causal", "chunk"], "frame_rate_embedding": True,
+    }  # fmt: skip
     pipe = VideoGenPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=CausalVideoVAE(base_dim=8, z_dim=4, dim_mult=[1, 1, 1], temperal_downsample=[True, True], num_res_blocks=1)
         if vae
         else None,
-        transformer=SpacetimeTransformer(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            group_modes=["full", "causal", "chunk"],
-            frame_rate_embedding=True,
-            **size,
-        ),
+        transformer=SpacetimeTransformer(**settings | transformer),
         text_encoder=make_text_encoder(len(tokenizer), 32, 1).eval(),
         tokenizer=tokenizer,
         height=16,

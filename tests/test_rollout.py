@@ -20,7 +20,8 @@ def build(randomize, **transformer):
     settings = {"tasks": ["text", "leading", "keyframes"], "chunk_size": 1, "window": 2, "sink": 1, "num_layers": 2}
     pipe = make_pipeline(**settings | transformer)
     randomize(pipe.transformer)
-    randomize(pipe.vae)
+    if pipe.vae is not None:
+        randomize(pipe.vae)
     return pipe
 
 
@@ -127,6 +128,19 @@ def test_frames_that_fill_no_latent_are_keyframes_of_the_first_chunk(pipe, video
     assert len(filled) == 2 and all(torch.allclose(one, expected, atol=1e-5) for one in filled)
 
 
+@pytest.mark.parametrize("vae", [True, False])
+def test_token_frames_of_two_latents_and_pixels_without_a_vae(randomize, video, vae):
+    pixels = {} if vae else {"in_channels": 3, "out_channels": 3, "keyframe_slots": 1}
+    pipe = build(randomize, vae=vae, patch_size=(2, 2, 2), **pixels)
+    whole = frames_of(pipe.rollout(PROMPT, video, num_frames=12, generator=seeded()))
+    assert whole.shape == (12, 16, 16, 3)
+    begun = pipe.rollout(PROMPT, num_frames=9, generator=seeded())
+    assert [len(chunk) for chunk in begun] == ([5, 4] if vae else [2, 2, 2, 2, 1])
+    changed = video.copy()
+    changed[-1] = 255 - changed[-1]
+    assert not np.array_equal(frames_of(pipe.rollout(PROMPT, changed, num_frames=12, generator=seeded())), whole)
+
+
 @pytest.mark.parametrize("num_frames", [1, 3, 4, 5, 11])
 def test_any_number_of_new_frames_comes(pipe, num_frames):
     rollout = pipe.rollout(PROMPT, num_frames=num_frames, generator=seeded())
@@ -147,12 +161,13 @@ def test_batches_equal_singles(pipe, video):
 
 
 def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
-    rollout = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
     quiet = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
+    expected = [next(quiet) for _ in range(40)]
+    rollout = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
     sizes = set()
     for chunk in range(40):
-        mine, expected = next(rollout), next(quiet)
-        assert np.array_equal(mine, expected)
+        assert np.array_equal(next(rollout), expected[chunk])
+        assert not any(latents.requires_grad for latents, _ in rollout._history)
         pipe(OTHER, guidance_scale=1.0, num_inference_steps=3)
         if chunk >= 5:
             sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes, len(rollout._history)))
@@ -164,6 +179,8 @@ def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe)
     same = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded()))
     pixels = frames_of(rollout)
     assert np.array_equal(pixels[:9], same[:9]) and not np.array_equal(pixels[9:13], same[9:13])
+    late = frames_of(pipe.rollout({0: PROMPT, 6: OTHER}, num_frames=17, generator=seeded()))
+    assert np.array_equal(late, pixels)  # chunks begin at 0, 1, 5 and 9
     # the sink alone, then what the window holds, as if the video had just begun
     state = TemporalState(2, 1)
     embeds = torch.cat(pipe.encode_prompt(OTHER)[::-1])
@@ -270,12 +287,19 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
         next(rollout)
         rollout.save(tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ValueError, match="is no saved rollout"):
+        rollout.save(tmp_path / "precious")
     assert Rollout.load(tmp_path / "saved", pipe).frames_done == rollout.frames_done == 5
     other = build(randomize)
     with torch.no_grad():
         other.transformer.proj_out.bias += 1
     with pytest.raises(ValueError, match="another denoiser than"):
         Rollout.load(tmp_path / "saved", other)
+    calibrated = build(randomize)
+    calibrated.vae.calibrate(torch.randn(2, 4, 2, 2, 2))
+    with pytest.raises(ValueError, match="another vae than"):
+        Rollout.load(tmp_path / "saved", calibrated)
     pipe.scheduler = type(pipe.scheduler)(shift=3.0)
     with pytest.raises(ValueError, match="another scheduler than"):
         Rollout.load(tmp_path / "saved", pipe)
@@ -287,6 +311,7 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
     ("arguments", "message"),
     [
         ({"num_frames": 0}, "num_frames=0"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 1 videos"),
         ({"prompt": {4: PROMPT}}, "begins at frame 0"),
         ({"prompt": ""}, "says something"),
         ({"prompt": {0: PROMPT, 8: " "}}, "says something"),
@@ -312,6 +337,8 @@ def test_a_checkpoint_that_cannot_says_so(randomize, video):
     assert len(next(only.rollout(PROMPT, video[:5]))) == 4
     with pytest.raises(ValueError, match="trained for keyframes"):
         only.rollout(PROMPT, video[:6])
+    with pytest.raises(ValueError, match="chunks of 2 needs a checkpoint trained with groups chunk"):
+        build(randomize, group_modes=["full", "causal"]).rollout(PROMPT, chunk_size=2)
     with pytest.raises(ValueError, match="window=None"):
         build(randomize, window=None).rollout(PROMPT)
     with pytest.raises(ValueError, match="exceed the 3"):

@@ -217,7 +217,9 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
         return pipe
     vae = CausalVideoVAE.from_pretrained(config.vae)
-    text_encoder = AutoModelForTextEncoding.from_pretrained(config.text_encoder, subfolder="text_encoder")
+    text_encoder = AutoModelForTextEncoding.from_pretrained(
+        config.text_encoder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+    )
     text_dim = text_encoder.config.hidden_size
     return VideoGenPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.level_shift),
@@ -250,6 +252,10 @@ def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[
         raise ValueError(
             f"known={config.known} needs keyframe_slots in the model (it has {network.keyframe_slots}) and latents of "
             "single frames: pipelines/encode_latents.py --keyframes true"
+        )
+    if used - {"none"} and min(lengths) < 2:
+        raise ValueError(
+            f"window_lengths={lengths} with known={config.known}: known frames need 2 token frames or more"
         )
     for kind, length in itertools.product((kind for kind, weight in config.windows.items() if weight > 0), lengths):
         draw_window(kind, length, whole, network.sink, random.Random(0))

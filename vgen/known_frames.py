@@ -122,11 +122,11 @@ def encode_known_frames(
 def encode_clip(vae: CausalVideoVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
     """Normalised latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
 
-    Without a VAE, latents are pixels.
+    Pixels are where the VAE computes, which offloaded weights do not tell. Without a VAE, latents are pixels.
     """
     if vae is None:
         return clip
-    posterior = vae.encode(clip.to(next(vae.parameters()).device, vae.dtype), state=state).latent_dist
+    posterior = vae.encode(clip.to(vae.dtype), state=state).latent_dist
     return vae.normalize(posterior.mode().float())
 
 

@@ -18,7 +18,6 @@ from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import BaseOutput, logging
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from einops import rearrange
 from torch import Tensor
@@ -30,7 +29,7 @@ from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
-from vgen.rollout import Rollout
+from vgen.rollout import Rollout, draw_noise
 from vgen.temporal.attention import make_groups
 
 logger = logging.get_logger(__name__)
@@ -297,6 +296,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     prompt_embeds,
                     negative_prompt_embeds,
                     generator,
+                    known,
                     **conditions,
                 )
                 latents = known.put_back(latents)
@@ -315,6 +315,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
 
+    @torch.no_grad()
     def rollout(
         self,
         prompt: str | Sequence[str] | Mapping[int, str] | None = None,
@@ -336,8 +337,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Continues a video, or begins one, chunk after chunk, in memory that does not grow.
 
         Args:
-            prompt: What to show; `{0: "...", 64: "..."}` changes it at new frame 64; a list makes several videos. None
-                continues without being told what, unguided.
+            prompt: What to show; `{0: "...", 64: "..."}` changes it with the first chunk that begins at or behind new
+                frame 64; a list makes several videos. None continues without being told what, unguided.
             video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
                 uint8 or in [0, 1]; a list of these with a list of prompts. The first frames, if None, are generated.
             negative_prompt: What to steer away from.
@@ -390,6 +391,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
         if not 0 <= history_noise < 1:
             raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
         self._check_tasks({"leading"})
         s, p_t = self.vae_scale_factor_temporal, config.patch_size[0]
         if clip is not None and place(range(clip.shape[2]), clip.shape[2] + s * p_t, s, p_t).slots:
@@ -399,6 +402,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sink = config.sink if sink is None else sink
         if window is None or window < 1 or sink < 0 or chunk_size < 1:
             raise ValueError(f"window={window}, sink={sink}, chunk_size={chunk_size}: give at least 1, 0 and 1")
+        if "chunk" not in config.group_modes and not ("causal" in config.group_modes and chunk_size == 1):
+            raise ValueError(
+                f"a rollout in chunks of {chunk_size} needs a checkpoint trained with groups chunk, or causal for "
+                f"chunks of 1: this one was trained with {', '.join(config.group_modes)}"
+            )
         limit = config.trained_token_frames
         if limit is not None and sink + window + chunk_size > limit:
             raise ValueError(
@@ -449,10 +457,10 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         if output_type not in ("np", "pil", "pt"):
             raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
-        if video is None:
-            raise ValueError("a prediction needs a video to continue: give at least one frame")
+        if video is None or num_frames is None:
+            raise ValueError("a prediction needs a video to continue, and a number of new frames")
         rollout = self.rollout(prompt, video, num_frames=num_frames, **options)
-        chunks = list(rollout) if isinstance(prompt, list) else [chunk[None] for chunk in rollout]
+        chunks = [chunk[None] if rollout.single else chunk for chunk in rollout]
         pixels = torch.from_numpy(np.concatenate(chunks, axis=1)).float() / 127.5 - 1
         videos = self.video_processor.postprocess_video(rearrange(pixels, "b f h w c -> b c f h w"), output_type)
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
@@ -585,7 +593,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} videos: give one, or as many")
-        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype).to(device)
+        noise = draw_noise(shape, generator, dtype).to(device)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def denoising_step(
@@ -596,15 +604,18 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
+        known: KnownFrames | None = None,
         **conditions: Any,
     ) -> Tensor:
         """Latents `(b, c, t, h, w)` after one step of the scheduler at `timestep`.
 
-        Token frames are told to be at `levels`, in timesteps, one for all or `(n,)`.
+        Token frames are told to be at `levels`, in timesteps, one for all or `(n,)`; known ones are not scaled.
         """
         scaled = latents
         if hasattr(self.scheduler, "scale_model_input"):
             scaled = self.scheduler.scale_model_input(latents, timestep)
+        if known is not None:
+            scaled = known.put_back(scaled)
         prediction = self.predict_noise(scaled, levels, prompt_embeds, negative_prompt_embeds, **conditions)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
@@ -726,7 +737,10 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if frames is not None and not frames:
             raise ValueError("frames is empty: give at least one known frame, or leave it out")
         given = ({} if image is None else {0: image}) | dict(frames or {})
-        count = 1 if isinstance(prompt, str) else len(prompt) if prompt is not None else len(prompt_embeds)  # type: ignore[arg-type]
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("give either prompt or prompt_embeds, and not both")
+        rows: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        count = len(rows)
         result: dict[int, Tensor] = {}
         for index, one in given.items():
             images = list(one) if isinstance(one, (list, tuple)) else [one] * count
@@ -750,7 +764,10 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         placement = place(given.keys(), num_frames, *layout)
         uses = {"leading": placement.num_leading > 0, "keyframes": bool(placement.slots)}
         self._check_tasks({task for task, used in uses.items() if used})
-        pixels = {index: one.repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()}
+        device = self._execution_device
+        pixels = {
+            index: one.to(device).repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()
+        }
         return encode_known_frames(pixels, num_frames, self.vae, *layout)
 
     def _check_tasks(self, tasks: set[str]) -> None:

@@ -111,6 +111,7 @@ class Rollout:
     def __next__(self) -> np.ndarray:
         """The frames of the next chunk."""
         if self.num_frames is not None and self.frames_done >= self.num_frames:
+            self.pipe.maybe_free_model_hooks()
             raise StopIteration
         self._set_prompt()
         clip = self._finish(self._denoise(), self.history_noise)[:, :, self._given_frames :]
@@ -125,9 +126,14 @@ class Rollout:
     def save(self, folder: str | Path) -> None:
         """Writes all that the continuation needs but the weights, in JSON and safetensors.
 
-        The folder appears whole; an older one of the same name is replaced.
+        The folder appears whole; an older rollout of the same name is replaced.
+
+        Raises:
+            ValueError: There is something else of that name.
         """
         folder = Path(folder)
+        if folder.exists() and not (folder / "rollout.json").is_file():
+            raise ValueError(f"{folder} exists and is no saved rollout: choose another name")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -148,11 +154,12 @@ class Rollout:
             "made_with": _made_with(self.pipe),
             "settings": settings | {"schedule": list(self.schedule.items())},
             "levels": [level for _, level in self._history],
-            "generators": [str(source.device) for source in sources] if isinstance(self.generator, list) else None,
+            "generators": [str(source.device) for source in sources],
+            "one_generator": not isinstance(self.generator, list),
         }
         (partial / "rollout.json").write_text(json.dumps(record, indent=1))
         if folder.exists():
-            old = folder.with_name(folder.name + ".old")
+            old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)
             partial.replace(folder)
@@ -178,7 +185,7 @@ class Rollout:
         if record.get("format") != _FORMAT:
             raise ValueError(f"{folder} is not a saved rollout of this version ({_FORMAT})")
         made_with = _made_with(pipe)
-        differing = [name for name, mark in record["made_with"].items() if made_with.get(name) != mark]
+        differing = [name for name, mark in record["made_with"].items() if not _agree(mark, made_with.get(name))]
         if differing:
             raise ValueError(f"{folder} was made with another {' and '.join(differing)} than this pipeline has")
         if record["versions"] != _versions():
@@ -204,10 +211,10 @@ class Rollout:
         negative = tensors.get("embeds.1")
         self._embeds = tensors["embeds.0"].to(device), None if negative is None else negative.to(device)
         generators = []
-        for index, where in enumerate(record["generators"] or ["cpu"]):
+        for index, where in enumerate(record["generators"]):
             generators.append(torch.Generator(where))
             generators[-1].set_state(tensors[f"generator.{index}"])
-        self.generator = generators if record["generators"] else generators[0]
+        self.generator = generators[0] if record["one_generator"] else generators
         return self
 
     def _set_prompt(self) -> None:
@@ -257,9 +264,9 @@ class Rollout:
         assert self._embeds is not None
         space, frames = pipe.vae_scale_factor_spatial, self._run_length * pipe.denoiser.config.patch_size[0]
         shape = (len(self._embeds[0]), pipe.denoiser.config.in_channels, frames, height // space, width // space)
-        latents = randn_tensor(shape, generator=self.generator, device=torch.device("cpu"))
-        latents = latents.to(pipe._execution_device) * getattr(pipe.scheduler, "init_noise_sigma", 1.0)
-        pipe.scheduler.set_timesteps(self.num_inference_steps, device=latents.device)
+        pipe.scheduler.set_timesteps(self.num_inference_steps, device=pipe._execution_device)
+        latents = draw_noise(shape, self.generator, torch.float32).to(pipe._execution_device)
+        latents = latents * getattr(pipe.scheduler, "init_noise_sigma", 1.0)
         keyframes = None
         if self._keyframes:
             keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, latents[:, :, 0])
@@ -321,19 +328,41 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("vgen", "torch", "diffusers")}
 
 
-def _made_with(pipe: VideoGenPipeline) -> dict[str, str]:
-    """A mark of each component: its configuration and the first values of each of its weights."""
-    marks = {"scheduler": hashlib.sha256(pipe.scheduler.to_json_string().encode()).hexdigest()}
-    for name, network in (("denoiser", pipe.denoiser), ("vae", pipe.vae)):
-        if network is None:
-            continue
-        digest = hashlib.sha256(json.dumps(network.state_identity, sort_keys=True).encode())
-        for key, weight in sorted(network.state_dict().items()):
-            digest.update(key.encode())
-            if not weight.is_meta:
-                digest.update(weight.flatten()[:8].float().cpu().numpy().tobytes())
-        marks[name] = digest.hexdigest()
+def _made_with(pipe: VideoGenPipeline) -> dict[str, list[str | None]]:
+    """For each component the hashes of its configuration and of the first values of each of its weights.
+
+    The second is `None` where there are no weights, or where offloading hides them.
+    """
+    marks: dict[str, list[str | None]] = {"scheduler": [_digest(pipe.scheduler.to_json_string()), None]}
+    if pipe.tokenizer is not None:
+        marks["tokenizer"] = [_digest(json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True)), None]
+    for name, network in (("denoiser", pipe.denoiser), ("vae", pipe.vae), ("text encoder", pipe.text_encoder)):
+        if network is not None:
+            config = {"class": type(network).__name__}
+            if isinstance(network.config, dict):  # ours; transformers' also holds versions and precision
+                config |= {key: value for key, value in network.config.items() if key[:1] != "_"}
+            weights = sorted(network.state_dict().items())
+            values = None
+            if not any(weight.is_meta for _, weight in weights):
+                values = _digest(str([(key, weight.flatten()[:8].tolist()) for key, weight in weights]))
+            marks[name] = [_digest(json.dumps(config, sort_keys=True, default=str)), values]
     return marks
+
+
+def _agree(mark: list[str | None], other: list[str | None] | None) -> bool:
+    return other is not None and mark[0] == other[0] and (None in (mark[1], other[1]) or mark[1] == other[1])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def draw_noise(
+    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
+) -> Tensor:
+    """Noise on the device of its generators, on the CPU without one."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return randn_tensor(shape, generator, torch.device("cpu") if first is None else first.device, dtype)
 
 
 @contextmanager
