@@ -4,12 +4,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_pipeline import make_pipeline
 from vgen.cli import app
-from vgen.data.video_io import read_video
+from vgen.data.video_io import read_video, write_video
 
 PROMPT = "a red circle moves right"
 
@@ -46,6 +48,71 @@ def test_options_reach_the_pipeline(model, tmp_path):
     assert done.exit_code == 0, done.output
     frames, rate = read_video(tmp_path / "v.mp4")
     assert frames.shape == (5, 24, 8, 3) and rate == pytest.approx(4)
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("able")
+    make_pipeline(tasks=["text", "leading", "keyframes"], window=2, sink=1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 24, 40, 3), dtype=np.uint8)
+    write_video(frames, tmp_path / "clip", frame_rate=4.0)
+    return frames
+
+
+def test_predict_continues_a_video_at_its_size_and_rate(able, tmp_path, clip):
+    done = run("predict", tmp_path / "clip", "-o", tmp_path / "future", "--num-frames", 7, "--model", able)
+    assert done.exit_code == 0, done.output
+    frames, rate = read_video(tmp_path / "future")
+    assert frames.shape == (7, 24, 24, 3) and rate == pytest.approx(4)
+    assert done.stderr == "the middle 24x24 of 40x24 is shown to the model at 16x16 and comes back at 24x24\n"
+    run("predict", tmp_path / "clip", "-o", tmp_path / "all", "--num-frames", 7, "--model", able, "--with-input")
+    everything, _ = read_video(tmp_path / "all")
+    assert np.array_equal(everything[:6], clip[:, :, 8:32]) and np.array_equal(everything[6:], frames)
+
+
+def test_rollout_writes_any_number_of_frames_and_changes_the_prompt(able, tmp_path):
+    arguments = (PROMPT, "--num-frames", 11, "--model", able, "--guidance", 2)
+    done = run("rollout", *arguments, "-o", tmp_path / "same")
+    assert done.exit_code == 0 and done.stderr == ""
+    run("rollout", *arguments, "-o", tmp_path / "changed", "--at", "5=a blue square")
+    same, changed = (read_video(tmp_path / name)[0] for name in ("same", "changed"))
+    assert same.shape == (11, 16, 16, 3) and np.array_equal(same[:5], changed[:5])
+
+
+def test_animate_begins_with_the_image(able, tmp_path, clip):
+    Image.fromarray(clip[0, :16, :16]).save(tmp_path / "first.png")
+    done = run("animate", tmp_path / "first.png", PROMPT, "-o", tmp_path / "video", "--model", able)
+    assert done.exit_code == 0, done.output
+    frames, _ = read_video(tmp_path / "video")
+    assert frames.shape == (9, 16, 16, 3) and np.array_equal(frames[0], clip[0, :16, :16])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "clip", "--model", "poor"], "trained for leading"),
+        (["predict", "nothing.mp4"], "nothing.mp4"),
+        (["predict", "clip", "--num-frames", 0], "num_frames=0"),
+        (["rollout", PROMPT, "--at", "soon"], "FRAME=PROMPT"),
+        (["rollout", PROMPT, "--with-input"], "--with-input needs --video"),
+        (["animate", "text.png", PROMPT], "no image"),
+        (["animate", "nothing.png", PROMPT], "nothing.png"),
+    ],
+)
+def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no image")
+    arguments = [model if word == "poor" else word for word in arguments]
+    chosen = [] if "--model" in arguments else ["--model", able]
+    done = run(*arguments, "-o", "out.mp4", *chosen)
+    told = [line for line in done.stderr.splitlines() if "is shown to the model" not in line]
+    assert done.exit_code == 2 and len(told) == 1 and message in told[0]
+    assert not (tmp_path / "out.mp4").exists()
 
 
 @pytest.mark.parametrize(

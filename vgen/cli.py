@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="A packaged checkpoint, a folder, or a Hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help=".mp4, .gif, .webp, or a folder of frames.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the prompt; 1 is unguided.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same video.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.callback()
@@ -39,19 +46,19 @@ def version_callback(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help=".mp4, .gif, .webp, or a folder of frames.")],
+    output: Output,
     model: Model = DEFAULT_MODEL,
     num_frames: Annotated[int | None, typer.Option(help="All frames.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Weight of the prompt; 1 is unguided.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     groups: Annotated[str, typer.Option(help="Which frames see which: full, causal or chunk.")] = "full",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same video.")] = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    seed: Seed = 0,
+    fps: Fps = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a sentence into a video."""
     with _one_line_errors():
@@ -78,6 +85,111 @@ def generate(
             for piece in pipe.decode_stream(latents):
                 writer.append(piece[0])
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def animate(
+    image: Annotated[Path, typer.Argument(help="The first frame.")],
+    prompt: Annotated[str, typer.Argument(help="What happens.")],
+    output: Output,
+    model: Model = DEFAULT_MODEL,
+    num_frames: Annotated[int | None, typer.Option(help="All frames.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    fps: Fps = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn an image and a sentence into a video."""
+    with _one_line_errors():
+        import numpy as np
+        import torch
+
+        from vgen.data.video_io import VideoWriter
+
+        _check_output(output, overwrite)
+        first = _read_image(image)[None]
+        pipe = _load(model, device)
+        fit = _fit(pipe, first)
+        with VideoWriter(output, pipe.config.frame_rate if fps is None else fps, overwrite=overwrite) as writer:
+            video = pipe(
+                prompt,
+                image=fit.to_target(first)[0],
+                num_frames=num_frames,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=torch.Generator().manual_seed(seed),
+            ).frames[0]
+            writer.append(fit.back((video * 255).round().astype(np.uint8)))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def predict(
+    clip: Annotated[Path, typer.Argument(help="The video to continue: a file or a folder of frames.")],
+    output: Output,
+    num_frames: Annotated[int, typer.Option(help="New frames.")] = 16,
+    prompt: Annotated[str | None, typer.Option(help="What happens; may be left out.")] = None,
+    with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
+    model: Model = DEFAULT_MODEL,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    fps: Fps = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Continue a video."""
+    with _one_line_errors():
+        from vgen.data.video_io import read_video
+
+        _check_output(output, overwrite)
+        frames, rate = read_video(clip)
+        settings = {"num_frames": num_frames, "num_inference_steps": steps, "guidance_scale": guidance}
+        _roll_out(
+            _load(model, device), prompt, frames, settings | {"frame_rate": rate}, seed, output,
+            fps=rate if fps is None else fps, with_input=with_input, overwrite=overwrite,
+        )  # fmt: skip
+
+
+@app.command()
+def rollout(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    output: Output,
+    num_frames: Annotated[int, typer.Option(help="New frames, any number.")] = 64,
+    at: Annotated[list[str] | None, typer.Option(help="FRAME=PROMPT: another prompt from there on.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to continue.")] = None,
+    with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
+    model: Model = DEFAULT_MODEL,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    history_noise: Annotated[float, typer.Option(help="Noise level that generated frames are told to have.")] = 0.0,
+    seed: Seed = 0,
+    fps: Fps = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a video as long as you like, chunk after chunk."""
+    with _one_line_errors():
+        from vgen.data.video_io import read_video
+
+        _check_output(output, overwrite)
+        schedule = {0: prompt}
+        for word in at or ():
+            frame, _, text = word.partition("=")
+            if not frame.strip().isdigit() or not text:
+                raise ValueError(f"--at {word!r}: give FRAME=PROMPT, such as --at '64=a blue square moves up'")
+            schedule[int(frame)] = text
+        frames, rate = (None, None) if video is None else read_video(video)
+        pipe = _load(model, device)
+        rate = pipe.config.frame_rate if rate is None else rate
+        settings = {
+            "num_frames": num_frames, "num_inference_steps": steps, "guidance_scale": guidance,
+            "frame_rate": rate, "history_noise": history_noise,
+        }  # fmt: skip
+        fps = rate if fps is None else fps
+        _roll_out(pipe, schedule, frames, settings, seed, output, fps=fps, with_input=with_input, overwrite=overwrite)
 
 
 @app.command()
@@ -118,6 +230,58 @@ def _one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"vgen: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _roll_out(
+    pipe: VideoGenPipeline,
+    prompt: str | dict[int, str] | None,
+    frames: Any,
+    settings: dict[str, Any],
+    seed: int,
+    output: Path,
+    *,
+    fps: float,
+    with_input: bool,
+    overwrite: bool,
+) -> None:
+    """Writes a rollout, chunk after chunk, at the size of the given frames."""
+    import torch
+
+    from vgen.data.video_io import VideoWriter
+
+    if with_input and frames is None:
+        raise ValueError("--with-input needs --video")
+    fit = None if frames is None else _fit(pipe, frames)
+    given = None if fit is None else fit.to_target(frames)
+    chunks = pipe.rollout(prompt, given, generator=torch.Generator().manual_seed(seed), **settings)
+    with VideoWriter(output, fps, overwrite=overwrite) as writer:
+        if with_input and fit is not None:
+            writer.append(fit.crop(frames))
+        for chunk in chunks:
+            writer.append(chunk if fit is None else fit.back(chunk))
+    typer.echo(f"wrote {output}")
+
+
+def _fit(pipe: VideoGenPipeline, frames: Any) -> Any:
+    """How frames `(f, h, w, 3)` come to the checkpoint's size; said in one line where they are not."""
+    from vgen.data.resize import Fit
+
+    fit = Fit(frames.shape[1:3], (pipe.config.height, pipe.config.width))
+    if fit.source != fit.target:
+        typer.echo(str(fit), err=True)
+    return fit
+
+
+def _read_image(path: Path) -> Any:
+    """Pixels `(h, w, 3)`, uint8, of an image file."""
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that can be read") from error
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from vgen.data.resize import Fit
+
+
+@pytest.fixture
+def frames():
+    coarse = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 3), dtype=np.uint8)
+    return np.stack([np.array(Image.fromarray(image).resize((64, 36), Image.Resampling.BICUBIC)) for image in coarse])
+
+
+@pytest.mark.parametrize("target", [(16, 16), (8, 32), (72, 128), (18, 32), (64, 36)])
+def test_frames_are_cropped_in_the_middle_and_resized_as_pillow_does(frames, target):
+    fit = Fit(frames.shape[1:3], target)
+    expected = [ImageOps.fit(Image.fromarray(frame), target[::-1], Image.Resampling.LANCZOS) for frame in frames]
+    difference = abs(fit.to_target(frames).astype(int) - np.stack([np.array(image) for image in expected]))
+    assert fit.to_target(frames).shape == (2, *target, 3)
+    assert difference.mean() < 2  # pillow crops to fractions of a pixel
+    assert fit.back(fit.to_target(frames)).shape == fit.crop(frames).shape == (2, *fit.cropped, 3)
+    height, width = fit.cropped
+    assert (height == 36 or width == 64) and height <= 36 and width <= 64
+    assert height / width == pytest.approx(target[0] / target[1], rel=0.05)
+
+
+def test_what_fits_already_stays_as_it_is(frames):
+    fit = Fit((36, 64), (36, 64))
+    assert fit.to_target(frames) is not None and np.array_equal(fit.to_target(frames), frames)
+    assert np.array_equal(fit.back(frames), frames)
+
+
+def test_what_happens_is_told_in_one_line():
+    assert (
+        str(Fit((36, 64), (16, 16)))
+        == "the middle 36x36 of 64x36 is shown to the model at 16x16 and comes back at 36x36"
+    )
+    assert str(Fit((32, 32), (16, 16))) == "32x32 is shown to the model at 16x16 and comes back at 32x32"
