@@ -75,6 +75,14 @@ def test_predict_continues_a_video_at_its_size_and_rate(able, tmp_path, clip):
     assert np.array_equal(everything[:6], clip[:, :, 8:32]) and np.array_equal(everything[6:], frames)
 
 
+def test_interpolate_keeps_the_rate_unless_told(able, tmp_path, clip):
+    for name, fps, arguments in (("slow", 4, []), ("smooth", 12, ["--fps", 12])):
+        done = run("interpolate", tmp_path / "clip", "-o", tmp_path / name, "--factor", 3, "--model", able, *arguments)
+        assert done.exit_code == 0, done.output
+        frames, rate = read_video(tmp_path / name)
+        assert frames.shape == (16, 24, 24, 3) and rate == pytest.approx(fps)
+
+
 def test_rollout_writes_any_number_of_frames_and_changes_the_prompt(able, tmp_path):
     arguments = (PROMPT, "--num-frames", 11, "--model", able, "--guidance", 2)
     done = run("rollout", *arguments, "-o", tmp_path / "same")
@@ -98,6 +106,8 @@ def test_animate_begins_with_the_image(able, tmp_path, clip):
         (["predict", "clip", "--model", "poor"], "trained for leading"),
         (["predict", "nothing.mp4"], "nothing.mp4"),
         (["predict", "clip", "--num-frames", 0], "num_frames=0"),
+        (["interpolate", "clip", "--factor", 1], "factor=1"),
+        (["interpolate", "clip", "--model", "poor"], "trained for keyframes and leading"),
         (["rollout", PROMPT, "--at", "soon"], "FRAME=PROMPT"),
         (["rollout", PROMPT, "--with-input"], "--with-input needs --video"),
         (["animate", "text.png", PROMPT], "no image"),

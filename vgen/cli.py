@@ -154,6 +154,45 @@ def predict(
 
 
 @app.command()
+def interpolate(
+    clip: Annotated[Path, typer.Argument(help="The video: a file or a folder of frames.")],
+    output: Output,
+    factor: Annotated[int, typer.Option(help="Given frames become every so many'th.")] = 2,
+    prompt: Annotated[str | None, typer.Option(help="What happens; may be left out.")] = None,
+    model: Model = DEFAULT_MODEL,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the file; the input's by default.")] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the frames between those of a video: slow motion at its own frame rate, or smoother with --fps."""
+    with _one_line_errors():
+        import numpy as np
+        import torch
+
+        from vgen.data.video_io import VideoWriter, read_video
+
+        _check_output(output, overwrite)
+        frames, rate = read_video(clip)
+        pipe = _load(model, device)
+        fit = _fit(pipe, frames)
+        with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
+            video = pipe.interpolate(
+                fit.to_target(frames),
+                factor,
+                prompt,
+                frame_rate=rate,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=torch.Generator().manual_seed(seed),
+            ).frames[0]
+            writer.append(fit.back((video * 255).round().astype(np.uint8)))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
 def rollout(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     output: Output,

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vgen.interpolation import interpolate
 from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
@@ -367,13 +368,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
         clip = None
         if video is not None:
-            videos = [video] if isinstance(prompt, (str, Mapping)) or prompt is None else list(video)
-            if len(videos) != count:
-                raise ValueError(f"{len(videos)} videos for {count} prompts: give one for each")
-            clips = [to_clip(one) for one in videos]
-            if len({clip.shape for clip in clips}) > 1:
-                raise ValueError("the videos of a batch must have one length and size")
-            clip = torch.stack(clips)
+            clip = self._given_clip(video, prompt)
             height, width = height or clip.shape[-2], width or clip.shape[-1]
             if (height, width) != clip.shape[-2:]:
                 raise ValueError(f"a video of {clip.shape[-2]}x{clip.shape[-1]} cannot become one of {height}x{width}")
@@ -463,6 +458,75 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         chunks = [chunk[None] if rollout.single else chunk for chunk in rollout]
         pixels = torch.from_numpy(np.concatenate(chunks, axis=1)).float() / 127.5 - 1
         videos = self.video_processor.postprocess_video(rearrange(pixels, "b f h w c -> b c f h w"), output_type)
+        return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        video: Any,
+        factor: int = 2,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        frame_rate: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+    ) -> Any:
+        """Makes the frames between given ones: `factor * (f - 1) + 1` in all, the given ones unchanged.
+
+        Clips of any length are made window by window; each sees what was made before and the given frames ahead.
+
+        Args:
+            video: Given frames, two or more, as in `rollout`.
+            factor: Given frames become every `factor`-th, 2 or more.
+            prompt: What to show; `None` interpolates without being told what, unguided.
+            negative_prompt: What to steer away from.
+            frame_rate: Of the given frames, in frames per second; the result is told to have `factor` times as many.
+            num_inference_steps: Denoising steps a window.
+            guidance_scale: Weight of classifier-free guidance; off up to 1.
+            generator: Source of the noise; a list has one for each video.
+            output_type: `np`, `pil` or `pt`.
+            return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
+
+        Raises:
+            ValueError: The checkpoint cannot interpolate, or by less; or an argument is not possible.
+        """
+        if output_type not in ("np", "pil", "pt"):
+            raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
+        if not isinstance(factor, int) or factor < 2:
+            raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
+        clip = self._given_clip(video, prompt)
+        if clip.shape[2] < 2:
+            raise ValueError("interpolation needs at least 2 frames, got 1")
+        self._check_tasks({"leading", "keyframes"})
+        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]
+        texts = ["a video"] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        size = (clip.shape[-2], clip.shape[-1], 1 + s * (p_t - 1))
+        self.check_inputs(texts, negative_prompt, *size, frame_rate, steps, groups=(0,))
+        self._guider = None
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if prompt is None:
+            self._guidance_scale, texts = 1.0, [""]
+        device = self._execution_device
+        guided = self.do_classifier_free_guidance
+        embeds = self.encode_prompt(texts, negative_prompt, guided, device=device, dtype=self.denoiser.dtype)
+        pieces = interpolate(
+            self,
+            clip.to(device),
+            factor,
+            embeds,
+            frame_rate=frame_rate * factor,
+            num_inference_steps=steps,
+            generator=generator,
+        )
+        whole = torch.cat([piece.cpu() for piece in pieces], dim=2)
+        self.maybe_free_model_hooks()
+        videos = self.video_processor.postprocess_video(whole, output_type=output_type)
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
 
     def check_inputs(
@@ -719,6 +783,21 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def interrupt(self) -> bool:
         """Set `_interrupt` in a callback to stop denoising."""
         return self._interrupt
+
+    def _given_clip(self, video: Any, prompt: Any) -> Tensor:
+        """Given videos `(b, 3, f, h, w)` in [-1, 1], one for each of a sequence of prompts.
+
+        Raises:
+            ValueError: They are not as many as the prompts, or not of one length and size.
+        """
+        single = prompt is None or isinstance(prompt, (str, Mapping))
+        videos, count = ([video], 1) if single else (list(video), len(prompt))
+        if len(videos) != count:
+            raise ValueError(f"{len(videos)} videos for {count} prompts: give one for each")
+        clips = [to_clip(one) for one in videos]
+        if len({clip.shape for clip in clips}) > 1:
+            raise ValueError("the videos of a batch must have one length and size")
+        return torch.stack(clips)
 
     def _given_frames(
         self,

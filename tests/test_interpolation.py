@@ -1,0 +1,122 @@
+"""Interpolation: given frames stay, windows join, and every window knows where it is going."""
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.interpolation import windows
+from vgen.known_frames import encode_clip, to_clip
+
+from .test_pipeline import PROMPT, make_pipeline, seeded
+from .test_rollout import OTHER
+
+
+@pytest.fixture
+def pipe(randomize):
+    pipe = make_pipeline(tasks=["text", "leading", "keyframes"], trained_token_frames=5, sink=1)
+    randomize(pipe.transformer)
+    randomize(pipe.vae)
+    return pipe
+
+
+@pytest.fixture
+def video():
+    return np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("count", [2, 5])
+def test_given_frames_stay_and_the_others_follow_from_them(pipe, video, factor, count):
+    frames = pipe.interpolate(video[:count], factor, PROMPT, generator=seeded()).frames[0]
+    assert frames.shape == (factor * (count - 1) + 1, 16, 16, 3)
+    assert np.array_equal((frames[::factor] * 255).round().astype(np.uint8), video[:count])
+    for index in range(count):
+        changed = video[:count].copy()
+        changed[index] = 255 - changed[index]
+        again = pipe.interpolate(changed, factor, PROMPT, generator=seeded()).frames[0]
+        near = [
+            i
+            for i in range(max(0, factor * index - factor + 1), min(len(frames), factor * index + factor))
+            if i % factor
+        ]
+        assert abs(again[near] - frames[near]).max() > 1e-4
+
+
+@pytest.mark.parametrize("limit", [5, 9])
+@pytest.mark.parametrize("sink", [0, 1])
+@pytest.mark.parametrize("factor", [2, 4, 7, 16])
+def test_windows_make_every_latent_once_within_the_trained_length(limit, sink, factor):
+    num_latents = 1 + -(-factor * 40 // 4)
+    has_known = [any((4 * (k - 1) + 1 + j) % factor == 0 for j in range(4)) or k == 0 for k in range(num_latents)]
+    made = [0]
+    for seen, new in windows(num_latents, has_known, limit, sink):
+        assert set(seen) <= set(made) and made[-1] in seen and len(seen) + len(new) <= limit
+        assert has_known[new[-1]] or new[-1] == num_latents - 1
+        made += new
+    assert made == list(range(num_latents))
+
+
+def test_a_single_window_is_the_pipelines_own_call(pipe, video):
+    frames = {0: video[0], 8: video[1], 16: video[2]}
+    settings = {"num_frames": 17, "frame_rate": 64.0, "generator": seeded()}
+    expected = pipe(PROMPT, frames=frames, **settings).frames[0]
+    result = pipe.interpolate(video[:3], 8, PROMPT, generator=seeded()).frames[0]
+    assert abs(result - expected).max() < 1e-4
+
+
+def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe, video, monkeypatch):
+    windows_seen, step = [], pipe.denoising_step
+
+    def listen(latents, timestep, levels, *args, **kwargs):
+        out = step(latents, timestep, levels, *args, **kwargs)
+        num_known = int((levels == 0).sum())
+        windows_seen.append((latents[:, :, :num_known].clone(), out[:, :, num_known:].clone()))
+        return out
+
+    monkeypatch.setattr(pipe, "denoising_step", listen)
+    frames = pipe.interpolate(video[:6], 8, PROMPT, generator=seeded(), num_inference_steps=2).frames[0]
+    finished = encode_clip(pipe.vae, to_clip(video[:1])[None])
+    for leading, made in windows_seen[1::2]:
+        assert torch.equal(leading[:, :, -1], finished[:, :, -1])
+        assert torch.equal(leading[:, :, 0], finished[:, :, 0])
+        finished = torch.cat([finished, made], dim=2)
+    assert len(windows_seen) > 2
+    with torch.no_grad():
+        whole = pipe.vae.decode(pipe.vae.denormalize(finished)).sample[0].movedim(0, -1)[: len(frames)]
+    others = [index for index in range(len(frames)) if index % 8]
+    assert abs(frames[others] - (whole / 2 + 0.5).numpy()[others]).max() < 1e-4
+
+
+def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):
+    clips, prompts = [video[:3], video[3:6]], [PROMPT, OTHER]
+    both = pipe.interpolate(clips, 4, prompts, generator=[seeded(0), seeded(1)]).frames
+    for index in range(2):
+        single = pipe.interpolate(clips[index], 4, prompts[index], generator=seeded(index)).frames[0]
+        assert abs(both[index] - single).max() < 1e-4
+    assert pipe.interpolate(list(video[:2]), 4, output_type="pt").frames.shape == (1, 5, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factor": 1}, "factor=1"),
+        ({"factor": 2.5}, "factor=2.5"),
+        ({"factor": 40}, "give a smaller factor"),
+        ({"video": np.zeros((1, 16, 16, 3), np.uint8)}, "at least 2 frames"),
+        ({"video": []}, "no frames"),
+        ({"video": [np.zeros((16, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes"),
+        ({"video": np.zeros((2, 12, 16, 3), np.uint8)}, "height=12"),
+        ({"output_type": "latent"}, "output_type"),
+        ({"prompt": " "}, "says something"),
+    ],
+)
+def test_what_cannot_be_is_refused(pipe, video, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.interpolate(**{"video": video} | arguments)
+
+
+def test_a_checkpoint_that_cannot_says_so(video):
+    with pytest.raises(ValueError, match="trained for keyframes and leading"):
+        make_pipeline().interpolate(video)
+    with pytest.raises(ValueError, match="runs of 5 frames"):
+        make_pipeline(tasks=["leading", "keyframes"], patch_size=(2, 2, 2)).interpolate(video)
