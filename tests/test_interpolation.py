@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vgen.interpolation import windows
-from vgen.known_frames import encode_clip, to_clip
+from vgen.interpolation import next_window
+from vgen.known_frames import encode_clip, to_clip, to_frames
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
 from .test_rollout import OTHER
@@ -49,7 +49,8 @@ def test_windows_make_every_latent_once_within_the_trained_length(limit, sink, f
     num_latents = 1 + -(-factor * 40 // 4)
     has_known = [any((4 * (k - 1) + 1 + j) % factor == 0 for j in range(4)) or k == 0 for k in range(num_latents)]
     made = [0]
-    for seen, new in windows(num_latents, has_known, limit, sink):
+    while len(made) < num_latents:
+        seen, new = next_window(len(made), num_latents, lambda latent: has_known[latent], limit, sink)
         assert set(seen) <= set(made) and made[-1] in seen and len(seen) + len(new) <= limit
         assert has_known[new[-1]] or new[-1] == num_latents - 1
         made += new
@@ -85,6 +86,20 @@ def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe,
         whole = pipe.vae.decode(pipe.vae.denormalize(finished)).sample[0].movedim(0, -1)[: len(frames)]
     others = [index for index in range(len(frames)) if index % 8]
     assert abs(frames[others] - (whole / 2 + 0.5).numpy()[others]).max() < 1e-4
+
+
+@pytest.mark.parametrize("factor", [3, 8])
+def test_frames_that_come_one_after_another_give_the_same_video_in_bounded_memory(pipe, video, factor):
+    settings = {"num_inference_steps": 2, "frame_rate": 8.0}
+    frames = np.concatenate([video, video[::-1]] * 2)
+    expected = pipe.interpolate(frames, factor, PROMPT, generator=seeded(), **settings).frames[0]
+    make = pipe.interpolator(factor, PROMPT, size=(16, 16), generator=seeded(), **settings)
+    clip, pieces, held = to_clip(frames)[None], [], []
+    for index in range(len(frames)):
+        pieces += make(clip[:, :, index : index + 1], last=index + 1 == len(frames))
+        held.append(len(make.given) + len(make.finished))
+    assert abs(to_frames(torch.cat(pieces, dim=2))[0] / 255 - expected).max() < 1 / 255
+    assert max(held[18:]) <= max(held[:18])
 
 
 def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):

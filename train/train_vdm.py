@@ -30,7 +30,7 @@ from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
-from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window
+from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
 from vgen.training.run import (
@@ -259,7 +259,8 @@ def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[
         )
     for kind, length in itertools.product((kind for kind, weight in config.windows.items() if weight > 0), lengths):
         draw_window(kind, length, whole, network.sink, random.Random(0))
-    trained = ["leading"] if used & {"leading", "both"} or config.windows.get("sink") else []
+    later = {kind for kind, weight in config.windows.items() if weight > 0} - {"start"}
+    trained = ["leading"] if used & {"leading", "both"} or later else []
     trained += ["keyframes"] if used & {"keyframes", "both"} else []
     pipe.transformer.register_to_config(
         tasks=list(dict.fromkeys([*network.tasks, *trained])),
@@ -301,7 +302,7 @@ def draw_row(
     places = torch.tensor([frame * p_t + i for frame in window for i in range(p_t)])  # latents
     latents = clip.latents[:, places].float()
     known = choose(config.known, rng)
-    num_leading = draw_num_leading(known, length, network.sink + 1 if kind == "sink" else 0, rng)
+    num_leading = draw_num_leading(known, length, least_known(kind, network.sink), rng)
     groups = torch.tensor(make_groups(mode, length, num_leading, network.chunk_size))
 
     levels = draw_levels(

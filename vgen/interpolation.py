@@ -5,8 +5,8 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,116 +22,157 @@ if TYPE_CHECKING:
 RECENT = 2
 """Finished latents just before a window that it sees, beside those from the start, where there is room."""
 
+UNTOLD_LIMIT = 21
+"""Latents at once, seen and made, where a denoiser does not say what it was trained with; that of Wan 2.1."""
 
-def windows(num_latents: int, has_known: list[bool], limit: int, sink: int) -> Iterator[tuple[list[int], range]]:
-    """Plans which finished latents each window sees, and which it makes; latent 0 is finished already.
+
+def next_window(
+    first: int, num_latents: int, has_known: Callable[[int], bool], limit: int, sink: int
+) -> tuple[list[int], range]:
+    """Plans which finished latents the next window sees, and which it makes.
 
     Every window but the last ends with a latent in which a frame is given, so that it knows where it is going.
 
     Args:
+        first: The first latent that is not finished, 1 or more.
         num_latents: Of the whole video.
-        has_known: For each latent, whether one of its frames is given.
+        has_known: Whether a frame of a latent is given.
         limit: Latents that the denoiser was trained with at once.
         sink: Latents from the start to see, where there is room.
 
     Raises:
         ValueError: Given frames are too far apart.
     """
-    first = 1
-    while first < num_latents:
-        for start, recent in ((sink, RECENT), (sink, 1), (0, 1)):
-            seen = sorted({*range(min(start, first)), *range(max(0, first - recent), first)})
-            room = min(limit - len(seen), num_latents - first)
-            ends = [end for end in range(first + 1, first + room + 1) if end == num_latents or has_known[end - 1]]
-            if ends:
-                yield seen, range(first, ends[-1])
-                first = ends[-1]
-                break
-        else:
-            gap = next(end for end in range(first, num_latents) if has_known[end]) - first + 1
-            raise ValueError(
-                f"between given frames lie {gap} latents, and this denoiser makes at most {limit - 1} at once: give a "
-                "smaller factor"
-            )
+    for start, recent in ((sink, RECENT), (sink, 1), (0, 1)):
+        seen = sorted({*range(min(start, first)), *range(max(0, first - recent), first)})
+        room = min(limit - len(seen), num_latents - first)
+        ends = [end for end in range(first + 1, first + room + 1) if end == num_latents or has_known(end - 1)]
+        if ends:
+            return seen, range(first, ends[-1])
+    gap = next(end for end in range(first, num_latents) if has_known(end)) - first + 1
+    raise ValueError(
+        f"between given frames lie {gap} latents, and this denoiser makes at most {limit - 1} at once: give a "
+        "smaller factor"
+    )
 
 
-@torch.no_grad()
-def interpolate(
-    pipe: VideoGenPipeline,
-    clip: Tensor,
-    factor: int,
-    embeds: tuple[Tensor, Tensor | None],
-    *,
-    frame_rate: float,
-    num_inference_steps: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> Iterator[Tensor]:
-    """Yields the video piece by piece, pixels `(b, 3, n, h, w)` in [-1, 1], given frames at their places.
+class Interpolator:
+    """Makes the frames between given ones that come one after another, in memory that does not grow.
 
     Args:
-        pipe: Denoises and decodes, with the guidance that it is set to.
-        clip: Given frames `(b, 3, f, h, w)` in [-1, 1], where the denoiser computes.
+        pipe: Denoises and decodes.
         factor: Given frames become every `factor`-th.
         embeds: Prompts, and what to steer away from.
+        guidance_scale: Weight of classifier-free guidance.
         frame_rate: Of the result, in frames per second.
         num_inference_steps: Denoising steps a window.
         generator: Source of the noise.
     """
-    config, s = pipe.denoiser.config, pipe.vae_scale_factor_temporal
-    total = factor * (clip.shape[2] - 1) + 1
-    num_latents = 1 + -(-(total - 1) // s)
-    given = {factor * index: clip[:, :, index] for index in range(clip.shape[2])}
-    slots = place(given.keys(), 1 + s * num_latents, s, config.patch_size[0]).slots
-    latents_of: dict[int, list[int]] = {}
-    for frame, (latent, _) in slots.items():
-        latents_of.setdefault(latent, []).append(frame)
-    limit = config.trained_token_frames or num_latents
-    mode = "full" if "full" in config.group_modes else config.group_modes[0]
 
-    finished = {0: encode_clip(pipe.vae, clip[:, :, :1])}
-    decoder_state = TemporalState()
-    yield clip[:, :, :1]
-    _decode(pipe, finished[0], decoder_state)
-    begin = 1
-    for seen, new in windows(num_latents, [latent in latents_of for latent in range(num_latents)], limit, config.sink):
-        leading = torch.cat([finished[latent] for latent in seen], dim=2)
+    def __init__(
+        self,
+        pipe: VideoGenPipeline,
+        factor: int,
+        embeds: tuple[Tensor, Tensor | None],
+        *,
+        guidance_scale: float,
+        frame_rate: float,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ):
+        self.pipe, self.factor, self.embeds = pipe, factor, embeds
+        self.guidance_scale = guidance_scale
+        self.frame_rate = frame_rate
+        self.num_inference_steps = num_inference_steps
+        self.generator = generator
+        self.decoder_state = TemporalState()
+        self.num_given = 0
+        """Given frames so far."""
+        self.num_made = 0
+        """Latents made so far."""
+        self.given: dict[int, Tensor] = {}
+        """Given frames `(b, 3, h, w)` in [-1, 1] that are still needed, by index in the result."""
+        self.finished: dict[int, Tensor] = {}
+        """Latents `(b, c, 1, h, w)` that later windows see."""
+
+    def __call__(self, clip: Tensor, *, last: bool = False) -> Iterator[Tensor]:
+        """Takes given frames and yields all that can be made so far, as `take` and `next` do."""
+        self.take(clip)
+        while (piece := self.next(last=last)) is not None:
+            yield piece
+
+    def take(self, clip: Tensor) -> None:
+        """Takes the next given frames, `(b, 3, f, h, w)` in [-1, 1], where the denoiser computes."""
+        for frame in clip.unbind(2):
+            self.given[self.factor * self.num_given] = frame
+            self.num_given += 1
+
+    @torch.no_grad()
+    def next(self, *, last: bool = False) -> Tensor | None:
+        """The next frames, pixels `(b, 3, n, h, w)` in [-1, 1]; `None` if more given frames are needed.
+
+        Args:
+            last: Whether there are no more given frames; `None` is the end then.
+        """
+        s = self.pipe.vae_scale_factor_temporal
+        end = self.factor * (self.num_given - 1)  # the last given frame
+        limit = self.pipe.denoiser.config.trained_token_frames or UNTOLD_LIMIT
+        if self.num_made == 0 and self.given:
+            return self._begin(self.given[0])
+        num_latents = 1 + -(-end // s)
+        ready = self.num_made < num_latents if last else end >= s * (self.num_made + limit)
+        return self._make(limit, num_latents, end) if ready else None
+
+    def _begin(self, frame: Tensor) -> Tensor:
+        place(
+            [0],
+            1 + self.pipe.vae_scale_factor_temporal,
+            self.pipe.vae_scale_factor_temporal,
+            self.pipe.denoiser.config.patch_size[0],
+        )  # refuses patches of several latents
+        clip = frame.unsqueeze(2)
+        self.finished[0] = encode_clip(self.pipe.vae, clip)
+        self.pipe.decode_next(self.finished[0], self.decoder_state)
+        self.num_made = 1
+        return clip
+
+    def _known(self, latent: int) -> range:
+        """Frames of a latent that are given."""
+        s = self.pipe.vae_scale_factor_temporal
+        return range(-(-(s * (latent - 1) + 1) // self.factor) * self.factor, s * latent + 1, self.factor)
+
+    def _make(self, limit: int, num_latents: int, end: int) -> Tensor:
+        """The pixels of the next window."""
+        pipe, config = self.pipe, self.pipe.denoiser.config
+        s, first = pipe.vae_scale_factor_temporal, self.num_made
+        seen, new = next_window(first, num_latents, lambda latent: bool(self._known(latent)), limit, config.sink)
+        leading = torch.cat([self.finished[latent] for latent in seen], dim=2)
         known = KnownFrames(Placement(len(seen), 0, {}), leading, None, {})
-        frames = [frame for latent in new for frame in latents_of.get(latent, ())]
-        places = {(len(seen) + slots[frame][0] - new[0], slots[frame][1]): given[frame] for frame in frames}
         count = len(seen) + len(new)
+        frames = [frame for latent in new for frame in self._known(latent) if frame <= end]
+        slots = place(frames, 1 + s * num_latents, s, config.patch_size[0]).slots
+        places = {(len(seen) + k - first, j): self.given[frame] for frame, (k, j) in slots.items()}
         images = encode_slots(pipe.vae, places) if places else {}
-        keyframes = fill_slots(images, count, s, leading[:, :, 0])
-        generated = torch.arange(count, device=clip.device) >= len(seen)
-
-        pipe.scheduler.set_timesteps(num_inference_steps, device=clip.device)
-        shape = (*leading.shape[:2], count, *leading.shape[3:])
-        latents = draw_noise(shape, generator, torch.float32).to(clip.device)
-        latents = known.put_back(latents * getattr(pipe.scheduler, "init_noise_sigma", 1.0))
-        for timestep in pipe.scheduler.timesteps:
-            latents = pipe.denoising_step(
-                latents,
-                timestep,
-                timestep * generated,
-                *embeds,
-                generator,
-                known,
-                keyframes=keyframes.to(pipe.denoiser.dtype),
-                groups=make_groups(mode, count, len(seen), config.chunk_size),
-                frame_rate=frame_rate if config.frame_rate_embedding else None,
-            )
-            latents = known.put_back(latents)
+        conditions: dict[str, Any] = {
+            "keyframes": fill_slots(images, count, s, leading[:, :, 0]).to(pipe.denoiser.dtype),
+            "groups": make_groups(
+                "full" if "full" in config.group_modes else config.group_modes[0], count, len(seen), config.chunk_size
+            ),
+            "frame_rate": self.frame_rate if config.frame_rate_embedding else None,
+        }
+        pipe._guidance_scale, pipe._guider = self.guidance_scale, None
+        latents = pipe.denoise(
+            draw_noise((*leading.shape[:2], count, *leading.shape[3:]), self.generator, torch.float32),
+            self.num_inference_steps, self.embeds, self.generator, known, **conditions,
+        )  # fmt: skip
         made = latents[:, :, len(seen) :]
-        finished |= {latent: made[:, :, index : index + 1] for index, latent in enumerate(new)}
+        self.finished |= {latent: made[:, :, index : index + 1] for index, latent in enumerate(new)}
         oldest = new[-1] + 1 - RECENT
-        finished = {latent: one for latent, one in finished.items() if latent < config.sink or latent >= oldest}
-        pixels = _decode(pipe, made, decoder_state)[:, :, : total - begin].clone()
+        self.finished = {k: one for k, one in self.finished.items() if k < config.sink or k >= oldest}
+        begin = 1 + s * (first - 1)
+        pixels = pipe.decode_next(made, self.decoder_state).float()[:, :, : end + 1 - begin].clone()
         for frame in frames:
-            pixels[:, :, frame - begin] = given[frame].to(pixels)
-        begin += pixels.shape[2]
-        yield pixels
-
-
-def _decode(pipe: VideoGenPipeline, latents: Tensor, state: TemporalState) -> Tensor:
-    if pipe.vae is None:
-        return latents
-    return pipe.vae.decode(pipe.vae.denormalize(latents).to(pipe.vae.dtype), state=state).sample.float()
+            pixels[:, :, frame - begin] = self.given[frame].to(pixels)
+        self.num_made = new[-1] + 1
+        self.given = {frame: one for frame, one in self.given.items() if frame > s * new[-1]}
+        return pixels

@@ -177,6 +177,12 @@ def to_clip(video: Any) -> Tensor:
     return torch.stack(frames, dim=1)
 
 
+def to_frames(clip: Tensor) -> np.ndarray:
+    """Frames `(b, f, h, w, 3)`, uint8, of pixels `(b, 3, f, h, w)` in [-1, 1]."""
+    frames = clip.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return frames.movedim(1, -1).cpu().numpy()
+
+
 def to_pixels(image: Any) -> Tensor:
     """An image as pixels `(3, h, w)` in [-1, 1].
 

@@ -23,8 +23,9 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vgen.interpolation import interpolate
-from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_pixels
+from vgen.coarse_to_fine import coarse_to_fine
+from vgen.interpolation import Interpolator
+from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
@@ -32,6 +33,7 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.rollout import Rollout, draw_noise
 from vgen.temporal.attention import make_groups
+from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
@@ -333,8 +335,9 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         window: int | None = None,
         sink: int | None = None,
         history_noise: float = 0.0,
+        stride: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> Rollout:
+    ) -> Any:
         """Continues a video, or begins one, chunk after chunk, in memory that does not grow.
 
         Args:
@@ -353,14 +356,36 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window: Recent token frames that are remembered.
             sink: Token frames from the start that are never forgotten.
             history_noise: Noise level that generated frames are told to have when they are remembered.
+            stride: Coarse to fine: only every `stride`-th frame is rolled out, at a lower frame rate, and the others
+                are interpolated, so that what is remembered reaches further back.
             generator: Source of the noise; a list has one for each video.
 
         Returns:
-            An iterator over new frames, uint8 `(n, h, w, 3)`, or `(b, n, h, w, 3)` for a list of prompts.
+            A `Rollout` or, with a stride, a `CoarseToFine`: an iterator over new frames, uint8 `(n, h, w, 3)`, or
+            `(b, n, h, w, 3)` for a list of prompts.
 
         Raises:
             ValueError: The checkpoint cannot continue videos, or an argument is not possible.
         """
+        if stride != 1:
+            return coarse_to_fine(
+                self,
+                stride,
+                prompt,
+                video,
+                negative_prompt=negative_prompt,
+                num_frames=num_frames,
+                height=height,
+                width=width,
+                frame_rate=frame_rate,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                chunk_size=chunk_size,
+                window=window,
+                sink=sink,
+                history_noise=history_noise,
+                generator=generator,
+            )
         config = self.denoiser.config
         schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
         if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
@@ -378,10 +403,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         if guidance_scale is None:
             guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
-        first = 1 + self.vae_scale_factor_temporal * (config.patch_size[0] - 1)
         for one in schedule.values():
             texts = "a video" if one is None else one if isinstance(one, str) else list(one)
-            self.check_inputs(texts, negative_prompt, height, width, first, frame_rate, steps, groups=(0,))
+            self.check_inputs(
+                texts, negative_prompt, height, width, self._first_frames, frame_rate, steps, groups=(0,)
+            )
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
         if not 0 <= history_noise < 1:
@@ -450,8 +476,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: As `rollout` does.
         """
-        if output_type not in ("np", "pil", "pt"):
-            raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
+        _check_output_type(output_type)
         if video is None or num_frames is None:
             raise ValueError("a prediction needs a video to continue, and a number of new frames")
         rollout = self.rollout(prompt, video, num_frames=num_frames, **options)
@@ -494,40 +519,79 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: The checkpoint cannot interpolate, or by less; or an argument is not possible.
         """
-        if output_type not in ("np", "pil", "pt"):
-            raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
-        if not isinstance(factor, int) or factor < 2:
-            raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
+        _check_output_type(output_type)
         clip = self._given_clip(video, prompt)
         if clip.shape[2] < 2:
             raise ValueError("interpolation needs at least 2 frames, got 1")
-        self._check_tasks({"leading", "keyframes"})
-        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]
-        texts = ["a video"] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        size = (clip.shape[-2], clip.shape[-1], 1 + s * (p_t - 1))
-        self.check_inputs(texts, negative_prompt, *size, frame_rate, steps, groups=(0,))
-        self._guider = None
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if prompt is None:
-            self._guidance_scale, texts = 1.0, [""]
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
-        embeds = self.encode_prompt(texts, negative_prompt, guided, device=device, dtype=self.denoiser.dtype)
-        pieces = interpolate(
-            self,
-            clip.to(device),
+        make = self.interpolator(
             factor,
-            embeds,
-            frame_rate=frame_rate * factor,
-            num_inference_steps=steps,
+            prompt,
+            size=(clip.shape[-2], clip.shape[-1]),
+            negative_prompt=negative_prompt,
+            frame_rate=frame_rate,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             generator=generator,
         )
+        pieces = make(clip.to(self._execution_device), last=True)
         whole = torch.cat([piece.cpu() for piece in pieces], dim=2)
         self.maybe_free_model_hooks()
         videos = self.video_processor.postprocess_video(whole, output_type=output_type)
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+
+    @torch.no_grad()
+    def interpolator(
+        self,
+        factor: int = 2,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        size: tuple[int, int],
+        negative_prompt: str | None = None,
+        frame_rate: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Interpolator:
+        """What `interpolate` runs, for given frames that come one after another; it takes them when called.
+
+        Args:
+            factor: As in `interpolate`, like all that follow but `size`.
+            prompt: What to show.
+            size: Height and width of the frames, in pixels.
+            negative_prompt: What to steer away from.
+            frame_rate: Of the given frames.
+            num_inference_steps: Denoising steps a window.
+            guidance_scale: Weight of classifier-free guidance.
+            generator: Source of the noise.
+
+        Raises:
+            ValueError: As `interpolate` does.
+        """
+        if not isinstance(factor, int) or factor < 2:
+            raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
+        self._check_tasks({"leading", "keyframes"})
+        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        texts = ["a video"] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        self.check_inputs(texts, negative_prompt, *size, self._first_frames, frame_rate, steps, groups=(0,))
+        if guidance_scale is None:
+            guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
+        embeds = self.encode_prompt(
+            [""] if prompt is None else texts,
+            negative_prompt,
+            guidance_scale > 1,
+            device=self._execution_device,
+            dtype=self.denoiser.dtype,
+        )
+        return Interpolator(
+            self,
+            factor,
+            embeds,
+            guidance_scale=guidance_scale,
+            frame_rate=frame_rate * factor,
+            num_inference_steps=steps,
+            generator=generator,
+        )
 
     def check_inputs(
         self,
@@ -685,6 +749,32 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         options = {"generator": generator} if takes_generator else {}
         return self.scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
 
+    def denoise(
+        self,
+        noise: Tensor,
+        num_inference_steps: int,
+        embeds: tuple[Tensor, Tensor | None],
+        generator: torch.Generator | list[torch.Generator] | None,
+        known: KnownFrames | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """Latents `(b, c, t, h, w)` from noise, all steps at once; with what is known kept at level 0."""
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = noise.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        generated: Tensor | int = 1
+        if known is not None:
+            p_t = self.denoiser.config.patch_size[0]
+            num_known = known.placement.num_leading // p_t
+            generated = torch.arange(latents.shape[2] // p_t, device=device) >= num_known
+            latents = known.put_back(latents)
+        for timestep in self.scheduler.timesteps:
+            latents = self.denoising_step(
+                latents, timestep, timestep * generated, *embeds, generator, known, **conditions
+            )
+            latents = latents if known is None else known.put_back(latents)
+        return latents
+
     def predict_noise(
         self,
         latents: Tensor,
@@ -744,6 +834,12 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             latents = known.paste(latents)
         return self.video_processor.postprocess_video(latents.float(), output_type=output_type)
 
+    def decode_next(self, latents: Tensor, state: TemporalState) -> Tensor:
+        """Pixels `(b, 3, f, h, w)` in [-1, 1] of the next latents of a stream, which without a VAE are the pixels."""
+        if self.vae is None:
+            return latents
+        return self.vae.decode(self.vae.denormalize(latents).to(self.vae.dtype), state=state).sample
+
     @torch.no_grad()
     def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Yields the videos of latents from `output_type="latent"` piece by piece, uint8 `(b, n, h, w, c)`."""
@@ -751,8 +847,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if self.vae is not None:
             pieces = self.vae.decode_stream(self.vae.denormalize(latents).to(self.vae.dtype))
         for piece in pieces:
-            pixels = piece.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-            yield rearrange(pixels, "b c n h w -> b n h w c").cpu().numpy()
+            yield to_frames(piece)
 
     @property
     def denoiser(self) -> SpacetimeTransformer:
@@ -783,6 +878,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def interrupt(self) -> bool:
         """Set `_interrupt` in a callback to stop denoising."""
         return self._interrupt
+
+    @property
+    def _first_frames(self) -> int:
+        """Pixel frames of the first token frame."""
+        return 1 + self.vae_scale_factor_temporal * (self.denoiser.config.patch_size[0] - 1)
 
     def _given_clip(self, video: Any, prompt: Any) -> Tensor:
         """Given videos `(b, 3, f, h, w)` in [-1, 1], one for each of a sequence of prompts.
@@ -859,9 +959,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
 
     def _check_num_frames(self, num_frames: int) -> None:
-        s, p_t = self.vae_scale_factor_temporal, self.denoiser.config.patch_size[0]
-        unit = s * p_t
-        first = 1 + s * (p_t - 1)  # the frames of one token frame
+        unit, first = self.vae_scale_factor_temporal * self.denoiser.config.patch_size[0], self._first_frames
         if num_frames < first or (num_frames - first) % unit:
             below = max(first, first + (num_frames - first) // unit * unit)
             nearest = below if num_frames <= below + unit / 2 else below + unit
@@ -882,6 +980,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"this checkpoint has never seen: {', '.join(words)}. "
                 f"The words it knows: {' '.join(known_words(self.tokenizer))}"
             )
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in ("np", "pil", "pt"):
+        raise ValueError(f"output_type={output_type!r} is unknown: give np, pil or pt")
 
 
 def find_checkpoint(name: str | Path) -> Path | str:

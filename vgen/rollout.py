@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vgen.known_frames import encode_clip, encode_slots, fill_slots, place
+from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames
 from vgen.temporal.state import TemporalState
 
 if TYPE_CHECKING:
+    from vgen.coarse_to_fine import CoarseToFine
     from vgen.pipeline import VideoGenPipeline
-
 
 logger = logging.get_logger(__name__)
 
 _FORMAT = "vgen.Rollout/1"
+COARSE_TO_FINE = "vgen.CoarseToFine/1"
 _SETTINGS = (
     "single",
     "negative_prompt",
@@ -119,8 +119,7 @@ class Rollout:
         left = None if self.num_frames is None else self.num_frames - self.frames_done
         clip = clip[:, :, :left]
         self.frames_done += clip.shape[2]
-        pixels = clip.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-        frames = rearrange(pixels, "b c n h w -> b n h w c").cpu().numpy()
+        frames = to_frames(clip)
         return frames[0] if self.single else frames
 
     def save(self, folder: str | Path) -> None:
@@ -131,22 +130,20 @@ class Rollout:
         Raises:
             ValueError: There is something else of that name.
         """
-        folder = Path(folder)
-        if folder.exists() and not (folder / "rollout.json").is_file():
-            raise ValueError(f"{folder} exists and is no saved rollout: choose another name")
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with whole_folder(Path(folder)) as partial:
+            self._save(partial)
+
+    def _save(self, folder: Path) -> None:
         sources = self.generator if isinstance(self.generator, list) else [self.generator]
         tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(sources)}
         tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self._history)}
         tensors |= {f"keyframe.{latent}.{slot}": image for (latent, slot), image in self._keyframes.items()}
         tensors |= {f"embeds.{index}": one for index, one in enumerate(self._embeds or ()) if one is not None}
         save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors"
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors"
         )
-        self.state.save(partial / "denoiser.safetensors")
-        self.decoder_state.save(partial / "decoder.safetensors")
+        self.state.save(folder / "denoiser.safetensors")
+        self.decoder_state.save(folder / "decoder.safetensors")
         settings = {name: getattr(self, name) for name in _SETTINGS}
         record = {
             "format": _FORMAT,
@@ -157,19 +154,11 @@ class Rollout:
             "generators": [str(source.device) for source in sources],
             "one_generator": not isinstance(self.generator, list),
         }
-        (partial / "rollout.json").write_text(json.dumps(record, indent=1))
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.replace(old)
-            partial.replace(folder)
-            shutil.rmtree(old)
-        else:
-            partial.replace(folder)
+        (folder / "rollout.json").write_text(json.dumps(record, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, pipe: VideoGenPipeline) -> Rollout:
-        """Goes on where `save` was called; on the CPU, and with the same versions, bit for bit.
+    def load(cls, folder: str | Path, pipe: VideoGenPipeline) -> Rollout | CoarseToFine:
+        """Goes on where `save` was called, coarse to fine if so; on the CPU, with the same versions, bit for bit.
 
         Args:
             folder: What `save` wrote.
@@ -179,11 +168,11 @@ class Rollout:
             ValueError: The folder holds no rollout, or that of other networks or another scheduler, which are named.
         """
         folder = Path(folder)
-        if not (folder / "rollout.json").is_file():
-            raise ValueError(f"{folder} holds no saved rollout: it has no rollout.json")
-        record = json.loads((folder / "rollout.json").read_text())
-        if record.get("format") != _FORMAT:
-            raise ValueError(f"{folder} is not a saved rollout of this version ({_FORMAT})")
+        record = read_record(folder)
+        if record["format"] == COARSE_TO_FINE:
+            from vgen.coarse_to_fine import CoarseToFine  # which is built on this module
+
+            return CoarseToFine.load(folder, pipe)
         made_with = _made_with(pipe)
         differing = [name for name, mark in record["made_with"].items() if not _agree(mark, made_with.get(name))]
         if differing:
@@ -219,25 +208,27 @@ class Rollout:
 
     def _set_prompt(self) -> None:
         """Embeds the prompt that is due; what is remembered is computed again under a new one."""
-        due = self.schedule[max(frame for frame in self.schedule if frame <= self.frames_done)]
+        due = due_prompt(self.schedule, self.frames_done)
         if due == self._prompt:
             return
         self._prompt = due
-        self._guide()
-        prompts = [due] if isinstance(due, str) else list(due)
-        self._embeds = self.pipe.encode_prompt(
-            prompts,
-            self.negative_prompt,
-            self.pipe.do_classifier_free_guidance,
-            device=self.pipe._execution_device,
-            dtype=self.pipe.denoiser.dtype,
-        )
+        self._embeds = self.embed(due)
         if self._history:
             history, self._history = self._history, []
             sink = self.state.sink or 0
             self.state = TemporalState(self.state.window, sink)
             self._remember(history[:sink])
             self._remember(history[sink:])
+
+    def embed(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of a prompt, or of one for each video, and of what to steer away from."""
+        return self.pipe.encode_prompt(
+            [prompt] if isinstance(prompt, str) else list(prompt),
+            self.negative_prompt,
+            self.guidance_scale > 1,
+            device=self.pipe._execution_device,
+            dtype=self.pipe.denoiser.dtype,
+        )
 
     def _take(self, clip: Tensor) -> None:
         """Encodes given frames `(b, 3, f, h, w)`: whole token frames are remembered, the rest are keyframes."""
@@ -264,18 +255,14 @@ class Rollout:
         assert self._embeds is not None
         space, frames = pipe.vae_scale_factor_spatial, self._run_length * pipe.denoiser.config.patch_size[0]
         shape = (len(self._embeds[0]), pipe.denoiser.config.in_channels, frames, height // space, width // space)
-        pipe.scheduler.set_timesteps(self.num_inference_steps, device=pipe._execution_device)
-        latents = draw_noise(shape, self.generator, torch.float32).to(pipe._execution_device)
-        latents = latents * getattr(pipe.scheduler, "init_noise_sigma", 1.0)
+        noise = draw_noise(shape, self.generator, torch.float32).to(pipe._execution_device)
         keyframes = None
         if self._keyframes:
-            keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, latents[:, :, 0])
-        for timestep in pipe.scheduler.timesteps:
-            latents = pipe.denoising_step(
-                latents, timestep, timestep, *self._guided(), self.generator, **self._conditions(self.state.frozen()),
-                keyframes=keyframes,
-            )  # fmt: skip
-        return latents
+            keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, noise[:, :, 0])
+        return pipe.denoise(
+            noise, self.num_inference_steps, self._guided(), self.generator, **self._conditions(self.state.frozen()),
+            keyframes=keyframes,
+        )  # fmt: skip
 
     @property
     def _run_length(self) -> int:
@@ -286,10 +273,7 @@ class Rollout:
         """Remembers finished latents `(b, c, t, h, w)`, told to be at a noise level; returns their pixels."""
         p_t = self.pipe.denoiser.config.patch_size[0]
         self._remember([(frame, level) for frame in latents.split(p_t, dim=2)])
-        vae = self.pipe.vae
-        if vae is None:
-            return latents
-        return vae.decode(vae.denormalize(latents).to(vae.dtype), state=self.decoder_state).sample
+        return self.pipe.decode_next(latents, self.decoder_state)
 
     def _remember(self, frames: list[tuple[Tensor, float]]) -> None:
         """Writes token frames with their levels into the state, run by run."""
@@ -322,6 +306,48 @@ class Rollout:
 
     def _guide(self) -> None:
         self.pipe._guidance_scale, self.pipe._guider = self.guidance_scale, None
+
+
+def due_prompt(schedule: Mapping[int, Any], frame: int) -> Any:
+    """What a schedule of prompts says at a new frame."""
+    return schedule[max(begin for begin in schedule if begin <= frame)]
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write a rollout into, that then appears whole in the place of an older one.
+
+    Raises:
+        ValueError: There is something else of that name.
+    """
+    if folder.exists() and not (folder / "rollout.json").is_file():
+        raise ValueError(f"{folder} exists and is no saved rollout: choose another name")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+        partial.replace(folder)
+        shutil.rmtree(old)
+    else:
+        partial.replace(folder)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `rollout.json` says.
+
+    Raises:
+        ValueError: The folder holds no rollout, or one of another format.
+    """
+    if not (folder / "rollout.json").is_file():
+        raise ValueError(f"{folder} holds no saved rollout: it has no rollout.json")
+    record = json.loads((folder / "rollout.json").read_text())
+    if record.get("format") not in (_FORMAT, COARSE_TO_FINE):
+        raise ValueError(f"{folder} is not a saved rollout of this version ({_FORMAT}), but {record.get('format')}")
+    return record
 
 
 def _versions() -> dict[str, str]:

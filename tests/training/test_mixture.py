@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from vgen.training.mixture import KNOWN, draw_keyframes, draw_num_leading, draw_window
+from vgen.training.mixture import KNOWN, draw_keyframes, draw_num_leading, draw_window, least_known
 
 
 def draws(draw, *args, count=300):
@@ -22,7 +22,8 @@ def test_windows_are_where_they_say():
 
 
 @pytest.mark.parametrize(
-    ("kind", "length", "total", "sink"), [("start", 4, 3, 0), ("sink", 3, 3, 1), ("sink", 2, 9, 2)]
+    ("kind", "length", "total", "sink"),
+    [("start", 4, 3, 0), ("sink", 3, 3, 1), ("sink", 2, 9, 2), ("anywhere", 1, 9, 0)],
 )
 def test_a_window_that_does_not_fit_is_refused(kind, length, total, sink):
     with pytest.raises(ValueError, match="does not fit"):
@@ -35,6 +36,10 @@ def test_something_is_always_left_to_generate():
             numbers = set(draws(draw_num_leading, known, 5, least))
             first = max(least, int(known in ("leading", "both")))
             assert numbers == (set(range(first, 5)) if first else {0})
+
+
+def test_only_the_start_of_a_clip_is_made_from_nothing():
+    assert [least_known(kind, 2) for kind in ("start", "anywhere", "sink")] == [0, 1, 3]
 
 
 def test_keyframes_are_spaced_last_or_scattered():

@@ -18,7 +18,7 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
 
     Args:
         kind: `start`: the first ones; `anywhere`: consecutive ones; `sink`: the first `sink` ones and later ones with
-            a gap between, as in a rollout whose cache has lost frames; one of these is known, one generated.
+            a gap between, as in a rollout whose cache has lost frames.
         length: Token frames of the window.
         total: Of the clip.
         sink: Frames that a rollout never forgets.
@@ -30,7 +30,7 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
     if kind not in WINDOWS:
         raise ValueError(f"a window of kind {kind!r} is unknown: give one of {', '.join(WINDOWS)}")
     gap = kind == "sink"
-    if length + gap > total or (gap and length < sink + 2):
+    if length + gap > total or length <= least_known(kind, sink):
         raise ValueError(f"a {kind!r} window of {length} token frames does not fit clips of {total} (sink: {sink})")
     if kind == "start":
         return list(range(length))
@@ -41,13 +41,22 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
     return [*range(sink), *range(first, first + length - sink)]
 
 
+def least_known(kind: str, sink: int) -> int:
+    """How many token frames of a window are known in any case, given its kind.
+
+    A video begins with an image's latent, so that what does not begin its clip is never generated from nothing; behind
+    a gap one frame more than the sink is known.
+    """
+    return {"start": 0, "anywhere": 1, "sink": sink + 1}[kind]
+
+
 def draw_num_leading(known: str, length: int, least: int, rng: random.Random) -> int:
     """How many token frames at the start of a window are known: at least `least`, and at least 1 where asked.
 
     Args:
         known: `none`, `leading`, `keyframes`, or `both` of the last.
         length: Token frames of the window.
-        least: For windows behind a gap, whose first frames a rollout always knows.
+        least: See `least_known`.
         rng: Of this sample.
 
     Raises:

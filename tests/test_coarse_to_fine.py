@@ -1,0 +1,101 @@
+"""Coarse to fine: a rollout of frames far apart, and between them what interpolation makes of these."""
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.rollout import Rollout
+
+from .test_pipeline import PROMPT, make_pipeline, seeded
+from .test_rollout import OTHER, build, frames_of
+
+
+@pytest.fixture
+def pipe(randomize):
+    return build(randomize, trained_token_frames=5)
+
+
+@pytest.fixture
+def video():
+    return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Chunks of the rollouts inside, as they come."""
+    chunks, make = [], Rollout.__next__
+
+    def listen(self):
+        chunks.append(make(self))
+        return chunks[-1]
+
+    monkeypatch.setattr(Rollout, "__next__", listen)
+    return chunks
+
+
+@pytest.mark.parametrize(("stride", "num_frames"), [(2, 18), (4, 1), (4, 22), (7, 30)])
+def test_it_is_a_rollout_at_a_lower_rate_and_its_interpolation(pipe, coarse, monkeypatch, stride, num_frames):
+    monkeypatch.setattr("vgen.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    frames = frames_of(pipe.rollout(PROMPT, stride=stride, num_frames=num_frames, generator=seeded(), **settings))
+    assert len(frames) == num_frames
+    given = np.concatenate(coarse)
+    rate = pipe.config.frame_rate / stride
+    plain = pipe.rollout(PROMPT, num_frames=len(given), frame_rate=rate, generator=seeded(), **settings)
+    assert np.array_equal(frames_of(plain), given)
+    assert np.array_equal(frames[::stride], given[: len(frames[::stride])])
+    if num_frames > 1:
+        filled = pipe.interpolate(given, stride, PROMPT, frame_rate=rate, **settings).frames[0]
+        assert abs(filled[:num_frames] * 255 - frames).max() <= 0.5
+
+
+def test_it_leads_away_from_the_last_given_frame(pipe, coarse, video):
+    settings = {"stride": 4, "num_frames": 10, "num_inference_steps": 2}
+    frames = frames_of(pipe.rollout(PROMPT, video, generator=seeded(), **settings))
+    assert len(frames) == 10
+    assert np.array_equal(frames[3::4], np.concatenate(coarse)[:2])
+    for index, matters in ((11, False), (8, True), (12, True)):  # only every fourth given frame is seen
+        changed = video.copy()
+        changed[index] = 255 - changed[index]
+        again = frames_of(pipe.rollout(PROMPT, changed, generator=seeded(), **settings))
+        assert np.array_equal(again, frames) != matters
+
+
+def test_it_is_bounded_and_goes_on_bit_for_bit_after_saving(pipe, tmp_path):
+    schedule = {0: PROMPT, 20: OTHER}
+    rollout = pipe.rollout(schedule, stride=4, num_frames=90, num_inference_steps=1, generator=seeded())
+    pieces, held = [], []
+    while len(pieces) < 3:
+        pieces.append(next(rollout))
+    rollout.save(tmp_path / "saved")
+    loaded = Rollout.load(tmp_path / "saved", pipe)
+    for piece in rollout:
+        pieces.append(piece)
+        held.append(len(rollout.fill.given) + len(rollout.fill.finished))
+    assert np.array_equal(np.concatenate(list(loaded)), np.concatenate(pieces[3:]))
+    assert sum(map(len, pieces)) == 90
+    assert max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
+
+
+def test_a_batch_equals_singles(pipe, video):
+    settings = {"stride": 3, "num_frames": 7, "num_inference_steps": 2}
+    clips, prompts = [video[:5], video[5:10]], [PROMPT, OTHER]
+    both = frames_of(pipe.rollout(prompts, clips, generator=[seeded(0), seeded(1)], **settings))
+    for index in range(2):
+        single = frames_of(pipe.rollout(prompts[index], clips[index], generator=seeded(index), **settings))
+        assert abs(both[index].astype(int) - single).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"stride": 0}, "stride=0"), ({"stride": 1.5}, "stride=1.5"), ({"num_frames": 0}, "num_frames=0"),
+     ({"prompt": {}}, "begins at frame 0"), ({"height": 12}, "height=12")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.rollout(**{"prompt": PROMPT, "stride": 2} | arguments)
+
+
+def test_a_checkpoint_that_cannot_says_so():
+    with pytest.raises(ValueError, match="keyframes"):
+        make_pipeline(tasks=["text", "leading"], window=2).rollout(PROMPT, stride=2)
