@@ -4,10 +4,10 @@ accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --out
 """
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from vgen.data.latents import write_shard
 from vgen.data.shapes import ShapesWorld, render
+from vgen.jobs import check_settings
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
 
@@ -66,7 +67,7 @@ def main(config: EncodeConfig) -> None:
         compile_blocks(vae)
     world = ShapesWorld(split="train", seed=config.seed)
     if process.is_main_process:
-        check_settings(config, vae)
+        check_settings(config.output_dir, shard_settings(config, vae), ["*.safetensors"])
     process.wait_for_everyone()
     starts = list(range(0, config.num_clips, config.shard_size))
     for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
@@ -99,27 +100,13 @@ def encode(vae: CausalVideoVAE, clip: Tensor) -> Tensor:
     return vae.normalize(posterior.mode().float()).half().cpu()
 
 
-def check_settings(config: EncodeConfig, vae: CausalVideoVAE) -> None:
-    """Writes down what the shards of the folder were made with, or checks that it is the same.
-
-    Raises:
-        ValueError: The folder holds shards of another VAE or other settings; what differs is named.
-    """
+def shard_settings(config: EncodeConfig, vae: CausalVideoVAE) -> dict[str, Any]:
+    """What all shards of a folder have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
     digest = hashlib.sha256(str(sorted(vae.config.items())).encode())
     for _, weight in sorted(vae.state_dict().items()):
         digest.update(weight.detach().cpu().float().numpy().tobytes())
-    settings["vae_sha256"] = digest.hexdigest()
-    path = config.output_dir / "settings.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if not found and any(config.output_dir.glob("*.safetensors")):
-        raise ValueError(f"{config.output_dir} holds shards of unknown settings: choose an empty folder")
-    differing = [name for name in settings if found and found.get(name) != settings[name]]
-    if differing:
-        raise ValueError(
-            f"{config.output_dir} holds shards with another {', '.join(differing)}: choose another folder"
-        )
-    path.write_text(json.dumps(settings, indent=1))
+    return settings | {"vae_sha256": digest.hexdigest()}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, to_clip
 from vgen.rollout import Rollout
@@ -225,6 +227,16 @@ def test_a_prediction_is_a_rollout_gathered(pipe, video):
             pipe.predict(**{"video": video} | arguments)
 
 
+@pytest.mark.parametrize(("given", "chunk_size"), [(1, 1), (4, 1), (13, 2), (12, 3)])
+def test_given_frames_may_come_one_by_one(randomize, video, given, chunk_size):
+    pipe = build(randomize, chunk_size=chunk_size, window=3)
+    settings = {"num_frames": 5, "num_inference_steps": 2}
+    expected = frames_of(pipe.rollout(PROMPT, video[:given], generator=seeded(), **settings))
+    assert np.array_equal(
+        frames_of(pipe.rollout(PROMPT, iter(video[:given]), generator=seeded(), **settings)), expected
+    )
+
+
 def test_every_given_frame_matters(pipe, video):
     for given in (2, 3, 4, 5, 10):
         expected = frames_of(pipe.rollout(PROMPT, video[:given], num_frames=4, generator=seeded()))
@@ -234,6 +246,40 @@ def test_every_given_frame_matters(pipe, video):
             assert not np.array_equal(
                 frames_of(pipe.rollout(PROMPT, changed, num_frames=4, generator=seeded())), expected
             ), (given, index)
+
+
+def test_history_guidance_leads_away_from_a_noisy_history(pipe, video, monkeypatch):
+    settings = {"num_frames": 8, "num_inference_steps": 1, "guidance_scale": 2.0}
+    results, predictions, guided = {}, [], pipe._guided
+
+    def listen(latents, timestep, *args, **kwargs):
+        predictions.append((guided(latents, timestep, *args, **kwargs), timestep))
+        return predictions[-1][0]
+
+    monkeypatch.setattr(pipe, "_guided", listen)
+    for scale in (1.0, 1.5, 3.0):
+        predictions.clear()
+        rollout = pipe.rollout(PROMPT, video[:5], history_guidance_scale=scale, generator=seeded(), **settings)
+        latents, results[scale] = rollout._denoise(), rollout
+        levels = [time.tolist() for _, time in predictions]
+        if scale == 1:
+            assert levels == [[0], [0], 1000]  # two frames remembered, one step
+            continue
+        third = pytest.approx([1000 / 3])
+        assert levels == [[0], third, [0], third, 1000, 1000]
+        clean, weak = (prediction for prediction, _ in predictions[-2:])
+        assert not torch.allclose(clean, weak, atol=1e-3)
+        noise = randn_tensor(latents.shape, after_draws(latents.shape, 2))
+        torch.testing.assert_close(latents, noise - (weak + scale * (clean - weak)))
+    assert results[1.5].state.num_bytes == 2 * results[1.0].state.num_bytes
+
+
+def after_draws(shape, count):
+    """A seeded generator that has drawn some tensors of a shape."""
+    generator = seeded()
+    for _ in range(count):
+        randn_tensor(shape, generator)
+    return generator
 
 
 def test_step_caches_stay_off_where_the_state_is_written(pipe):
@@ -317,7 +363,10 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
         ({"prompt": {0: PROMPT, 8: " "}}, "says something"),
         ({"window": 0}, "window=0"),
         ({"history_noise": 1.0}, "history_noise=1.0"),
+        ({"history_guidance_scale": 2.0, "scheduler": DDIMScheduler()}, "flow-matching scheduler, not DDIM"),
         ({"video": []}, "no frames"),
+        ({"video": iter([])}, "no frames"),
+        ({"video": iter([np.zeros((8, 8, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)])}, "different sizes: 8x8"),
         ({"video": 3}, "no video"),
         ({"prompt": [PROMPT, OTHER], "video": [np.zeros((5, 16, 16, 3), np.uint8)]}, "1 videos for 2 prompts"),
         ({"video": np.zeros((5, 16, 16, 3), np.uint8), "height": 32}, "cannot become one of 32x16"),
@@ -326,6 +375,8 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
     ],
 )
 def test_what_cannot_be_is_refused(pipe, arguments, message):
+    arguments = dict(arguments)
+    pipe.scheduler = arguments.pop("scheduler", pipe.scheduler)
     with pytest.raises(ValueError, match=message):
         pipe.rollout(**{"prompt": PROMPT} | arguments)
 

@@ -61,30 +61,14 @@ def generate(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a sentence into a video."""
-    with _one_line_errors():
-        import torch
+    with _writing(output, overwrite) as done:
+        from vgen.files import generate_file
 
-        from vgen.data.video_io import VideoWriter
-
-        _check_output(output, overwrite)
-        pipe = _load(model, device)
-        rate = pipe.config.frame_rate if fps is None else fps
-        with VideoWriter(output, rate, overwrite=overwrite) as writer:
-            latents = pipe(
-                prompt,
-                negative_prompt,
-                height=height,
-                width=width,
-                num_frames=num_frames,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                groups=groups,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-            ).frames
-            for piece in pipe.decode_stream(latents):
-                writer.append(piece[0])
-    typer.echo(f"wrote {output}")
+        done |= generate_file(
+            _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite,
+            negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames, groups=groups,
+            num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
 
 
 @app.command()
@@ -102,27 +86,13 @@ def animate(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn an image and a sentence into a video."""
-    with _one_line_errors():
-        import numpy as np
-        import torch
+    with _writing(output, overwrite) as done:
+        from vgen.files import generate_file
 
-        from vgen.data.video_io import VideoWriter
-
-        _check_output(output, overwrite)
-        first = _read_image(image)[None]
-        pipe = _load(model, device)
-        fit = _fit(pipe, first)
-        with VideoWriter(output, pipe.config.frame_rate if fps is None else fps, overwrite=overwrite) as writer:
-            video = pipe(
-                prompt,
-                image=fit.to_target(first)[0],
-                num_frames=num_frames,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(seed),
-            ).frames[0]
-            writer.append(fit.back((video * 255).round().astype(np.uint8)))
-    typer.echo(f"wrote {output}")
+        done |= generate_file(
+            _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite, image=image,
+            num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
 
 
 @app.command()
@@ -141,15 +111,12 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Continue a video."""
-    with _one_line_errors():
-        from vgen.data.video_io import read_video
+    with _writing(output, overwrite) as done:
+        from vgen.files import predict_file
 
-        _check_output(output, overwrite)
-        frames, rate = read_video(clip)
-        settings = {"num_frames": num_frames, "num_inference_steps": steps, "guidance_scale": guidance}
-        _roll_out(
-            _load(model, device), prompt, frames, settings | {"frame_rate": rate}, seed, output,
-            fps=rate if fps is None else fps, with_input=with_input, overwrite=overwrite,
+        done |= predict_file(
+            _load(model, device), clip, output, prompt, seed=seed, fps=fps, overwrite=overwrite,
+            with_input=with_input, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
 
 
@@ -168,28 +135,13 @@ def interpolate(
     overwrite: Overwrite = False,
 ) -> None:
     """Make the frames between those of a video: slow motion at its own frame rate, or smoother with --fps."""
-    with _one_line_errors():
-        import numpy as np
-        import torch
+    with _writing(output, overwrite) as done:
+        from vgen.files import interpolate_file
 
-        from vgen.data.video_io import VideoWriter, read_video
-
-        _check_output(output, overwrite)
-        frames, rate = read_video(clip)
-        pipe = _load(model, device)
-        fit = _fit(pipe, frames)
-        with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
-            video = pipe.interpolate(
-                fit.to_target(frames),
-                factor,
-                prompt,
-                frame_rate=rate,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(seed),
-            ).frames[0]
-            writer.append(fit.back((video * 255).round().astype(np.uint8)))
-    typer.echo(f"wrote {output}")
+        done |= interpolate_file(
+            _load(model, device), clip, output, factor, prompt, seed=seed, fps=fps, overwrite=overwrite,
+            num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
 
 
 @app.command()
@@ -203,32 +155,36 @@ def rollout(
     model: Model = DEFAULT_MODEL,
     steps: Steps = None,
     guidance: Guidance = None,
+    stride: Annotated[int, typer.Option(help="Coarse to fine: only every so many'th frame is rolled out.")] = 1,
     history_noise: Annotated[float, typer.Option(help="Noise level that generated frames are told to have.")] = 0.0,
+    history_guidance: Annotated[float, typer.Option(help="Weight of what is remembered; off at 1.")] = 1.0,
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a video as long as you like, chunk after chunk."""
-    with _one_line_errors():
-        from vgen.data.video_io import read_video
+    with _writing(output, overwrite) as done:
+        from vgen.files import predict_file, rollout_file
 
-        _check_output(output, overwrite)
         schedule = {0: prompt}
         for word in at or ():
             frame, _, text = word.partition("=")
             if not frame.strip().isdigit() or not text:
                 raise ValueError(f"--at {word!r}: give FRAME=PROMPT, such as --at '64=a blue square moves up'")
             schedule[int(frame)] = text
-        frames, rate = (None, None) if video is None else read_video(video)
+        if with_input and video is None:
+            raise ValueError("--with-input needs --video")
         pipe = _load(model, device)
-        rate = pipe.config.frame_rate if rate is None else rate
-        settings = {
-            "num_frames": num_frames, "num_inference_steps": steps, "guidance_scale": guidance,
-            "frame_rate": rate, "history_noise": history_noise,
+        settings: dict[str, Any] = {
+            "seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames, "stride": stride,
+            "num_inference_steps": steps, "guidance_scale": guidance, "history_noise": history_noise,
+            "history_guidance_scale": history_guidance,
         }  # fmt: skip
-        fps = rate if fps is None else fps
-        _roll_out(pipe, schedule, frames, settings, seed, output, fps=fps, with_input=with_input, overwrite=overwrite)
+        if video is None:
+            done |= rollout_file(pipe, schedule, output, **settings)
+        else:
+            done |= predict_file(pipe, video, output, schedule, with_input=with_input, **settings)
 
 
 @app.command()
@@ -271,56 +227,16 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _roll_out(
-    pipe: VideoGenPipeline,
-    prompt: str | dict[int, str] | None,
-    frames: Any,
-    settings: dict[str, Any],
-    seed: int,
-    output: Path,
-    *,
-    fps: float,
-    with_input: bool,
-    overwrite: bool,
-) -> None:
-    """Writes a rollout, chunk after chunk, at the size of the given frames."""
-    import torch
-
-    from vgen.data.video_io import VideoWriter
-
-    if with_input and frames is None:
-        raise ValueError("--with-input needs --video")
-    fit = None if frames is None else _fit(pipe, frames)
-    given = None if fit is None else fit.to_target(frames)
-    chunks = pipe.rollout(prompt, given, generator=torch.Generator().manual_seed(seed), **settings)
-    with VideoWriter(output, fps, overwrite=overwrite) as writer:
-        if with_input and fit is not None:
-            writer.append(fit.crop(frames))
-        for chunk in chunks:
-            writer.append(chunk if fit is None else fit.back(chunk))
-    typer.echo(f"wrote {output}")
-
-
-def _fit(pipe: VideoGenPipeline, frames: Any) -> Any:
-    """How frames `(f, h, w, 3)` come to the checkpoint's size; said in one line where they are not."""
-    from vgen.data.resize import Fit
-
-    fit = Fit(frames.shape[1:3], (pipe.config.height, pipe.config.width))
-    if fit.source != fit.target:
-        typer.echo(str(fit), err=True)
-    return fit
-
-
-def _read_image(path: Path) -> Any:
-    """Pixels `(h, w, 3)`, uint8, of an image file."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image that can be read") from error
+@contextmanager
+def _writing(output: Path, overwrite: bool) -> Iterator[dict[str, Any]]:
+    """Tells what was written, by the facts that come into the dictionary; or one line of what is wrong."""
+    facts: dict[str, Any] = {}
+    with _one_line_errors():
+        _check_output(output, overwrite)
+        yield facts
+    if "fit" in facts:
+        typer.echo(facts["fit"], err=True)
+    typer.echo(f"wrote {output}: {facts['num_frames']} frames")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

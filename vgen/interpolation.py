@@ -5,7 +5,7 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,10 +95,19 @@ class Interpolator:
         self.finished: dict[int, Tensor] = {}
         """Latents `(b, c, 1, h, w)` that later windows see."""
 
-    def __call__(self, clip: Tensor, *, last: bool = False) -> Iterator[Tensor]:
-        """Takes given frames and yields all that can be made so far, as `take` and `next` do."""
-        self.take(clip)
-        while (piece := self.next(last=last)) is not None:
+    def stream(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Takes given frames, as `take`, and yields pixels, as `next`, as soon as it can and to the end.
+
+        Raises:
+            ValueError: There are fewer than two given frames, or they are too far apart.
+        """
+        for clip in clips:
+            self.take(clip)
+            while (piece := self.next()) is not None:
+                yield piece
+        if self.num_given < 2:
+            raise ValueError(f"interpolation needs at least 2 frames, got {self.num_given}")
+        while (piece := self.next(last=True)) is not None:
             yield piece
 
     def take(self, clip: Tensor) -> None:

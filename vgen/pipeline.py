@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -335,6 +336,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         window: int | None = None,
         sink: int | None = None,
         history_noise: float = 0.0,
+        history_guidance_scale: float = 1.0,
         stride: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Any:
@@ -344,7 +346,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt: What to show; `{0: "...", 64: "..."}` changes it with the first chunk that begins at or behind new
                 frame 64; a list makes several videos. None continues without being told what, unguided.
             video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
-                uint8 or in [0, 1]; a list of these with a list of prompts. The first frames, if None, are generated.
+                uint8 or in [0, 1]; a list of these with a list of prompts; or an iterator over images, which is read
+                frame by frame, however long it is. The first frames, if None, are generated.
             negative_prompt: What to steer away from.
             num_frames: New frames, any number; `None` never ends.
             height: In pixels; with a video, its own.
@@ -356,6 +359,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window: Recent token frames that are remembered.
             sink: Token frames from the start that are never forgotten.
             history_noise: Noise level that generated frames are told to have when they are remembered.
+            history_guidance_scale: Weight of what is remembered, against remembering it noisily; off at 1. Doubles the
+                cost.
             stride: Coarse to fine: only every `stride`-th frame is rolled out, at a lower frame rate, and the others
                 are interpolated, so that what is remembered reaches further back.
             generator: Source of the noise; a list has one for each video.
@@ -384,6 +389,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 window=window,
                 sink=sink,
                 history_noise=history_noise,
+                history_guidance_scale=history_guidance_scale,
                 generator=generator,
             )
         config = self.denoiser.config
@@ -391,9 +397,13 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
             raise ValueError(f"a schedule of prompts begins at frame 0, not with frames {sorted(schedule)}")
         count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
-        clip = None
+        clips: Iterator[Tensor] = iter(())
         if video is not None:
-            clip = self._given_clip(video, prompt)
+            single = prompt is None or isinstance(prompt, (str, Mapping))
+            streamed = single and isinstance(video, Iterator)
+            clips = _one_by_one(video) if streamed else iter([self._given_clip(video, prompt)])
+            clip = next(clips)
+            clips = itertools.chain([clip], clips)
             height, width = height or clip.shape[-2], width or clip.shape[-1]
             if (height, width) != clip.shape[-2:]:
                 raise ValueError(f"a video of {clip.shape[-2]}x{clip.shape[-1]} cannot become one of {height}x{width}")
@@ -412,12 +422,12 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
         if not 0 <= history_noise < 1:
             raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
+        flow = "shift" in self.scheduler.config or self.scheduler.config.get("use_flow_sigmas")
+        if history_guidance_scale != 1 and not flow:
+            raise ValueError(f"history guidance needs a flow-matching scheduler, not {type(self.scheduler).__name__}")
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
         self._check_tasks({"leading"})
-        s, p_t = self.vae_scale_factor_temporal, config.patch_size[0]
-        if clip is not None and place(range(clip.shape[2]), clip.shape[2] + s * p_t, s, p_t).slots:
-            self._check_tasks({"keyframes"})
         chunk_size = config.chunk_size if chunk_size is None else chunk_size
         window = config.window if window is None else window
         sink = config.sink if sink is None else sink
@@ -437,7 +447,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return Rollout(
             self,
             prompt,
-            clip,
+            clips,
             negative_prompt=negative_prompt,
             num_frames=num_frames,
             height=height,
@@ -449,6 +459,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window=window,
             sink=sink,
             history_noise=history_noise,
+            history_guidance_scale=history_guidance_scale,
             generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
         )
 
@@ -521,8 +532,6 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         _check_output_type(output_type)
         clip = self._given_clip(video, prompt)
-        if clip.shape[2] < 2:
-            raise ValueError("interpolation needs at least 2 frames, got 1")
         make = self.interpolator(
             factor,
             prompt,
@@ -533,8 +542,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale=guidance_scale,
             generator=generator,
         )
-        pieces = make(clip.to(self._execution_device), last=True)
-        whole = torch.cat([piece.cpu() for piece in pieces], dim=2)
+        whole = torch.cat([piece.cpu() for piece in make.stream([clip.to(self._execution_device)])], dim=2)
         self.maybe_free_model_hooks()
         videos = self.video_processor.postprocess_video(whole, output_type=output_type)
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
@@ -781,17 +789,42 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         timestep: Tensor,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None = None,
+        *,
+        weak_state: TemporalState | None = None,
+        history_guidance_scale: float = 1.0,
         **conditions: Any,
     ) -> Tensor:
-        """The guided prediction, float32; classifier-free guidance has its rows in one batch, guiders one by one."""
+        """The guided prediction, float32; classifier-free guidance has its rows in one batch, guiders one by one.
+
+        With a `weak_state`, which remembers less of the same video than `state`, the prediction is also led away from
+        what it would be with that: history guidance.
+
+        Source: History-guided video diffusion, arXiv 2502.06764.
+        """
+        prediction = self._guided(latents, timestep, prompt_embeds, negative_prompt_embeds, conditions)
+        if weak_state is None:
+            return prediction
+        conditions |= {"state": weak_state}
+        weak = self._guided(latents, timestep, prompt_embeds, negative_prompt_embeds, conditions, context="weak_")
+        return weak + history_guidance_scale * (prediction - weak)
+
+    def _guided(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None,
+        conditions: dict[str, Any],
+        context: str = "",
+    ) -> Tensor:
         if self._guider is not None:
             return self._predict_with_guider(latents, timestep, prompt_embeds, negative_prompt_embeds, conditions)
         if not self.do_classifier_free_guidance or negative_prompt_embeds is None:
-            return self._predict("cond", latents, timestep, prompt_embeds, conditions)
+            return self._predict(f"{context}cond", latents, timestep, prompt_embeds, conditions)
         prompts = torch.cat([negative_prompt_embeds, prompt_embeds])
         keyframes = conditions.get("keyframes")
-        conditions |= {"keyframes": None if keyframes is None else torch.cat([keyframes, keyframes])}
-        out = self._predict("cond_uncond", torch.cat([latents, latents]), timestep, prompts, conditions)
+        conditions = conditions | {"keyframes": None if keyframes is None else torch.cat([keyframes, keyframes])}
+        out = self._predict(f"{context}cond_uncond", torch.cat([latents, latents]), timestep, prompts, conditions)
         negative, positive = out.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
@@ -980,6 +1013,20 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"this checkpoint has never seen: {', '.join(words)}. "
                 f"The words it knows: {' '.join(known_words(self.tokenizer))}"
             )
+
+
+def _one_by_one(images: Iterator[Any]) -> Iterator[Tensor]:
+    """Clips `(1, 3, 1, h, w)` of one image each, in [-1, 1]."""
+    size = None
+    for image in images:
+        pixels = to_pixels(image)
+        size = size or pixels.shape
+        if pixels.shape != size:
+            sizes = ", ".join("x".join(map(str, shape[1:])) for shape in (size, pixels.shape))
+            raise ValueError(f"the video has frames of different sizes: {sizes}")
+        yield pixels[None, :, None]
+    if size is None:
+        raise ValueError("the video has no frames")
 
 
 def _check_output_type(output_type: str) -> None:

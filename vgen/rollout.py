@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames
 from vgen.temporal.state import TemporalState
+from vgen.training.objective import flow_sample
 
 if TYPE_CHECKING:
     from vgen.coarse_to_fine import CoarseToFine
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _FORMAT = "vgen.Rollout/1"
+WEAK_LEVEL = 1 / 3
+"""Noise level of the history that history guidance leads away from: the highest that training shows."""
 COARSE_TO_FINE = "vgen.CoarseToFine/1"
 _SETTINGS = (
     "single",
@@ -42,6 +45,7 @@ _SETTINGS = (
     "guidance_scale",
     "chunk_size",
     "history_noise",
+    "history_guidance_scale",
     "frames_done",
     "_given_frames",
     "_prompt",
@@ -62,7 +66,7 @@ class Rollout:
         self,
         pipe: VideoGenPipeline,
         prompt: str | Sequence[str] | Mapping[int, str] | None,
-        clip: Tensor | None,
+        clips: Iterable[Tensor],
         *,
         negative_prompt: str | None,
         num_frames: int | None,
@@ -75,6 +79,7 @@ class Rollout:
         window: int | None,
         sink: int | None,
         history_noise: float,
+        history_guidance_scale: float,
         generator: torch.Generator | list[torch.Generator],
     ):
         self.pipe = pipe
@@ -89,6 +94,7 @@ class Rollout:
         self.guidance_scale = guidance_scale
         self.chunk_size = chunk_size
         self.history_noise = history_noise
+        self.history_guidance_scale = history_guidance_scale
         self.generator = generator
 
         self.state = TemporalState(window, sink)
@@ -101,8 +107,7 @@ class Rollout:
         self._prompt: str | Sequence[str] | None = None
         self._embeds: tuple[Tensor, Tensor | None] | None = None
         self._set_prompt()
-        if clip is not None:
-            self._take(clip)
+        self._take(clips)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -148,7 +153,7 @@ class Rollout:
         record = {
             "format": _FORMAT,
             "versions": _versions(),
-            "made_with": _made_with(self.pipe),
+            "made_with": fingerprint(self.pipe),
             "settings": settings | {"schedule": list(self.schedule.items())},
             "levels": [level for _, level in self._history],
             "generators": [str(source.device) for source in sources],
@@ -173,7 +178,7 @@ class Rollout:
             from vgen.coarse_to_fine import CoarseToFine  # which is built on this module
 
             return CoarseToFine.load(folder, pipe)
-        made_with = _made_with(pipe)
+        made_with = fingerprint(pipe)
         differing = [name for name, mark in record["made_with"].items() if not _agree(mark, made_with.get(name))]
         if differing:
             raise ValueError(f"{folder} was made with another {' and '.join(differing)} than this pipeline has")
@@ -230,24 +235,32 @@ class Rollout:
             dtype=self.pipe.denoiser.dtype,
         )
 
-    def _take(self, clip: Tensor) -> None:
+    @torch.no_grad()
+    def _take(self, clips: Iterable[Tensor]) -> None:
         """Encodes given frames `(b, 3, f, h, w)`: whole token frames are remembered, the rest are keyframes."""
         pipe, p_t = self.pipe, self.pipe.denoiser.config.patch_size[0]
-        s = pipe.vae_scale_factor_temporal
-        placement = place(range(clip.shape[2]), clip.shape[2] + s * p_t, s, p_t)
-        clip = clip.to(pipe._execution_device)
-        encoder_state, waiting = TemporalState(), clip.new_zeros(0)
-        for piece in clip[:, :, : placement.leading_frames].split(s * p_t * self.chunk_size, dim=2):
-            latents = encode_clip(pipe.vae, piece, encoder_state)
-            waiting = torch.cat([waiting, latents], dim=2) if len(waiting) else latents
-            while waiting.shape[2] >= (length := self._run_length * p_t):
-                self._finish(waiting[:, :, :length], 0.0)
-                waiting = waiting[:, :, length:]
-        if len(waiting) and waiting.shape[2]:
-            self._finish(waiting, 0.0)
-        places = {(k - placement.num_leading, j): clip[:, :, index] for index, (k, j) in placement.slots.items()}
-        self._keyframes = encode_slots(pipe.vae, places) if places else {}
-        self._given_frames = len(places)
+        s, device = pipe.vae_scale_factor_temporal, pipe._execution_device
+        encoder_state, num_frames = TemporalState(), 0
+        waiting: list[Tensor] = []  # pixels that fill no run of token frames yet
+        for frame in (frame for clip in clips for frame in clip.unbind(2)):
+            waiting.append(frame.to(device))
+            num_frames += 1
+            if len(waiting) == s * p_t * self._run_length - (0 if self._history else s - 1):
+                self._finish(encode_clip(pipe.vae, torch.stack(waiting, dim=2), encoder_state), 0.0)
+                waiting = []
+        if not num_frames:
+            return
+        placement = place(range(num_frames), num_frames + s * p_t, s, p_t)
+        whole = len(waiting) - len(placement.slots)  # frames of a last, shorter run
+        if whole:
+            self._finish(encode_clip(pipe.vae, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
+        if placement.slots:
+            pipe._check_tasks({"keyframes"})
+            rest = zip(placement.slots.values(), waiting[whole:], strict=True)
+            self._keyframes = encode_slots(
+                pipe.vae, {(latent - placement.num_leading, slot): frame for (latent, slot), frame in rest}
+            )
+        self._given_frames = len(placement.slots)
 
     def _denoise(self) -> Tensor:
         """The latents of the next chunk."""
@@ -259,8 +272,11 @@ class Rollout:
         keyframes = None
         if self._keyframes:
             keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, noise[:, :, 0])
+        state, guidance = self.state.frozen(), dict[str, Any]()
+        if self.history_guidance_scale != 1 and self._history:
+            guidance = {"weak_state": state.branch("weak"), "history_guidance_scale": self.history_guidance_scale}
         return pipe.denoise(
-            noise, self.num_inference_steps, self._guided(), self.generator, **self._conditions(self.state.frozen()),
+            noise, self.num_inference_steps, self._guided(), self.generator, **self._conditions(state), **guidance,
             keyframes=keyframes,
         )  # fmt: skip
 
@@ -281,18 +297,26 @@ class Rollout:
             run, frames = frames[: self._run_length], frames[self._run_length :]
             latents = torch.cat([latents for latents, _ in run], dim=2)
             levels = torch.tensor([level for _, level in run], device=latents.device)
-            with _without_step_cache(self.pipe.denoiser):
-                self.pipe.predict_noise(
-                    latents,
-                    levels * self.pipe.scheduler.config.num_train_timesteps,
-                    *self._guided(),
-                    **self._conditions(self.state),
-                )
+            self._write(self.state, latents, levels)
+            if self.history_guidance_scale != 1:
+                levels = levels.clamp_min(WEAK_LEVEL)
+                noise = draw_noise(latents.shape, self.generator, latents.dtype).to(latents.device)
+                noisy, _ = flow_sample(latents, noise, levels.expand(len(latents), -1))
+                self._write(self.state.branch("weak"), noisy, levels)
             self._history += run
             assert self.state.window is not None
             sink = self.state.sink or 0
             surplus = max(0, len(self._history) - sink - self.state.window)
             del self._history[sink : sink + surplus]
+
+    def _write(self, state: TemporalState, latents: Tensor, levels: Tensor) -> None:
+        with _without_step_cache(self.pipe.denoiser):
+            self.pipe.predict_noise(
+                latents,
+                levels * self.pipe.scheduler.config.num_train_timesteps,
+                *self._guided(),
+                **self._conditions(state),
+            )
 
     def _conditions(self, state: TemporalState) -> dict[str, Any]:
         knows_rate = self.pipe.denoiser.config.frame_rate_embedding
@@ -354,7 +378,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("vgen", "torch", "diffusers")}
 
 
-def _made_with(pipe: VideoGenPipeline) -> dict[str, list[str | None]]:
+def fingerprint(pipe: VideoGenPipeline) -> dict[str, list[str | None]]:
     """For each component the hashes of its configuration and of the first values of each of its weights.
 
     The second is `None` where there are no weights, or where offloading hides them.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vgen.data.video_io import VideoWriter, iter_video, read_video, video_info, write_video
+from vgen.data.video_io import VideoWriter, iter_video, join_videos, read_video, video_info, write_video
 
 SUFFIXES = (".mp4", ".gif", ".webp", "")
 
@@ -344,6 +344,32 @@ for num_frames in (150, 550):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with /proc")
+def test_joined_videos_hold_the_packets_of_their_parts(tmp_path):
+    lengths, paths, frames = (9, 1, 30, 2), [], []
+    for index, length in enumerate(lengths):
+        paths.append(tmp_path / f"{index}.mp4")
+        write_video(moving_pattern(length), paths[-1], frame_rate=12.5)
+        frames.append(read_video(paths[-1])[0])
+
+    def packets(path):
+        with av.open(str(path)) as container:
+            return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+    join_videos(paths, tmp_path / "whole.mp4")
+    assert packets(tmp_path / "whole.mp4") == [packet for path in paths for packet in packets(path)]
+    joined, rate = read_video(tmp_path / "whole.mp4")
+    assert np.array_equal(joined, np.concatenate(frames)) and rate == pytest.approx(12.5)
+    with pytest.raises(FileExistsError):
+        join_videos(paths, tmp_path / "whole.mp4")
+    write_video(moving_pattern(3, 16, 16), tmp_path / "other.mp4", frame_rate=12.5)
+    with pytest.raises(ValueError, match="other.mp4 does not join"):
+        join_videos([paths[0], tmp_path / "other.mp4"], tmp_path / "whole.mp4", overwrite=True)
+    with pytest.raises(ValueError, match="no videos"):
+        join_videos([], tmp_path / "new.mp4")
+    assert len(read_video(tmp_path / "whole.mp4")[0]) == sum(lengths)
+    assert {path.name for path in tmp_path.iterdir()} == {*(path.name for path in paths), "whole.mp4", "other.mp4"}
+
+
 def test_memory_does_not_depend_on_the_number_of_frames(tmp_path):
     output = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, check=True).stdout
     short, long = map(int, output.split())

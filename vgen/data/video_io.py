@@ -23,12 +23,29 @@ import av
 import imageio.v3 as iio
 import numpy as np
 
-from vgen.data.video_writer import DEFAULT_FRAME_RATE, IMAGE_SUFFIXES, VideoWriter, check_frame_rate, write_video
+from vgen.data.video_writer import (
+    DEFAULT_FRAME_RATE,
+    IMAGE_SUFFIXES,
+    VideoWriter,
+    check_frame_rate,
+    join_videos,
+    write_video,
+)
 
-__all__ = ["VideoInfo", "VideoWriter", "iter_video", "read_video", "video_info", "write_video"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "VideoInfo",
+    "VideoWriter",
+    "iter_video",
+    "join_videos",
+    "read_video",
+    "video_info",
+    "write_video",
+]
 
 _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _ANIMATIONS = (".gif", ".webp")
+VIDEO_SUFFIXES = _CONTAINERS + _ANIMATIONS
 
 _ROUNDING = 0.006  # seconds by which a stored time may be off; gif counts in hundredths
 _SEEK_MARGIN = 5.0  # seconds to aim early: FFmpeg seeks by the time of decoding, which precedes that of showing
@@ -137,8 +154,8 @@ def _checked(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    if path.is_file() and path.suffix.lower() not in _CONTAINERS + _ANIMATIONS:
-        legal = ", ".join(_CONTAINERS + _ANIMATIONS)
+    if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
+        legal = ", ".join(VIDEO_SUFFIXES)
         raise ValueError(f"{path} is not a video that can be read: legal are {legal} or a folder of frames")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["DEFAULT_FRAME_RATE", "IMAGE_SUFFIXES", "VideoWriter", "check_frame_rate", "write_video"]
+__all__ = ["DEFAULT_FRAME_RATE", "IMAGE_SUFFIXES", "VideoWriter", "check_frame_rate", "join_videos", "write_video"]
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
@@ -54,6 +54,53 @@ def write_video(
     with VideoWriter(path, frame_rate, crf=crf, overwrite=overwrite) as writer:
         for chunk in frames:
             writer.append(chunk)
+
+
+def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Joins mp4 files into one without encoding their frames again; it appears whole or not at all.
+
+    Args:
+        paths: What `VideoWriter` wrote with the same settings and frame sizes, in order.
+        output: The joined mp4 file.
+        overwrite: Replaces an existing file.
+
+    Raises:
+        FileExistsError: The output exists and may not be replaced.
+        ValueError: There is nothing to join, or the files are of different kinds.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists already")
+    if not paths:
+        raise ValueError(f"{output} was not written: there are no videos to join")
+    with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
+        partial = Path(folder, output.name)
+        with av.open(str(partial), "w", options={"movflags": "faststart"}) as target:
+            stream, kind, num_frames = None, None, 0
+            delay = max(map(_decoding_delay, paths))
+            for path in paths:
+                with av.open(str(path)) as source:
+                    video = source.streams.video[0]
+                    found = (video.codec_context.extradata, video.time_base, video.average_rate)
+                    if stream is None:
+                        stream, kind = target.add_stream_from_template(video), found
+                    if found != kind:
+                        raise ValueError(f"{path} does not join {paths[0]}: its size, rate or quality is another")
+                    tick = round(1 / (video.average_rate * video.time_base))
+                    packets = [packet for packet in source.demux(video) if packet.dts is not None]  # not the end mark
+                    for index, packet in enumerate(packets, num_frames):
+                        packet.stream, packet.pts = stream, packet.pts + num_frames * tick
+                        packet.dts = index * tick - delay
+                        target.mux(packet)
+                    num_frames += len(packets)
+        partial.replace(output)
+
+
+def _decoding_delay(path: str | os.PathLike) -> int:
+    """By how much the first frame is decoded before it is shown, in the file's unit of time."""
+    with av.open(str(path)) as source:
+        first = next(source.demux(source.streams.video[0]))
+        return (first.pts or 0) - (first.dts or 0)
 
 
 class VideoWriter:

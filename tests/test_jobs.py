@@ -1,0 +1,206 @@
+"""Jobs over many inputs: everything is made once, whatever stops them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vgen.data.video_io import read_video, write_video
+from vgen.jobs import Job, JobConfig, check_settings, prompt_jobs, read_manifest, run_jobs, video_jobs
+
+from .test_pipeline import make_pipeline
+
+ROOT = Path(__file__).parents[1]
+JOBS = [Job(f"{index}.txt", {"prompt": f"number {index}", "seed": index}) for index in range(4)]
+
+
+class Maker:
+    """Writes the prompt into the file; some prompts cannot be made."""
+
+    def __init__(self, bad=()):
+        self.bad, self.made = bad, []
+
+    def __call__(self, job, path):
+        if job.name in self.bad:
+            raise ValueError("two\nlines")
+        self.made.append(job.name)
+        path.write_text(job.inputs["prompt"])
+        return {"num_frames": 1}
+
+
+def run(folder, maker, jobs=JOBS, **settings):
+    return run_jobs(jobs, folder, settings, maker)
+
+
+def test_what_is_done_is_skipped_and_what_failed_is_tried_again(tmp_path, capsys):
+    first, again = Maker(bad=["2.txt"]), Maker()
+    assert run(tmp_path, first) == 1 and first.made == ["0.txt", "1.txt", "3.txt"]
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["0.txt", "1.txt", "2.txt", "3.txt"]
+    assert lines[2]["status"] == "failed" and lines[2]["error"] == "two lines"
+    assert lines[0] | {"seconds": 0, "time": 0} == {
+        "name": "0.txt", "status": "done", "prompt": "number 0", "seed": 0, "num_frames": 1, "seconds": 0, "time": 0
+    }  # fmt: skip
+    assert "3 of 4 done, 1 failed" in capsys.readouterr().out
+    assert run(tmp_path, again) == 0 and again.made == ["2.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json"
+    ]  # fmt: skip
+
+
+def test_other_inputs_and_lost_files_are_made_again(tmp_path):
+    run(tmp_path, Maker())
+    changed = [Job("0.txt", {"prompt": "another", "seed": 0}), *JOBS[1:]]
+    (tmp_path / "3.txt").unlink()
+    maker = Maker()
+    assert run(tmp_path, maker, changed) == 0 and maker.made == ["0.txt", "3.txt"]
+    back = Maker()
+    assert run(tmp_path, back) == 0 and back.made == ["0.txt"]  # its first line is older than its file
+    assert (tmp_path / "0.txt").read_text() == "number 0"
+
+
+def test_a_torn_manifest_and_what_a_killed_writer_left_do_no_harm(tmp_path):
+    run(tmp_path, Maker())
+    whole = (tmp_path / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "manifest.jsonl").unlink()
+    (tmp_path / "manifest-00000.jsonl").write_text(whole[0] + whole[1][:20])  # as in the middle of a run
+    (tmp_path / "manifest-00001.jsonl").write_text(whole[3])
+    (tmp_path / ".1-abcd_123").mkdir()
+    (tmp_path / ".1-abcd_123" / "1.txt").write_text("half")
+    (tmp_path / ".11-keep").mkdir()
+    maker = Maker()
+    assert run(tmp_path, maker) == 0 and maker.made == ["1.txt", "2.txt"]
+    assert set(read_manifest(tmp_path)) == {"0.txt", "1.txt", "2.txt", "3.txt"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json", ".11-keep"}
+
+
+def test_other_settings_and_double_names_are_refused(tmp_path):
+    run(tmp_path, Maker(), model="a", steps=3)
+    with pytest.raises(ValueError, match="another steps: choose another folder"):
+        run(tmp_path, Maker(), model="a", steps=4)
+    with pytest.raises(ValueError, match="'0.txt'"):
+        run(tmp_path / "new", Maker(), [JOBS[0], JOBS[0]])
+    with pytest.raises(ValueError, match="'a/b'"):
+        run(tmp_path / "new", Maker(), [Job("a/b", {})])
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="unknown settings"):
+        check_settings(tmp_path, {}, ["*.txt"])
+
+
+def test_inputs_become_jobs(tmp_path):
+    config = JobConfig(output_dir=tmp_path, seed=5)
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert prompt_jobs(tmp_path / "a.txt", config) == [
+        Job("000000.mp4", {"prompt": "one", "seed": 5}), Job("000001.mp4", {"prompt": "two", "seed": 6})
+    ]  # fmt: skip
+    rows = [{"prompt": "one", "name": "x", "seed": 1}, {"prompt": {"0": "one", "8": "two"}}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    named, scheduled = prompt_jobs(tmp_path / "b.jsonl", config, schedules=True)
+    assert named == Job("x.mp4", {"prompt": "one", "seed": 1}) and scheduled.inputs["prompt"]["8"] == "two"
+    with pytest.raises(ValueError, match="must have a prompt"):
+        prompt_jobs(tmp_path / "b.jsonl", config)
+    for name, text, message in (("c.jsonl", "{", "not JSON"), ("d.txt", " ", "no prompts"), ("e.jsonl", "3", "must")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prompt_jobs(tmp_path / name, config)
+    folder = tmp_path / "videos"
+    (folder / "frames").mkdir(parents=True)
+    for name in ("b.mp4", "a.gif", "notes.txt", ".hidden.mp4"):
+        (folder / name).touch()
+    assert [job.name for job in video_jobs(folder, config)] == ["a.mp4", "b.mp4", "frames.mp4"]
+    with pytest.raises(ValueError, match="holds no videos"):
+        video_jobs(folder / "frames", config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    abilities = {"tasks": ["text", "leading", "keyframes"], "window": 2, "sink": 1, "trained_token_frames": 5}
+    make_pipeline(**abilities).save_pretrained(folder)
+    return folder
+
+
+def start(script, model, output_dir, *, processes=1, **options):
+    options |= {"model": model, "output_dir": output_dir}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "pipelines" / script), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def finish(*args, code=0, **options):
+    process = start(*args, **options)
+    out, err = process.communicate()
+    assert process.returncode == code, err[-3000:]
+    return out
+
+
+def kill_when(process, ready):
+    while not ready():
+        assert process.poll() is None, "finished before it could be killed: " + process.stderr.read()[-2000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def frames_in(folder):
+    return {path.name: read_video(path)[0] for path in folder.iterdir() if path.suffix == ".mp4"}
+
+
+def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
+    options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 40}
+    killed, plain = tmp_path / "killed", tmp_path / "plain"
+    process = start("text_to_video.py", model, killed, **options)
+    kill_when(process, lambda: (killed / "000002.mp4").exists())
+    assert len(frames_in(killed)) < 10
+    assert "10 of 10 done" in finish("text_to_video.py", model, killed, processes=2, **options)
+    finish("text_to_video.py", model, plain, **options)
+    expected = frames_in(plain)
+    assert len(expected) == 10 and not np.array_equal(expected["000000.mp4"], expected["000001.mp4"])
+    for name, frames in frames_in(killed).items():
+        assert np.array_equal(frames, expected[name])
+    assert sorted(path.name for path in killed.iterdir()) == sorted([*expected, "manifest.jsonl", "settings.json"])
+
+
+def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):
+    rows = [{"prompt": {"0": "a red circle", "40": "a blue square"}, "name": "long"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]))
+    options = {"prompts": tmp_path / "prompts.jsonl", "num_frames": 120, "segment_frames": 16,
+               "num_inference_steps": 2, "guidance_scale": 2.0}  # fmt: skip
+    killed, plain = tmp_path / "killed", tmp_path / "plain"
+    process = start("rollout.py", model, killed, **options)
+    kill_when(process, lambda: len(list(killed.glob(".long.*/*.mp4"))) >= 3)
+    assert not (killed / "long.mp4").exists()
+    [state] = killed.glob(".long.*/state/rollout.json")
+    done = json.loads(state.read_text())["settings"]["frames_done"]
+    assert 0 < done < 120
+    finish("rollout.py", model, killed, **options)
+    finish("rollout.py", model, plain, **options | {"segment_frames": 16})
+    assert np.array_equal(frames_in(killed)["long.mp4"], frames_in(plain)["long.mp4"])
+    assert len(frames_in(plain)["long.mp4"]) == 120
+    assert {path.name for path in killed.iterdir()} == {"long.mp4", "manifest.jsonl", "settings.json"}
+
+
+def test_a_bad_video_is_told_and_does_not_stop_the_rest(model, tmp_path):
+    (tmp_path / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (6, 24, 40, 3), dtype=np.uint8)
+    write_video(frames, tmp_path / "videos" / "good.gif", frame_rate=4.0)
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"nothing")
+    for script, options, count in (("predict.py", {"num_frames": 5}, 5), ("interpolate.py", {"factor": 3}, 16)):
+        folder = tmp_path / script
+        finish(script, model, folder, code=1, videos=tmp_path / "videos", num_inference_steps=1, suffix="", **options)
+        lines = read_manifest(folder)
+        assert lines["bad"]["status"] == "failed" and "bad.mp4" in lines["bad"]["error"]
+        assert lines["good"]["num_frames"] == count and "24x24" in lines["good"]["fit"]
+        made, rate = read_video(folder / "good")
+        assert made.shape == (count, 24, 24, 3) and rate == pytest.approx(4)

@@ -1,0 +1,275 @@
+"""Jobs over many inputs: shared out over processes, with a manifest, skipping what is done.
+
+Each job makes one file in the output folder. `settings.json` says what all files have in common, `manifest.jsonl` has
+one line for each. A job is done if its file is there and its line says that it was made from the same inputs; so a
+run that was stopped, however hard, is finished by the same command. While processes run, each appends to a manifest of
+its own; the last act of a run gathers them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from vgen.data.video_io import VIDEO_SUFFIXES
+from vgen.pipeline import VideoGenPipeline
+from vgen.rollout import fingerprint
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to make."""
+
+    name: str
+    """Of the file or folder, in the output folder."""
+    inputs: dict[str, Any]
+    """What it is made from beside the settings of the run; of JSON's kinds."""
+
+    @property
+    def digest(self) -> str:
+        """Of the inputs."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    """Settings of every job over many inputs."""
+
+    output_dir: Path
+    """Folder of the results."""
+    model: str = "vgen/shapes-64"
+    """A packaged checkpoint, a folder, or a Hub id."""
+    dtype: str = "float32"
+    """Precision of the weights."""
+    suffix: str = ".mp4"
+    """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Weight of the prompt; 1 is unguided."""
+    fps: float | None = None
+    """Frames per second of the files; those of the content by default."""
+    seed: int = 0
+    """Of the noise; the n-th input, counted from 0, has `seed + n` unless it brings its own."""
+
+
+def load_pipeline(config: JobConfig) -> VideoGenPipeline:
+    """The pipeline of a run, on the device of this process.
+
+    Raises:
+        ValueError: The precision is unknown, or as `VideoGenPipeline.from_pretrained`.
+    """
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={config.dtype!r} must be float32, bfloat16 or float16")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
+    pipe.to(PartialState().device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_settings(config: JobConfig, pipe: VideoGenPipeline, inputs: str) -> dict[str, Any]:
+    """What all files of a run have in common: its settings and the networks, but not where it reads and writes."""
+    skipped = ("output_dir", "model", "seed", inputs)
+    return {name: value for name, value in vars(config).items() if name not in skipped} | {"model": fingerprint(pipe)}
+
+
+def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
+    """Jobs of a file of prompts: a text file has one a line; a `.jsonl` file has objects.
+
+    An object has a `prompt` and may have a `name` for its file and a `seed`.
+
+    Args:
+        path: Of the file.
+        config: Of the run.
+        schedules: Whether a prompt may be a schedule, such as `{"0": "...", "64": "..."}`.
+
+    Raises:
+        ValueError: The file holds no prompts, or a line is no such object.
+    """
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    kinds = (str, dict) if schedules else (str,)
+    rows = [_parse_row(path, line, kinds) if path.suffix == ".jsonl" else {"prompt": line.strip()} for line in lines]
+    if not rows:
+        raise ValueError(f"{path} holds no prompts")
+    return [
+        Job(
+            row.get("name", f"{index:06d}") + config.suffix,
+            {"prompt": row["prompt"], "seed": row.get("seed", config.seed + index)},
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
+    """Jobs of a folder of videos: files that can be read, and folders of frames, in the order of their names.
+
+    Raises:
+        ValueError: The folder holds no videos.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if entry.name[:1] != ".")
+    videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
+    if not videos:
+        raise ValueError(f"{folder} holds no videos: {', '.join(VIDEO_SUFFIXES)}, or folders of frames")
+    return [
+        Job(video.stem + config.suffix, {"video": str(video), "seed": config.seed + index})
+        for index, video in enumerate(videos)
+    ]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    output_dir: Path,
+    settings: dict[str, Any],
+    make: Callable[[Job, Path], dict[str, Any]],
+) -> int:
+    """Makes what is missing, this process's share of it; returns the number of jobs that failed anywhere.
+
+    A job whose input is bad (`ValueError`, `OSError`, or more than memory holds) is told in the manifest and does not
+    stop the others.
+
+    Args:
+        jobs: All jobs, the same in all processes.
+        output_dir: Folder of the files.
+        settings: What all files have in common.
+        make: Writes a job's file, over an older one, and returns facts for the manifest.
+
+    Raises:
+        ValueError: Two jobs have one name, or the folder holds files that were made with other settings.
+    """
+    process = PartialState()
+    names = [job.name for job in jobs]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double or any(Path(name).name != name for name in names):
+        raise ValueError(f"each input needs a name of its own without folders in it, got {(double or names)[0]!r}")
+    if process.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_settings(output_dir, settings, [glob.escape(name) for name in names])
+        for job in jobs:  # what a writer left that was killed
+            for left in output_dir.glob(f".{glob.escape(Path(job.name).stem)}-????????"):
+                _remove(left)
+    process.wait_for_everyone()
+    lines = read_manifest(output_dir)
+    own = output_dir / f"manifest-{process.process_index:05d}.jsonl"
+    mine = jobs[process.process_index :: process.num_processes]
+    for job in tqdm(mine, unit="file", disable=not process.is_main_process):
+        path = output_dir / job.name
+        if is_done(job, lines, output_dir):
+            continue
+        begin = time.time()
+        line: dict[str, Any] = {"name": job.name, "status": "done", **job.inputs}
+        try:
+            line |= make(job, path)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            line |= {"status": "failed", "error": " ".join(str(error).split())}
+        now = time.time()
+        append_line(own, line | {"seconds": round(now - begin, 3), "time": now})
+    process.wait_for_everyone()
+    lines = read_manifest(output_dir)
+    failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
+    if process.is_main_process:
+        gather(output_dir, lines)
+        print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {output_dir / MANIFEST}")
+    process.wait_for_everyone()
+    return failed
+
+
+def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[str]) -> None:
+    """Writes down what the files of a folder were made with, or checks that it is the same.
+
+    Args:
+        folder: Of the files.
+        settings: Of JSON's kinds.
+        patterns: Of the files' names.
+
+    Raises:
+        ValueError: The folder holds files of other or unknown settings; what differs is named.
+    """
+    path = folder / "settings.json"
+    found = json.loads(path.read_text()) if path.exists() else None
+    settings = json.loads(json.dumps(settings, default=str))
+    if found is None and any(any(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(f"{folder} holds files of unknown settings: choose an empty folder")
+    differing = [] if found is None else [name for name in settings if found.get(name) != settings[name]]
+    if differing:
+        raise ValueError(f"{folder} holds files made with another {', '.join(differing)}: choose another folder")
+    _write_whole(path, json.dumps(settings, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The latest line of each job, from all manifests of a folder; a line that was cut short does not count."""
+    lines: dict[str, dict[str, Any]] = {}
+    for path in folder.glob("manifest*.jsonl"):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if line["time"] >= lines.get(line["name"], line)["time"]:
+                lines[line["name"]] = line
+    return lines
+
+
+def is_done(job: Job, lines: dict[str, dict[str, Any]], folder: Path) -> bool:
+    """Whether a job's file is there, made from the same inputs."""
+    line = lines.get(job.name, {})
+    same = all(line.get(name) == value for name, value in json.loads(json.dumps(job.inputs)).items())
+    return line.get("status") == "done" and same and (folder / job.name).exists()
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends to a manifest, behind whatever a killed process left of its last line."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def gather(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
+    """Writes one manifest, in the order of names, and removes those of processes."""
+    _write_whole(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
+    for path in folder.glob("manifest-*.jsonl"):
+        path.unlink()
+
+
+def _parse_row(path: Path, line: str, kinds: tuple[type, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {line!r} is not JSON: {error}") from error
+    known = isinstance(row, dict) and set(row) <= {"prompt", "name", "seed"}
+    if not known or not isinstance(row.get("prompt"), kinds):
+        raise ValueError(f"{path}: {line!r} must have a prompt, and may have a name and a seed")
+    return row
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
