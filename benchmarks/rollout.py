@@ -1,0 +1,199 @@
+"""What becomes of long rollouts: whether the objects stay themselves, drift, seams, counter-measures, time, memory.
+
+    python benchmarks/rollout.py --model vgen/shapes-64
+
+Videos of 272 frames of one object from nothing, at the checkpoint's defaults; half of the prompts bounce. An object is
+right if its colour and shape are: in the first 17 frames, in the last 8, and in the last 8 of those that began right.
+Slopes are of a line through each video's mean (brightness) and standard deviation (contrast) against time, in units of
+the value range per 100 frames. The seam ratio is the mean difference of neighbouring frames across borders of chunks,
+over that across other borders of latents.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pairs import forget_peak, peak_mebibytes, seconds
+from tqdm import tqdm
+
+from vgen.data.captions import caption
+from vgen.data.shapes import ShapesWorld, render
+from vgen.known_frames import to_frames
+from vgen.metrics.prompt import check
+from vgen.pipeline import VideoGenPipeline
+from vgen.temporal.attention import make_groups
+from vgen.temporal.state import TemporalState
+
+WORLD_SEED = 1000  # training draws its scenes from seed 0
+NUM_FRAMES = 272
+LAST = 8
+MEASURES = {
+    "defaults": {},
+    "sink off": {"sink": 0},
+    "window 2": {"window": 2},
+    "history noise 0.1": {"history_noise": 0.1},
+    "history noise 0.2": {"history_noise": 0.2},
+    "history guidance 1.5": {"history_guidance_scale": 1.5},
+    "coarse to fine, 4": {"stride": 4},
+}
+
+
+def main() -> None:
+    """Measures one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vgen/shapes-64")
+    parser.add_argument("--num-prompts", type=int, default=100)
+    parser.add_argument("--num-prompts-measures", type=int, default=24)
+    parser.add_argument("--measures", nargs="*", default=list(MEASURES)[1:], choices=list(MEASURES))
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--memory-of", type=int, help="only tell the peak memory of so many chunks")
+    args = parser.parse_args()
+    pipe = VideoGenPipeline.from_pretrained(args.model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    if args.memory_of:
+        print(memory(pipe, args.memory_of))
+        return
+
+    scenes = choose_scenes(args.num_prompts)
+    results: dict[str, Any] = {}
+    truth = render(scenes, num_frames=NUM_FRAMES)
+    results["true clips"] = judge(list(to_frames(truth)), scenes, pipe)
+    print(f"{'':<24}" + "".join(f"{name:>16}" for name in results["true clips"]))
+    show("true clips", results)
+    for name in ("defaults", *args.measures):
+        some = scenes if name == "defaults" else scenes[:: len(scenes) // args.num_prompts_measures]
+        videos = rolled_out(pipe, some, args.batch_size, **MEASURES[name])
+        results[name] = judge(videos, some, pipe)
+        show(name, results)
+        if name == "defaults":
+            every = len(scenes) // args.num_prompts_measures
+            results["defaults, the same 24"] = judge(videos[::every], scenes[::every], pipe)
+            show("defaults, the same 24", results)
+    results |= timings(pipe)
+    results["memory, MiB"] = {
+        count: float(
+            subprocess.check_output([sys.executable, __file__, "--model", args.model, "--memory-of", str(count)])
+        )
+        for count in (50, 1000)
+    }
+    for name in ("seconds a chunk", "speed-up of the cache", "memory, MiB"):
+        print(f"{name}: {results[name]}")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1))
+
+
+def choose_scenes(count: int) -> list:
+    """Scenes of which every second has only objects that bounce."""
+    world = ShapesWorld(split="all", num_objects=(1,), seed=WORLD_SEED)
+    every = (world.scene(index) for index in range(100 * count))
+    bouncing, others = [], []
+    for scene in every:
+        (bouncing if scene.objects[0].motion == "bounce" else others).append(scene)
+    return [scene for pair in zip(bouncing[: count // 2], others[: count // 2], strict=True) for scene in pair]
+
+
+def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options: Any) -> list[np.ndarray]:
+    """Videos `(f, h, w, 3)` of the scenes' captions, each from its own seed."""
+    videos: list[np.ndarray] = []
+    for begin in tqdm(range(0, len(scenes), batch_size), leave=False):
+        batch = scenes[begin : begin + batch_size]
+        prompts = [caption(scene, random.Random(begin + index)) for index, scene in enumerate(batch)]
+        generators = [torch.Generator().manual_seed(begin + index) for index in range(len(batch))]
+        rollout = pipe.rollout(prompts, num_frames=NUM_FRAMES, generator=generators, **options)
+        videos.extend(np.concatenate(list(rollout), axis=1))
+    return videos
+
+
+def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dict[str, float]:
+    """What is still right at the end, and how brightness, contrast and seams behave."""
+    starts, ends, slopes, seams = [], [], [], []
+    for video, scene in zip(videos, scenes, strict=True):
+        for verdicts, frames in ((starts, video[:17]), (ends, video[-LAST:])):
+            verdicts.append(all(one.color_right and one.shape_right for one in check(frames, scene).objects))
+        pixels = video.astype(np.float32) / 255
+        times = np.arange(len(video)) / 100
+        slopes.append([np.polyfit(times, values, 1)[0] for values in (pixels.mean((1, 2, 3)), pixels.std((1, 2, 3)))])
+        seams.append(borders(pixels, pipe))
+    began, ended, table = np.array(starts), np.array(ends), np.array(slopes)
+    at_chunks, elsewhere = np.mean(seams, axis=0)
+    return {
+        "right at start": began.mean(),
+        "right at end": ended.mean(),
+        "still right": ended[began].mean(),
+        "brightness": table[:, 0].mean(),
+        "|brightness|": np.abs(table[:, 0]).mean(),
+        "contrast": table[:, 1].mean(),
+        "|contrast|": np.abs(table[:, 1]).mean(),
+        "seam ratio": at_chunks / elsewhere,
+    }
+
+
+def borders(pixels: np.ndarray, pipe: VideoGenPipeline) -> tuple[float, float]:
+    """Mean differences of neighbouring frames across borders of chunks, and of other latents; frame 0 comes alone."""
+    s, size = pipe.vae_scale_factor_temporal, pipe.denoiser.config.chunk_size
+    change = np.abs(np.diff(pixels, axis=0)).mean((1, 2, 3))  # from frame i to i + 1
+    last = np.arange(s, len(change), s)  # the last frames of latents
+    is_chunk = last % (s * size) == 0
+    return change[last[is_chunk]].mean(), change[last[~is_chunk]].mean()
+
+
+def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
+    """Seconds of a chunk just after the window was filled and much later, and of the cache against none."""
+    config = pipe.denoiser.config
+    filled = 2 + (config.window + config.sink) // config.chunk_size
+    rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), num_inference_steps=2)
+    spent = []
+    for _ in range(filled + 50 + 200):
+        begin = time.perf_counter()
+        next(rollout)
+        spent.append(time.perf_counter() - begin)
+    early, late = (statistics.median(part) for part in (spent[filled : filled + 50], spent[-50:]))
+
+    n = config.sink + config.window + config.chunk_size
+    embeds = torch.cat(list(pipe.encode_prompt("a red circle bounces")))
+    latents = torch.randn(2, config.in_channels, n, pipe.config.height // 8, pipe.config.width // 8)
+    levels = torch.zeros(2, n)
+    groups = make_groups("chunk", n, n - config.chunk_size, config.chunk_size)
+    state = TemporalState()
+    with torch.no_grad():
+        history = n - config.chunk_size
+        pipe.denoiser(latents[:, :, :history], levels[:, :history], embeds, groups=groups[:history], state=state)
+        view, part = state.frozen(), slice(history, n)
+        cached, whole = [], []
+        for _ in range(50):
+            call = lambda: pipe.denoiser(latents[:, :, part], levels[:, part], embeds, state=view)  # noqa: E731
+            cached.append(seconds(call))
+            whole.append(seconds(lambda: pipe.denoiser(latents, levels, embeds, groups=groups)))
+    return {
+        "seconds a chunk": {"window just filled": early, "200 chunks later": late, "ratio": late / early},
+        "speed-up of the cache": statistics.median(whole) / statistics.median(cached),
+    }
+
+
+def memory(pipe: VideoGenPipeline, num_chunks: int) -> float:
+    """Peak in MiB above what loading took."""
+    forget_peak()
+    before = peak_mebibytes()
+    rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), num_inference_steps=2)
+    for _ in range(num_chunks):
+        next(rollout)
+    return peak_mebibytes() - before
+
+
+def show(name: str, results: dict[str, Any]) -> None:
+    """Prints one line of the table."""
+    print(f"{name:<24}" + "".join(f"{value:>16.4f}" for value in results[name].values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
