@@ -176,6 +176,16 @@ def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
     assert len(sizes) == 1
 
 
+def test_nothing_grows_over_a_thousand_chunks(randomize):
+    rollout = build(randomize, num_layers=1).rollout(PROMPT, generator=seeded(), num_inference_steps=1)
+    sizes = set()
+    for chunk in range(1000):
+        next(rollout)
+        if chunk >= 5:
+            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes, len(rollout._history)))
+    assert len(sizes) == 1 and rollout.frames_done == 1 + 4 * 999
+
+
 def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe):
     rollout = pipe.rollout({0: PROMPT, 9: OTHER}, num_frames=17, generator=seeded())
     same = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded()))
