@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vgen.interpolation import Interpolator
 from vgen.known_frames import to_frames
-from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, whole_folder
+from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, start_rollout, whole_folder
 from vgen.temporal.state import TemporalState
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ class CoarseToFine:
 
 def coarse_to_fine(
     pipe: VideoGenPipeline,
-    stride: int,
     prompt: Any,
     video: Any,
     *,
+    stride: int,
     num_frames: int | None,
     frame_rate: float | None,
     **options: Any,
@@ -145,7 +145,7 @@ def coarse_to_fine(
     rate = (pipe.config.frame_rate if frame_rate is None else frame_rate) / stride
     count, last_given, given = num_frames, None, None
     if video is not None:
-        clip = pipe._given_clip(video, prompt)
+        clip = pipe.given_clip(video, prompt)
         last_given = clip[:, :, -1:].to(pipe._execution_device)
         given = [one.movedim(1, 0) / 2 + 0.5 for one in clip[:, :, (clip.shape[2] - 1) % stride :: stride]]
         given = given[0] if prompt is None or isinstance(prompt, (str, Mapping)) else given
@@ -154,7 +154,7 @@ def coarse_to_fine(
     schedule = prompt
     if isinstance(prompt, Mapping):
         schedule = {-(-frame // stride): text for frame, text in prompt.items()}
-    coarse = pipe.rollout(schedule, given, num_frames=count, frame_rate=rate, **options)
+    coarse = start_rollout(pipe, schedule, given, num_frames=count, frame_rate=rate, **options)
     fill = pipe.interpolator(
         stride,
         prompt[0] if isinstance(prompt, Mapping) else prompt,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
-from vgen.rollout import Rollout, draw_noise
+from vgen.rollout import draw_noise, start_rollout
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
 
@@ -372,95 +372,24 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: The checkpoint cannot continue videos, or an argument is not possible.
         """
-        if stride != 1:
-            return coarse_to_fine(
-                self,
-                stride,
-                prompt,
-                video,
-                negative_prompt=negative_prompt,
-                num_frames=num_frames,
-                height=height,
-                width=width,
-                frame_rate=frame_rate,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                chunk_size=chunk_size,
-                window=window,
-                sink=sink,
-                history_noise=history_noise,
-                history_guidance_scale=history_guidance_scale,
-                generator=generator,
-            )
-        config = self.denoiser.config
-        schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
-        if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
-            raise ValueError(f"a schedule of prompts begins at frame 0, not with frames {sorted(schedule)}")
-        count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
-        clips: Iterator[Tensor] = iter(())
-        if video is not None:
-            single = prompt is None or isinstance(prompt, (str, Mapping))
-            streamed = single and isinstance(video, Iterator)
-            clips = _one_by_one(video) if streamed else iter([self._given_clip(video, prompt)])
-            clip = next(clips)
-            clips = itertools.chain([clip], clips)
-            height, width = height or clip.shape[-2], width or clip.shape[-1]
-            if (height, width) != clip.shape[-2:]:
-                raise ValueError(f"a video of {clip.shape[-2]}x{clip.shape[-1]} cannot become one of {height}x{width}")
-        height = self.config.height if height is None else height
-        width = self.config.width if width is None else width
-        frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
-        for one in schedule.values():
-            texts = "a video" if one is None else one if isinstance(one, str) else list(one)
-            self.check_inputs(
-                texts, negative_prompt, height, width, self._first_frames, frame_rate, steps, groups=(0,)
-            )
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
-        if not 0 <= history_noise < 1:
-            raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
-        flow = "shift" in self.scheduler.config or self.scheduler.config.get("use_flow_sigmas")
-        if history_guidance_scale != 1 and not flow:
-            raise ValueError(f"history guidance needs a flow-matching scheduler, not {type(self.scheduler).__name__}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
-        self._check_tasks({"leading"})
-        chunk_size = config.chunk_size if chunk_size is None else chunk_size
-        window = config.window if window is None else window
-        sink = config.sink if sink is None else sink
-        if window is None or window < 1 or sink < 0 or chunk_size < 1:
-            raise ValueError(f"window={window}, sink={sink}, chunk_size={chunk_size}: give at least 1, 0 and 1")
-        if "chunk" not in config.group_modes and not ("causal" in config.group_modes and chunk_size == 1):
-            raise ValueError(
-                f"a rollout in chunks of {chunk_size} needs a checkpoint trained with groups chunk, or causal for "
-                f"chunks of 1: this one was trained with {', '.join(config.group_modes)}"
-            )
-        limit = config.trained_token_frames
-        if limit is not None and sink + window + chunk_size > limit:
-            raise ValueError(
-                f"sink={sink}, window={window} and chunk_size={chunk_size} token frames exceed the {limit} that this "
-                "checkpoint was trained with"
-            )
-        return Rollout(
+        begin = start_rollout if stride == 1 else partial(coarse_to_fine, stride=stride)
+        return begin(
             self,
             prompt,
-            clips,
+            video,
             negative_prompt=negative_prompt,
             num_frames=num_frames,
             height=height,
             width=width,
             frame_rate=frame_rate,
-            num_inference_steps=steps,
+            num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             chunk_size=chunk_size,
             window=window,
             sink=sink,
             history_noise=history_noise,
             history_guidance_scale=history_guidance_scale,
-            generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
+            generator=generator,
         )
 
     @torch.no_grad()
@@ -531,7 +460,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: The checkpoint cannot interpolate, or by less; or an argument is not possible.
         """
         _check_output_type(output_type)
-        clip = self._given_clip(video, prompt)
+        clip = self.given_clip(video, prompt)
         make = self.interpolator(
             factor,
             prompt,
@@ -577,11 +506,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         if not isinstance(factor, int) or factor < 2:
             raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
-        self._check_tasks({"leading", "keyframes"})
+        self.check_tasks({"leading", "keyframes"})
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         texts = ["a video"] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        self.check_inputs(texts, negative_prompt, *size, self._first_frames, frame_rate, steps, groups=(0,))
+        self.check_inputs(texts, negative_prompt, *size, self.first_frames, frame_rate, steps, groups=(0,))
         if guidance_scale is None:
             guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
         embeds = self.encode_prompt(
@@ -913,11 +842,11 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self._interrupt
 
     @property
-    def _first_frames(self) -> int:
+    def first_frames(self) -> int:
         """Pixel frames of the first token frame."""
         return 1 + self.vae_scale_factor_temporal * (self.denoiser.config.patch_size[0] - 1)
 
-    def _given_clip(self, video: Any, prompt: Any) -> Tensor:
+    def given_clip(self, video: Any, prompt: Any) -> Tensor:
         """Given videos `(b, 3, f, h, w)` in [-1, 1], one for each of a sequence of prompts.
 
         Raises:
@@ -975,14 +904,19 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         layout = (self.vae_scale_factor_temporal, config.patch_size[0])
         placement = place(given.keys(), num_frames, *layout)
         uses = {"leading": placement.num_leading > 0, "keyframes": bool(placement.slots)}
-        self._check_tasks({task for task, used in uses.items() if used})
+        self.check_tasks({task for task, used in uses.items() if used})
         device = self._execution_device
         pixels = {
             index: one.to(device).repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()
         }
         return encode_known_frames(pixels, num_frames, self.vae, *layout)
 
-    def _check_tasks(self, tasks: set[str]) -> None:
+    def check_tasks(self, tasks: set[str]) -> None:
+        """Refuses what the checkpoint was not trained for.
+
+        Raises:
+            ValueError: It names the missing tasks.
+        """
         config, slots = self.denoiser.config, self.vae_scale_factor_temporal
         missing = sorted(tasks - set(config.tasks))
         if missing or ("keyframes" in tasks and config.keyframe_slots != slots):
@@ -992,7 +926,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
 
     def _check_num_frames(self, num_frames: int) -> None:
-        unit, first = self.vae_scale_factor_temporal * self.denoiser.config.patch_size[0], self._first_frames
+        unit, first = self.vae_scale_factor_temporal * self.denoiser.config.patch_size[0], self.first_frames
         if num_frames < first or (num_frames - first) % unit:
             below = max(first, first + (num_frames - first) // unit * unit)
             nearest = below if num_frames <= below + unit / 2 else below + unit
@@ -1013,20 +947,6 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"this checkpoint has never seen: {', '.join(words)}. "
                 f"The words it knows: {' '.join(known_words(self.tokenizer))}"
             )
-
-
-def _one_by_one(images: Iterator[Any]) -> Iterator[Tensor]:
-    """Clips `(1, 3, 1, h, w)` of one image each, in [-1, 1]."""
-    size = None
-    for image in images:
-        pixels = to_pixels(image)
-        size = size or pixels.shape
-        if pixels.shape != size:
-            sizes = ", ".join("x".join(map(str, shape[1:])) for shape in (size, pixels.shape))
-            raise ValueError(f"the video has frames of different sizes: {sizes}")
-        yield pixels[None, :, None]
-    if size is None:
-        raise ValueError("the video has no frames")
 
 
 def _check_output_type(output_type: str) -> None:

@@ -6,6 +6,7 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` tok
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames
+from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames, to_pixels
 from vgen.temporal.state import TemporalState
 from vgen.training.objective import flow_sample
 
@@ -255,7 +256,7 @@ class Rollout:
         if whole:
             self._finish(encode_clip(pipe.vae, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
         if placement.slots:
-            pipe._check_tasks({"keyframes"})
+            pipe.check_tasks({"keyframes"})
             rest = zip(placement.slots.values(), waiting[whole:], strict=True)
             self._keyframes = encode_slots(
                 pipe.vae, {(latent - placement.num_leading, slot): frame for (latent, slot), frame in rest}
@@ -330,6 +331,110 @@ class Rollout:
 
     def _guide(self) -> None:
         self.pipe._guidance_scale, self.pipe._guider = self.guidance_scale, None
+
+
+def start_rollout(
+    pipe: VideoGenPipeline,
+    prompt: str | Sequence[str] | Mapping[int, str] | None,
+    video: Any,
+    *,
+    negative_prompt: str | None,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    frame_rate: float | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    chunk_size: int | None,
+    window: int | None,
+    sink: int | None,
+    history_noise: float,
+    history_guidance_scale: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> Rollout:
+    """Fills in the checkpoint's defaults and refuses what cannot be; see `VideoGenPipeline.rollout`."""
+    config = pipe.denoiser.config
+    schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
+    if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
+        raise ValueError(f"a schedule of prompts begins at frame 0, not with frames {sorted(schedule)}")
+    count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
+    clips: Iterator[Tensor] = iter(())
+    if video is not None:
+        single = prompt is None or isinstance(prompt, (str, Mapping))
+        streamed = single and isinstance(video, Iterator)
+        clips = _one_by_one(video) if streamed else iter([pipe.given_clip(video, prompt)])
+        clip = next(clips)
+        clips = itertools.chain([clip], clips)
+        height, width = height or clip.shape[-2], width or clip.shape[-1]
+        if (height, width) != clip.shape[-2:]:
+            raise ValueError(f"a video of {clip.shape[-2]}x{clip.shape[-1]} cannot become one of {height}x{width}")
+    height = pipe.config.height if height is None else height
+    width = pipe.config.width if width is None else width
+    frame_rate = pipe.config.frame_rate if frame_rate is None else frame_rate
+    steps = pipe.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+    if guidance_scale is None:
+        guidance_scale = 1.0 if prompt is None else pipe.config.guidance_scale
+    for one in schedule.values():
+        texts = "a video" if one is None else one if isinstance(one, str) else list(one)
+        pipe.check_inputs(texts, negative_prompt, height, width, pipe.first_frames, frame_rate, steps, groups=(0,))
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
+    if not 0 <= history_noise < 1:
+        raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
+    flow = "shift" in pipe.scheduler.config or pipe.scheduler.config.get("use_flow_sigmas")
+    if history_guidance_scale != 1 and not flow:
+        raise ValueError(f"history guidance needs a flow-matching scheduler, not {type(pipe.scheduler).__name__}")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
+    pipe.check_tasks({"leading"})
+    chunk_size = config.chunk_size if chunk_size is None else chunk_size
+    window = config.window if window is None else window
+    sink = config.sink if sink is None else sink
+    if window is None or window < 1 or sink < 0 or chunk_size < 1:
+        raise ValueError(f"window={window}, sink={sink}, chunk_size={chunk_size}: give at least 1, 0 and 1")
+    if "chunk" not in config.group_modes and not ("causal" in config.group_modes and chunk_size == 1):
+        raise ValueError(
+            f"a rollout in chunks of {chunk_size} needs a checkpoint trained with groups chunk, or causal for "
+            f"chunks of 1: this one was trained with {', '.join(config.group_modes)}"
+        )
+    limit = config.trained_token_frames
+    if limit is not None and sink + window + chunk_size > limit:
+        raise ValueError(
+            f"sink={sink}, window={window} and chunk_size={chunk_size} token frames exceed the {limit} that this "
+            "checkpoint was trained with"
+        )
+    return Rollout(
+        pipe,
+        prompt,
+        clips,
+        negative_prompt=negative_prompt,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        frame_rate=frame_rate,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        chunk_size=chunk_size,
+        window=window,
+        sink=sink,
+        history_noise=history_noise,
+        history_guidance_scale=history_guidance_scale,
+        generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
+    )
+
+
+def _one_by_one(images: Iterator[Any]) -> Iterator[Tensor]:
+    """Clips `(1, 3, 1, h, w)` of one image each, in [-1, 1]."""
+    size = None
+    for image in images:
+        pixels = to_pixels(image)
+        size = size or pixels.shape
+        if pixels.shape != size:
+            sizes = ", ".join("x".join(map(str, shape[1:])) for shape in (size, pixels.shape))
+            raise ValueError(f"the video has frames of different sizes: {sizes}")
+        yield pixels[None, :, None]
+    if size is None:
+        raise ValueError("the video has no frames")
 
 
 def due_prompt(schedule: Mapping[int, Any], frame: int) -> Any:
