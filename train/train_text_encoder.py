@@ -17,19 +17,7 @@ from torch import Tensor, nn
 from vgen.data.captions import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS
 from vgen.data.shapes import Scene, ShapesWorld, vocabulary
 from vgen.models.prompts import embed, make_text_encoder, make_word_tokenizer, tokenize
-from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
-from vgen.training.run import (
-    RunConfig,
-    accumulate,
-    check_finite,
-    config_text,
-    make_optimizers,
-    micro_batches,
-    parse_config,
-    progress,
-    start,
-    update,
-)
+from vgen.training.run import Run, RunConfig, config_text, parse_config, start
 
 ATTRIBUTES = {
     "color": COLORS,
@@ -86,46 +74,30 @@ def main(config: TextEncoderConfig) -> None:
     if config.gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable()
     model = AttributeReader(text_encoder, config.dim)
-    optimizers, schedules = make_optimizers(config, model)
-    average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
-    network, *optimizers = accelerator.prepare(model, *optimizers)
-    accelerator.register_for_checkpointing(*schedules)
-    done = resume(accelerator, config.output_dir, average)
-    network.train()
+    run = Run(config, accelerator, model)
 
-    bar = progress(config, accelerator, done)
-    for step in range(done, config.max_steps):
+    for step in run.steps():
         total = torch.zeros((), device=accelerator.device)
-        for part in accumulate(accelerator, network, micro_batches(config, accelerator, config.batch_size)):
+        for part in run.parts(config.batch_size):
             first = step * config.batch_size
             input_ids, mask, said = draw(world, tokenizer, range(first + part.start, first + part.stop), config)
-            logits = network(input_ids.to(accelerator.device), mask.to(accelerator.device))
+            logits = run.network(input_ids.to(accelerator.device), mask.to(accelerator.device))
             loss = torch.stack([_error(one, said[..., i]) for i, one in enumerate(logits)]).mean() / config.batch_size
-            accelerator.backward(loss * accelerator.num_processes)
+            run.backward(loss)
             total += loss.detach()
-        norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
-        bar.update()
-
-        if (step + 1) % config.log_every == 0:
-            check_finite(accelerator, norm, step + 1)
-            loss = accelerator.reduce(total).item()
-            accelerator.log({"loss": loss, "grad_norm": norm.item()}, step=step + 1)
-            bar.set_postfix(loss=f"{loss:.4f}")
-        if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
-            with average:
+        run.update()
+        run.log(loss=total)
+        if run.wants_scores:
+            with run.average:
                 scores = score(model, tokenizer, config, accelerator)
-            accelerator.log(scores, step=step + 1)
-            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            check_finite(accelerator, norm, step + 1)
-            save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
+            run.report(scores)
+        run.save()
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with average:
-            text_encoder.save_pretrained(config.output_dir / "text_encoder")
+    def save_result() -> None:
+        text_encoder.save_pretrained(config.output_dir / "text_encoder")
         tokenizer.save_pretrained(config.output_dir / "tokenizer")
-    accelerator.end_training()
+
+    run.end(save_result)
 
 
 def draw(

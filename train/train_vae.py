@@ -18,21 +18,7 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
 from vgen.models.vae import CausalVideoVAE
-from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
-from vgen.training.run import (
-    RunConfig,
-    accumulate,
-    check_finite,
-    compile_blocks,
-    config_text,
-    generators,
-    make_optimizers,
-    micro_batches,
-    parse_config,
-    progress,
-    start,
-    update,
-)
+from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
 
 
 @dataclass(kw_only=True)
@@ -91,60 +77,38 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-    optimizers, schedules = make_optimizers(config, vae)
-    average = AveragedWeights(vae.to(accelerator.device), config.ema_decay)
-    network, *optimizers = accelerator.prepare(vae, *optimizers)
-    accelerator.register_for_checkpointing(*schedules)
-    done = resume(accelerator, config.output_dir, average)
-    network.train()
+    run = Run(config, accelerator, vae)
 
-    bar = progress(config, accelerator, done)
-    for step in range(done, config.max_steps):
+    for step in run.steps():
         images = step < config.image_steps
         size, frames = (config.image_batch_size, 1) if images else (config.batch_size, config.num_frames)
         moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
-        logs = {"l1": 0.0, "kl": 0.0}
-        for part in accumulate(accelerator, network, micro_batches(config, accelerator, size)):
+        total = torch.zeros(2, device=accelerator.device)
+        for part in run.parts(size):
             clip = draw(world, first_index(config, step), part, config, accelerator.device, frames, moment)
-            out = network(clip, generator=generators(config.seed, step, part))
+            out = run.network(clip, generator=generators(config.seed, step, part))
             error = out.sample.float() - clip
             l1, mse = error.abs().mean(), error.square().mean()
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
             share = (part.stop - part.start) / size
             loss = l1 + config.mse_weight * mse + config.kl_weight * kl
-            accelerator.backward(loss * share * accelerator.num_processes)
-            logs["l1"] += l1.detach() * share
-            logs["kl"] += kl.detach() * share
-        norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
-        bar.update()
-
-        # every log_every steps: a line in the trackers
-        if (step + 1) % config.log_every == 0:
-            check_finite(accelerator, norm, step + 1)
-            logs = {name: accelerator.reduce(value).item() for name, value in logs.items()}
-            accelerator.log(logs | {"grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}, step=step + 1)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
-
-        # every sample_every steps: scores on fresh clips, and a video of originals over reconstructions
-        if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
-            with average:
+            run.backward(loss * share)
+            total += torch.stack([l1, kl]).detach() * share
+        run.update()
+        run.log(l1=total[0], kl=total[1])
+        if run.wants_scores:  # on fresh clips, and a video of originals over reconstructions
+            with run.average:
                 scores, pairs = score(vae, fresh, config, accelerator.device)
-            accelerator.log(scores, step=step + 1)
-            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+            run.report(scores)
             write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
+        run.save()
 
-        # every save_every steps: a checkpoint
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            check_finite(accelerator, norm, step + 1)
-            save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
+    def save_result() -> None:
+        if not config.freeze_encoder:
+            calibrate(vae, world, config, accelerator.device)
+        vae.save_pretrained(config.output_dir / "vae")
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with average:
-            if not config.freeze_encoder:
-                calibrate(vae, world, config, accelerator.device)
-            vae.save_pretrained(config.output_dir / "vae")
-    accelerator.end_training()
+    run.end(save_result)
 
 
 def first_index(config: VAEConfig, step: int) -> int:

@@ -29,24 +29,10 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
-from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
 from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
-from vgen.training.run import (
-    RunConfig,
-    accumulate,
-    check_finite,
-    compile_blocks,
-    config_text,
-    generators,
-    make_optimizers,
-    micro_batches,
-    parse_config,
-    progress,
-    start,
-    update,
-)
+from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
 
 
 @dataclass(kw_only=True)
@@ -141,27 +127,21 @@ def main(config: VDMConfig) -> None:
         compile_blocks(pipe.transformer)
     pipe.text_encoder.requires_grad_(config.train_text_encoder)
     model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
-    optimizers, schedules = make_optimizers(config, model)
-    average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
-    network, *optimizers = accelerator.prepare(model, *optimizers)
-    accelerator.register_for_checkpointing(*schedules)
-    done = resume(accelerator, config.output_dir, average)
-    network.train()
+    run = Run(config, accelerator, model)
     pipe.text_encoder.train(config.train_text_encoder)
 
-    bar = progress(config, accelerator, done)
-    for step in range(done, config.max_steps):
+    for step in run.steps():
         rng = random.Random(config.seed * 1_000_003 + step)
         mode = choose(config.groups, rng)
         length = rng.choice(lengths)
         total = torch.zeros((), device=accelerator.device)
-        for part in accumulate(accelerator, network, micro_batches(config, accelerator, config.batch_size)):
+        for part in run.parts(config.batch_size):
             batch = draw(data, pipe, config, step, part, mode, length)
             groups = batch.pop("groups")
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             noisy, target = flow_sample(batch["latents"], batch["noise"], batch["levels"])
-            prediction = network(
+            prediction = run.network(
                 noisy,
                 batch["levels"],
                 batch["input_ids"],
@@ -171,37 +151,21 @@ def main(config: VDMConfig) -> None:
                 keyframes=batch.get("keyframes"),
             )
             loss = velocity_loss(prediction, target, batch["generated"]).sum() / config.batch_size
-            accelerator.backward(loss * accelerator.num_processes)
+            run.backward(loss)
             total += loss.detach()
-        norm = update(accelerator, network, optimizers, schedules, average, config.max_grad_norm)
-        bar.update()
-
-        # every log_every steps: a line in the trackers
-        if (step + 1) % config.log_every == 0:
-            check_finite(accelerator, norm, step + 1)
-            loss = accelerator.reduce(total).item()
-            logs = {"loss": loss, "grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}
-            accelerator.log(logs, step=step + 1)
-            bar.set_postfix(loss=f"{loss:.4f}")
-
-        # every sample_every steps: how many prompts come out right, and a video of some
-        if (step + 1) % config.sample_every == 0 and accelerator.is_main_process:
-            with average:
+        run.update()
+        run.log(loss=total)
+        if run.wants_scores:  # how many prompts come out right, and a video of some
+            with run.average:
                 scores, shown = score(pipe, config, accelerator)
-            accelerator.log({f"adherence/{name}": value for name, value in scores.items()}, step=step + 1)
-            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+            run.report({f"adherence/{name}": value for name, value in scores.items()})
             write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
+        run.save()
 
-        # every save_every steps: a checkpoint
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            check_finite(accelerator, norm, step + 1)
-            save_checkpoint(accelerator, config.output_dir, step + 1, average, config.keep_last)
+    def save_result() -> None:
+        pipe.to(getattr(torch, config.save_dtype)).save_pretrained(config.output_dir / "pipeline")
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with average:
-            pipe.to(getattr(torch, config.save_dtype)).save_pretrained(config.output_dir / "pipeline")
-    accelerator.end_training()
+    run.end(save_result)
 
 
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:

@@ -1,8 +1,8 @@
-"""What every training script shares: its settings, its accelerator, its optimiser and its share of a batch."""
+"""What every training script shares: settings, accelerator, optimisers, and what a step does beside its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from vgen.training.checkpoint import AveragedWeights
+from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -186,26 +186,6 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
     return optimizers, schedules
 
 
-def update(
-    accelerator: Accelerator,
-    network: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    schedules: Sequence[LambdaLR],
-    average: AveragedWeights,
-    max_norm: float,
-) -> Tensor:
-    """Takes a step with the gradients that the backward passes left; returns their norm before clipping."""
-    norm = accelerator.clip_grad_norm_(network.parameters(), max_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:
-        for schedule in schedules:
-            schedule.step()
-        average.step()
-    return norm
-
-
 def _is_matrix(weight: nn.Parameter) -> bool:
     """Whether a weight maps channels to channels, unlike gains, biases and modulation tables."""
     return weight.ndim >= 2 and weight.shape[0] > 1 and weight.numel() > max(weight.shape)
@@ -245,23 +225,95 @@ def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[sli
     yield parts[-1]
 
 
-def check_finite(accelerator: Accelerator, norm: Tensor, step: int) -> None:
-    """Stops a run whose gradient has overflowed, unless the step was skipped for it.
-
-    Raises:
-        FloatingPointError: Names the step; the last checkpoint is kept.
-    """
-    if not accelerator.optimizer_step_was_skipped and not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient is not finite at step {step}; the last checkpoint is kept")
-
-
 def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
     """One CPU generator a sample, a function of the seed, the step and the sample's index in the batch alone."""
     keys = [((seed * 1_000_003 + step) * 65_537 + index) % 2**63 for index in range(part.start, part.stop)]
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
-def progress(config: RunConfig, accelerator: Accelerator, first_step: int) -> tqdm:
-    """A bar over the run's steps with rate and time left, on the main process."""
-    hidden = not accelerator.is_main_process
-    return tqdm(total=config.max_steps, initial=first_step, unit="step", disable=hidden, mininterval=5.0)
+class Run:
+    """A network in training, from the newest checkpoint on, and what each step does beside its loss.
+
+    Args:
+        config: Of the run.
+        accelerator: What `start` made.
+        model: Its trainable weights are trained; `forward` is all that is called of it.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module):
+        self.config, self.accelerator = config, accelerator
+        optimizers, self.schedules = make_optimizers(config, model)
+        self.average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
+        self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
+        accelerator.register_for_checkpointing(*self.schedules)
+        self.step = resume(accelerator, config.output_dir, self.average)
+        """Optimiser steps done."""
+        self.network.train()
+        hidden = not accelerator.is_main_process
+        self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
+        self._norm = torch.zeros(())
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left."""
+        yield from range(self.step, self.config.max_steps)
+
+    def parts(self, size: int) -> Iterator[slice]:
+        """This process's parts of a batch of `size` samples; each wants a backward pass."""
+        return accumulate(self.accelerator, self.network, micro_batches(self.config, self.accelerator, size))
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a part's share of the batch's mean loss."""
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def update(self) -> None:
+        """Takes a step with the gradients that the backward passes left."""
+        self._norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            for schedule in self.schedules:
+                schedule.step()
+            self.average.step()
+        self.step += 1
+        self._bar.update()
+
+    def log(self, **losses: Tensor) -> None:
+        """Every `log_every` steps, writes this process's shares of losses, summed over processes, to the trackers."""
+        if self.step % self.config.log_every:
+            return
+        self._check_finite()
+        values = {name: self.accelerator.reduce(value).item() for name, value in losses.items()}
+        rest = {"grad_norm": self._norm.item(), "lr": self.schedules[0].get_last_lr()[0]}
+        self.accelerator.log(values | rest, step=self.step)
+        self._bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether this process has to measure after this step: every `sample_every` steps, one of them."""
+        return self.step % self.config.sample_every == 0 and self.accelerator.is_main_process
+
+    def report(self, scores: dict[str, float]) -> None:
+        """Writes scores to the trackers and to the terminal."""
+        self.accelerator.log(scores, step=self.step)
+        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self._bar.write(f"step {self.step}: {told}")
+
+    def save(self) -> None:
+        """Every `save_every` steps and at the end, writes a checkpoint."""
+        if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
+            self._check_finite()
+            save_checkpoint(self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last)
+
+    def end(self, save_result: Callable[[], None]) -> None:
+        """Lets one process save the result, with averaged weights, when all are done."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with self.average:
+                save_result()
+        self.accelerator.end_training()
+
+    def _check_finite(self) -> None:
+        """Stops a run whose gradient has overflowed, unless the step was skipped for it."""
+        if not self.accelerator.optimizer_step_was_skipped and not torch.isfinite(self._norm):
+            raise FloatingPointError(f"the gradient is not finite at step {self.step}; the last checkpoint is kept")
