@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,6 +66,12 @@ def make_transformer() -> Callable[..., Any]:
         return _randomize(SpacetimeTransformer(**{**tiny, **config}), seed)
 
     return make
+
+
+@pytest.fixture
+def video() -> np.ndarray:
+    """Noise of 13 frames, uint8 `(f, h, w, 3)`."""
+    return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
 
 
 @pytest.fixture

@@ -92,6 +92,16 @@ def test_rollout_writes_any_number_of_frames_and_changes_the_prompt(able, tmp_pa
     assert same.shape == (11, 16, 16, 3) and np.array_equal(same[:5], changed[:5])
 
 
+def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):
+    arguments = ("--video", tmp_path / "clip", "--num-frames", 6, "--model", able, "--stride", 2, "--with-input")
+    for name, extra in (("plain", []), ("guided", ["--history-guidance", 2])):
+        done = run("rollout", PROMPT, *arguments, *extra, "-o", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    plain, guided = (read_video(tmp_path / name)[0] for name in ("plain", "guided"))
+    assert plain.shape == (12, 24, 24, 3) and not np.array_equal(plain, guided)
+    assert np.array_equal(plain[:6], clip[:, :, 8:32])
+
+
 def test_animate_begins_with_the_image(able, tmp_path, clip):
     Image.fromarray(clip[0, :16, :16]).save(tmp_path / "first.png")
     done = run("animate", tmp_path / "first.png", PROMPT, "-o", tmp_path / "video", "--model", able)

@@ -16,11 +16,6 @@ def pipe(randomize):
 
 
 @pytest.fixture
-def video():
-    return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
-
-
-@pytest.fixture
 def coarse(monkeypatch):
     """Chunks of the rollouts inside, as they come."""
     chunks, make = [], Rollout.__next__

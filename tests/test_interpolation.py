@@ -8,20 +8,12 @@ from vgen.interpolation import next_window
 from vgen.known_frames import encode_clip, to_clip, to_frames
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
-from .test_rollout import OTHER
+from .test_rollout import OTHER, build
 
 
 @pytest.fixture
 def pipe(randomize):
-    pipe = make_pipeline(tasks=["text", "leading", "keyframes"], trained_token_frames=5, sink=1)
-    randomize(pipe.transformer)
-    randomize(pipe.vae)
-    return pipe
-
-
-@pytest.fixture
-def video():
-    return np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    return build(randomize, trained_token_frames=5)
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 7, 8, 16])

@@ -10,6 +10,7 @@ from PIL import Image
 from vgen.known_frames import encode_known_frames, place, to_pixels
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
+from .test_rollout import build
 
 
 @pytest.mark.parametrize(("s", "p_t"), [(4, 1), (4, 2), (2, 1), (1, 1), (1, 2), (1, 3)])
@@ -71,15 +72,7 @@ TASKS = {"tasks": ["text", "leading", "keyframes"]}
 
 @pytest.fixture
 def pipe(randomize):
-    pipe = make_pipeline(**TASKS)
-    randomize(pipe.transformer)
-    randomize(pipe.vae)
-    return pipe
-
-
-@pytest.fixture
-def video():
-    return np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    return build(randomize)
 
 
 def generate(pipe, indices, video, output_type="np", **arguments):

@@ -32,11 +32,6 @@ def pipe(randomize):
     return build(randomize)
 
 
-@pytest.fixture
-def video():
-    return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
-
-
 def frames_of(rollout):
     return np.concatenate(list(rollout), axis=-4)
 

@@ -145,7 +145,8 @@ def coarse_to_fine(
     rate = (pipe.config.frame_rate if frame_rate is None else frame_rate) / stride
     count, last_given, given = num_frames, None, None
     if video is not None:
-        clip = pipe.given_clip(video, prompt)
+        # frames are counted back from the last one, so that all must be there
+        clip = pipe.given_clip(list(video) if isinstance(video, Iterator) else video, prompt)
         last_given = clip[:, :, -1:].to(pipe._execution_device)
         given = [one.movedim(1, 0) / 2 + 0.5 for one in clip[:, :, (clip.shape[2] - 1) % stride :: stride]]
         given = given[0] if prompt is None or isinstance(prompt, (str, Mapping)) else given

@@ -347,7 +347,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 frame 64; a list makes several videos. None continues without being told what, unguided.
             video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
                 uint8 or in [0, 1]; a list of these with a list of prompts; or an iterator over images, which is read
-                frame by frame, however long it is. The first frames, if None, are generated.
+                frame by frame, however long it is (but whole with a stride). The first frames, if None, are generated.
             negative_prompt: What to steer away from.
             num_frames: New frames, any number; `None` never ends.
             height: In pixels; with a video, its own.
