@@ -49,7 +49,7 @@ def main(config: RolloutConfig) -> int:
         for other in config.output_dir.glob(f".{glob.escape(path.stem)}.????????????"):
             if other != work:  # of another prompt
                 shutil.rmtree(other)
-        facts = rollout_in_segments(
+        return rollout_in_segments(
             pipe,
             schedule,
             path,
@@ -64,8 +64,6 @@ def main(config: RolloutConfig) -> int:
             history_noise=config.history_noise,
             history_guidance_scale=config.history_guidance_scale,
         )
-        shutil.rmtree(work)
-        return facts
 
     return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "prompts"), make)
 

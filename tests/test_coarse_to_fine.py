@@ -72,6 +72,19 @@ def test_it_is_bounded_and_goes_on_bit_for_bit_after_saving(pipe, tmp_path):
     assert max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
 
 
+def test_prompts_change_where_they_are_due_and_may_be_left_out(pipe, tmp_path):
+    settings = {"stride": 4, "num_frames": 30, "num_inference_steps": 1}
+    told = {9: OTHER, 12: "a green star", 0: None}  # 9 and 12 are due with the same coarse frame
+    rollout = pipe.rollout(told, generator=seeded(), **settings)
+    assert rollout.coarse.schedule == {0: "", 3: "a green star"}
+    assert rollout.fill.guidance_scale == rollout.coarse.guidance_scale == pipe.config.guidance_scale
+    frames = [next(rollout)]
+    rollout.save(tmp_path / "saved")
+    frames += list(rollout)
+    again = Rollout.load(tmp_path / "saved", pipe)
+    assert np.array_equal(np.concatenate(frames[1:]), np.concatenate(list(again)))
+
+
 def test_a_batch_equals_singles(pipe, video):
     settings = {"stride": 3, "num_frames": 7, "num_inference_steps": 2}
     clips, prompts = [video[:5], video[5:10]], [PROMPT, OTHER]
@@ -84,7 +97,8 @@ def test_a_batch_equals_singles(pipe, video):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"stride": 0}, "stride=0"), ({"stride": 1.5}, "stride=1.5"), ({"num_frames": 0}, "num_frames=0"),
-     ({"prompt": {}}, "begins at frame 0"), ({"height": 12}, "height=12")],
+     ({"prompt": {}}, "begins at frame 0"), ({"prompt": {"0": PROMPT}}, "begins at frame 0"),
+     ({"height": 12}, "height=12"), ({"stride": 40}, "give a smaller factor, up to 16")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):

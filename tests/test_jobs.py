@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vgen.data.video_io import read_video, write_video
+from vgen.data.video_io import VideoWriter, read_video, write_video
+from vgen.files import rollout_in_segments
 from vgen.jobs import Job, JobConfig, check_settings, prompt_jobs, read_manifest, run_jobs, video_jobs
 
-from .test_pipeline import make_pipeline
+from .test_pipeline import make_pipeline, seeded
 
 ROOT = Path(__file__).parents[1]
 JOBS = [Job(f"{index}.txt", {"prompt": f"number {index}", "seed": index}) for index in range(4)]
@@ -104,9 +105,12 @@ def test_inputs_become_jobs(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     named, scheduled = prompt_jobs(tmp_path / "b.jsonl", config, schedules=True)
     assert named == Job("x.mp4", {"prompt": "one", "seed": 1}) and scheduled.inputs["prompt"]["8"] == "two"
-    with pytest.raises(ValueError, match="must have a prompt"):
+    with pytest.raises(ValueError, match="text for its prompt"):
         prompt_jobs(tmp_path / "b.jsonl", config)
-    for name, text, message in (("c.jsonl", "{", "not JSON"), ("d.txt", " ", "no prompts"), ("e.jsonl", "3", "must")):
+    for name, text, message in (
+        ("c.jsonl", "{", "not JSON"), ("d.txt", " ", "no prompts"), ("e.jsonl", "3", "must"),
+        ("f.jsonl", '{"prompt": "x", "seed": "y"}', "whole number"), ("g.jsonl", '{"prompt": 3}', "text for its"),
+    ):  # fmt: skip
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             prompt_jobs(tmp_path / name, config)
@@ -170,6 +174,51 @@ def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(mode
     for name, frames in frames_in(killed).items():
         assert np.array_equal(frames, expected[name])
     assert sorted(path.name for path in killed.iterdir()) == sorted([*expected, "manifest.jsonl", "settings.json"])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_segments_go_on_from_the_state_and_join_once(tmp_path, monkeypatch, stride):
+    pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=2, sink=1, trained_token_frames=5)
+    work, output = tmp_path / ".v.1", tmp_path / "v.mp4"
+    settings = {"num_frames": 60, "num_inference_steps": 1, "segment_frames": 16, "stride": stride}
+
+    def record(**options):
+        return rollout_in_segments(pipe, "a red circle", output, work, **settings | options)
+
+    expected = np.concatenate(list(pipe.rollout("a red circle", generator=seeded(), num_frames=60,
+                                                num_inference_steps=1, stride=stride)))  # fmt: skip
+    kind = type(pipe.rollout("a red circle", stride=stride))
+    save, saved, append, written = kind.save, [], VideoWriter.append, []
+
+    def listen(self, frames):
+        written.append(frames)
+        append(self, frames)
+
+    monkeypatch.setattr("vgen.files.VideoWriter.append", listen)
+
+    def save_and_stop(self, folder):
+        save(self, folder)
+        saved.append(self.frames_done)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, "save", save_and_stop)
+        record()
+    assert 0 < saved[0] < saved[1] < 60 and not output.exists()
+    (work / f"{saved[1]:09d}.mp4").write_bytes((work / "000000000.mp4").read_bytes())  # its state was not saved
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "rollout", lambda *_, **__: pytest.fail("began anew"))
+        assert record() == {"num_frames": 60}
+    frames, _ = read_video(output)
+    assert len(frames) == 60 and np.array_equal(np.concatenate(written), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    work.mkdir()
+    write_video(expected[:16], work / "000000000.mp4")  # segments without a state are no beginning
+    assert record() == {"num_frames": 60}
+    assert np.array_equal(read_video(output)[0], frames)
+    with pytest.raises(ValueError, match="mp4 files"):
+        record(num_frames=None)
 
 
 def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):

@@ -242,6 +242,18 @@ def test_given_frames_may_come_one_by_one(randomize, video, given, chunk_size):
     )
 
 
+def test_half_precision(pipe, video):
+    pipe.to(torch.bfloat16)
+    settings = {"num_inference_steps": 2, "generator": seeded()}
+    for frames in (
+        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, **settings)),
+        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, stride=2, **settings)),
+        pipe.interpolate(video[:3], 3, PROMPT, **settings).frames[0],
+        pipe(PROMPT, frames={0: video[0], 6: video[1]}, **settings).frames[0],
+    ):
+        assert len(frames) >= 6 and np.isfinite(frames).all() and frames.std() > 0
+
+
 def test_every_given_frame_matters(pipe, video):
     for given in (2, 3, 4, 5, 10):
         expected = frames_of(pipe.rollout(PROMPT, video[:given], num_frames=4, generator=seeded()))
@@ -330,6 +342,16 @@ def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(pipe, video, tmp_p
         ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         assert np.array_equal(np.load(tmp_path / "rest.npy"), np.concatenate(pieces[index:], axis=-4))
+
+
+def test_a_rollout_whose_replacement_was_cut_short_is_taken_back(pipe, tmp_path):
+    rollout = pipe.rollout(PROMPT, generator=seeded())
+    next(rollout)
+    rollout.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / ".saved.old")
+    (tmp_path / "saved.partial").mkdir()
+    loaded = Rollout.load(tmp_path / "saved", pipe)
+    assert np.array_equal(next(loaded), next(rollout))
 
 
 def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, randomize, tmp_path):

@@ -152,19 +152,21 @@ def coarse_to_fine(
         given = given[0] if prompt is None or isinstance(prompt, (str, Mapping)) else given
     if num_frames is not None and num_frames > 0:
         count = -(-num_frames // stride) if video is not None else 1 + -(-(num_frames - 1) // stride)
-    schedule = prompt
-    if isinstance(prompt, Mapping):
-        schedule = {-(-frame // stride): text for frame, text in prompt.items()}
-    coarse = start_rollout(pipe, schedule, given, num_frames=count, frame_rate=rate, **options)
+    changes = isinstance(prompt, Mapping) and all(isinstance(frame, int) for frame in prompt)
+    schedule = dict(sorted(prompt.items())) if changes else {0: prompt}
+    rarely = {-(-frame // stride): text for frame, text in schedule.items()} if changes else prompt
+    coarse = start_rollout(pipe, rarely, given, num_frames=count, frame_rate=rate, **options)
     fill = pipe.interpolator(
         stride,
-        prompt[0] if isinstance(prompt, Mapping) else prompt,
+        schedule[0],
         size=coarse.size,
+        negative_prompt=coarse.negative_prompt,
         frame_rate=rate,
+        num_inference_steps=coarse.num_inference_steps,
+        guidance_scale=coarse.guidance_scale,
         generator=coarse.generator,
-        **{name: options[name] for name in ("negative_prompt", "num_inference_steps", "guidance_scale")},
     )
-    prompts = prompt if isinstance(prompt, Mapping) else {0: "" if prompt is None else prompt}
+    prompts = {frame: "" if text is None else text for frame, text in schedule.items()}
     return CoarseToFine(coarse, fill, prompts, num_frames, last_given)
 
 

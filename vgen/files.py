@@ -1,12 +1,14 @@
 """From files to video files: each task of a pipeline as the command and the jobs run it.
 
 Inputs are cropped and resized to what the checkpoint needs, outputs back to the crop's size. Videos are read and
-written as they go, so that memory does not depend on their length. Every function returns what it did, for a record.
+written as they go, so that memory does not depend on their length (but on that of a video to continue from coarse to
+fine). Every function returns what it did, for a record.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
 from vgen.known_frames import to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline
-from vgen.rollout import Rollout
+from vgen.rollout import Rollout, is_saved
 
 PIECE = 16
 """Frames of a video that are handled at once."""
@@ -189,7 +191,7 @@ def rollout_in_segments(
         pipe: Makes the video.
         prompt: What to show.
         output: An mp4 file.
-        work: A folder of this video's own, for segments and state; it is removed at the end.
+        work: A folder of this video's own beside it, for segments and state; it is removed at the end.
         seed: Of the noise.
         segment_frames: Frames of a segment, at least.
         fps: Frames per second of the file.
@@ -201,14 +203,11 @@ def rollout_in_segments(
     if output.suffix.lower() != ".mp4" or options.get("num_frames") is None:
         raise ValueError(f"{output}: segments join in .mp4 files of a given num_frames only")
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    if (work / "state" / "rollout.json").is_file():
-        rollout = Rollout.load(work / "state", pipe)
-    else:
+    rollout = Rollout.load(work / "state", pipe) if is_saved(work / "state") else None
+    if rollout is None or not _has_segments(work, rollout.frames_done):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         rollout = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
-    work.mkdir(parents=True, exist_ok=True)
-    for segment in work.glob("*.mp4"):
-        if int(segment.stem) >= rollout.frames_done:  # its state was not saved any more
-            segment.unlink()
     while rollout.frames_done < options["num_frames"]:
         path = work / f"{rollout.frames_done:09d}.mp4"
         with VideoWriter(path, rate if fps is None else fps) as writer:
@@ -216,7 +215,21 @@ def rollout_in_segments(
                 writer.append(chunk)
         rollout.save(work / "state")
     join_videos(sorted(work.glob("*.mp4")), output, overwrite=True)
+    finished = work.with_name(f".{output.stem}-finished")  # so that half of it is never taken for the whole
+    shutil.rmtree(finished, ignore_errors=True)
+    shutil.rmtree(work.rename(finished))
     return {"num_frames": rollout.frames_done}
+
+
+def _has_segments(work: Path, num_frames: int) -> bool:
+    """Whether the segments hold these frames; what was written behind them, without a state, is removed."""
+    position = 0
+    for segment in sorted(work.glob("*.mp4")):
+        if int(segment.stem) >= num_frames:
+            segment.unlink()
+        elif int(segment.stem) == position:
+            position += video_info(segment).num_frames or 0
+    return position == num_frames
 
 
 def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray], float]:

@@ -49,11 +49,30 @@ def next_window(
         ends = [end for end in range(first + 1, first + room + 1) if end == num_latents or has_known(end - 1)]
         if ends:
             return seen, range(first, ends[-1])
-    gap = next(end for end in range(first, num_latents) if has_known(end)) - first + 1
-    raise ValueError(
-        f"between given frames lie {gap} latents, and this denoiser makes at most {limit - 1} at once: give a "
-        "smaller factor"
-    )
+    raise ValueError(f"latents {first} to {first + limit - 2} hold no given frame: give a smaller factor")
+
+
+def check_factor(factor: int, compression: int, patch_frames: int, limit: int) -> None:
+    """Refuses what no window can hold.
+
+    Args:
+        factor: Given frames become every `factor`-th.
+        compression: `s`, pixel frames a latent.
+        patch_frames: Latents a token frame.
+        limit: Latents that the denoiser was trained with at once.
+
+    Raises:
+        ValueError: Given frames would be too far apart, or frame 0 has no place.
+    """
+    if not isinstance(factor, int) or factor < 2:
+        raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
+    place([0], 1 + compression * patch_frames, compression, patch_frames)
+    gap = -(-factor // compression)
+    if gap > limit - 1:
+        raise ValueError(
+            f"between frames {factor} apart lie {gap} latents, and this denoiser makes at most {limit - 1} at once: "
+            f"give a smaller factor, up to {compression * (limit - 1)}"
+        )
 
 
 class Interpolator:
@@ -133,12 +152,6 @@ class Interpolator:
         return self._make(limit, num_latents, end) if ready else None
 
     def _begin(self, frame: Tensor) -> Tensor:
-        place(
-            [0],
-            1 + self.pipe.vae_scale_factor_temporal,
-            self.pipe.vae_scale_factor_temporal,
-            self.pipe.denoiser.config.patch_size[0],
-        )  # refuses patches of several latents
         clip = frame.unsqueeze(2)
         self.finished[0] = encode_clip(self.pipe.vae, clip)
         self.pipe.decode_next(self.finished[0], self.decoder_state)

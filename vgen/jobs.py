@@ -14,8 +14,10 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from vgen.pipeline import VideoGenPipeline
 from vgen.rollout import fingerprint
 
 MANIFEST = "manifest.jsonl"
+PATIENCE = timedelta(days=30)
+"""How long a process that is ready waits for the others, whose share may be much longer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def load_pipeline(config: JobConfig) -> VideoGenPipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    pipe.to(PartialState().device)
+    pipe.to(PartialState(timeout=PATIENCE).device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -156,15 +160,16 @@ def run_jobs(
     """
     process = PartialState()
     names = [job.name for job in jobs]
-    double = sorted({name for name in names if names.count(name) > 1})
+    double = sorted(name for name, count in Counter(names).items() if count > 1)
     if double or any(Path(name).name != name for name in names):
         raise ValueError(f"each input needs a name of its own without folders in it, got {(double or names)[0]!r}")
     if process.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_settings(output_dir, settings, [glob.escape(name) for name in names])
-        for job in jobs:  # what a writer left that was killed
-            for left in output_dir.glob(f".{glob.escape(Path(job.name).stem)}-????????"):
-                _remove(left)
+        hidden = {f".{Path(name).stem}-" for name in names}
+        for left in list(output_dir.glob(".*")):  # of a writer that was killed, named by `tempfile`
+            if left.name[:-8] in hidden:
+                shutil.rmtree(left)
     process.wait_for_everyone()
     lines = read_manifest(output_dir)
     own = output_dir / f"manifest-{process.process_index:05d}.jsonl"
@@ -184,10 +189,10 @@ def run_jobs(
     process.wait_for_everyone()
     lines = read_manifest(output_dir)
     failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
+    process.wait_for_everyone()  # all have read before one gathers
     if process.is_main_process:
         gather(output_dir, lines)
         print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {output_dir / MANIFEST}")
-    process.wait_for_everyone()
     return failed
 
 
@@ -256,9 +261,14 @@ def _parse_row(path: Path, line: str, kinds: tuple[type, ...]) -> dict[str, Any]
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: {line!r} is not JSON: {error}") from error
-    known = isinstance(row, dict) and set(row) <= {"prompt", "name", "seed"}
-    if not known or not isinstance(row.get("prompt"), kinds):
+    legal: dict[str, Any] = {"prompt": kinds, "name": str, "seed": int}
+    if not isinstance(row, dict) or "prompt" not in row or set(row) - set(legal):
         raise ValueError(f"{path}: {line!r} must have a prompt, and may have a name and a seed")
+    schedule = row["prompt"] if isinstance(row["prompt"], dict) else {}
+    if not all(isinstance(value, legal[name]) for name, value in row.items()) or not all(
+        frame.isdecimal() and isinstance(text, str) for frame, text in schedule.items()
+    ):
+        raise ValueError(f"{path}: {line!r} must have text for its prompt and name, and a whole number for its seed")
     return row
 
 
@@ -266,10 +276,3 @@ def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

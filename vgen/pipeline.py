@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vgen.coarse_to_fine import coarse_to_fine
-from vgen.interpolation import Interpolator
+from vgen.interpolation import UNTOLD_LIMIT, Interpolator, check_factor
 from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
@@ -504,8 +504,9 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: As `interpolate` does.
         """
-        if not isinstance(factor, int) or factor < 2:
-            raise ValueError(f"factor={factor} is not possible: give a whole number from 2 on")
+        config = self.denoiser.config
+        limit = config.trained_token_frames or UNTOLD_LIMIT
+        check_factor(factor, self.vae_scale_factor_temporal, config.patch_size[0], limit)
         self.check_tasks({"leading", "keyframes"})
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps

@@ -273,6 +273,7 @@ class Rollout:
         keyframes = None
         if self._keyframes:
             keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, noise[:, :, 0])
+            keyframes = keyframes.to(pipe.denoiser.dtype)
         state, guidance = self.state.frozen(), dict[str, Any]()
         if self.history_guidance_scale != 1 and self._history:
             guidance = {"weak_state": state.branch("weak"), "history_guidance_scale": self.history_guidance_scale}
@@ -456,7 +457,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     yield partial
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
+        old = _older(folder)
         shutil.rmtree(old, ignore_errors=True)
         folder.replace(old)
         partial.replace(folder)
@@ -465,13 +466,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.replace(folder)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a rollout was saved there; takes the older one back where replacing it was cut short."""
+    if not folder.exists() and _older(folder).exists():
+        _older(folder).replace(folder)
+    return (folder / "rollout.json").is_file()
+
+
+def _older(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What `rollout.json` says.
 
     Raises:
         ValueError: The folder holds no rollout, or one of another format.
     """
-    if not (folder / "rollout.json").is_file():
+    if not is_saved(folder):
         raise ValueError(f"{folder} holds no saved rollout: it has no rollout.json")
     record = json.loads((folder / "rollout.json").read_text())
     if record.get("format") not in (_FORMAT, COARSE_TO_FINE):
@@ -488,7 +500,11 @@ def fingerprint(pipe: VideoGenPipeline) -> dict[str, list[str | None]]:
 
     The second is `None` where there are no weights, or where offloading hides them.
     """
-    marks: dict[str, list[str | None]] = {"scheduler": [_digest(pipe.scheduler.to_json_string()), None]}
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[:1] != "_"}
+    scheduler["class"] = type(pipe.scheduler).__name__
+    marks: dict[str, list[str | None]] = {
+        "scheduler": [_digest(json.dumps(scheduler, sort_keys=True, default=str)), None]
+    }
     if pipe.tokenizer is not None:
         marks["tokenizer"] = [_digest(json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True)), None]
     for name, network in (("denoiser", pipe.denoiser), ("vae", pipe.vae), ("text encoder", pipe.text_encoder)):

@@ -343,7 +343,6 @@ for num_frames in (150, 550):
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with /proc")
 def test_joined_videos_hold_the_packets_of_their_parts(tmp_path):
     lengths, paths, frames = (9, 1, 30, 2), [], []
     for index, length in enumerate(lengths):
@@ -370,6 +369,7 @@ def test_joined_videos_hold_the_packets_of_their_parts(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*(path.name for path in paths), "whole.mp4", "other.mp4"}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with /proc")
 def test_memory_does_not_depend_on_the_number_of_frames(tmp_path):
     output = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, check=True).stdout
     short, long = map(int, output.split())
