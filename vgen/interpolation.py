@@ -172,7 +172,7 @@ class Interpolator:
         known = KnownFrames(Placement(len(seen), 0, {}), leading, None, {})
         count = len(seen) + len(new)
         frames = [frame for latent in new for frame in self._known(latent) if frame <= end]
-        slots = place(frames, 1 + s * num_latents, s, config.patch_size[0]).slots
+        slots = place(frames, 1 + s * num_latents, s, pipe.denoiser.patch_size[0]).slots
         places = {(len(seen) + k - first, j): self.given[frame] for frame, (k, j) in slots.items()}
         images = encode_slots(pipe.vae, places) if places else {}
         conditions: dict[str, Any] = {

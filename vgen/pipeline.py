@@ -31,6 +31,7 @@ from vgen.models.convert import from_wan_index
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.rollout import draw_noise, start_rollout
 from vgen.temporal.attention import make_groups
@@ -55,7 +56,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     Args:
         scheduler: Any diffusers scheduler that fits the denoiser's training.
         vae: Clips to latents and back; without one the denoiser works on pixels.
-        transformer: The denoiser.
+        transformer: The denoiser, or
+        unet: The denoiser.
         text_encoder: Any transformers text encoder; without one, prompts are given as embeddings.
         tokenizer: Its tokenizer.
         height: Default height of videos, in pixels.
@@ -67,8 +69,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: Default length of prompts, in tokens.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["vae", "transformer", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
+    _optional_components = ["vae", "transformer", "unet", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     _lora_loadable_modules = ["transformer"]
 
@@ -79,6 +81,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer: SpacetimeTransformer | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        unet: UNet3D | None = None,
         height: int = 480,
         width: int = 832,
         num_frames: int = 81,
@@ -88,8 +91,15 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: int = 512,
     ) -> None:
         super().__init__()
+        if transformer is not None and unet is not None:
+            raise ValueError("a pipeline has one denoiser: give transformer or unet, not both")
         self.register_modules(
-            scheduler=scheduler, vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+            scheduler=scheduler,
+            vae=vae,
+            transformer=transformer,
+            unet=unet,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         self.register_to_config(
             height=height,
@@ -272,8 +282,8 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds.shape[0], height, width, num_frames, torch.float32, device, generator, latents
         )
         latents = known.put_back(latents)
-        token_frames = latents.shape[2] // self.denoiser.config.patch_size[0]
-        num_known = known.placement.num_leading // self.denoiser.config.patch_size[0]
+        token_frames = latents.shape[2] // self.denoiser.patch_size[0]
+        num_known = known.placement.num_leading // self.denoiser.patch_size[0]
         generated = torch.arange(token_frames, device=device) >= num_known
         if isinstance(groups, str):
             groups = make_groups(groups, token_frames, num_known, self.denoiser.config.chunk_size)
@@ -506,7 +516,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         config = self.denoiser.config
         limit = config.trained_token_frames or UNTOLD_LIMIT
-        check_factor(factor, self.vae_scale_factor_temporal, config.patch_size[0], limit)
+        check_factor(factor, self.vae_scale_factor_temporal, self.denoiser.patch_size[0], limit)
         self.check_tasks({"leading", "keyframes"})
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -551,7 +561,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: Says what was given, what is legal, and the nearest legal value.
         """
-        _, p_h, p_w = self.denoiser.config.patch_size
+        _, p_h, p_w = self.denoiser.patch_size
         for name, side, patch in (("height", height, p_h), ("width", width, p_w)):
             unit = self.vae_scale_factor_spatial * patch
             if side < 1 or side % unit:
@@ -560,7 +570,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check_num_frames(num_frames)
         if not frame_rate > 0:
             raise ValueError(f"frame_rate={frame_rate} is not possible: give frames per second above 0")
-        text_dim = self.denoiser.config.text_dim
+        text_dim = self.denoiser.text_dim
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_dim):
             raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: give (b, l, {text_dim})")
         if num_inference_steps < 1:
@@ -702,7 +712,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         latents = noise.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         generated: Tensor | int = 1
         if known is not None:
-            p_t = self.denoiser.config.patch_size[0]
+            p_t = self.denoiser.patch_size[0]
             num_known = known.placement.num_leading // p_t
             generated = torch.arange(latents.shape[2] // p_t, device=device) >= num_known
             latents = known.put_back(latents)
@@ -813,9 +823,9 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             yield to_frames(piece)
 
     @property
-    def denoiser(self) -> SpacetimeTransformer:
+    def denoiser(self) -> SpacetimeTransformer | UNet3D:
         """The network that predicts."""
-        return self.transformer
+        return self.transformer if self.unet is None else self.unet
 
     @property
     def guidance_scale(self) -> float:
@@ -845,7 +855,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @property
     def first_frames(self) -> int:
         """Pixel frames of the first token frame."""
-        return 1 + self.vae_scale_factor_temporal * (self.denoiser.config.patch_size[0] - 1)
+        return 1 + self.vae_scale_factor_temporal * (self.denoiser.patch_size[0] - 1)
 
     def given_clip(self, video: Any, prompt: Any) -> Tensor:
         """Given videos `(b, 3, f, h, w)` in [-1, 1], one for each of a sequence of prompts.
@@ -901,8 +911,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: An index is out of range, or the checkpoint cannot use what is given.
         """
-        config = self.denoiser.config
-        layout = (self.vae_scale_factor_temporal, config.patch_size[0])
+        layout = (self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
         placement = place(given.keys(), num_frames, *layout)
         uses = {"leading": placement.num_leading > 0, "keyframes": bool(placement.slots)}
         self.check_tasks({task for task, used in uses.items() if used})
@@ -927,7 +936,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
 
     def _check_num_frames(self, num_frames: int) -> None:
-        unit, first = self.vae_scale_factor_temporal * self.denoiser.config.patch_size[0], self.first_frames
+        unit, first = self.vae_scale_factor_temporal * self.denoiser.patch_size[0], self.first_frames
         if num_frames < first or (num_frames - first) % unit:
             below = max(first, first + (num_frames - first) // unit * unit)
             nearest = below if num_frames <= below + unit / 2 else below + unit
@@ -988,5 +997,5 @@ def _not_found(name: str) -> str:
 # `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module
 diffusers.VideoGenPipeline = VideoGenPipeline
 # and downloads from the Hub only what it knows how to load
-for _component in (CausalVideoVAE, SpacetimeTransformer):
+for _component in (CausalVideoVAE, SpacetimeTransformer, UNet3D):
     LOADABLE_CLASSES[_component.__module__] = {_component.__name__: ["save_pretrained", "from_pretrained"]}

@@ -239,7 +239,7 @@ class Rollout:
     @torch.no_grad()
     def _take(self, clips: Iterable[Tensor]) -> None:
         """Encodes given frames `(b, 3, f, h, w)`: whole token frames are remembered, the rest are keyframes."""
-        pipe, p_t = self.pipe, self.pipe.denoiser.config.patch_size[0]
+        pipe, p_t = self.pipe, self.pipe.denoiser.patch_size[0]
         s, device = pipe.vae_scale_factor_temporal, pipe._execution_device
         encoder_state, num_frames = TemporalState(), 0
         waiting: list[Tensor] = []  # pixels that fill no run of token frames yet
@@ -267,7 +267,7 @@ class Rollout:
         """The latents of the next chunk."""
         pipe, (height, width) = self.pipe, self.size
         assert self._embeds is not None
-        space, frames = pipe.vae_scale_factor_spatial, self._run_length * pipe.denoiser.config.patch_size[0]
+        space, frames = pipe.vae_scale_factor_spatial, self._run_length * pipe.denoiser.patch_size[0]
         shape = (len(self._embeds[0]), pipe.denoiser.config.in_channels, frames, height // space, width // space)
         noise = draw_noise(shape, self.generator, torch.float32).to(pipe._execution_device)
         keyframes = None
@@ -289,7 +289,7 @@ class Rollout:
 
     def _finish(self, latents: Tensor, level: float) -> Tensor:
         """Remembers finished latents `(b, c, t, h, w)`, told to be at a noise level; returns their pixels."""
-        p_t = self.pipe.denoiser.config.patch_size[0]
+        p_t = self.pipe.denoiser.patch_size[0]
         self._remember([(frame, level) for frame in latents.split(p_t, dim=2)])
         return self.pipe.decode_next(latents, self.decoder_state)
 

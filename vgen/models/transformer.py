@@ -337,6 +337,16 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
         register_state_keys(self)
         self.state_identity = network_identity(self)
 
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames of a token frame; rows and columns that latents must be multiples of."""
+        return self.config.patch_size
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of prompt embeddings."""
+        return self.config.text_dim
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -382,7 +392,7 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             )
         n, rows, columns = t // p_t, height // p_h, width // p_w
 
-        cache = None if state is None else self._open(state, n)
+        cache = None if state is None else FrameCache.opened(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         positions = torch.arange(offset, offset + n, device=hidden_states.device)
         rotary_emb = self.rope(positions, rows, columns)
@@ -463,27 +473,6 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             "devices, but not the noise levels, groups and cached keys that belong to whole token frames; share out "
             "videos instead"
         )
-
-    def _open(self, state: TemporalState, n: int) -> FrameCache:
-        """Binds the state and checks that this piece fits behind what it remembers."""
-        if self.is_cache_enabled and state.writable:
-            raise ValueError(
-                "a step cache skips blocks, whose keys and values a writable state needs: disable_cache()"
-            )
-        state.bind(self)
-        cache = FrameCache(state)
-        limit = self.config.trained_token_frames
-        if limit is not None and cache.capacity >= limit:
-            raise ValueError(
-                f"a sink of {cache.sink} and a window of {cache.capacity - cache.sink} leave no room for new token "
-                f"frames: this network was trained with {limit} in all"
-            )
-        if limit is not None and cache.num_frames + n > limit:
-            raise ValueError(
-                f"{cache.num_frames} remembered and {n} new token frames exceed the {limit} that this network was "
-                f"trained with: give at most {limit - cache.num_frames} at once, or a smaller window"
-            )
-        return cache
 
     def _mask(self, groups: Groups, n: int, p: int, num_cached: int, like: Tensor) -> Tensor | None:
         numbers = group_tensor(groups, n, self.config.chunk_size, like.device)

@@ -145,6 +145,32 @@ class FrameCache:
         self.capacity = self.sink + state.window
         self.num_frames = min(state.num_frames, self.capacity)
 
+    @classmethod
+    def opened(cls, network: Any, state: TemporalState, num_frames: int) -> FrameCache:
+        """Binds a state to a network and checks that a piece of `num_frames` fits behind what it remembers.
+
+        Raises:
+            ValueError: A step cache would skip what is to be written, or more frames than were trained are asked for.
+        """
+        if network.is_cache_enabled and state.writable:
+            raise ValueError(
+                "a step cache skips blocks, whose keys and values a writable state needs: disable_cache()"
+            )
+        state.bind(network)
+        cache = cls(state)
+        limit = network.config.trained_token_frames
+        if limit is not None and cache.capacity >= limit:
+            raise ValueError(
+                f"a sink of {cache.sink} and a window of {cache.capacity - cache.sink} leave no room for new token "
+                f"frames: this network was trained with {limit} in all"
+            )
+        if limit is not None and cache.num_frames + num_frames > limit:
+            raise ValueError(
+                f"{cache.num_frames} remembered and {num_frames} new token frames exceed the {limit} that this "
+                f"network was trained with: give at most {limit - cache.num_frames} at once, or a smaller window"
+            )
+        return cache
+
     def positions(self, device: torch.device) -> Tensor:
         """Time positions `(num_frames,)` of the cached frames, in the order of their slots."""
         slots = torch.arange(self.num_frames, device=device)

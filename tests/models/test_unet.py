@@ -1,0 +1,141 @@
+"""UNet3D: every frame as the 2D network gives it, time causal, streamed equal to offline."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from vgen.models.unet import UNet3D
+from vgen.temporal.attention import make_groups
+from vgen.temporal.state import TemporalState
+
+TINY = {
+    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4,
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 5, "attention_head_dim": 2,
+}  # fmt: skip
+LAYOUTS = {
+    "1.5": {},
+    "2.1": {"attention_head_dim": (1, 2), "use_linear_projection": True, "upcast_attention": True},
+    "deeper": {"block_out_channels": (8, 16, 16), "layers_per_block": 2, "transformer_layers_per_block": 2,
+               "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+               "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
+}  # fmt: skip
+
+
+def make(randomize, seed=0, **config):
+    return randomize(UNet3D(**TINY | {"temporal_head_dim": 8} | config), seed)
+
+
+def inputs(b=2, n=5, size=8):
+    generator = torch.Generator().manual_seed(3)
+    return (
+        torch.randn(b, 3, n, size, size, generator=generator),
+        torch.rand(b, n, generator=generator) * 1000,
+        torch.randn(b, 4, 5, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_freshly_inflated_every_frame_is_that_of_the_2d_network(randomize, layout):
+    flat = randomize(UNet2DConditionModel(**TINY | LAYOUTS[layout]))
+    video = UNet3D.from_unet2d(flat, temporal_head_dim=8, keyframe_slots=4, frame_rate_embedding=True).eval()
+    latents, levels, prompt = inputs()
+    frames = video(
+        latents, levels, prompt, frame_rate=8.0, keyframes=torch.randn(2, 16, 5, 8, 8), groups="causal"
+    ).sample
+    for index in range(5):
+        expected = flat(latents[:, :, index], levels[:, index], prompt).sample
+        torch.testing.assert_close(frames[:, :, index], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_masked_prompt_is_that_of_the_2d_network(randomize):
+    flat = randomize(UNet2DConditionModel(**TINY))
+    latents, levels, prompt = inputs(n=1)
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
+    expected = flat(latents[:, :, 0], levels[:, 0], prompt, encoder_attention_mask=mask.bool()).sample
+    video = UNet3D.from_unet2d(flat, temporal_head_dim=8)
+    out = video(latents, levels, prompt, encoder_attention_mask=mask).sample[:, :, 0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 1}, "addition_embed_type='text'"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ],
+)
+def test_layouts_that_are_not_served_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        UNet3D.from_unet2d(UNet2DConditionModel(**TINY | config))
+
+
+@pytest.mark.parametrize("groups", ["causal", [0, 1, 1, 2, 2], "full"])
+@torch.no_grad()
+def test_what_frames_see(randomize, groups):
+    network = make(randomize)
+    latents, levels, prompt = inputs()
+    numbers = make_groups(groups, 5) if isinstance(groups, str) else groups
+    out = network(latents, levels, prompt, groups=groups).sample
+    for index in range(5):
+        changed = latents.clone()
+        changed[:, :, index] += 1
+        moved = (network(changed, levels, prompt, groups=groups).sample - out).abs().amax((0, 1, 3, 4)) > 1e-6
+        # attention reaches the frames of later or equal groups, convolutions those behind
+        sees = [numbers[index] <= numbers[other] or index <= other for other in range(5)]
+        assert moved.tolist() == sees
+
+
+@torch.no_grad()
+def test_shared_levels_equal_levels_for_each_frame(randomize):
+    network = make(randomize, frame_rate_embedding=True)
+    latents, levels, prompt = inputs()
+    shared = network(latents, levels[:, 0], prompt, frame_rate=8.0).sample
+    each = network(latents, levels[:, :1].expand(2, 5), prompt, frame_rate=torch.tensor([8.0, 8.0])).sample
+    torch.testing.assert_close(shared, each, atol=1e-5, rtol=0)
+    assert not torch.allclose(shared, network(latents, levels[:, 0], prompt, frame_rate=2.0).sample, atol=1e-4)
+    assert not torch.allclose(network(latents, levels, None).sample, network(latents, levels, prompt).sample)
+
+
+@torch.no_grad()
+def test_streamed_equals_offline(randomize, splits):
+    network = make(randomize, window=9)
+    latents, levels, prompt = inputs()
+    expected = network(latents, levels, prompt, groups="causal").sample
+    for pieces in splits(5):
+        state, outs = TemporalState(), []
+        parts = zip(latents.split(pieces, dim=2), levels.split(pieces, dim=1), strict=True)
+        for part, level in parts:
+            frozen = network(part, level, prompt, groups="causal", state=state.frozen()).sample
+            outs.append(network(part, level, prompt, groups="causal", state=state).sample)
+            assert torch.equal(frozen, outs[-1])
+        torch.testing.assert_close(torch.cat(outs, dim=2), expected, atol=1e-5, rtol=0)
+
+
+def test_checkpointing_gives_the_same_gradients(randomize):
+    network = make(randomize).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        network.zero_grad()
+        network(*inputs(), groups="causal").sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 50
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_is_saved_and_loaded(randomize, tmp_path):
+    network = make(randomize, keyframe_slots=4, window=2)
+    network.save_pretrained(tmp_path)
+    loaded = UNet3D.from_pretrained(tmp_path)
+    assert loaded.state_identity == network.state_identity
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in network.state_dict().items())
+    with pytest.raises(ValueError, match="multiple of 2"):
+        network(*inputs(size=7))
+    with pytest.raises(ValueError, match="timestep of shape"):
+        network(inputs()[0], torch.zeros(2, 3), inputs()[2])

@@ -1,0 +1,111 @@
+"""The pipeline with the 3D U-Net: every task, as with the Transformer."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from vgen.models.unet import UNet3D
+from vgen.pipeline import VideoGenPipeline
+from vgen.rollout import Rollout
+
+from .test_pipeline import PROMPT, make_pipeline, seeded
+from .test_rollout import OTHER, frames_of, latents_of
+
+
+def build(randomize, **config):
+    tiny = {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32, "attention_head_dim": 2,
+        "temporal_head_dim": 8, "keyframe_slots": 4, "group_modes": ["full", "causal", "chunk"],
+        "frame_rate_embedding": True, "tasks": ["text", "leading", "keyframes"], "chunk_size": 1, "window": 2,
+        "sink": 1,
+    }  # fmt: skip
+    parts = make_pipeline().components
+    pipe = VideoGenPipeline(
+        **parts | {"transformer": None, "unet": randomize(UNet3D(**tiny | config))},
+        height=16, width=16, num_frames=9, frame_rate=8.0, num_inference_steps=2, guidance_scale=3.0,
+        max_sequence_length=8,
+    )  # fmt: skip
+    randomize(pipe.vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(randomize):
+    return build(randomize)
+
+
+def test_it_generates_and_is_saved_and_loaded(pipe, tmp_path):
+    frames = pipe(PROMPT, generator=seeded()).frames[0]
+    assert frames.shape == (9, 16, 16, 3) and frames.std() > 0
+    pipe.save_pretrained(tmp_path)
+    for loaded in (VideoGenPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
+        assert loaded.transformer is None and isinstance(loaded.denoiser, UNet3D)
+        loaded.set_progress_bar_config(disable=True)
+        assert np.array_equal(loaded(PROMPT, generator=seeded()).frames[0], frames)
+    with pytest.raises(ValueError, match="one denoiser"):
+        VideoGenPipeline(**pipe.components | {"transformer": make_pipeline().transformer})
+
+
+@pytest.mark.parametrize("indices", [(0,), (0, 1, 2, 3, 4), (0, 8), (3, 6)])
+@pytest.mark.parametrize("groups", ["full", "causal"])
+def test_known_frames_come_back_and_the_rest_follows_from_them(pipe, video, indices, groups):
+    def generate(video):
+        known = {index: video[index] for index in indices}
+        return pipe(PROMPT, frames=known, groups=groups, generator=seeded()).frames[0]
+
+    frames = generate(video)
+    assert np.array_equal((frames[list(indices)] * 255).round().astype(np.uint8), video[list(indices)])
+    others = [index for index in range(9) if index not in indices]
+    for index in indices:
+        changed = video.copy()
+        changed[index] = 255 - changed[index]
+        assert abs(generate(changed)[others] - frames[others]).max() > 1e-4
+
+
+def test_interpolation_and_coarse_to_fine(randomize, video):
+    pipe = build(randomize, trained_token_frames=5)
+    frames = pipe.interpolate(video[:4], 7, PROMPT, generator=seeded()).frames[0]
+    assert np.array_equal((frames[::7] * 255).round().astype(np.uint8), video[:4])
+    assert len(frames_of(pipe.rollout(PROMPT, stride=4, num_frames=22, generator=seeded()))) == 22
+
+
+@pytest.mark.parametrize("given", [1, 5, 9])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
+    randomize, video, monkeypatch, given, chunk_size
+):
+    pipe = build(randomize, chunk_size=chunk_size, window=6)
+    rollout = pipe.rollout(PROMPT, video[:given], num_frames=4 * chunk_size, generator=seeded(), guidance_scale=1.0)
+    latents, _ = latents_of(rollout, monkeypatch)
+    known = (given - 1) // 4 + 1
+    history = rollout._history[:known]
+    clean = torch.cat([frame for frame, _ in history], dim=2)
+    whole = pipe(
+        PROMPT, frames=dict(enumerate(video[:given])), num_frames=given + 4 * chunk_size, groups="chunk",
+        latents=torch.cat([torch.zeros_like(clean), noise_like(pipe, latents)], dim=2), output_type="latent",
+        guidance_scale=1.0,
+    ).frames  # fmt: skip
+    torch.testing.assert_close(whole[:, :, known:], latents, atol=1e-4, rtol=0)
+
+
+def noise_like(pipe, latents):
+    generator = seeded()
+    return torch.randn(latents.shape, generator=generator)
+
+
+def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
+    rollout = pipe.rollout({0: PROMPT, 60: OTHER}, generator=seeded())
+    sizes = set()
+    for chunk in range(30):
+        next(rollout)
+        if chunk >= 5:
+            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes))
+    assert len(sizes) == 1
+    rollout.save(tmp_path / "saved")
+    loaded = Rollout.load(tmp_path / "saved", pipe)
+    for _ in range(3):
+        assert np.array_equal(next(loaded), next(rollout))

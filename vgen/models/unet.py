@@ -1,0 +1,574 @@
+"""UNet3D: a denoiser of frames that is a 2D U-Net in space and causal, where asked, in time.
+
+Axes: `b` batch, `c` channels, `n` latent frames, `h w` rows and columns, `p` places of a frame, `l` prompt tokens, `m`
+is 1 or `n`. Frames are folded into the batch, `(b n) c h w`, wherever space is worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import CacheMixin, ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import get_activation
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
+from diffusers.models.upsampling import Upsample2D
+from diffusers.utils import apply_lora_scale, logging
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from vgen.models.loading import StrictLoading
+from vgen.models.transformer import FrameRateEmbedder
+from vgen.temporal.attention import (
+    FrameCache,
+    Groups,
+    RotaryPositions,
+    SpacetimeAttention,
+    group_mask,
+    group_tensor,
+)
+from vgen.temporal.conv import CausalConv3d
+from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
+
+logger = logging.get_logger(__name__)
+
+DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+class SpatialAttnProcessor:
+    """Attention of diffusers' 2D blocks through its dispatcher; frames of a video share the keys of their prompt."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Maps `((b n), p, c)` to the same shape, attending to one another or to a prompt `(b, l, d)`.
+
+        Without a prompt, cross-attention adds nothing.
+        """
+        rows = hidden_states.shape[0]
+        if attn.is_cross_attention:
+            if encoder_hidden_states is None:
+                return torch.zeros_like(hidden_states)
+            source = encoder_hidden_states
+            hidden_states = hidden_states.reshape(source.shape[0], -1, hidden_states.shape[-1])
+        else:
+            source = hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        query, key, value = (rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in (query, key, value))
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else attention_mask[:, None],
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out.reshape(rows, -1, out.shape[-1])
+
+
+@dataclass
+class Context:
+    """What all layers of one call share."""
+
+    temb: Tensor
+    """Of noise levels and frame rate, `((b n), d)`."""
+    prompt: Tensor | None
+    prompt_mask: Tensor | None
+    num_frames: int
+    """`n`."""
+    rotary_emb: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    history: History | None = None
+    cache: FrameCache | None = None
+    cache_rotary_emb: tuple[Tensor, Tensor] | None = None
+    written: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of this call, by layer."""
+
+
+class TemporalConv(nn.Module):
+    """A causal convolution over time that starts as nothing.
+
+    Args:
+        channels: Of input and output.
+        groups: Of the norm, which sees one frame at a time.
+        eps: Of the norm.
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.conv = CausalConv3d(channels, channels, (3, 1, 1))
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Maps `((b n), c, h, w)` to the same shape."""
+        n = context.num_frames
+        y = rearrange(F.silu(self.norm(x)), "(b n) c h w -> b c n h w", n=n)
+        return x + rearrange(self.conv(y, context.history), "b c n h w -> (b n) c h w")
+
+
+class TemporalAttention(nn.Module):
+    """Attention of each place over time, which starts as nothing.
+
+    Args:
+        channels: Of input and output.
+        head_dim: Channels of a head.
+    """
+
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.attn = SpacetimeAttention(channels, channels // head_dim, head_dim)
+        nn.init.zeros_(self.attn.to_out[0].weight)
+        nn.init.zeros_(self.attn.to_out[0].bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Maps `((b n), c, h, w)` to the same shape."""
+        n, (height, width) = context.num_frames, x.shape[2:]
+        b, p = x.shape[0] // n, height * width
+        tokens = self.norm(rearrange(x, "(b n) c h w -> (b h w) n c", n=n))
+        past, mask, key = None, context.mask, self.attn.state_key
+        if context.cache is not None:
+            past = context.cache.read(key, b, p)
+            past = past and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in past)
+        if mask is not None and mask.shape[0] > 1:
+            mask = repeat(mask, "b i q k -> (b p) i q k", p=p)
+        out, *pair = self.attn(tokens, None, mask, context.rotary_emb, past, context.cache_rotary_emb, True)
+        if context.cache is not None:
+            context.written[key] = tuple(rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in pair)
+        return x + rearrange(out, "(b h w) n c -> (b n) c h w", h=height, w=width)
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution in space, each with its parts in time, and a change of resolution.
+
+    Spatial parts have the names that they have in diffusers' 2D U-Net.
+
+    Args:
+        channels: Input channels of each residual block; the output has `out_channels`.
+        out_channels: Of all blocks.
+        attends: For each residual block, whether attention follows it.
+        settings: Of the network.
+        heads: Of spatial attention.
+        num_layers: Transformer blocks of spatial attention.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        out_channels: int,
+        attends: Sequence[bool],
+        settings: Settings,
+        heads: int,
+        num_layers: int,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(settings.resnet(in_channels, out_channels) for in_channels in channels)
+        self.temporal_convs = nn.ModuleList(
+            TemporalConv(out_channels, settings.groups, settings.eps) for _ in channels
+        )
+        self.attends = tuple(attends)
+        if any(attends):
+            count = sum(attends)
+            self.attentions = nn.ModuleList(settings.attention(out_channels, heads, num_layers) for _ in range(count))
+            self.temporal_attentions = nn.ModuleList(
+                TemporalAttention(out_channels, settings.temporal_head_dim) for _ in range(count)
+            )
+
+    def layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        """One residual block with what follows it, `((b n), c, h, w)` to `((b n), c', h, w)`."""
+        x = self.resnets[index](x, context.temb)
+        x = self.temporal_convs[index](x, context)
+        if self.attends[index]:
+            place = sum(self.attends[:index])
+            x = self.attentions[place](
+                x, context.prompt, encoder_attention_mask=context.prompt_mask, return_dict=False
+            )[0]
+            x = self.temporal_attentions[place](x, context)
+        return x
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages of a network share."""
+
+    temb_channels: int
+    groups: int
+    eps: float
+    act_fn: str
+    cross_attention_dim: int
+    use_linear_projection: bool
+    upcast_attention: bool
+    temporal_head_dim: int
+
+    def resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
+        """The residual block of diffusers."""
+        return ResnetBlock2D(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            temb_channels=self.temb_channels,
+            eps=self.eps,
+            groups=self.groups,
+            non_linearity=self.act_fn,
+        )
+
+    def attention(self, channels: int, heads: int, num_layers: int) -> Transformer2DModel:
+        """The attention of diffusers over space and to the prompt, through its dispatcher."""
+        model = Transformer2DModel(
+            heads,
+            channels // heads,
+            in_channels=channels,
+            num_layers=num_layers,
+            cross_attention_dim=self.cross_attention_dim,
+            norm_num_groups=self.groups,
+            use_linear_projection=self.use_linear_projection,
+            upcast_attention=self.upcast_attention,
+        )
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(SpatialAttnProcessor())
+        return model
+
+
+class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    """A denoiser whose parts in space are those of a 2D diffusion U-Net, and whose parts in time start as nothing.
+
+    Freshly inflated (`from_unet2d`), every frame comes out as the 2D network gives it. Nothing mixes frames but the
+    temporal parts: causal convolutions, which never look ahead, and attention over time, which obeys `groups`.
+    Parameter and config names are those of `diffusers.UNet2DConditionModel` where it has the part.
+
+    Args:
+        sample_size: Kept for conversion.
+        in_channels: Channels of the latents.
+        out_channels: Channels of the prediction.
+        flip_sin_to_cos: Order in the sinusoids of noise levels.
+        freq_shift: Of these sinusoids.
+        down_block_types: `CrossAttnDownBlock2D` or `DownBlock2D` for each resolution.
+        up_block_types: `CrossAttnUpBlock2D` or `UpBlock2D`, the lowest resolution first.
+        block_out_channels: Channels of each resolution.
+        layers_per_block: Residual blocks of a resolution on the way down; one more on the way up.
+        downsample_padding: Of the convolutions that halve space.
+        act_fn: Activation.
+        norm_num_groups: Groups of the norms, which see one frame at a time.
+        norm_eps: Of the norms.
+        cross_attention_dim: Channels of the prompt embeddings.
+        transformer_layers_per_block: Blocks of each attention over space.
+        attention_head_dim: The number of heads of attention over space, one or one for each resolution; the name is
+            that of diffusers' config.
+        use_linear_projection: Whether attention over space projects with linear layers.
+        upcast_attention: Kept for conversion; attention computes as precisely as its backend does.
+        temporal_head_dim: Channels of a head of attention over time.
+        tasks: As for `SpacetimeTransformer`, like all that follow.
+        group_modes: Which groups the weights were trained with.
+        trained_token_frames: Latent frames of the longest clip in training.
+        chunk_size: Latent frames of a run in `chunk` groups.
+        window: Latent frames that a state remembers.
+        sink: Latent frames from the start that a state never forgets.
+        keyframe_slots: Slots a latent, the temporal compression of the VAE; 0 for none.
+        frame_rate_embedding: Whether the network can be told the frame rate.
+
+    Source: Video diffusion models, arXiv 2204.03458; AnimateDiff, arXiv 2307.04725; latent diffusion models,
+        arXiv 2112.10752.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "keyframe_embedding", "time_embedding", "frame_rate"]
+    _no_split_modules = ["Stage", "BasicTransformerBlock", "ResnetBlock2D"]
+    _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
+    _skip_keys = ["state"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: Sequence[str] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D"),
+        up_block_types: Sequence[str] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",)),
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        downsample_padding: int = 1,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        transformer_layers_per_block: int = 1,
+        attention_head_dim: int | Sequence[int] = 8,
+        use_linear_projection: bool = False,
+        upcast_attention: bool = False,
+        temporal_head_dim: int = 64,
+        tasks: Sequence[str] = ("text",),
+        group_modes: Sequence[str] = ("full",),
+        trained_token_frames: int | None = None,
+        chunk_size: int = 1,
+        window: int | None = None,
+        sink: int = 0,
+        keyframe_slots: int = 0,
+        frame_rate_embedding: bool = False,
+    ) -> None:
+        super().__init__()
+        depth = len(block_out_channels)
+        for name, given, legal in (
+            ("down_block_types", down_block_types, DOWN_BLOCKS),
+            ("up_block_types", up_block_types, UP_BLOCKS),
+        ):
+            if len(given) != depth or set(given) - set(legal):
+                raise ValueError(f"{name}={list(given)}: give {depth} of {', '.join(legal)}")
+        heads = [attention_head_dim] * depth if isinstance(attention_head_dim, int) else list(attention_head_dim)
+        channels, lowest = list(block_out_channels), block_out_channels[-1]
+        time_dim = 4 * channels[0]
+        settings = Settings(
+            time_dim, norm_num_groups, norm_eps, act_fn, cross_attention_dim, use_linear_projection,
+            upcast_attention, temporal_head_dim,
+        )  # fmt: skip
+        self.rope = RotaryPositions(temporal_head_dim)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.keyframe_embedding = None
+        if keyframe_slots:
+            slots = keyframe_slots * (in_channels + 1)
+            self.keyframe_embedding = nn.Conv2d(slots, channels[0], 3, padding=1, bias=False)
+            nn.init.zeros_(self.keyframe_embedding.weight)
+        self.time_proj = Timesteps(channels[0], flip_sin_to_cos, freq_shift)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim, act_fn=act_fn)
+        self.frame_rate_embedder = FrameRateEmbedder(time_dim, channels[0]) if frame_rate_embedding else None
+
+        def stage(inputs: Sequence[int], level: int, attends: Sequence[bool]) -> Stage:
+            return Stage(inputs, channels[level], attends, settings, heads[level], transformer_layers_per_block)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]
+        for level, kind in enumerate(down_block_types):
+            inputs = [channels[max(0, level - 1)], *[channels[level]] * (layers_per_block - 1)]
+            block = stage(inputs, level, [kind.startswith("CrossAttn")] * layers_per_block)
+            skips += [channels[level]] * layers_per_block
+            if level < depth - 1:
+                down = Downsample2D(channels[level], use_conv=True, padding=downsample_padding, name="op")
+                block.downsamplers = nn.ModuleList([down])
+                skips.append(channels[level])
+            self.down_blocks.append(block)
+        self.mid_block = stage([lowest, lowest], depth - 1, (True, False))
+        self.up_blocks = nn.ModuleList()
+        previous = lowest
+        for level, kind in zip(reversed(range(depth)), up_block_types, strict=True):
+            inputs = []
+            for _ in range(layers_per_block + 1):
+                inputs.append(previous + skips.pop())
+                previous = channels[level]
+            block = stage(inputs, level, [kind.startswith("CrossAttn")] * (layers_per_block + 1))
+            if level:
+                block.upsamplers = nn.ModuleList([Upsample2D(channels[level], use_conv=True)])
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
+        self.conv_act = get_activation(act_fn)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+        register_state_keys(self)
+        self.state_identity = network_identity(self)
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames of a token frame; rows and columns that latents must be multiples of."""
+        unit = 2 ** (len(self.config.block_out_channels) - 1)
+        return 1, unit, unit
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of prompt embeddings."""
+        return self.config.cross_attention_dim
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None,
+        *,
+        encoder_attention_mask: Tensor | None = None,
+        frame_rate: float | Tensor | None = None,
+        keyframes: Tensor | None = None,
+        groups: Groups = "full",
+        state: TemporalState | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predicts what the scheduler asks for, at every latent; arguments and errors are `SpacetimeTransformer`'s.
+
+        Args:
+            hidden_states: Normalised latents `(b, c, n, h, w)`.
+            timestep: `(b,)`, or `(b, n)` with one noise level for each frame; in the scheduler's timesteps.
+            encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
+            encoder_attention_mask: `(b, l)`, 1 where a prompt token is to be seen.
+            frame_rate: Pixel frames per second, one or `(b,)`; `None` or NaN adds nothing.
+            keyframes: Slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
+            groups: A mode, or integers `(n,)` or `(b, n)`, for attention over time.
+            state: What the stream remembers. Written unless `state.frozen()`.
+            attention_kwargs: `{"scale": ...}` scales LoRA layers.
+            return_dict: Whether to return a `UNet3DConditionOutput` or a tuple.
+
+        Returns:
+            `.sample` `(b, c, n, h, w)`.
+
+        Raises:
+            ValueError: A size cannot be halved often enough, or shapes do not fit one another.
+        """
+        b, _, n, height, width = hidden_states.shape
+        unit = self.patch_size[1]
+        if height % unit or width % unit:
+            raise ValueError(f"latents of (h, w) = ({height}, {width}): each side must be a multiple of {unit}")
+        cache = None if state is None else FrameCache.opened(self, state, n)
+        offset = 0 if cache is None else cache.num_frames
+        device = hidden_states.device
+        past_rotary = None
+        if cache is not None and offset:
+            past_rotary = self.rope(cache.positions(device), 1, 1)
+        numbers = group_tensor(groups, n, self.config.chunk_size, device)
+        x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
+        context = Context(
+            temb=self._embed_time(timestep, frame_rate, b, n, x),
+            prompt=encoder_hidden_states,
+            prompt_mask=_additive(encoder_attention_mask, x.dtype),
+            num_frames=n,
+            rotary_emb=self.rope(torch.arange(offset, offset + n, device=device), 1, 1),
+            mask=group_mask(numbers, offset, x.dtype),
+            history=None if state is None else state.history(),
+            cache=cache,
+            cache_rotary_emb=past_rotary,
+        )
+
+        x = self.conv_in(x)
+        if keyframes is not None:
+            if self.keyframe_embedding is None:
+                raise ValueError("this network has no keyframe slots (keyframe_slots=0 in its config)")
+            x = x + self.keyframe_embedding(rearrange(keyframes, "b c n h w -> (b n) c h w"))
+        skips = [x]
+        for block in self.down_blocks:
+            for index in range(len(block.resnets)):
+                x = self._layer(block, index, x, context)
+                skips.append(x)
+            for down in getattr(block, "downsamplers", ()):
+                x = down(x)
+                skips.append(x)
+        for index in range(len(self.mid_block.resnets)):
+            x = self._layer(self.mid_block, index, x, context)
+        for block in self.up_blocks:
+            for index in range(len(block.resnets)):
+                x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), context)
+            for up in getattr(block, "upsamplers", ()):
+                x = up(x)
+        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        if state is not None and cache is not None and state.writable:
+            cache.write(context.written)
+            state.commit(context.history)
+        output = rearrange(x, "(b n) c h w -> b c n h w", n=n)
+        return UNet3DConditionOutput(sample=output) if return_dict else (output,)
+
+    @classmethod
+    def from_unet2d(cls, source: UNet2DConditionModel | str, **config: Any) -> UNet3D:
+        """Inflates a 2D U-Net of the Stable Diffusion family (the layouts of 1.5 and 2.1).
+
+        Args:
+            source: The network, or the folder of one.
+            config: What the 2D network does not have, such as `group_modes` or `keyframe_slots`.
+
+        Raises:
+            ValueError: Its layout is not served; the part is named.
+        """
+        if isinstance(source, str):
+            source = UNet2DConditionModel.from_pretrained(source, use_safetensors=True)
+        for name, served in _ONLY.items():
+            if source.config.get(name, served[0]) not in served:
+                raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only {served[0]!r}")
+        names = set(cls._get_init_keys(cls))
+        shared = {name: value for name, value in source.config.items() if name in names}
+        target = cls(**shared | config)
+        weights = {name: value.detach().clone() for name, value in source.state_dict().items()}
+        missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
+        missing = [name for name in missing if not any(part in name for part in _BEYOND_2D)]
+        if missing or unexpected:
+            raise ValueError(f"this 2D U-Net does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
+        return target.to(source.dtype).to(source.device).train(source.training)
+
+    def _layer(self, block: Any, index: int, x: Tensor, context: Context) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block.layer, index, x, context)
+        return block.layer(index, x, context)
+
+    def _embed_time(self, timestep: Tensor, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor) -> Tensor:
+        """`((b n), d)`."""
+        if timestep.ndim == 0:
+            timestep = timestep.expand(b)
+        levels = timestep[:, None] if timestep.ndim == 1 else timestep
+        if levels.shape[0] != b or levels.shape[1] not in (1, n):
+            raise ValueError(f"timestep of shape {tuple(timestep.shape)}: give ({b},) or ({b}, {n})")
+        temb = self.time_embedding(self.time_proj(levels.flatten()).to(like.dtype)).unflatten(0, levels.shape)
+        if frame_rate is not None and self.frame_rate_embedder is None:
+            logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
+        elif frame_rate is not None:
+            rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=like.device)
+            temb = temb + self.frame_rate_embedder(rates.expand(b)).to(temb)
+        return temb.expand(b, n, -1).flatten(0, 1)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`(b, l)` of ones and zeros as what is added to the scores, `(b, 1, l)`."""
+    if mask is None:
+        return None
+    hidden = (mask == 0).unsqueeze(1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, float("-inf"))
+
+
+_BEYOND_2D = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "addition_embed_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_only_cross_attention": (None, False),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "cross_attention_norm": (None,),
+    "attention_type": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "dropout": (0.0,),
+}
