@@ -165,6 +165,23 @@ def test_a_trained_pipeline_generates(runs, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
+def test_a_unet_trains_too(runs, tmp_path):
+    model = {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "attention_head_dim": 2,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "temporal_head_dim": 8,
+        "group_modes": ["full", "causal"],
+    }  # fmt: skip
+    options = {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    train_vdm(runs, tmp_path, **options)
+    pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.transformer is None and pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
+    moved = [name for name, weight in pipe.unet.named_parameters() if name.endswith("conv.weight") and weight.any()]
+    assert len([name for name in moved if "temporal" in name]) == 2 + 2 + 4  # they start as zeros
+    refused = train_vdm(runs, tmp_path / "other", check=False, **{"--denoiser": "cnn"})
+    assert refused.returncode != 0 and "transformer or unet" in refused.stderr
+
+
 @pytest.fixture(scope="module")
 def long_latents(vae_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")

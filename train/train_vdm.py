@@ -26,6 +26,7 @@ from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
 from vgen.models.prompts import tokenize
 from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
@@ -51,8 +52,10 @@ class VDMConfig(RunConfig):
     """Folder that `pipelines/encode_latents.py` wrote."""
     train_text_encoder: bool = False
     """Whether the text encoder is trained along."""
+    denoiser: str = "transformer"
+    """What is trained: `transformer` or `unet`; `--init` brings its own."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `SpacetimeTransformer` for random weights; `--init` ignores them."""
+    """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; `--init` ignores them."""
     attention_backend: str | None = None
     """Any name of diffusers' attention dispatcher; for short clips on a CPU, `_native_math` is the fastest."""
     max_sequence_length: int = 32
@@ -104,6 +107,8 @@ class VDMConfig(RunConfig):
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.denoiser not in ("transformer", "unet"):
+            raise ValueError(f"denoiser={self.denoiser!r} must be transformer or unet")
         if self.num_score_prompts < 2:
             raise ValueError(f"num_score_prompts={self.num_score_prompts} must be at least 2")
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
@@ -120,13 +125,13 @@ def main(config: VDMConfig) -> None:
     pipe = make_pipeline(config)
     lengths = declare(pipe, config, data)
     if config.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        pipe.denoiser.enable_gradient_checkpointing()
     if config.attention_backend:
-        pipe.transformer.set_attention_backend(config.attention_backend)
+        pipe.denoiser.set_attention_backend(config.attention_backend)
     if config.compile:
-        compile_blocks(pipe.transformer)
+        compile_blocks(pipe.denoiser)
     pipe.text_encoder.requires_grad_(config.train_text_encoder)
-    model = PromptedDenoiser(pipe.transformer, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
+    model = PromptedDenoiser(pipe.denoiser, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
     run = Run(config, accelerator, model)
     pipe.text_encoder.train(config.train_text_encoder)
 
@@ -185,10 +190,15 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         config.text_encoder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
     )
     text_dim = text_encoder.config.hidden_size
+    denoiser: SpacetimeTransformer | UNet3D
+    if config.denoiser == "unet":
+        denoiser = UNet3D(**{"cross_attention_dim": text_dim, **config.model})
+    else:
+        denoiser = SpacetimeTransformer(**{"text_dim": text_dim, **config.model})
     return VideoGenPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.level_shift),
         vae=vae,
-        transformer=SpacetimeTransformer(**{"text_dim": text_dim, **config.model}),
+        **{config.denoiser: denoiser},
         text_encoder=text_encoder,
         tokenizer=AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer"),
         max_sequence_length=config.max_sequence_length,
@@ -208,8 +218,8 @@ def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[
     Raises:
         ValueError: The clips are too short, or known frames have no latents or no slots.
     """
-    network = pipe.transformer.config
-    whole = data.latents.shape[2] // network.patch_size[0]
+    network = pipe.denoiser.config
+    whole = data.latents.shape[2] // pipe.denoiser.patch_size[0]
     lengths = config.window_lengths or [whole]
     used = {kind for kind, weight in config.known.items() if weight > 0}
     if used & {"keyframes", "both"} and (data.frames is None or not network.keyframe_slots):
@@ -226,7 +236,7 @@ def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[
     later = {kind for kind, weight in config.windows.items() if weight > 0} - {"start"}
     trained = ["leading"] if used & {"leading", "both"} or later else []
     trained += ["keyframes"] if used & {"keyframes", "both"} else []
-    pipe.transformer.register_to_config(
+    pipe.denoiser.register_to_config(
         tasks=list(dict.fromkeys([*network.tasks, *trained])),
         trained_token_frames=max(*lengths, network.trained_token_frames or 0),
     )
@@ -238,13 +248,14 @@ def draw(
 ) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     first = step * config.batch_size
+    network = FrozenDict({**pipe.denoiser.config, "patch_size": pipe.denoiser.patch_size})
     rows, prompts = [], []
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
         epoch, place = divmod(first + index, len(data))
         clip = data[_order(len(data), config.seed, epoch)[place]]
         prompts.append("" if rng.random() < config.text_dropout else rng.choice(clip.captions))
-        rows.append(draw_row(clip, pipe.transformer.config, config, mode, length, rng, generator))
+        rows.append(draw_row(clip, network, config, mode, length, rng, generator))
     input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {"input_ids": input_ids, "prompt_mask": prompt_mask}
@@ -300,8 +311,8 @@ def draw_row(
 def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
     """Adherence on fixed prompts, and frames `(f, h, w, 3)` of some videos."""
     scores, shown = {}, []
-    training, trains_text = pipe.transformer.training, pipe.text_encoder.training
-    pipe.transformer.eval()
+    training, trains_text = pipe.denoiser.training, pipe.text_encoder.training
+    pipe.denoiser.eval()
     pipe.text_encoder.eval()
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -318,7 +329,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
         result = adherence(list(clips), [world.scene(index) for index in indices])
         scores |= {f"{split} {name}": value for name, value in result.items()}
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
-    pipe.transformer.train(training)
+    pipe.denoiser.train(training)
     pipe.text_encoder.train(trains_text)
     return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
 

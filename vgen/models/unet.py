@@ -122,8 +122,8 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.conv = CausalConv3d(channels, channels, (3, 1, 1))
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for weight in self.conv.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Maps `((b n), c, h, w)` to the same shape."""
@@ -144,23 +144,23 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.attn = SpacetimeAttention(channels, channels // head_dim, head_dim)
-        nn.init.zeros_(self.attn.to_out[0].weight)
-        nn.init.zeros_(self.attn.to_out[0].bias)
+        for weight in self.attn.to_out.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Maps `((b n), c, h, w)` to the same shape."""
         n, (height, width) = context.num_frames, x.shape[2:]
         b, p = x.shape[0] // n, height * width
         tokens = self.norm(rearrange(x, "(b n) c h w -> (b h w) n c", n=n))
-        past, mask, key = None, context.mask, self.attn.state_key
-        if context.cache is not None:
-            past = context.cache.read(key, b, p)
-            past = past and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in past)
+        mask, key = context.mask, self.attn.state_key
+        cached = None if context.cache is None else context.cache.read(key, b, p)
+        past = cached and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cached)
         if mask is not None and mask.shape[0] > 1:
             mask = repeat(mask, "b i q k -> (b p) i q k", p=p)
         out, *pair = self.attn(tokens, None, mask, context.rotary_emb, past, context.cache_rotary_emb, True)
         if context.cache is not None:
-            context.written[key] = tuple(rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in pair)
+            keys, values = (rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in pair)
+            context.written[key] = keys, values
         return x + rearrange(out, "(b h w) n c -> (b n) c h w", h=height, w=width)
 
 
@@ -468,6 +468,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 raise ValueError("this network has no keyframe slots (keyframe_slots=0 in its config)")
             x = x + self.keyframe_embedding(rearrange(keyframes, "b c n h w -> (b n) c h w"))
         skips = [x]
+        block: Any
         for block in self.down_blocks:
             for index in range(len(block.resnets)):
                 x = self._layer(block, index, x, context)
@@ -475,7 +476,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             for down in getattr(block, "downsamplers", ()):
                 x = down(x)
                 skips.append(x)
-        for index in range(len(self.mid_block.resnets)):
+        for index in range(2):
             x = self._layer(self.mid_block, index, x, context)
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
@@ -483,9 +484,9 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             for up in getattr(block, "upsamplers", ()):
                 x = up(x)
         x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
-        if state is not None and cache is not None and state.writable:
+        if cache is not None and context.history is not None and cache.state.writable:
             cache.write(context.written)
-            state.commit(context.history)
+            cache.state.commit(context.history)
         output = rearrange(x, "(b n) c h w -> b c n h w", n=n)
         return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
@@ -530,7 +531,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         temb = self.time_embedding(self.time_proj(levels.flatten()).to(like.dtype)).unflatten(0, levels.shape)
         if frame_rate is not None and self.frame_rate_embedder is None:
             logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
-        elif frame_rate is not None:
+        elif frame_rate is not None and self.frame_rate_embedder is not None:
             rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=like.device)
             temb = temb + self.frame_rate_embedder(rates.expand(b)).to(temb)
         return temb.expand(b, n, -1).flatten(0, 1)
