@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
     from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
+    from vgen.models.unet import UNet3D as UNet3D
     from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
     from vgen.rollout import Rollout as Rollout
     from vgen.temporal.state import TemporalState as TemporalState
@@ -17,6 +18,7 @@ _HOMES = {
     "Rollout": "vgen.rollout",
     "SpacetimeTransformer": "vgen.models.transformer",
     "TemporalState": "vgen.temporal.state",
+    "UNet3D": "vgen.models.unet",
     "VideoGenPipeline": "vgen.pipeline",
 }
 __all__ = [*_HOMES, "__version__"]
