@@ -215,8 +215,9 @@ def test_names_in_a_saved_pipeline_are_a_file_format(pipe, tmp_path):
     assert index["vae"] == ["vgen.models.vae", "CausalVideoVAE"]
     assert index["transformer"] == ["vgen.models.transformer", "SpacetimeTransformer"]
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["unet"] == [None, None]
     assert {key for key, value in index.items() if isinstance(value, list)} == {
-        "vae", "transformer", "text_encoder", "tokenizer", "scheduler",
+        "vae", "transformer", "unet", "text_encoder", "tokenizer", "scheduler",
     }  # fmt: skip
     defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
     assert [index[name] for name in defaults] == [16, 16, 9, 8.0, 2, 3.0]

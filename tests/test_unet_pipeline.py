@@ -1,9 +1,20 @@
 """The pipeline with the 3D U-Net: every task, as with the Transformer."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
@@ -109,3 +120,73 @@ def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
     loaded = Rollout.load(tmp_path / "saved", pipe)
     for _ in range(3):
         assert np.array_equal(next(loaded), next(rollout))
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A tiny random folder in the format of Stable Diffusion 1.5."""
+    folder = tmp_path_factory.mktemp("sd")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet, safety_checker=None,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                set_alpha_to_one=False, steps_offset=1),
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")  # fmt: skip
+    return folder / "pipeline"
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_frames_of_an_inflated_pipeline_are_stable_diffusions_under_equal_noise(stable_diffusion, scheduler):
+    images = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
+    videos = VideoGenPipeline.from_stable_diffusion(stable_diffusion)
+    for pipe in (images, videos):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 3, 16, 16, generator=seeded())
+    settings = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "dark"}
+    video = videos(PROMPT, num_frames=3, latents=noise, **settings).frames[0]
+    for index in range(3):
+        image = images(PROMPT, latents=noise[:, :, index], output_type="np", **settings).images[0]
+        assert abs(video[index] - image).max() < 1e-4
+
+
+def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(stable_diffusion, tmp_path, video):
+    pipe = VideoGenPipeline.from_stable_diffusion(
+        stable_diffusion, num_frames=4, tasks=["text", "leading", "keyframes"], keyframe_slots=1, window=2,
+        group_modes=["full", "causal", "chunk"], temporal_head_dim=8,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "video")
+    loaded = VideoGenPipeline.from_pretrained(tmp_path / "video")
+    loaded.set_progress_bar_config(disable=True)
+    frames = pipe(PROMPT, generator=seeded(), num_inference_steps=2).frames[0]
+    assert np.array_equal(frames, loaded(PROMPT, generator=seeded(), num_inference_steps=2).frames[0])
+    assert frames.shape == (4, 32, 32, 3)
+    latents = pipe(PROMPT, generator=seeded(), num_inference_steps=2, output_type="latent").frames
+    streamed = np.concatenate(list(pipe.decode_stream(latents)), axis=1)[0]
+    assert abs(streamed / 255 - frames).max() < 1 / 255
+    known = np.repeat(np.repeat(video, 2, axis=1), 2, axis=2)
+    rolled = frames_of(loaded.rollout(PROMPT, known[:3], num_frames=5, num_inference_steps=2))
+    assert rolled.shape == (5, 32, 32, 3)
+    with pytest.raises(ValueError, match="holds a VideoGenPipeline"):
+        VideoGenPipeline.from_stable_diffusion(tmp_path / "video")

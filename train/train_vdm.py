@@ -7,9 +7,10 @@ A CPU-sized try, after training a text encoder and a VAE and encoding clips with
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,9 @@ class VDMConfig(RunConfig):
     """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
     latents_dir: Path
     """Folder that `pipelines/encode_latents.py` wrote."""
+    more_latents: dict[str, float] = field(default_factory=dict)
+    """Other such folders, and how often a step draws from each instead. What their clips cannot serve (long windows,
+    keyframes) is left out there."""
     train_text_encoder: bool = False
     """Whether the text encoder is trained along."""
     denoiser: str = "transformer"
@@ -104,6 +108,8 @@ class VDMConfig(RunConfig):
             given = getattr(self, name)
             if not given or set(given) - set(legal) or min(given.values()) < 0:
                 raise ValueError(f"{name}={given} must weigh some of {', '.join(legal)}")
+        if min(self.more_latents.values(), default=0) < 0 or sum(self.more_latents.values()) > 1:
+            raise ValueError(f"more_latents={self.more_latents} must be shares that sum to at most 1")
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
@@ -121,9 +127,10 @@ def main(config: VDMConfig) -> None:
         print(config_text(config))
         return
     accelerator = start(config)
-    data = LatentSet(config.latents_dir)
     pipe = make_pipeline(config)
-    lengths = declare(pipe, config, data)
+    sources = [declare(pipe, config, LatentSet(config.latents_dir))]
+    sources += [restrict(pipe, sources[0].config, LatentSet(Path(folder))) for folder in config.more_latents]
+    shares = [1 - sum(config.more_latents.values()), *config.more_latents.values()]
     if config.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
     if config.attention_backend:
@@ -138,10 +145,11 @@ def main(config: VDMConfig) -> None:
     for step in run.steps():
         rng = random.Random(config.seed * 1_000_003 + step)
         mode = choose(config.groups, rng)
-        length = rng.choice(lengths)
+        source = rng.choices(sources, shares)[0]
+        length = rng.choice(source.config.window_lengths)
         total = torch.zeros((), device=accelerator.device)
         for part in run.parts(config.batch_size):
-            batch = draw(data, pipe, config, step, part, mode, length)
+            batch = draw(source, pipe, step, part, mode, length)
             groups = batch.pop("groups")
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
@@ -212,8 +220,15 @@ def choose(weights: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[int]:
-    """Writes into the denoiser's config what it is trained for; returns the lengths of windows.
+class Source(NamedTuple):
+    """Encoded clips, and what of the settings they serve."""
+
+    data: LatentSet
+    config: VDMConfig
+
+
+def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Source:
+    """Writes into the denoiser's config what it is trained for; fills in the lengths of windows.
 
     Raises:
         ValueError: The clips are too short, or known frames have no latents or no slots.
@@ -240,13 +255,35 @@ def declare(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> list[
         tasks=list(dict.fromkeys([*network.tasks, *trained])),
         trained_token_frames=max(*lengths, network.trained_token_frames or 0),
     )
-    return lengths
+    return Source(data, replace(config, window_lengths=lengths))
 
 
-def draw(
-    data: LatentSet, pipe: VideoGenPipeline, config: VDMConfig, step: int, part: slice, mode: str, length: int
-) -> dict[str, Tensor]:
+def restrict(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Source:
+    """Leaves out of the settings what some clips cannot serve.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    whole = data.latents.shape[2] // pipe.denoiser.patch_size[0]
+    lengths = [length for length in config.window_lengths if length <= whole]
+    # a window behind a gap needs one frame more than the window
+    windows = {
+        kind: weight for kind, weight in config.windows.items() if kind != "sink" or max(lengths, default=0) < whole
+    }
+    known = {
+        kind: weight for kind, weight in config.known.items() if data.frames is not None or kind in ("none", "leading")
+    }
+    if not lengths or not sum(windows.values()) or not sum(known.values()):
+        raise ValueError(
+            f"clips of {whole} token frames serve none of window_lengths={config.window_lengths}, "
+            f"windows={config.windows}, known={config.known}"
+        )
+    return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
+
+
+def draw(source: Source, pipe: VideoGenPipeline, step: int, part: slice, mode: str, length: int) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
+    data, config = source
     first = step * config.batch_size
     network = FrozenDict({**pipe.denoiser.config, "patch_size": pipe.denoiser.patch_size})
     rows, prompts = [], []
@@ -334,15 +371,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
     return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
 
 
-_orders: dict[tuple[int, int, int], Tensor] = {}
-
-
-def _order(size: int, seed: int, epoch: int) -> Tensor:
-    key = (size, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = epoch_order(size, seed, epoch)
-    return _orders[key]
+_order = lru_cache(maxsize=8)(epoch_order)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
-    from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
     from vgen.models.unet import UNet3D as UNet3D
+    from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
     from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
     from vgen.rollout import Rollout as Rollout
     from vgen.temporal.state import TemporalState as TemporalState

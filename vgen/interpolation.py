@@ -153,7 +153,7 @@ class Interpolator:
 
     def _begin(self, frame: Tensor) -> Tensor:
         clip = frame.unsqueeze(2)
-        self.finished[0] = encode_clip(self.pipe.vae, clip)
+        self.finished[0] = encode_clip(self.pipe.codec, clip)
         self.pipe.decode_next(self.finished[0], self.decoder_state)
         self.num_made = 1
         return clip
@@ -174,7 +174,7 @@ class Interpolator:
         frames = [frame for latent in new for frame in self._known(latent) if frame <= end]
         slots = place(frames, 1 + s * num_latents, s, pipe.denoiser.patch_size[0]).slots
         places = {(len(seen) + k - first, j): self.given[frame] for frame, (k, j) in slots.items()}
-        images = encode_slots(pipe.vae, places) if places else {}
+        images = encode_slots(pipe.codec, places) if places else {}
         conditions: dict[str, Any] = {
             "keyframes": fill_slots(images, count, s, leading[:, :, 0]).to(pipe.denoiser.dtype),
             "groups": make_groups(

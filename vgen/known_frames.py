@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen.models.image_vae import FrameByFrame
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
 
@@ -92,7 +93,7 @@ class KnownFrames:
 def encode_known_frames(
     frames: Mapping[int, Tensor],
     num_frames: int,
-    vae: CausalVideoVAE | None = None,
+    vae: CausalVideoVAE | FrameByFrame | None = None,
     compression: int = 1,
     patch_frames: int = 1,
 ) -> KnownFrames:
@@ -119,7 +120,7 @@ def encode_known_frames(
     return KnownFrames(placement, leading, keyframes, dict(frames))
 
 
-def encode_clip(vae: CausalVideoVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
+def encode_clip(vae: CausalVideoVAE | FrameByFrame | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
     """Normalised latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
 
     Pixels are where the VAE computes, which offloaded weights do not tell. Without a VAE, latents are pixels.
@@ -131,7 +132,7 @@ def encode_clip(vae: CausalVideoVAE | None, clip: Tensor, state: TemporalState |
 
 
 def encode_slots(
-    vae: CausalVideoVAE | None, frames: Mapping[tuple[int, int], Tensor]
+    vae: CausalVideoVAE | FrameByFrame | None, frames: Mapping[tuple[int, int], Tensor]
 ) -> dict[tuple[int, int], Tensor]:
     """Normalised latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
     alone = torch.stack(list(frames.values()))

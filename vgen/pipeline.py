@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FasterCacheConfig, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
@@ -28,6 +28,7 @@ from vgen.coarse_to_fine import coarse_to_fine
 from vgen.interpolation import UNTOLD_LIMIT, Interpolator, check_factor
 from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
+from vgen.models.image_vae import FrameByFrame
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
@@ -55,7 +56,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     Args:
         scheduler: Any diffusers scheduler that fits the denoiser's training.
-        vae: Clips to latents and back; without one the denoiser works on pixels.
+        vae: Clips to latents and back, a 2D one frame by frame; without one the denoiser works on pixels.
         transformer: The denoiser, or
         unet: The denoiser.
         text_encoder: Any transformers text encoder; without one, prompts are given as embeddings.
@@ -77,7 +78,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def __init__(
         self,
         scheduler: SchedulerMixin,
-        vae: CausalVideoVAE | None = None,
+        vae: CausalVideoVAE | AutoencoderKL | None = None,
         transformer: SpacetimeTransformer | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -110,8 +111,9 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
         )
-        self.vae_scale_factor_temporal = vae.temporal_compression_ratio if vae is not None else 1
-        self.vae_scale_factor_spatial = vae.spatial_compression_ratio if vae is not None else 1
+        codec = self.codec
+        self.vae_scale_factor_temporal = 1 if codec is None else codec.temporal_compression_ratio
+        self.vae_scale_factor_spatial = 1 if codec is None else codec.spatial_compression_ratio
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
     @classmethod
@@ -138,6 +140,51 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return super().from_pretrained(source, **kwargs)
         except OSError as error:
             raise ValueError(f"{_not_found(source)}, and it could not be loaded from the Hub: {error}") from error
+
+    @classmethod
+    def from_stable_diffusion(
+        cls,
+        source: str | Path | StableDiffusionPipeline,
+        *,
+        num_frames: int = 16,
+        frame_rate: float = 8.0,
+        **unet: Any,
+    ) -> VideoGenPipeline:
+        """Inflates an image pipeline: every frame of a video is at first the image that it makes from the same noise.
+
+        Args:
+            source: A `StableDiffusionPipeline`, or the folder or Hub id of one (the layouts of 1.5 and 2.1). Its
+                safety checker is left behind.
+            num_frames: Default number of frames.
+            frame_rate: Default pixel frames per second.
+            unet: What the 2D network does not have, such as `group_modes` or `keyframe_slots`.
+
+        Raises:
+            ValueError: The layout is not served; the part is named.
+        """
+        if not isinstance(source, StableDiffusionPipeline):
+            name = DiffusionPipeline.load_config(str(source)).get("_class_name")
+            if name != "StableDiffusionPipeline":
+                raise ValueError(f"{source} holds a {name}: only a StableDiffusionPipeline can be inflated")
+            source = StableDiffusionPipeline.from_pretrained(
+                str(source), use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        network = UNet3D.from_unet2d(source.unet, **unet)
+        size = network.config.sample_size * 2 ** (len(source.vae.config.block_out_channels) - 1)
+        return cls(
+            scheduler=source.scheduler,
+            vae=source.vae,
+            unet=network,
+            text_encoder=source.text_encoder,
+            tokenizer=source.tokenizer,
+            height=size,
+            width=size,
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+            num_inference_steps=50,
+            guidance_scale=7.5,
+            max_sequence_length=source.tokenizer.model_max_length,
+        )
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -801,26 +848,31 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def decode_latents(self, latents: Tensor, output_type: str, known: KnownFrames | None = None) -> Any:
         """Denormalised and decoded videos in the asked form, known frames as they were given."""
-        if self.vae is not None:
-            latents = self.vae.decode(self.vae.denormalize(latents).to(self.vae.dtype)).sample
+        if self.codec is not None:
+            latents = self.codec.decode(self.codec.denormalize(latents).to(self.codec.dtype)).sample
         if known is not None:
             latents = known.paste(latents)
         return self.video_processor.postprocess_video(latents.float(), output_type=output_type)
 
     def decode_next(self, latents: Tensor, state: TemporalState) -> Tensor:
         """Pixels `(b, 3, f, h, w)` in [-1, 1] of the next latents of a stream, which without a VAE are the pixels."""
-        if self.vae is None:
+        if self.codec is None:
             return latents
-        return self.vae.decode(self.vae.denormalize(latents).to(self.vae.dtype), state=state).sample
+        return self.codec.decode(self.codec.denormalize(latents).to(self.codec.dtype), state=state).sample
 
     @torch.no_grad()
     def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Yields the videos of latents from `output_type="latent"` piece by piece, uint8 `(b, n, h, w, c)`."""
         pieces: Iterable[Tensor] = [latents]
-        if self.vae is not None:
-            pieces = self.vae.decode_stream(self.vae.denormalize(latents).to(self.vae.dtype))
+        if self.codec is not None:
+            pieces = self.codec.decode_stream(self.codec.denormalize(latents).to(self.codec.dtype))
         for piece in pieces:
             yield to_frames(piece)
+
+    @property
+    def codec(self) -> CausalVideoVAE | FrameByFrame | None:
+        """The VAE, a 2D one frame by frame."""
+        return FrameByFrame(self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae
 
     @property
     def denoiser(self) -> SpacetimeTransformer | UNet3D:
@@ -919,7 +971,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         pixels = {
             index: one.to(device).repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()
         }
-        return encode_known_frames(pixels, num_frames, self.vae, *layout)
+        return encode_known_frames(pixels, num_frames, self.codec, *layout)
 
     def check_tasks(self, tasks: set[str]) -> None:
         """Refuses what the checkpoint was not trained for.

@@ -247,19 +247,19 @@ class Rollout:
             waiting.append(frame.to(device))
             num_frames += 1
             if len(waiting) == s * p_t * self._run_length - (0 if self._history else s - 1):
-                self._finish(encode_clip(pipe.vae, torch.stack(waiting, dim=2), encoder_state), 0.0)
+                self._finish(encode_clip(pipe.codec, torch.stack(waiting, dim=2), encoder_state), 0.0)
                 waiting = []
         if not num_frames:
             return
         placement = place(range(num_frames), num_frames + s * p_t, s, p_t)
         whole = len(waiting) - len(placement.slots)  # frames of a last, shorter run
         if whole:
-            self._finish(encode_clip(pipe.vae, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
+            self._finish(encode_clip(pipe.codec, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
         if placement.slots:
             pipe.check_tasks({"keyframes"})
             rest = zip(placement.slots.values(), waiting[whole:], strict=True)
             self._keyframes = encode_slots(
-                pipe.vae, {(latent - placement.num_leading, slot): frame for (latent, slot), frame in rest}
+                pipe.codec, {(latent - placement.num_leading, slot): frame for (latent, slot), frame in rest}
             )
         self._given_frames = len(placement.slots)
 

@@ -6,6 +6,7 @@ is 1 or `n`. Frames are folded into the batch, `(b n) c h w`, wherever space is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -341,6 +342,10 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         ):
             if len(given) != depth or set(given) - set(legal):
                 raise ValueError(f"{name}={list(given)}: give {depth} of {', '.join(legal)}")
+        if any(channels % temporal_head_dim for channels in block_out_channels):
+            raise ValueError(
+                f"temporal_head_dim={temporal_head_dim} must divide block_out_channels={block_out_channels}"
+            )
         heads = [attention_head_dim] * depth if isinstance(attention_head_dim, int) else list(attention_head_dim)
         channels, lowest = list(block_out_channels), block_out_channels[-1]
         time_dim = 4 * channels[0]
@@ -496,7 +501,8 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
         Args:
             source: The network, or the folder of one.
-            config: What the 2D network does not have, such as `group_modes` or `keyframe_slots`.
+            config: What the 2D network does not have, such as `group_modes` or `keyframe_slots`. Temporal heads have
+                64 channels, or the largest divisor of 64 that divides the channels of every resolution.
 
         Raises:
             ValueError: Its layout is not served; the part is named.
@@ -508,6 +514,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only {served[0]!r}")
         names = set(cls._get_init_keys(cls))
         shared = {name: value for name, value in source.config.items() if name in names}
+        shared["temporal_head_dim"] = math.gcd(64, *source.config.block_out_channels)
         target = cls(**shared | config)
         weights = {name: value.detach().clone() for name, value in source.state_dict().items()}
         missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
