@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderKL
 from einops import rearrange
 from jsonargparse import auto_cli
 from torch import Tensor
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from vgen.data.latents import write_shard
 from vgen.data.shapes import ShapesWorld, render
 from vgen.jobs import check_settings
+from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
 
@@ -30,7 +32,7 @@ class EncodeConfig:
     """What to encode."""
 
     vae: str
-    """Folder or Hub id of a `CausalVideoVAE`."""
+    """Folder or Hub id of a `CausalVideoVAE`, or of an `AutoencoderKL`, which encodes frame by frame."""
     output_dir: Path
     """Folder of the shards."""
     num_clips: int = 20000
@@ -62,7 +64,8 @@ def main(config: EncodeConfig) -> None:
     """Encodes the shards that are missing, shared out over processes."""
     process = PartialState()
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    vae = CausalVideoVAE.from_pretrained(config.vae).to(process.device).eval()
+    vae = load_vae(config.vae).to(process.device).eval()
+    codec = as_codec(vae)
     if config.compile:
         compile_blocks(vae)
     world = ShapesWorld(split="train", seed=config.seed)
@@ -82,10 +85,10 @@ def main(config: EncodeConfig) -> None:
             size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
             scenes = [world.scene(index) for index in indices[part]]
             clip = render(scenes, frame_rate=torch.tensor(rates[part]), device=process.device, **size)
-            latents.append(encode(vae, clip))
+            latents.append(encode(codec, clip))
             if config.keyframes:
                 alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
-                images = torch.cat([encode(vae, images) for images in alone])
+                images = torch.cat([encode(codec, images) for images in alone])
                 frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
         captions = [[world.caption(index, variant) for variant in range(config.num_captions)] for index in indices]
         write_shard(path, torch.cat(latents), captions, rates, torch.cat(frames) if frames else None)
@@ -93,14 +96,14 @@ def main(config: EncodeConfig) -> None:
             shorter.unlink()
 
 
-def encode(vae: CausalVideoVAE, clip: Tensor) -> Tensor:
+def encode(vae: CausalVideoVAE | FrameByFrame, clip: Tensor) -> Tensor:
     """Normalised latents of clips, on the CPU in half precision."""
     with torch.autocast(clip.device.type, torch.bfloat16):
         posterior = vae.encode(clip).latent_dist
     return vae.normalize(posterior.mode().float()).half().cpu()
 
 
-def shard_settings(config: EncodeConfig, vae: CausalVideoVAE) -> dict[str, Any]:
+def shard_settings(config: EncodeConfig, vae: CausalVideoVAE | AutoencoderKL) -> dict[str, Any]:
     """What all shards of a folder have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
     digest = hashlib.sha256(str(sorted(vae.config.items())).encode())

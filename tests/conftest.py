@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 @torch.no_grad()
@@ -90,3 +93,36 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     monkeypatch.setattr(f"{hub_utils}.create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(f"{hub_utils}.load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\n"))
     return uploaded
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random folder in the format of Stable Diffusion 1.5."""
+    folder = tmp_path_factory.mktemp("sd")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet, safety_checker=None,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                set_alpha_to_one=False, steps_offset=1),
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")  # fmt: skip
+    return folder / "pipeline"

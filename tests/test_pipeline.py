@@ -14,7 +14,7 @@ from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline, find_checkpoint
-from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
+from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss
 
 PROMPT = "a red circle moves right"
 WORDS = ["a", "blue", "circle", "left", "moves", "red", "right", "square", "up"]
@@ -183,15 +183,15 @@ def test_pixels_work_without_a_vae():
 
 def test_pixels_train_without_a_vae():
     pipe = make_pipeline(vae=False, in_channels=3, out_channels=3, patch_size=(2, 16, 16))
-    model = PromptedDenoiser(pipe.transformer, pipe.text_encoder)
+    model, objective = PromptedDenoiser(pipe.transformer, pipe.text_encoder), Objective(pipe.scheduler)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     clips = torch.randn(1, 3, 1, 1, 1, generator=seeded()).expand(8, 3, 4, 16, 16)  # one colour
     ids, mask = tokenize(pipe.tokenizer, [PROMPT] * 8, 8)
     losses = []
     for step in range(60):
         noise, levels = torch.randn(clips.shape, generator=seeded(step)), torch.rand(8, 2, generator=seeded(step))
-        noisy, target = flow_sample(clips, noise, levels)
-        loss = velocity_loss(model(noisy, levels, ids, mask), target).mean()
+        sample = objective(clips, noise, levels)
+        loss = denoising_loss(model(sample.latents, sample.timestep, ids, mask), sample.target, sample.weight).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

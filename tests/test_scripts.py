@@ -7,9 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -165,7 +167,7 @@ def test_a_trained_pipeline_generates(runs, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
-def test_a_unet_trains_too(runs, tmp_path):
+def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
     model = {
         "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "attention_head_dim": 2,
@@ -173,6 +175,7 @@ def test_a_unet_trains_too(runs, tmp_path):
         "group_modes": ["full", "causal"],
     }  # fmt: skip
     options = {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    options["--more_latents"] = json.dumps({str(long_latents): 0.5})
     train_vdm(runs, tmp_path, **options)
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.transformer is None and pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
@@ -180,6 +183,42 @@ def test_a_unet_trains_too(runs, tmp_path):
     assert len([name for name in moved if "temporal" in name]) == 2 + 2 + 4  # they start as zeros
     refused = train_vdm(runs, tmp_path / "other", check=False, **{"--denoiser": "cnn"})
     assert refused.returncode != 0 and "transformer or unet" in refused.stderr
+
+
+def test_an_inflated_image_pipeline_trains_as_a_video_model(text_run, stable_diffusion, tmp_path):
+    start = VideoGenPipeline.from_stable_diffusion(stable_diffusion, num_frames=4, group_modes=["full", "causal"])
+    start.save_pretrained(tmp_path / "start")
+    options = {"--vae": tmp_path / "start/vae", "--height": 32, "--width": 32, "--num_frames": 4}
+    encode(None, tmp_path / "latents", **options)
+    options = {
+        "--init": tmp_path / "start", "--prediction": "epsilon", "--snr_gamma": 5, "--train_only": "temporal",
+        "--max_sequence_length": 16, "--save_dtype": "float32", "--ema_decay": 0,
+    }  # fmt: skip
+    runs = (tmp_path / "unused", text_run, tmp_path / "latents")
+    train_vdm(runs, tmp_path / "run", **options)
+    pipe = VideoGenPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert isinstance(pipe.scheduler, DDIMScheduler) and pipe.scheduler.config.prediction_type == "epsilon"
+    before, after = start.unet.state_dict(), pipe.unet.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("temporal" in name for name in moved)
+    assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
+    refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
+    assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
+
+
+def test_what_short_clips_do_not_serve_is_left_out_there(text_run, latents_dir, long_latents):
+    script = runpy.run_path(str(ROOT / "train/train_vdm.py"))
+    pipe = SimpleNamespace(denoiser=SimpleNamespace(patch_size=(1, 2, 2)))
+    options = {"windows": {"start": 1.0, "sink": 1.0}, "known": {"none": 1.0, "both": 1.0}}
+    settings = {"output_dir": latents_dir, "vae": "", "text_encoder": "", "latents_dir": long_latents}
+    config = script["VDMConfig"](**settings, **options, window_lengths=[2, 5])
+    short = script["restrict"](pipe, config, LatentSet(latents_dir)).config
+    assert (short.window_lengths, short.windows, short.known) == ([2], {"start": 1.0}, {"none": 1.0})
+    long = script["restrict"](pipe, config, LatentSet(long_latents)).config
+    assert (long.window_lengths, long.windows, long.known) == ([2, 5], {"start": 1.0}, options["known"])
+    config = script["VDMConfig"](**settings, window_lengths=[5])
+    with pytest.raises(ValueError, match="clips of 2 token frames serve none"):
+        script["restrict"](pipe, config, LatentSet(latents_dir))
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,15 @@
 """The pipeline with the 3D U-Net: every task, as with the Transformer."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
@@ -120,39 +115,6 @@ def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
     loaded = Rollout.load(tmp_path / "saved", pipe)
     for _ in range(3):
         assert np.array_equal(next(loaded), next(rollout))
-
-
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory):
-    """A tiny random folder in the format of Stable Diffusion 1.5."""
-    folder = tmp_path_factory.mktemp("sd")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
-        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=32,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet, safety_checker=None,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                set_alpha_to_one=False, steps_offset=1),
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder / "pipeline")  # fmt: skip
-    return folder / "pipeline"
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])

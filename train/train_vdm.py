@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from einops import rearrange
 from torch import Tensor
@@ -25,15 +24,15 @@ from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
+from vgen.models.image_vae import load_vae
 from vgen.models.prompts import tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
-from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
-from vgen.training.objective import PromptedDenoiser, flow_sample, velocity_loss
+from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss, make_scheduler, prediction_of
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
 
 
@@ -58,6 +57,8 @@ class VDMConfig(RunConfig):
     """Whether the text encoder is trained along."""
     denoiser: str = "transformer"
     """What is trained: `transformer` or `unet`; `--init` brings its own."""
+    train_only: str = "all"
+    """`all`, or `temporal`: layers that mix frames or were not there before a 2D network was inflated."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; `--init` ignores them."""
     attention_backend: str | None = None
@@ -78,6 +79,14 @@ class VDMConfig(RunConfig):
     """Highest such level."""
     levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
     """How often a sample has noise levels that are shared, per group, or independent per frame."""
+    prediction: str = "flow"
+    """`flow`, `v_prediction` or `epsilon`."""
+    scheduler: str = "ddim"
+    """What a new pipeline for the last two is saved with: `ddim`, `dpmsolver++` or `unipc`."""
+    zero_terminal_snr: bool = False
+    """Whether the last timestep of `v_prediction` is noise alone."""
+    snr_gamma: float = 0.0
+    """Min-SNR weighting of `v_prediction` and `epsilon`, usually 5; 0 for none."""
     level_mean: float = 0.0
     """Of the logit of a noise level."""
     level_std: float = 1.0
@@ -113,8 +122,11 @@ class VDMConfig(RunConfig):
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        if self.denoiser not in ("transformer", "unet"):
-            raise ValueError(f"denoiser={self.denoiser!r} must be transformer or unet")
+        for name, legal in (("denoiser", ("transformer", "unet")), ("train_only", ("all", "temporal"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
+        if self.init is None:
+            make_scheduler(self.prediction, self.scheduler, self.level_shift, self.zero_terminal_snr)
         if self.num_score_prompts < 2:
             raise ValueError(f"num_score_prompts={self.num_score_prompts} must be at least 2")
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
@@ -138,7 +150,12 @@ def main(config: VDMConfig) -> None:
     if config.compile:
         compile_blocks(pipe.denoiser)
     pipe.text_encoder.requires_grad_(config.train_text_encoder)
-    model = PromptedDenoiser(pipe.denoiser, pipe.text_encoder, pipe.scheduler.config.num_train_timesteps)
+    if config.train_only == "temporal":
+        pipe.denoiser.requires_grad_(False)
+        for weight in temporal_parameters(pipe.denoiser):
+            weight.requires_grad_(True)
+    objective = Objective(pipe.scheduler, config.snr_gamma)
+    model = PromptedDenoiser(pipe.denoiser, pipe.text_encoder)
     run = Run(config, accelerator, model)
     pipe.text_encoder.train(config.train_text_encoder)
 
@@ -153,17 +170,19 @@ def main(config: VDMConfig) -> None:
             groups = batch.pop("groups")
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            noisy, target = flow_sample(batch["latents"], batch["noise"], batch["levels"])
+            sample = objective(batch["latents"], batch["noise"], batch["levels"])
             prediction = run.network(
-                noisy,
-                batch["levels"],
+                sample.latents,
+                sample.timestep,
                 batch["input_ids"],
                 batch["prompt_mask"],
                 groups=shared,
                 frame_rate=batch["frame_rate"],
                 keyframes=batch.get("keyframes"),
             )
-            loss = velocity_loss(prediction, target, batch["generated"]).sum() / config.batch_size
+            loss = (
+                denoising_loss(prediction, sample.target, sample.weight * batch["generated"]).sum() / config.batch_size
+            )
             run.backward(loss)
             total += loss.detach()
         run.update()
@@ -186,6 +205,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     if config.init:
         pipe = VideoGenPipeline.from_pretrained(config.init)
         for name, wanted, found in (
+            ("prediction", config.prediction, prediction_of(pipe.scheduler)),
             ("level_shift", config.level_shift, pipe.scheduler.config.get("shift", 1.0)),
             ("max_sequence_length", config.max_sequence_length, pipe.config.max_sequence_length),
             ("frame_rate", config.frame_rate, pipe.config.frame_rate),
@@ -193,7 +213,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
             if wanted != found:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
         return pipe
-    vae = CausalVideoVAE.from_pretrained(config.vae)
+    vae = load_vae(config.vae)
     text_encoder = AutoModelForTextEncoding.from_pretrained(
         config.text_encoder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
     )
@@ -204,7 +224,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     else:
         denoiser = SpacetimeTransformer(**{"text_dim": text_dim, **config.model})
     return VideoGenPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.level_shift),
+        scheduler=make_scheduler(config.prediction, config.scheduler, config.level_shift, config.zero_terminal_snr),
         vae=vae,
         **{config.denoiser: denoiser},
         text_encoder=text_encoder,
@@ -213,6 +233,18 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]:
+    """Weights of the layers that mix frames or that an inflated 2D network did not have.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = [weight for name, weight in denoiser.named_parameters() if any(part in name for part in denoiser.temporal)]
+    if not found:
+        raise ValueError(f"train_only=temporal: this {type(denoiser).__name__} has no layers for time alone")
+    return found
 
 
 def choose(weights: dict[str, float], rng: random.Random) -> str:
@@ -309,17 +341,19 @@ def draw_row(
 ) -> dict[str, Tensor]:
     """A sample: a window of a clip, what of it is known, its noise and what is told beside the prompt."""
     p_t = network.patch_size[0]
-    kind = choose(config.windows, rng)
-    window = draw_window(kind, length, clip.latents.shape[1] // p_t, network.sink, rng)
+    window_kind = choose(config.windows, rng)
+    window = draw_window(window_kind, length, clip.latents.shape[1] // p_t, network.sink, rng)
     places = torch.tensor([frame * p_t + i for frame in window for i in range(p_t)])  # latents
     latents = clip.latents[:, places].float()
     known = choose(config.known, rng)
-    num_leading = draw_num_leading(known, length, least_known(kind, network.sink), rng)
+    num_leading = draw_num_leading(known, length, least_known(window_kind, network.sink), rng)
     groups = torch.tensor(make_groups(mode, length, num_leading, network.chunk_size))
 
-    levels = draw_levels(
-        choose(config.levels, rng), groups, generator, config.level_mean, config.level_std, config.level_shift
-    )
+    kind = choose(config.levels, rng)
+    if config.prediction == "flow":
+        levels = draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift)
+    else:
+        levels = draw_levels(kind, groups, generator, uniform=True)
     generated = torch.arange(length) >= num_leading
     history = torch.rand(length, generator=generator) * config.corrupted_level
     levels = torch.where(generated, levels, history if rng.random() < config.corrupted else torch.zeros(length))

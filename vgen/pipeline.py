@@ -28,7 +28,7 @@ from vgen.coarse_to_fine import coarse_to_fine
 from vgen.interpolation import UNTOLD_LIMIT, Interpolator, check_factor
 from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
-from vgen.models.image_vae import FrameByFrame
+from vgen.models.image_vae import FrameByFrame, as_codec
 from vgen.models.loading import refuse_pickles
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
@@ -872,7 +872,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @property
     def codec(self) -> CausalVideoVAE | FrameByFrame | None:
         """The VAE, a 2D one frame by frame."""
-        return FrameByFrame(self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae
+        return None if self.vae is None else as_codec(self.vae)
 
     @property
     def denoiser(self) -> SpacetimeTransformer | UNet3D:

@@ -6,6 +6,7 @@ Axes: `b` videos, `c` channels, `n` frames, `h w` rows and columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,6 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from einops import rearrange
 from torch import Tensor
 
+from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
 
 PIECE = 8
@@ -61,3 +63,14 @@ class FrameByFrame:
     def denormalize(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize`."""
         return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+
+
+def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
+    """The VAE of a folder or Hub id, by the class that its config names."""
+    name = CausalVideoVAE.load_config(str(source))["_class_name"]
+    return (AutoencoderKL if name == "AutoencoderKL" else CausalVideoVAE).from_pretrained(source)
+
+
+def as_codec(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | FrameByFrame:
+    """What encodes and decodes videos with a VAE's weights."""
+    return FrameByFrame(vae) if isinstance(vae, AutoencoderKL) else vae

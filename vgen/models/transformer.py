@@ -272,6 +272,8 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "norm_time"]
     _repeated_blocks = ["SpacetimeBlock"]
     _skip_keys = ["state", "cache"]
+    temporal = ("attn_time",)
+    """In the names of all parameters that mix frames alone; there are some where attention is divided."""
 
     @register_to_config
     def __init__(

@@ -302,6 +302,8 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     _no_split_modules = ["Stage", "BasicTransformerBlock", "ResnetBlock2D"]
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_keys = ["state"]
+    temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
+    """In the names of all parameters that a 2D network does not have."""
 
     @register_to_config
     def __init__(
@@ -518,7 +520,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         target = cls(**shared | config)
         weights = {name: value.detach().clone() for name, value in source.state_dict().items()}
         missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
-        missing = [name for name in missing if not any(part in name for part in _BEYOND_2D)]
+        missing = [name for name in missing if not any(part in name for part in target.temporal)]
         if missing or unexpected:
             raise ValueError(f"this 2D U-Net does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
         return target.to(source.dtype).to(source.device).train(source.training)
@@ -552,7 +554,6 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, float("-inf"))
 
 
-_BEYOND_2D = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "addition_embed_type": (None,),

@@ -9,9 +9,15 @@ KINDS = ("shared", "group", "independent")
 
 
 def draw_levels(
-    kind: str, groups: Tensor, generator: torch.Generator, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+    kind: str,
+    groups: Tensor,
+    generator: torch.Generator,
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+    uniform: bool = False,
 ) -> Tensor:
-    """Draws logit-normal levels `(n,)` for the token frames of one sample.
+    """Draws levels `(n,)` for the token frames of one sample: logit-normal as flow matching wants them, or uniform.
 
     Args:
         kind: `shared`: one level for all; `group`: one for each group; `independent`: one for each frame, as in
@@ -21,6 +27,7 @@ def draw_levels(
         mean: Of the logit.
         std: Of the logit.
         shift: Moves levels towards noise: `shift * l / (1 + (shift - 1) * l)`.
+        uniform: Whether levels are uniform in (0, 1] instead, as diffusion wants them.
 
     Raises:
         ValueError: There is no such kind.
@@ -30,8 +37,11 @@ def draw_levels(
     """
     if kind not in KINDS:
         raise ValueError(f"noise levels of kind {kind!r} are unknown: give one of {', '.join(KINDS)}")
-    draws = torch.sigmoid(mean + std * torch.randn(len(groups), generator=generator))
-    draws = shift * draws / (1 + (shift - 1) * draws)
+    if uniform:
+        draws = 1 - torch.rand(len(groups), generator=generator)
+    else:
+        draws = torch.sigmoid(mean + std * torch.randn(len(groups), generator=generator))
+        draws = shift * draws / (1 + (shift - 1) * draws)
     if kind == "shared":
         return draws[:1].expand(len(groups))
     return draws[groups.unique(return_inverse=True)[1]] if kind == "group" else draws

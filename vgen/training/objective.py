@@ -1,15 +1,139 @@
-"""Flow matching, and the network that training calls."""
+"""What a denoiser is asked to predict, and the network that training calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from einops import repeat
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.training_utils import compute_snr
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.models.prompts import embed
+
+PREDICTIONS = ("flow", "v_prediction", "epsilon")
+SCHEDULERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+
+def make_scheduler(prediction: str, name: str = "ddim", shift: float = 1.0, zero_terminal_snr: bool = False) -> Any:
+    """The scheduler that a pipeline is saved with.
+
+    Args:
+        prediction: `flow` for flow matching; `v_prediction` or `epsilon` for diffusion on the schedule of Stable
+            Diffusion.
+        name: `ddim`, `dpmsolver++` or `unipc`, for diffusion.
+        shift: Moves noise levels towards noise, for flow matching.
+        zero_terminal_snr: Whether the last timestep of diffusion is noise alone.
+
+    Raises:
+        ValueError: A name is unknown, or settings contradict each other.
+
+    Source: Common diffusion noise schedules and sample steps are flawed, arXiv 2305.08891.
+    """
+    if prediction not in PREDICTIONS or name not in SCHEDULERS:
+        raise ValueError(
+            f"prediction={prediction!r} with scheduler={name!r}: give one of {', '.join(PREDICTIONS)} and one of "
+            f"{', '.join(SCHEDULERS)}"
+        )
+    if prediction == "flow":
+        if zero_terminal_snr:
+            raise ValueError("flow matching ends in noise alone anyway: zero_terminal_snr is for v_prediction")
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    if shift != 1:
+        raise ValueError(f"level_shift={shift} is for flow matching, not for {prediction}")
+    if zero_terminal_snr and prediction == "epsilon":
+        raise ValueError("zero_terminal_snr with epsilon: noise alone says nothing of the video; take v_prediction")
+    options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
+    return SCHEDULERS[name](
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing",
+        **options,
+    )
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What networks for a scheduler predict.
+
+    Raises:
+        ValueError: It is none of `PREDICTIONS`.
+    """
+    name = "flow" if "shift" in scheduler.config else scheduler.config.get("prediction_type")
+    if name not in PREDICTIONS or (name != "flow" and "beta_schedule" not in scheduler.config):
+        raise ValueError(f"{type(scheduler).__name__} with prediction_type={name!r} cannot be trained for")
+    return name
+
+
+class NoisySample(NamedTuple):
+    """What a network gets, and what it should give."""
+
+    latents: Tensor
+    """Noisy, `(b, c, t, h, w)`."""
+    timestep: Tensor
+    """What it is told, `(b, n)`."""
+    target: Tensor
+    """`(b, c, t, h, w)`."""
+    weight: Tensor
+    """Of the loss, `(b, n)`."""
+
+
+class Objective:
+    """Makes samples noisy as a scheduler expects.
+
+    Args:
+        scheduler: Of flow matching, or of diffusers' DDPM family.
+        snr_gamma: Diffusion losses are weighted by `min(SNR, gamma)`; 0 weights all alike.
+
+    Raises:
+        ValueError: The scheduler cannot be trained for, or the weighting does not apply.
+
+    Source: Denoising diffusion implicit models, arXiv 2010.02502; Progressive distillation (v), arXiv 2202.00512;
+        Efficient diffusion training via min-SNR weighting strategy, arXiv 2303.09556.
+    """
+
+    def __init__(self, scheduler: Any, snr_gamma: float = 0.0):
+        self.prediction = prediction_of(scheduler)
+        # all of the family share their schedule of noise, but not all give targets
+        self.scheduler = scheduler if self.prediction == "flow" else DDIMScheduler.from_config(scheduler.config)
+        self.snr_gamma = snr_gamma
+        if snr_gamma < 0 or (snr_gamma and self.prediction == "flow"):
+            raise ValueError(f"snr_gamma={snr_gamma} with {self.prediction}: give a positive one, with diffusion only")
+
+    def __call__(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisySample:
+        """A noisy sample.
+
+        Args:
+            latents: Clean and normalised, `(b, c, t, h, w)`.
+            noise: The same shape.
+            levels: `(b, n)` in [0, 1], one for each token frame; `t` is a multiple of `n`. Diffusion rounds
+                up to whole timesteps; level 0 is clean.
+        """
+        count = self.scheduler.config.num_train_timesteps
+        if self.prediction == "flow":
+            noisy, target = flow_sample(latents, noise, levels)
+            return NoisySample(noisy, levels * count, target, torch.ones_like(levels))
+        timestep = (levels * count).ceil().long().sub(1).clamp_min(0)
+        k, times = latents.shape[2] // levels.shape[1], timestep.flatten()
+        frames, noises = (rearrange(x, "b c (n k) h w -> (b n) c k h w", k=k) for x in (latents, noise))
+        noisy = self.scheduler.add_noise(frames, noises, times)
+        noisy = torch.where(levels.flatten()[:, None, None, None, None] > 0, noisy, frames)
+        target = noises if self.prediction == "epsilon" else self.scheduler.get_velocity(frames, noises, times)
+        weight = torch.ones_like(levels)
+        if self.snr_gamma:
+            snr = compute_snr(self.scheduler, timestep)
+            weight = snr.clamp_max(self.snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        noisy, target = (rearrange(x, "(b n) c k h w -> b c (n k) h w", b=len(latents)) for x in (noisy, target))
+        return NoisySample(noisy, timestep, target, weight)
 
 
 def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,19 +152,17 @@ def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor,
     return torch.lerp(latents, noise, level), noise - latents
 
 
-def velocity_loss(prediction: Tensor, target: Tensor, generated: Tensor | None = None) -> Tensor:
-    """Squared error of each sample `(b,)`, a mean over what was to be generated.
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Squared error of each sample `(b,)`, a weighted mean over the token frames that were to be generated.
 
     Args:
         prediction: `(b, c, t, h, w)`.
         target: The same shape.
-        generated: `(b, n)`, true where a token frame was not known; `None` for all.
+        weight: `(b, n)`, of each token frame, 0 where it was known.
     """
     error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))
-    if generated is None:
-        return error.mean(dim=1)
-    weight = repeat(generated, "b n -> b (n k)", k=error.shape[1] // generated.shape[1]).to(error)
-    return (error * weight).sum(1) / weight.sum(1).clamp_min(1)
+    weight = repeat(weight, "b n -> b (n k)", k=error.shape[1] // weight.shape[1]).to(error)
+    return (error * weight).sum(1) / (weight > 0).sum(1).clamp_min(1)
 
 
 class PromptedDenoiser(nn.Module):
@@ -49,25 +171,22 @@ class PromptedDenoiser(nn.Module):
     Args:
         denoiser: Any denoiser of the package.
         text_encoder: A transformers text encoder.
-        num_train_timesteps: Of the scheduler; level l is told as `l * num_train_timesteps`.
     """
 
-    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module, num_train_timesteps: int = 1000):
+    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.text_encoder = text_encoder
-        self.num_train_timesteps = num_train_timesteps
 
     def forward(
         self,
         latents: Tensor,
-        levels: Tensor,
+        timestep: Tensor,
         input_ids: Tensor,
         prompt_mask: Tensor,
         groups: str | Sequence[int] | Tensor = "full",
         **conditions: Any,
     ) -> Tensor:
-        """Predicts from noisy latents `(b, c, t, h, w)`, levels `(b, n)` and tokenised prompts `(b, l)`."""
+        """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and tokenised prompts `(b, l)`."""
         prompts = embed(self.text_encoder, input_ids, prompt_mask)
-        timestep = levels * self.num_train_timesteps
         return self.denoiser(latents, timestep, prompts, groups=groups, return_dict=False, **conditions)[0]
