@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.loaders import WanLoraLoaderMixin
@@ -144,7 +144,7 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @classmethod
     def from_stable_diffusion(
         cls,
-        source: str | Path | StableDiffusionPipeline,
+        source: str | Path | DiffusionPipeline,
         *,
         num_frames: int = 16,
         frame_rate: float = 8.0,
@@ -162,28 +162,30 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: The layout is not served; the part is named.
         """
-        if not isinstance(source, StableDiffusionPipeline):
-            name = DiffusionPipeline.load_config(str(source)).get("_class_name")
-            if name != "StableDiffusionPipeline":
-                raise ValueError(f"{source} holds a {name}: only a StableDiffusionPipeline can be inflated")
-            source = StableDiffusionPipeline.from_pretrained(
+        given = isinstance(source, DiffusionPipeline)
+        name = type(source).__name__ if given else DiffusionPipeline.load_config(str(source)).get("_class_name")
+        if name != "StableDiffusionPipeline":
+            raise ValueError(f"{source} holds a {name}: only a StableDiffusionPipeline can be inflated")
+        images: Any = source
+        if not given:
+            images = DiffusionPipeline.from_pretrained(
                 str(source), use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
-        network = UNet3D.from_unet2d(source.unet, **unet)
-        size = network.config.sample_size * 2 ** (len(source.vae.config.block_out_channels) - 1)
+        network = UNet3D.from_unet2d(images.unet, **unet)
+        size = network.config.sample_size * 2 ** (len(images.vae.config.block_out_channels) - 1)
         return cls(
-            scheduler=source.scheduler,
-            vae=source.vae,
+            scheduler=images.scheduler,
+            vae=images.vae,
             unet=network,
-            text_encoder=source.text_encoder,
-            tokenizer=source.tokenizer,
+            text_encoder=images.text_encoder,
+            tokenizer=images.tokenizer,
             height=size,
             width=size,
             num_frames=num_frames,
             frame_rate=frame_rate,
             num_inference_steps=50,
             guidance_scale=7.5,
-            max_sequence_length=source.tokenizer.model_max_length,
+            max_sequence_length=images.tokenizer.model_max_length,
         )
 
     @classmethod
