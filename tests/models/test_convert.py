@@ -1,9 +1,12 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
 
+from vgen.models.convert import inflate_kernel, load_inflated
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.conv import CausalConv3d
 
 VAE = {
     "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
@@ -53,3 +56,42 @@ def test_layouts_that_are_not_served_are_refused_by_name():
         SpacetimeTransformer.from_diffusers(animate)
     with pytest.raises(ValueError, match="compresses time by 4"):
         CausalVideoVAE(**VAE | {"temperal_downsample": [False, True]}).to_diffusers()
+
+
+def image_network(conv, norm):
+    return nn.Sequential(conv(3, 4, 3, padding=1), norm(2, 4), nn.SiLU(), conv(4, 5, 3, padding=1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_an_inflated_network_answers_a_still_video_as_the_2d_one_its_image(randomize, causal):
+    image = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    flat = randomize(image_network(nn.Conv2d, nn.GroupNorm))
+
+    def conv(*args, padding):
+        if causal:
+            return CausalConv3d(*args, padding=padding)
+        return nn.Conv3d(*args, padding=(0, padding, padding))
+
+    network = image_network(conv, nn.GroupNorm)
+    load_inflated(network, flat.state_dict())
+    video = network(image[:, :, None].expand(-1, -1, 7, -1, -1))
+    # without padding in time, two frames are lost to each kernel; the norm's statistics are those of equal frames
+    assert video.shape[2] == (7 if causal else 3)
+    for frame in video.unbind(2):
+        torch.testing.assert_close(frame, flat(image), atol=1e-5, rtol=0)
+
+
+def test_2d_weights_that_do_not_fit_are_refused_by_name():
+    flat = image_network(nn.Conv2d, nn.GroupNorm).state_dict()
+    network = image_network(nn.Conv3d, nn.GroupNorm)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    for change, name in (
+        ({"4.weight": torch.zeros(1)}, "4.weight"),
+        ({"3.weight": torch.zeros(5, 3, 3, 3)}, "3.weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"do not fit Sequential: \['{name}'\] \(1 in all\)"):
+            load_inflated(network, flat | change)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    # norms of other ranks fit where nothing but axes of length 1 differ
+    assert inflate_kernel(torch.ones(1, 1, 3, 3), 4, causal=False).sum() == 9

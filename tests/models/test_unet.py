@@ -1,11 +1,13 @@
 """UNet3D: every frame as the 2D network gives it, time causal, streamed equal to offline."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from vgen.models.unet import UNet3D
-from vgen.temporal.attention import make_groups
+from vgen.temporal.attention import FrameCache, make_groups
 from vgen.temporal.state import TemporalState
 
 TINY = {
@@ -39,7 +41,8 @@ def inputs(b=2, n=5, size=8):
 @torch.no_grad()
 def test_freshly_inflated_every_frame_is_that_of_the_2d_network(randomize, layout):
     flat = randomize(UNet2DConditionModel(**TINY | LAYOUTS[layout]))
-    video = UNet3D.from_unet2d(flat, temporal_head_dim=8, keyframe_slots=4, frame_rate_embedding=True).eval()
+    beyond = {"temporal_head_dim": 8, "keyframe_slots": 4, "frame_rate_embedding": True, "non_local": True}
+    video = UNet3D.from_unet2d(flat, **beyond).eval()
     latents, levels, prompt = inputs()
     frames = video(
         latents, levels, prompt, frame_rate=8.0, keyframes=torch.randn(2, 16, 5, 8, 8), groups="causal"
@@ -73,10 +76,11 @@ def test_layouts_that_are_not_served_are_refused_by_name(config, message):
         UNet3D.from_unet2d(UNet2DConditionModel(**TINY | config))
 
 
+@pytest.mark.parametrize("non_local", [False, True])
 @pytest.mark.parametrize("groups", ["causal", [0, 1, 1, 2, 2], "full"])
 @torch.no_grad()
-def test_what_frames_see(randomize, groups):
-    network = make(randomize)
+def test_what_frames_see(randomize, groups, non_local):
+    network = make(randomize, non_local=non_local)
     latents, levels, prompt = inputs()
     numbers = make_groups(groups, 5) if isinstance(groups, str) else groups
     out = network(latents, levels, prompt, groups=groups).sample
@@ -101,8 +105,25 @@ def test_shared_levels_equal_levels_for_each_frame(randomize):
 
 
 @torch.no_grad()
-def test_streamed_equals_offline(randomize, splits):
-    network = make(randomize, window=9)
+def test_the_non_local_block_mixes_places_across_frames(randomize):
+    network = make(randomize, non_local=True)
+    block = network.temporal_non_local
+    seen = {}
+    block.register_forward_hook(lambda module, args, out: seen.update(context=args[1], x=args[0], out=out))
+    latents, levels, prompt = inputs(b=1, n=3)
+    for groups in ("full", "causal"):
+        network(latents, levels, prompt, groups=groups)
+        changed, before = seen["x"].clone(), seen["out"]
+        changed[1, 0, 0, 0] += 1  # one place of the second frame
+        moved = (block(changed, seen["context"]) - before).abs().amax(1) > 1e-7  # (frame, row, column)
+        frames = [1, 2] if groups == "causal" else [0, 1, 2]
+        assert moved[frames].all() and moved.flatten(1).any(1).tolist() == [index in frames for index in range(3)]
+
+
+@pytest.mark.parametrize("non_local", [False, True])
+@torch.no_grad()
+def test_streamed_equals_offline(randomize, splits, non_local):
+    network = make(randomize, window=9, non_local=non_local)
     latents, levels, prompt = inputs()
     expected = network(latents, levels, prompt, groups="causal").sample
     for pieces in splits(5):
@@ -113,6 +134,54 @@ def test_streamed_equals_offline(randomize, splits):
             outs.append(network(part, level, prompt, groups="causal", state=state).sample)
             assert torch.equal(frozen, outs[-1])
         torch.testing.assert_close(torch.cat(outs, dim=2), expected, atol=1e-5, rtol=0)
+
+
+class PlainLists:
+    """What FrameCache is, in lists that forget their oldest frame behind the sink."""
+
+    def __init__(self, state):
+        self.state, self.layers, self.num_frames = state, {}, 0
+
+    def positions(self, device):
+        return torch.arange(self.num_frames, device=device)
+
+    def read(self, key, batch_size, num_tokens):
+        if not self.num_frames:
+            return None
+        return tuple(torch.stack([frame[index] for frame in self.layers[key]], dim=1) for index in (0, 1))
+
+    def write(self, layers):
+        for key, (keys, values) in layers.items():
+            frames = self.layers.setdefault(key, [])
+            frames += zip(keys.unbind(1), values.unbind(1), strict=True)
+            while len(frames) > self.state.sink + self.state.window:
+                del frames[self.state.sink]
+        self.num_frames = len(frames)
+
+
+@pytest.mark.parametrize("non_local", [False, True])
+@pytest.mark.parametrize(("window", "sink", "chunks"), [(2, 0, [1] * 5), (3, 1, [1, 2, 2, 2]), (1, 2, [3, 1, 2])])
+@torch.no_grad()
+def test_after_eviction_a_stream_equals_a_replay_in_plain_lists(
+    randomize, monkeypatch, window, sink, chunks, non_local
+):
+    network = make(randomize, non_local=non_local)
+    clean, levels, prompt = inputs(n=sum(chunks))
+    noisy, zeros, state = torch.randn_like(clean), torch.zeros_like(levels), TemporalState(window, sink)
+    parts = [slice(end - size, end) for size, end in zip(chunks, itertools.accumulate(chunks), strict=True)]
+    for index, part in enumerate(parts):
+        piece = noisy[:, :, part], levels[:, part], prompt
+        found = network(*piece, state=state.frozen()).sample
+        network(clean[:, :, part], zeros[:, part], prompt, state=state)
+        with monkeypatch.context() as patch:
+            fresh = TemporalState(window, sink)
+            fresh.bind(network)
+            lists = PlainLists(fresh)
+            patch.setattr(FrameCache, "opened", lambda *_: lists)  # noqa: B023
+            for before in parts[:index]:
+                network(clean[:, :, before], zeros[:, before], prompt, state=fresh)
+            expected = network(*piece, state=fresh).sample
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_checkpointing_gives_the_same_gradients(randomize):

@@ -101,6 +101,10 @@ class Context:
     prompt_mask: Tensor | None
     num_frames: int
     """`n`."""
+    positions: Tensor
+    """In time, `(n,)`."""
+    past_positions: Tensor | None
+    """Of the frames in the cache."""
     rotary_emb: tuple[Tensor, Tensor]
     mask: Tensor | None
     history: History | None = None
@@ -163,6 +167,44 @@ class TemporalAttention(nn.Module):
             keys, values = (rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in pair)
             context.written[key] = keys, values
         return x + rearrange(out, "(b h w) n c -> (b n) c h w", h=height, w=width)
+
+
+class NonLocalBlock(nn.Module):
+    """Attention of every place in every frame to all others, which starts as nothing and obeys groups.
+
+    Args:
+        channels: Of input and output.
+        head_dim: Channels of a head.
+
+    Source: Non-local neural networks, arXiv 1711.07971.
+    """
+
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.rope = RotaryPositions(head_dim)
+        self.attn = SpacetimeAttention(channels, channels // head_dim, head_dim)
+        for weight in self.attn.to_out.parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Maps `((b n), c, h, w)` to the same shape."""
+        n, (height, width) = context.num_frames, x.shape[2:]
+        b, p, key = x.shape[0] // n, height * width, self.attn.state_key
+        tokens = self.norm(rearrange(x, "(b n) c h w -> b (n h w) c", n=n))
+        mask = context.mask
+        if mask is not None:
+            mask = repeat(mask, "b i q k -> b i (q p) (k r)", p=p, r=p)
+        rotary, past, past_rotary = self.rope(context.positions, height, width), None, None
+        if context.cache is not None and context.past_positions is not None:
+            cached = context.cache.read(key, b, p)
+            past = cached and (cached[0].flatten(1, 2), cached[1].flatten(1, 2))
+            past_rotary = self.rope(context.past_positions, height, width)
+        out, *pair = self.attn(tokens, None, mask, rotary, past, past_rotary, True)
+        if context.cache is not None:
+            keys, values = (rearrange(part, "b (n p) h d -> b n p h d", p=p) for part in pair)
+            context.written[key] = keys, values
+        return x + rearrange(out, "b (n h w) c -> (b n) c h w", n=n, h=height, w=width)
 
 
 class Stage(nn.Module):
@@ -284,6 +326,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         use_linear_projection: Whether attention over space projects with linear layers.
         upcast_attention: Kept for conversion; attention computes as precisely as its backend does.
         temporal_head_dim: Channels of a head of attention over time.
+        non_local: Whether the middle ends with attention over space and time together.
         tasks: As for `SpacetimeTransformer`, like all that follow.
         group_modes: Which groups the weights were trained with.
         trained_token_frames: Latent frames of the longest clip in training.
@@ -327,6 +370,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         use_linear_projection: bool = False,
         upcast_attention: bool = False,
         temporal_head_dim: int = 64,
+        non_local: bool = False,
         tasks: Sequence[str] = ("text",),
         group_modes: Sequence[str] = ("full",),
         trained_token_frames: int | None = None,
@@ -381,6 +425,7 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 skips.append(channels[level])
             self.down_blocks.append(block)
         self.mid_block = stage([lowest, lowest], depth - 1, (True, False))
+        self.temporal_non_local = NonLocalBlock(lowest, temporal_head_dim) if non_local else None
         self.up_blocks = nn.ModuleList()
         previous = lowest
         for level, kind in zip(reversed(range(depth)), up_block_types, strict=True):
@@ -452,9 +497,9 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         cache = None if state is None else FrameCache.opened(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         device = hidden_states.device
-        past_rotary = None
+        positions, past = torch.arange(offset, offset + n, device=device), None
         if cache is not None and offset:
-            past_rotary = self.rope(cache.positions(device), 1, 1)
+            past = cache.positions(device)
         numbers = group_tensor(groups, n, self.config.chunk_size, device)
         x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
         context = Context(
@@ -462,11 +507,13 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             prompt=encoder_hidden_states,
             prompt_mask=_additive(encoder_attention_mask, x.dtype),
             num_frames=n,
-            rotary_emb=self.rope(torch.arange(offset, offset + n, device=device), 1, 1),
+            positions=positions,
+            past_positions=past,
+            rotary_emb=self.rope(positions, 1, 1),
             mask=group_mask(numbers, offset, x.dtype),
             history=None if state is None else state.history(),
             cache=cache,
-            cache_rotary_emb=past_rotary,
+            cache_rotary_emb=None if past is None else self.rope(past, 1, 1),
         )
 
         x = self.conv_in(x)
@@ -485,6 +532,8 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 skips.append(x)
         for index in range(2):
             x = self._layer(self.mid_block, index, x, context)
+        if self.temporal_non_local is not None:
+            x = self.temporal_non_local(x, context)
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
                 x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), context)
