@@ -1,5 +1,6 @@
-"""UNet3D beside diffusers' UNet3DConditionModel and the Unet3D of video-diffusion-pytorch: a training step's time and
-peak memory, as ratios at equal parameters, resolution and batch.
+"""A training step of UNet3D beside two other libraries' U-Nets: time and peak memory as ratios.
+
+Those are diffusers' UNet3DConditionModel and video-diffusion-pytorch's Unet3D, at equal parameters, resolution, batch.
 
     pip install --no-deps video-diffusion-pytorch==0.7.0 einops-exts==0.0.4 rotary-embedding-torch==0.9.1
     python benchmarks/unet_step.py

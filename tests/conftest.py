@@ -95,6 +95,23 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     return uploaded
 
 
+@pytest.fixture
+def make_unet() -> Callable[..., Any]:
+    """Builds a tiny UNet3D with random weights."""
+    from vgen.models.unet import UNet3D
+
+    def make(seed: int = 0, **config: Any) -> UNet3D:
+        tiny = {
+            "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 5, "attention_head_dim": 2,
+            "temporal_head_dim": 8,
+        }  # fmt: skip
+        return _randomize(UNet3D(**{**tiny, **config}), seed)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random folder in the format of Stable Diffusion 1.5."""

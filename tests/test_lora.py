@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from vgen.pipeline import VideoGenPipeline
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
+from .test_unet_pipeline import build as make_unet_pipeline
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -34,7 +35,7 @@ def adapters(tmp_path_factory):
 
 
 def latents(pipe, **arguments):
-    return pipe(PROMPT, generator=seeded(), output_type="latent", **arguments).frames
+    return pipe(PROMPT, generator=seeded(), num_inference_steps=2, output_type="latent", **arguments).frames
 
 
 def apart(a, b):
@@ -131,3 +132,54 @@ def test_pickled_adapters_are_refused(tmp_path):
         pipe.load_lora_weights(tmp_path, use_safetensors=False)
     with pytest.raises(OSError, match="safetensors"):
         pipe.load_lora_weights(tmp_path)
+
+
+def unet_adapter(folder, pipe, text=False):
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS), "trained")
+    layers = {"unet_lora_layers": get_peft_model_state_dict(pipe.unet, adapter_name="trained")}
+    if text:
+        pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]), "trained")
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder, adapter_name="trained")
+    torch.manual_seed(0)
+    for part in layers.values():
+        for name in part:
+            part[name] = 0.3 * torch.randn(part[name].shape)
+    VideoGenPipeline.save_lora_weights(folder, **layers)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_adapters_of_a_unet_are_loaded_scaled_fused_and_unloaded(tmp_path, randomize, stable_diffusion, text):
+    def make():
+        if not text:
+            return make_unet_pipeline(randomize)
+        pipe = VideoGenPipeline.from_stable_diffusion(stable_diffusion, num_frames=2)
+        randomize(pipe.text_encoder)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    unet_adapter(tmp_path, make(), text)
+    pipe = make()
+    plain = latents(pipe)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    changed = latents(pipe)
+    assert apart(plain, changed) > 1e-3 and pipe.get_active_adapters() == ["style"]
+    assert pipe.get_list_adapters() == {"unet": ["style"]} | ({"text_encoder": ["style"]} if text else {})
+    if not text:
+        assert apart(plain, latents(pipe, attention_kwargs={"scale": 0.0})) < 1e-5
+    pipe.set_adapters("style", 0.5)
+    half = latents(pipe)
+    assert apart(half, plain) > 1e-3 and apart(half, changed) > 1e-3
+    pipe.set_adapters("style", 1.0)
+    pipe.fuse_lora(components=pipe.get_list_adapters())
+    assert apart(latents(pipe), changed) < 1e-4
+    pipe.unfuse_lora(components=pipe.get_list_adapters())
+    pipe.unload_lora_weights()
+    assert apart(plain, latents(pipe)) < 1e-4  # taking out what was added rounds
+
+
+def test_adapters_of_the_other_denoiser_and_pickles_are_refused(tmp_path, adapters, randomize):
+    pipe = make_unet_pipeline(randomize)
+    with pytest.raises(ValueError, match="no LoRA for a U-Net"):
+        pipe.load_lora_weights(adapters["first"])
+    with pytest.raises(ValueError, match="pickles"):
+        pipe.load_lora_weights(adapters["first"], use_safetensors=False)

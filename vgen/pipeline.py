@@ -16,7 +16,6 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
@@ -30,6 +29,7 @@ from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, 
 from vgen.models.convert import from_wan_index
 from vgen.models.image_vae import FrameByFrame, as_codec
 from vgen.models.loading import refuse_pickles
+from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import embed, known_words, tokenize, unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
@@ -51,7 +51,7 @@ class VideoGenPipelineOutput(BaseOutput):
     frames: Any
 
 
-class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
     """Turns prompts into videos.
 
     Args:
@@ -73,7 +73,6 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
     _optional_components = ["vae", "transformer", "unet", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    _lora_loadable_modules = ["transformer"]
 
     def __init__(
         self,
@@ -204,17 +203,6 @@ class VideoGenPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"{pretrained_model_name_or_path} holds a {name}: served are {cls.__name__} and WanPipeline"
             )
         return index
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """Reads LoRA weights, from safetensors only; for `load_lora_weights`.
-
-        Raises:
-            ValueError: `use_safetensors=False` asks for a pickle.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -56,9 +56,20 @@ class Transformer:
         return torch.cat(pieces, dim=2)
 
 
-@pytest.fixture(params=["vae", "transformer"])
-def case(request, make_vae, make_transformer):
-    return VAE(make_vae) if request.param == "vae" else Transformer(make_transformer)
+class UNet(Transformer):
+    """The same of the other denoiser."""
+
+
+@pytest.fixture(params=["vae", "transformer", "unet"])
+def case(request, make_vae, make_transformer, make_unet):
+    if request.param == "vae":
+        return VAE(make_vae)
+    return Transformer(make_transformer) if request.param == "transformer" else UNet(make_unet)
+
+
+@pytest.fixture(params=["transformer", "unet"])
+def make_denoiser(request, make_transformer, make_unet):
+    return make_transformer if request.param == "transformer" else make_unet
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +122,9 @@ def test_a_device_map_places_the_network(case, tmp_path, device_map):
 
 def test_a_device_map_over_memory_and_disk_keeps_streams_equal(case, tmp_path):
     parts = [name for name, part in case.network.named_children() if list(part.parameters())]
-    heavy = "decoder" if isinstance(case, VAE) else "blocks"
+    heavy = {VAE: "decoder", Transformer: "blocks", UNet: "up_blocks"}[type(case)]
     device_map = {name: "disk" if name == heavy else "cpu" for name in parts}
-    if not isinstance(case, VAE):
+    if type(case) is Transformer:
         device_map["scale_shift_table"] = "cpu"
     case.network.save_pretrained(tmp_path / "weights")
     network = load(case, tmp_path / "weights", device_map=device_map, offload_folder=tmp_path / "offload")
@@ -128,7 +139,7 @@ def test_what_stays_in_float32_does_so_when_loaded_in_half_precision(case, tmp_p
     full = {name for name, weight in network.named_parameters() if weight.dtype == torch.float32}
     kept = ("time_embedder", "scale_shift_table", "norm2")  # the other norms have no weights
     named = {name for name, _ in network.named_parameters() if any(part in name.split(".") for part in kept)}
-    assert full == (named if isinstance(case, Transformer) else set())
+    assert full == (named if type(case) is Transformer else set())
 
 
 def test_a_fresh_process_loads_it(case, tmp_path):
@@ -206,8 +217,8 @@ def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(ca
         close(case.streamed(case.network), exact)
 
 
-def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_transformer):
-    case = Transformer(make_transformer)
+def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_denoiser):
+    case = Transformer(make_denoiser)
     case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
     state = TemporalState(window=2, sink=1)
     chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
@@ -224,8 +235,8 @@ def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_trans
             step(chunk)
 
 
-def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_transformer):
-    case = Transformer(make_transformer)
+def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_denoiser):
+    case = Transformer(make_denoiser)
     state, same = TemporalState(window=2, sink=1), TemporalState(window=2, sink=1)
     chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
     torch.compiler.reset()
@@ -266,8 +277,8 @@ BACKENDS = ["native", "_native_math", "_native_flash", "flex"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_transformer, backend):
-    case = Transformer(make_transformer)
+def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_denoiser, backend):
+    case = Transformer(make_denoiser)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
     inputs = {"groups": "causal"} | ({} if backend == "_native_flash" else {"encoder_attention_mask": mask})
     exact = case._call(case.network, case.input, **inputs)
@@ -280,8 +291,8 @@ def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_t
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="works with CUDA")
-def test_xformers_without_cuda_is_one_clear_error(make_transformer):
-    network = make_transformer()
+def test_xformers_without_cuda_is_one_clear_error(make_denoiser):
+    network = make_denoiser()
     with pytest.raises(RuntimeError, match="(?i)xformers"):
         network.set_attention_backend("xformers")
     with pytest.raises((ModuleNotFoundError, ValueError), match="(?i)xformers"):
@@ -300,8 +311,8 @@ def test_xformers_gives_the_native_result_with_cuda(make_transformer, enable):
     close(case.whole(case.network), exact, atol=3e-2)
 
 
-def test_context_parallelism_is_refused_with_a_reason(make_transformer):
+def test_context_parallelism_is_refused_with_a_reason(make_denoiser):
     from diffusers import ContextParallelConfig
 
     with pytest.raises(ValueError, match="frames"):
-        make_transformer().enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        make_denoiser().enable_parallelism(config=ContextParallelConfig(ring_degree=2))

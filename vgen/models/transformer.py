@@ -30,6 +30,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.models.convert import refuse_nonzero, with_same_weights
+from vgen.models.denoiser import FrameRateEmbedder, WholeVideos, dtype_of
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -64,28 +65,10 @@ class ConditionEmbedder(nn.Module):
         """Timesteps `(b, m)` to `(b, m, d)` and its projection `(b, m, 6, d)`; `extra` `(b, 1, d)` is added."""
         m = timestep.shape[1]
         waves = self.timesteps_proj(timestep.flatten())
-        temb = self.time_embedder(waves.to(_dtype(self.time_embedder))).to(dtype)
+        temb = self.time_embedder(waves.to(dtype_of(self.time_embedder))).to(dtype)
         temb = rearrange(temb, "(b m) d -> b m d", m=m)
         temb = temb if extra is None else temb + extra.to(dtype)
         return temb, rearrange(self.time_proj(nn.functional.silu(temb)), "b m (k d) -> b m k d", k=6)
-
-
-class FrameRateEmbedder(nn.Module):
-    """Frames per second, on a logarithmic scale, to something that starts as zero."""
-
-    def __init__(self, dim: int, freq_dim: int) -> None:
-        super().__init__()
-        self.proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.embedder = TimestepEmbedding(freq_dim, dim)
-        nn.init.zeros_(self.embedder.linear_2.weight)
-        nn.init.zeros_(self.embedder.linear_2.bias)
-
-    def forward(self, frame_rate: Tensor) -> Tensor:
-        """Rates `(b,)`, where NaN adds nothing, to `(b, 1, d)`."""
-        known = frame_rate.isfinite()
-        octaves = torch.where(known, frame_rate, 1.0).log2()
-        embedding = self.embedder(self.proj(100 * octaves).to(_dtype(self.embedder)))
-        return (embedding * known[:, None].to(embedding)).unsqueeze(1)
 
 
 class SpacetimeBlock(nn.Module):
@@ -228,7 +211,9 @@ def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + gated).type_as(x)
 
 
-class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class SpacetimeTransformer(
+    StrictLoading, WholeVideos, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+):
     """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan 2.1 text-to-video Transformer.
 
     With the same weights it equals `diffusers.WanTransformer3DModel`; parameter and config names are the same where
@@ -464,18 +449,6 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             refuse_nonzero(self, f"{part}.{'embedder.linear_2' if 'rate' in part else ''}", "Wan has no such part")
         return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
-    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Always raises: diffusers' hooks split tokens or heads, and here levels and masks go with whole frames.
-
-        Raises:
-            ValueError: Says so.
-        """
-        raise ValueError(
-            "context and tensor parallelism are not served: they would split the tokens or heads of a video between "
-            "devices, but not the noise levels, groups and cached keys that belong to whole token frames; share out "
-            "videos instead"
-        )
-
     def _mask(self, groups: Groups, n: int, p: int, num_cached: int, like: Tensor) -> Tensor | None:
         numbers = group_tensor(groups, n, self.config.chunk_size, like.device)
         mask = group_mask(numbers, num_cached, like.dtype)
@@ -505,7 +478,3 @@ class SpacetimeTransformer(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMi
             return None
         rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=device)
         return self.frame_rate_embedder(rates.expand(b))
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

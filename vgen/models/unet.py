@@ -30,8 +30,8 @@ from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.models.denoiser import FrameRateEmbedder, WholeVideos
 from vgen.models.loading import StrictLoading
-from vgen.models.transformer import FrameRateEmbedder
 from vgen.temporal.attention import (
     FrameCache,
     Groups,
@@ -298,7 +298,7 @@ class Settings:
         return model
 
 
-class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class UNet3D(StrictLoading, WholeVideos, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """A denoiser whose parts in space are those of a 2D diffusion U-Net, and whose parts in time start as nothing.
 
     Freshly inflated (`from_unet2d`), every frame comes out as the 2D network gives it. Nothing mixes frames but the
@@ -572,7 +572,8 @@ class UNet3D(StrictLoading, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         missing = [name for name in missing if not any(part in name for part in target.temporal)]
         if missing or unexpected:
             raise ValueError(f"this 2D U-Net does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
-        return target.to(source.dtype).to(source.device).train(source.training)
+        nn.Module.to(target, source.device, source.dtype)  # diffusers' method warns of modules that there are not
+        return target.train(source.training)
 
     def _layer(self, block: Any, index: int, x: Tensor, context: Context) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
