@@ -1,6 +1,6 @@
 """Prediction and interpolation on clips never trained on, beside simple ways to do the same.
 
-    pip install torchmetrics opencv-python-headless
+    pip install -c constraints.txt -e ".[benchmarks]"
     python benchmarks/known_frames.py --model vgen/shapes-64
 
 PSNR and SSIM over the frames that were not given, for each clip, then mean and median over clips: of a clip in which
