@@ -1,0 +1,173 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from vgen.data.clips import Bucket, Listed, Sampling, VideoFolder, choose_bucket, list_videos
+from vgen.data.video_io import write_video
+
+
+def write_clip(path, num_frames=20, frame_rate=10.0, size=(32, 48)):
+    """Frame i has brightness 10 i."""
+    frames = np.repeat(np.arange(num_frames, dtype=np.uint8) * 10, size[0] * size[1] * 3)
+    write_video(frames.reshape(num_frames, *size, 3), path, frame_rate=frame_rate)
+
+
+def shown(clip):
+    """Which frames a clip has."""
+    return np.round(clip.frames.mean(axis=(1, 2, 3)) / 10).astype(int).tolist()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.gif", "deeper/c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_clip(tmp_path / name)
+    return tmp_path
+
+
+def test_captions_come_from_text_files_beside_the_videos(folder):
+    (folder / "a.txt").write_text("a dog\n\n a brown dog \n")
+    listed = list_videos(folder)
+    assert [one.path.name for one in listed] == ["a.mp4", "b.gif", "c.mp4"]
+    assert [one.captions for one in listed] == [("a dog", "a brown dog"), ("",), ("",)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_lists_parts_with_captions(folder, kind):
+    rows = [
+        {"file_name": "deeper/c.mp4", "text": "a cat, asleep", "start": 0.5, "end": 1.5},
+        {"file_name": "a.mp4", "text": 'says "hello"'},
+    ]
+    if kind == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    else:
+        lines = 'file_name,text,start,end\ndeeper/c.mp4,"a cat, asleep",0.5,1.5\na.mp4,"says ""hello""",,\n'
+        (folder / "metadata.csv").write_text("\ufeff" + lines)
+    assert list_videos(folder) == [
+        Listed(path=folder / "deeper/c.mp4", captions=("a cat, asleep",), start=0.5, end=1.5),
+        Listed(path=folder / "a.mp4", captions=('says "hello"',)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: this is no JSON"),
+        ("[1]", "line 2: give an object"),
+        ('{"file_name": "a.mp4"}', "line 2: file_name and text are needed"),
+        ('{"file_name": "a.mp4", "text": [1]}', "line 2: file_name and text are needed"),
+        ('{"file_name": "../a.mp4", "text": "x"}', "line 2: ../a.mp4 lies outside"),
+        ('{"file_name": "a.mp4", "text": "x", "start": "soon"}', "line 2: start and end must be seconds"),
+        ('{"file_name": "a.mp4", "text": "x", "start": 2, "end": 1}', "line 2: start=2.0, end=1.0"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(folder, line, message):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": ["x", "y"]}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        list_videos(folder)
+
+
+def test_folders_without_videos_or_with_two_tables_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        list_videos(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no videos"):
+        list_videos(tmp_path / "empty")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (folder / name).write_text("")
+    with pytest.raises(ValueError, match="keep the one"):
+        list_videos(folder)
+
+
+def test_consecutive_frames_lie_inside_and_every_place_is_drawn():
+    sampling = Sampling(num_frames=3, stride=2)
+    rng, firsts = random.Random(0), set()
+    for _ in range(200):
+        indices, real = sampling.indices(8, rng=rng)
+        assert real == 3 and np.diff(indices).tolist() == [2, 2] and 0 <= indices[0] and indices[-1] <= 7
+        firsts.add(indices[0])
+    assert firsts == {0, 1, 2, 3}
+    assert sampling.indices(8)[0] == [1, 3, 5]  # the middle without chance
+
+
+def test_uniform_and_segments_are_spread_over_the_video():
+    assert Sampling(num_frames=5, kind="uniform").indices(9)[0] == [0, 2, 4, 6, 8]
+    sampling = Sampling(num_frames=4, kind="segments")
+    assert sampling.indices(12)[0] == [1, 4, 7, 10]
+    drawn = [sampling.indices(12, rng=random.Random(seed))[0] for seed in range(100)]
+    assert [sorted(set(column)) for column in zip(*drawn, strict=True)] == [
+        [0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11],
+    ]  # fmt: skip
+    assert sampling.clip_rate(12, 24.0) == 8.0
+
+
+def test_sliding_windows_are_all_there_is():
+    sampling = Sampling(num_frames=4, kind="sliding", hop=3)
+    assert [sampling.indices(13, clip)[0][0] for clip in range(sampling.num_clips(13))] == [0, 3, 6, 9]
+    assert Sampling(num_frames=4, kind="sliding").num_clips(13) == 3
+    assert Sampling(num_frames=4, kind="sliding").num_clips(3) == 0
+
+
+@pytest.mark.parametrize("kind", ["random", "uniform", "segments", "sliding"])
+def test_short_videos_are_left_out_or_padded(kind):
+    assert Sampling(num_frames=5, kind=kind).num_clips(3) == 0
+    padded = Sampling(num_frames=5, kind=kind, short="pad")
+    assert padded.num_clips(3) == 1 and padded.num_clips(0) == 0
+    assert padded.indices(3) == ([0, 1, 2, 2, 2], 3)
+    assert Sampling(num_frames=3, stride=2, short="pad").indices(4) == ([0, 2, 2], 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "all"}, {"short": "loop"}, {"stride": 0}, {"hop": 0}, {"frame_rate": 0.0}]
+)
+def test_unknown_samplings_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(num_frames=4, **options)
+
+
+def test_the_nearest_shape_and_the_longest_that_is_filled():
+    buckets = [Bucket(17, 64, 64), Bucket(33, 64, 64), Bucket(17, 48, 80), Bucket(17, 96, 96)]
+    assert choose_bucket(buckets, 40, 100, 100) == Bucket(33, 64, 64)
+    assert choose_bucket(buckets, 20, 100, 100) == Bucket(17, 96, 96)
+    assert choose_bucket(buckets, 40, 720, 1280) == Bucket(17, 48, 80)
+    assert choose_bucket(buckets, 16, 100, 100) is None
+
+
+def test_clips_are_the_frames_that_were_asked_for(folder):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "a.mp4", "text": "x", "start": 0.5, "end": 1.5}\n{"file_name": "b.gif", "text": "y"}\n'
+    )
+    clips = VideoFolder(folder, Sampling(num_frames=4, kind="sliding", hop=3), 16, 16)
+    assert [shown(clips[index]) for index in range(3)] == [[5, 6, 7, 8], [8, 9, 10, 11], [11, 12, 13, 14]]
+    assert shown(clips[3]) == [0, 1, 2, 3] and len(clips) == 3 + 6
+    clip = clips[1]
+    assert clip.frames.shape == (4, 16, 16, 3) and clip.real.all() and clip.captions == ("x",)
+    assert clip.frame_rate == pytest.approx(10) and clip.first == pytest.approx(0.8)
+    slower = VideoFolder(folder, Sampling(num_frames=4, kind="sliding", frame_rate=5.0), 16, 16)
+    assert shown(slower[0]) == [5, 7, 9, 11] and slower[0].frame_rate == 5
+    padded = VideoFolder(folder, Sampling(num_frames=12, short="pad"), 16, 16)[0]
+    assert padded.real.sum() == 10 and shown(padded) == [*range(5, 15), 14, 14]
+
+
+def test_a_clip_depends_on_seed_epoch_and_number_alone(folder):
+    sampling = Sampling(num_frames=4)
+    first, same, other = (VideoFolder(folder, sampling, 16, 16, seed) for seed in (1, 1, 2))
+    draws = [[shown(one.clip(0, epoch)) for epoch in range(6)] for one in (first, same, other)]
+    assert draws[0] == draws[1] != draws[2] and len({tuple(draw) for draw in draws[0]}) > 2
+
+
+def test_damaged_files_are_left_out_and_named(folder):
+    whole = (folder / "a.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    clips = VideoFolder(folder, Sampling(num_frames=4), 16, 16)
+    assert len(clips) == 3
+    assert {one.path.name for one in clips.refused} == {"cut.mp4", "empty.mp4"}
+    (folder / "a.mp4").unlink()  # while it is being used
+    assert clips[0] is None and "no file" in clips.refused[clips.clips[0][0]]
+    (folder / "short").mkdir()
+    write_clip(folder / "short/d.mp4", num_frames=3)
+    with pytest.raises(ValueError, match="none of 1 videos can be used.*3 frames at 10 per second; a clip needs 4"):
+        VideoFolder(folder / "short", Sampling(num_frames=4), 16, 16)

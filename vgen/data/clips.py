@@ -1,0 +1,322 @@
+"""A folder of one's own videos as clips: captions, which frames of each, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vgen.data.resize import Fit
+from vgen.data.video_io import VIDEO_SUFFIXES, iter_video, video_info
+
+SAMPLINGS = ("random", "uniform", "segments", "sliding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A video, or a part of one, as a folder lists it; nothing of it was read yet."""
+
+    path: Path
+    captions: tuple[str, ...] = ("",)
+    """Wordings of what it shows."""
+    start: float | None = None
+    """Seconds; `None` for the start of the file."""
+    end: float | None = None
+    """Seconds; `None` for its end."""
+
+
+def list_videos(folder: Path) -> list[Listed]:
+    """The videos of a folder with their captions, in a fixed order.
+
+    Captions come from `metadata.jsonl` or `metadata.csv` with `file_name`, `text` (in jsonl also a list of wordings)
+    and optionally `start` and `end` in seconds, as in Hugging Face's `videofolder`; without such a file from a `.txt`
+    beside each video, one wording a line. A video without one has an empty caption.
+
+    Args:
+        folder: Searched with its subfolders where no metadata lists its files.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There are no videos, there is metadata of both kinds, or a row of it cannot be used.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"{folder} has metadata.jsonl and metadata.csv: keep the one that counts")
+    if tables:
+        listed = [_listed_row(folder, tables[0], number, row) for number, row in _rows(tables[0])]
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        listed = [Listed(path=path, captions=_beside(path)) for path in paths]
+    if not listed:
+        raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
+    return listed
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with the numbers of their lines."""
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix == ".csv":
+            reader = csv.DictReader(file)
+            for row in reader:
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{table}, line {number}: this is no JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{table}, line {number}: give an object with file_name and text")
+            yield number, row
+
+
+def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> Listed:
+    name, text = row.get("file_name"), row.get("text")
+    captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
+    if not name or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{table}, line {number}: file_name and text are needed, got {sorted(row)}")
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{table}, line {number}: {name} lies outside {folder}")
+    try:
+        start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{table}, line {number}: start and end must be seconds") from error
+    if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
+        raise ValueError(f"{table}, line {number}: start={start}, end={end} is no part of a video")
+    return Listed(path=folder / name, captions=captions, start=start, end=end)
+
+
+def _beside(path: Path) -> tuple[str, ...]:
+    text = path.with_suffix(".txt")
+    lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
+    return tuple(line.strip() for line in lines if line.strip()) or ("",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which frames of a video make a clip.
+
+    Raises:
+        ValueError: A setting is out of range or unknown.
+    """
+
+    num_frames: int
+    """Of a clip."""
+    kind: str = "random"
+    """`random`: consecutive ones from a random place. `uniform`: evenly over the whole video. `segments`: one at
+    random from each of `num_frames` equal parts (temporal segment networks, arXiv 1608.00859). `sliding`: every
+    window."""
+    frame_rate: float | None = None
+    """Frames per second that a video is resampled to before its frames are counted; `None` takes its own."""
+    stride: int = 1
+    """From one frame of a `random` or `sliding` clip to the next."""
+    hop: int | None = None
+    """From one `sliding` window to the next; `None` lets them follow without a gap."""
+    short: str = "skip"
+    """What becomes of videos with too few frames: `skip`, or `pad`, which repeats the last one under a mask."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        if self.kind not in SAMPLINGS or self.short not in ("skip", "pad"):
+            raise ValueError(
+                f"kind={self.kind!r}, short={self.short!r}: give one of {', '.join(SAMPLINGS)}; skip or pad"
+            )
+        if min(self.num_frames, self.stride, 1 if self.hop is None else self.hop) < 1:
+            raise ValueError(f"num_frames={self.num_frames}, stride={self.stride}, hop={self.hop} must be at least 1")
+        if self.frame_rate is not None and not self.frame_rate > 0:
+            raise ValueError(f"frame_rate={self.frame_rate} must be positive")
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a clip is spread over its whole video."""
+        return self.kind in ("uniform", "segments")
+
+    @property
+    def span(self) -> int:
+        """Frames that a clip needs, those between its own included."""
+        return self.num_frames if self.spreads else (self.num_frames - 1) * self.stride + 1
+
+    def clip_rate(self, available: int, frame_rate: float) -> float:
+        """Frames of a clip per second of what it shows, of a video of so many frames at a rate."""
+        if self.spreads:
+            return frame_rate * min(1.0, self.num_frames / available)
+        return frame_rate / self.stride
+
+    def num_clips(self, available: int) -> int:
+        """How many clips a video of so many frames gives in an epoch."""
+        if available < 1 or (available < self.span and self.short == "skip"):
+            return 0
+        if self.kind != "sliding" or available <= self.span:
+            return 1
+        return (available - self.span) // (self.hop or self.num_frames * self.stride) + 1
+
+    def indices(self, available: int, clip: int = 0, rng: random.Random | None = None) -> tuple[list[int], int]:
+        """The frames of a clip, and how many of them are real; the rest repeats the last real one.
+
+        Args:
+            available: Frames of the video, at least 1.
+            clip: Which `sliding` window.
+            rng: For `random` and `segments`; `None` takes the middle.
+        """
+        if available < self.span:
+            stride = 1 if self.spreads else self.stride
+            real = (available - 1) // stride + 1
+            return [min(index, real - 1) * stride for index in range(self.num_frames)], real
+        if self.spreads:
+            edges = [index * available // self.num_frames for index in range(self.num_frames + 1)]
+            if self.kind == "uniform":
+                last = max(1, self.num_frames - 1)
+                return [round(index * (available - 1) / last) for index in range(self.num_frames)], self.num_frames
+            parts = [(low, max(low, high - 1)) for low, high in itertools.pairwise(edges)]
+            return [
+                (low + high) // 2 if rng is None else rng.randint(low, high) for low, high in parts
+            ], self.num_frames
+        if self.kind == "sliding":
+            first = clip * (self.hop or self.num_frames * self.stride)
+        else:
+            room = available - self.span
+            first = room // 2 if rng is None else rng.randint(0, room)
+        return [first + index * self.stride for index in range(self.num_frames)], self.num_frames
+
+
+class Bucket(NamedTuple):
+    """A shape that clips are brought to."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width: int) -> Bucket | None:
+    """The bucket of the nearest shape of frame, and of those the longest that a video fills; `None` if all are longer.
+
+    Args:
+        buckets: What there is.
+        num_frames: Of the video.
+        height: Of its frames, in pixels; like `width` it counts as a ratio.
+        width: Of its frames.
+    """
+    fitting = [bucket for bucket in buckets if bucket.num_frames <= num_frames]
+
+    def distance(bucket: Bucket) -> tuple[float, int, int]:
+        ratio = (bucket.height / bucket.width) / (height / width)
+        return max(ratio, 1 / ratio), -bucket.num_frames, -bucket.height * bucket.width
+
+    return min(fitting, key=distance, default=None)
+
+
+class Clip(NamedTuple):
+    """Frames for training, and what is known of them."""
+
+    frames: np.ndarray
+    """uint8 `(f, h, w, 3)`."""
+    real: np.ndarray
+    """bool `(f,)`, false where the last real frame is repeated."""
+    captions: tuple[str, ...]
+    frame_rate: float
+    """Frames of the clip per second of what it shows."""
+    source: Listed
+    first: float
+    """Seconds from the start of the file to its first frame."""
+
+
+class VideoFolder:
+    """Clips of a folder of videos, by number.
+
+    Opening it reads the first frame of each file, to know its length. A file that cannot be read is left out and
+    stands in `refused` with the reason; so does one that turns out to be damaged later, and its clips are `None`.
+
+    Args:
+        folder: As `list_videos` takes it, or the list.
+        sampling: Which frames make a clip.
+        height: Of the frames, in pixels; the middle of a video is cropped to this shape.
+        width: Of the frames.
+        seed: Of random choices: a clip is a function of the seed, the epoch and its number alone.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It lists no videos, or none of them can be used; the first reasons are named.
+    """
+
+    def __init__(
+        self, folder: Path | Iterable[Listed], sampling: Sampling, height: int, width: int, seed: int = 0
+    ) -> None:
+        listed = list_videos(folder) if isinstance(folder, Path) else list(folder)
+        self.sampling, self.size, self.seed = sampling, (height, width), seed
+        self.refused: dict[Listed, str] = {}
+        self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
+        for one in listed:
+            try:
+                available, frame_rate = count_frames(one, sampling.frame_rate)
+            except (ValueError, OSError) as error:
+                self.refused[one] = str(error)
+                continue
+            count = sampling.num_clips(available)
+            if not count:
+                self.refused[one] = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
+            self.clips += [(one, number, available, frame_rate) for number in range(count)]
+        if not self.clips:
+            reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+            raise ValueError(f"none of {len(listed)} videos can be used: {reasons}")
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip | None:
+        """A clip of epoch 0."""
+        return self.clip(index)
+
+    def clip(self, index: int, epoch: int = 0) -> Clip | None:
+        """A clip, or `None` where its file is damaged; then `refused` tells why."""
+        listed, number, available, frame_rate = self.clips[index]
+        rng = random.Random((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+        indices, real = self.sampling.indices(available, number, rng)
+        begin = (listed.start or 0.0) + indices[0] / frame_rate
+        wanted, last = {place - indices[0] for place in indices}, indices[-1] - indices[0]
+        found: dict[int, np.ndarray] = {}
+        try:
+            frames = iter_video(listed.path, start=begin, end=listed.end, frame_rate=frame_rate)
+            for place, frame in enumerate(itertools.islice(frames, last + 1)):
+                if place in wanted:
+                    found[place] = frame
+        except (ValueError, OSError) as error:
+            self.refused[listed] = str(error)
+            return None
+        missing = wanted - set(found)
+        if missing and (self.sampling.short == "skip" or not found):
+            self.refused[listed] = f"{listed.path} has fewer frames than it says it has"
+            return None
+        real = sum(1 for place in indices[:real] if place - indices[0] in found)
+        kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
+        pixels = Fit(kept[0].shape[:2], self.size).to_target(np.stack(kept))
+        rate = self.sampling.clip_rate(available, frame_rate)
+        return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
+
+
+def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
+    """Frames of a listed part at a rate, its own by default, and that rate.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, does not tell its length, or ends before the part begins.
+    """
+    info = video_info(listed.path)
+    rate = frame_rate or info.frame_rate
+    if rate is None or info.duration is None:
+        raise ValueError(f"{listed.path} tells no frame rate or length")
+    begin, end = listed.start or 0.0, min(info.duration, info.duration if listed.end is None else listed.end)
+    if begin >= info.duration:
+        raise ValueError(f"{listed.path} ends at {info.duration:g} s, before this part begins at {begin:g} s")
+    return max(1, round((end - begin) * rate - 1e-6)), rate
