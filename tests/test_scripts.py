@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 from vgen.data.captions import parse_caption
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
-from vgen.data.video_io import read_video
+from vgen.data.video_io import read_video, write_video
 from vgen.known_frames import encode_known_frames
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -204,6 +205,26 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(text_run, stable_dif
     assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
     refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
     assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
+
+
+def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for index in range(3):
+        frames = np.random.default_rng(index).integers(0, 256, (12, 24, 32, 3), dtype=np.uint8)
+        write_video(frames, videos / f"{index}.mp4", frame_rate=8.0)
+        (videos / f"{index}.txt").write_text(f"a red circle\nnumber {index}")
+    (videos / "broken.mp4").write_bytes((videos / "0.mp4").read_bytes()[:900])
+    options = {"--data": videos, "--frame_rates": "[8.0, 4.0]"}
+    done = encode(vae_run, tmp_path / "latents", **options)
+    assert done.stdout.count("left out: ") == 1 and "broken.mp4" in done.stdout
+    data = LatentSet(tmp_path / "latents")
+    assert data.latents.shape == (9, 4, 2, 2, 2)  # two of 5 frames at 8 frames per second, one at 4, of each
+    assert sorted(data.frame_rates.tolist()) == [4.0] * 3 + [8.0] * 6
+    assert sorted(data.captions)[0] == ["a red circle", "number 0"]
+    options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
+    train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "run", **options)
+    assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
 
 
 def test_what_short_clips_do_not_serve_is_left_out_there(text_run, latents_dir, long_latents):

@@ -101,6 +101,8 @@ class VDMConfig(RunConfig):
     """How often the frame rate is not told."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults that the pipeline is saved with."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts of sample videos, for one's own data; empty scores prompts of ShapesWorld, which can be checked."""
     num_score_prompts: int = 32
     """Prompts of a score, half from training combinations, half held out."""
     save_dtype: str = "float16"
@@ -380,26 +382,34 @@ def draw_row(
 
 @torch.no_grad()
 def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
-    """Adherence on fixed prompts, and frames `(f, h, w, 3)` of some videos."""
-    scores, shown = {}, []
+    """Adherence on fixed prompts where it can be checked, and frames `(f, h, w, 3)` of some videos."""
+    scores: dict[str, float] = {}
+    shown = []
     training, trains_text = pipe.denoiser.training, pipe.text_encoder.training
     pipe.denoiser.eval()
     pipe.text_encoder.eval()
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    for split in ("train", "held_out"):
-        world = ShapesWorld(split=split, seed=config.seed + 1)
-        indices = range(config.num_score_prompts // 2)
+
+    def generate(prompts: list[str]) -> Tensor:
         with accelerator.autocast():
             videos = pipe(
-                [world.caption(index) for index in indices],
-                generator=[torch.Generator().manual_seed(index) for index in indices],
+                prompts,
+                generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
                 output_type="pt",
             ).frames
         clips = rearrange(videos.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
+        shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
+        return clips
+
+    if config.sample_prompts:
+        generate(config.sample_prompts)
+    for split in () if config.sample_prompts else ("train", "held_out"):
+        world = ShapesWorld(split=split, seed=config.seed + 1)
+        indices = range(config.num_score_prompts // 2)
+        clips = generate([world.caption(index) for index in indices])
         result = adherence(list(clips), [world.scene(index) for index in indices])
         scores |= {f"{split} {name}": value for name, value in result.items()}
-        shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
     pipe.denoiser.train(training)
     pipe.text_encoder.train(trains_text)
     return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
