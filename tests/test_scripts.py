@@ -216,7 +216,9 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
         (videos / f"{index}.txt").write_text(f"a red circle\nnumber {index}")
     (videos / "broken.mp4").write_bytes((videos / "0.mp4").read_bytes()[:900])
     options = {"--data": videos, "--frame_rates": "[8.0, 4.0]"}
-    done = encode(vae_run, tmp_path / "latents", **options)
+    train_vae(tmp_path / "vae", **{"--data": videos, "--frame_rate": 4.0, "--init": vae_run / "vae"})
+    assert read_video(tmp_path / "vae/samples.mp4")[0].shape == (5, 32, 8 * 16, 3)
+    done = encode(tmp_path / "vae", tmp_path / "latents", **options)
     assert done.stdout.count("left out: ") == 1 and "broken.mp4" in done.stdout
     data = LatentSet(tmp_path / "latents")
     assert data.latents.shape == (9, 4, 2, 2, 2)  # two of 5 frames at 8 frames per second, one at 4, of each

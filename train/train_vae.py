@@ -8,12 +8,15 @@ A CPU-sized try:
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from vgen.data.clips import Sampling, VideoFolder, list_videos
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
@@ -29,6 +32,12 @@ class VAEConfig(RunConfig):
     """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
     freeze_encoder: bool = False
     """Whether only the decoder is trained, so that latents encoded before, and denoisers of them, stay valid."""
+    data: Path | None = None
+    """Folder of videos, as `vgen.data.clips.list_videos` takes it; `None` draws ShapesWorld."""
+    score_data: Path | None = None
+    """Folder of videos that scores are taken on; `None` takes those of training."""
+    frame_rate: float | None = None
+    """Frames per second that videos are resampled to; `None` takes their own."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -67,8 +76,11 @@ def main(config: VAEConfig) -> None:
     accelerator = start(config)
     torch.backends.cudnn.benchmark = True
 
-    world = ShapesWorld(split="train", seed=config.seed)
-    fresh = ShapesWorld(split="all", seed=config.seed + 1)
+    source: World | Folder
+    if config.data:
+        source, fresh = Folder(config, config.data), Folder(config, config.score_data or config.data, seed=1)
+    else:
+        source, fresh = World(config, "train"), World(config, "all", seed=1)
     vae = CausalVideoVAE.from_pretrained(config.init) if config.init else CausalVideoVAE(**config.model)
     if config.freeze_encoder:
         vae.encoder.requires_grad_(False)
@@ -85,7 +97,8 @@ def main(config: VAEConfig) -> None:
         moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
         total = torch.zeros(2, device=accelerator.device)
         for part in run.parts(size):
-            clip = draw(world, first_index(config, step), part, config, accelerator.device, frames, moment)
+            first = first_index(config, step)
+            clip = source.draw(range(first + part.start, first + part.stop), accelerator.device, frames, moment)
             out = run.network(clip, generator=generators(config.seed, step, part))
             error = out.sample.float() - clip
             l1, mse = error.abs().mean(), error.square().mean()
@@ -105,7 +118,7 @@ def main(config: VAEConfig) -> None:
 
     def save_result() -> None:
         if not config.freeze_encoder:
-            calibrate(vae, world, config, accelerator.device)
+            calibrate(vae, source, config, accelerator.device)
         vae.save_pretrained(config.output_dir / "vae")
 
     run.end(save_result)
@@ -117,24 +130,47 @@ def first_index(config: VAEConfig, step: int) -> int:
     return images * config.image_batch_size + (step - images) * config.batch_size
 
 
-def draw(
-    world: ShapesWorld,
-    first: int,
-    part: slice,
-    config: VAEConfig,
-    device: torch.device,
-    num_frames: int,
-    moment: float = 0.0,
-) -> Tensor:
-    """Clips `(b, 3, f, h, w)` of a part of the batch that begins at index `first` of the world."""
-    scenes = [world.scene(first + index) for index in range(part.start, part.stop)]
-    size = {"height": config.height, "width": config.width}
-    return render(scenes, num_frames=num_frames, start=moment, device=device, **size)
+class World:
+    """ShapesWorld, endless."""
+
+    def __init__(self, config: VAEConfig, split: str, seed: int = 0):
+        self.world = ShapesWorld(split=split, seed=config.seed + seed)
+        self.size = {"height": config.height, "width": config.width}
+
+    def draw(self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0) -> Tensor:
+        """Clips `(b, 3, f, h, w)` of these numbers, from a moment on."""
+        scenes = [self.world.scene(index) for index in indices]
+        return render(scenes, num_frames=num_frames, start=moment, device=device, **self.size)
+
+    def readable(self, reconstructions: list[Tensor]) -> dict[str, float]:
+        """In how many of the first clips' reconstructions the checker reads what they show."""
+        scenes = [self.world.scene(index) for index in range(len(reconstructions))]
+        return {"readable": adherence(reconstructions, scenes)["right"]}
+
+
+class Folder:
+    """A folder of videos, again and again."""
+
+    def __init__(self, config: VAEConfig, folder: Path, seed: int = 0):
+        listed, size = list_videos(folder), (config.height, config.width, config.seed + seed)
+        self.clips = {
+            frames: VideoFolder(listed, Sampling(num_frames=frames, frame_rate=config.frame_rate), *size)
+            for frames in {1, config.num_frames}
+        }
+
+    def draw(self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0) -> Tensor:
+        """Clips `(b, 3, f, h, w)` of these numbers, from any moment."""
+        pixels = torch.stack([torch.from_numpy(self.clips[num_frames].sample(index).frames) for index in indices])
+        return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1
+
+    def readable(self, reconstructions: list[Tensor]) -> dict[str, float]:
+        """Nothing: only ShapesWorld has a checker."""
+        return {}
 
 
 @torch.no_grad()
 def score(
-    vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device
+    vae: CausalVideoVAE, source: World | Folder, config: VAEConfig, device: torch.device
 ) -> tuple[dict[str, float], np.ndarray]:
     """Scores of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones.
 
@@ -144,7 +180,7 @@ def score(
     vae.eval()
     values, reconstructions, shown = [], [], None
     for begin in range(0, config.num_score_clips, 8):
-        clip = draw(world, begin, slice(0, 8), config, device, config.num_frames)
+        clip = source.draw(range(begin, begin + 8), device, config.num_frames)
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
         values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
         reconstructions.extend(decoded.cpu())
@@ -153,17 +189,16 @@ def score(
             shown = pairs.add(1).mul(127.5).round().byte().movedim(0, -1).cpu().numpy()
     vae.train()
     assert shown is not None
-    readable = adherence(reconstructions, [world.scene(index) for index in range(len(reconstructions))])["right"]
-    return {"psnr": torch.cat(values).mean().item(), "readable": readable}, shown
+    return {"psnr": torch.cat(values).mean().item()} | source.readable(reconstructions), shown
 
 
 @torch.no_grad()
-def calibrate(vae: CausalVideoVAE, world: ShapesWorld, config: VAEConfig, device: torch.device) -> None:
-    """Takes the latents' statistics over clips of the training world into the config."""
+def calibrate(vae: CausalVideoVAE, source: World | Folder, config: VAEConfig, device: torch.device) -> None:
+    """Takes the latents' statistics over clips of the training data into the config."""
     vae.eval()
     latents = []
     for begin in range(0, config.num_calibration_clips, 8):
-        clip = draw(world, begin, slice(0, 8), config, device, config.num_frames)
+        clip = source.draw(range(begin, begin + 8), device, config.num_frames)
         latents.append(vae.encode(clip).latent_dist.mode())
     vae.calibrate(torch.cat(latents))
 

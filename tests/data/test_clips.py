@@ -165,8 +165,11 @@ def test_damaged_files_are_left_out_and_named(folder):
     clips = VideoFolder(folder, Sampling(num_frames=4), 16, 16)
     assert len(clips) == 3
     assert {one.path.name for one in clips.refused} == {"cut.mp4", "empty.mp4"}
+    drawn = [clips.sample(number).source.path.name for number in range(6)]
+    assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["a.mp4", "b.gif", "c.mp4"]
     (folder / "a.mp4").unlink()  # while it is being used
     assert clips[0] is None and "no file" in clips.refused[clips.clips[0][0]]
+    assert {clips.sample(number).source.path.name for number in range(3)} == {"b.gif", "c.mp4"}
     (folder / "short").mkdir()
     write_clip(folder / "short/d.mp4", num_frames=3)
     with pytest.raises(ValueError, match="none of 1 videos can be used.*3 frames at 10 per second; a clip needs 4"):

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,6 +304,25 @@ class VideoFolder:
         pixels = Fit(kept[0].shape[:2], self.size).to_target(np.stack(kept))
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
+
+    def sample(self, number: int) -> Clip:
+        """The clip that is drawn as the `number`-th when epochs, each in an order of its own, follow one another.
+
+        Raises:
+            ValueError: Every file is damaged by now.
+        """
+        epoch, place = divmod(number, len(self))
+        order = _order(len(self), self.seed, epoch)
+        for index in itertools.chain(order[place:], order[:place]):  # the next one stands in for a damaged one
+            clip = self.clip(int(index), epoch)
+            if clip is not None:
+                return clip
+        raise ValueError(f"none of {len(self)} clips can be read any more: {next(iter(self.refused.values()))}")
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
