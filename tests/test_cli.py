@@ -1,8 +1,10 @@
 """The command line, as a user meets it."""
 
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +172,36 @@ def test_info_tells_defaults_abilities_and_sizes(model):
     assert done.exit_code == 0
     for word in ("num_frames 9", "full, causal, chunk", "CausalVideoVAE", "M parameters"):
         assert word in done.output
+
+
+def test_a_folder_of_videos_is_validated(tmp_path):
+    for name, count in (("long.mp4", 40), ("short.mp4", 9)):
+        frames = np.random.default_rng(0).integers(0, 256, (count, 32, 48, 3), dtype=np.uint8)
+        write_video(frames, tmp_path / name, frame_rate=8.0)
+    whole = (tmp_path / "long.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "long.txt").write_text("noise")
+    sizes = ["--bucket", "17x64x64", "--bucket", "17x64x96", "--batch-size", "1"]
+    done = run("data", "validate", tmp_path, *sizes)
+    assert done.exit_code == 0, done.output
+    assert "long.mp4: 40 frames of 48x32, legal length 37, 2 clips of 17x64x96" in done.output
+    assert "short.mp4: left out: 9 frames; the shortest clip needs 17" in done.output
+    assert "cut.mp4: left out: " in done.output
+    assert "17x64x96: 2 clips, 2 batches of 1, 1.195 MiB of pixels each" in done.output
+    assert "1 videos can be used, 2 cannot, 2 have no caption" in done.output
+    report = json.loads(run("data", "validate", tmp_path, *sizes, "--frame-rate", "4", "--json").stdout)
+    assert {Path(clip["path"]).name: clip["num_frames"] for clip in report["clips"] if clip["accepted"]} == {
+        "long.mp4": 20
+    }
+    assert report["buckets"]["17x64x96"] == {"clips": 1, "batches": 1, "batch_mib": 1.195}
+
+
+def test_nothing_to_train_on_and_wrong_shapes_are_mistakes(tmp_path):
+    assert run("data", "validate", tmp_path).exit_code == 2
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert run("data", "validate", tmp_path).exit_code == 1
+    assert run("data", "validate", tmp_path, "--bucket", "17x64").exit_code == 2
+    assert run("data", "validate", tmp_path, "--bucket", "18x64x64").exit_code == 2
 
 
 def test_import_and_help_load_nothing_heavy():

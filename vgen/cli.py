@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Videos to train on.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 Model = Annotated[str, typer.Option(help="A packaged checkpoint, a folder, or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help=".mp4, .gif, .webp, or a folder of frames.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
@@ -210,6 +213,50 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
                 size = f", {sum(p.numel() for p in component.parameters()) / 1e6:.2f}M parameters"
             table.add_row(name, f"{type(component).__name__}{size}")
         Console().print(table)
+
+
+@data_app.command()
+def validate(
+    folder: Annotated[Path, typer.Argument(help="Videos with captions, as for training.")],
+    bucket: Annotated[list[str] | None, typer.Option(help="FRAMESxHEIGHTxWIDTH of clips; may be repeated.")] = None,
+    frame_rate: Annotated[float | None, typer.Option(help="Frames per second to resample to.")] = None,
+    compression: Annotated[int, typer.Option(help="Frames of a latent.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=1)] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Decode a folder of videos and say which can be trained on, and why the others cannot."""
+    import json
+
+    from vgen.data.clips import Bucket
+    from vgen.data.validate import validate_folder
+
+    with _one_line_errors():
+        buckets = []
+        for text in bucket or ["17x64x64"]:
+            sides = text.lower().split("x")
+            if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+                raise ValueError(f"--bucket {text} is no FRAMESxHEIGHTxWIDTH, such as 17x64x64")
+            buckets.append(Bucket(*map(int, sides)))
+            if (buckets[-1].num_frames - 1) % compression:
+                raise ValueError(f"--bucket {text}: clips have 1 + {compression} * k frames")
+        report = validate_folder(folder, buckets, frame_rate, compression, batch_size)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        for clip in report["clips"]:
+            if clip["accepted"]:
+                size = f"{clip['num_frames']} frames of {clip['width']}x{clip['height']}"
+                told = f"{size}, legal length {clip['nearest_length']}, {clip['num_clips']} clips of {clip['bucket']}"
+            typer.echo(f"{clip['path']}: " + (told if clip["accepted"] else f"left out: {clip['reason']}"))
+        for name, one in report["buckets"].items():
+            batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
+            typer.echo(f"{name}: {one['clips']} clips, {batches}")
+        typer.echo(
+            f"{report['accepted']} videos can be used, {report['refused']} cannot, "
+            f"{report['without_caption']} have no caption"
+        )
+    if not report["accepted"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -1,0 +1,82 @@
+"""What a folder of videos is good for, before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vgen.data.clips import Bucket, Listed, choose_bucket, list_videos
+from vgen.data.video_io import iter_video, video_info
+
+
+def validate_folder(
+    folder: Path,
+    buckets: Sequence[Bucket],
+    frame_rate: float | None = None,
+    compression: int = 4,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Decodes every video of a folder from start to end and says what comes of it.
+
+    Args:
+        folder: As `list_videos` takes it.
+        buckets: Shapes of clips that are wanted.
+        frame_rate: Frames per second that videos are resampled to; `None` takes their own.
+        compression: Frames of a latent; legal lengths are `1 + compression * k`.
+        batch_size: Clips of a step.
+
+    Returns:
+        Of JSON's kinds: `clips`, one entry for each listed video or part (`path`, `accepted`, `reason`, `num_frames`,
+        `height`, `width`, `nearest_length`, `bucket`, `num_clips`, `captions`); `accepted` and `refused`, their
+        numbers; `without_caption`; `buckets`, for each its clips, batches an epoch, and the memory of a batch of
+        pixels in float32, in MiB.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It lists no videos.
+    """
+    clips = [_entry(one, buckets, frame_rate, compression) for one in list_videos(folder)]
+    numbers: Counter[str] = Counter()
+    for clip in clips:
+        if clip["accepted"]:
+            numbers[clip["bucket"]] += clip["num_clips"]
+    sizes = {_name(bucket): 4 * 3 * bucket.num_frames * bucket.height * bucket.width for bucket in buckets}
+    return {
+        "clips": clips,
+        "accepted": sum(clip["accepted"] for clip in clips),
+        "refused": sum(not clip["accepted"] for clip in clips),
+        "without_caption": sum(not any(clip["captions"]) for clip in clips),
+        "buckets": {
+            name: {
+                "clips": numbers[name],
+                "batches": -(-numbers[name] // batch_size),
+                "batch_mib": round(batch_size * size / 2**20, 3),
+            }
+            for name, size in sizes.items()
+        },
+    }
+
+
+def _entry(listed: Listed, buckets: Sequence[Bucket], frame_rate: float | None, compression: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"path": str(listed.path), "start": listed.start, "end": listed.end}
+    entry |= {"captions": list(listed.captions), "accepted": False, "reason": None, "num_frames": 0}
+    try:
+        rate = frame_rate or video_info(listed.path).frame_rate
+        for frame in iter_video(listed.path, start=listed.start, end=listed.end, frame_rate=rate):
+            entry["num_frames"] += 1
+            entry["height"], entry["width"] = frame.shape[:2]
+    except (ValueError, OSError) as error:
+        return entry | {"reason": str(error)}
+    count = entry["num_frames"]
+    entry["nearest_length"] = 1 + compression * ((count - 1) // compression)
+    bucket = choose_bucket(buckets, count, entry["height"], entry["width"])
+    if bucket is None:
+        shortest = min(bucket.num_frames for bucket in buckets)
+        return entry | {"reason": f"{count} frames; the shortest clip needs {shortest}"}
+    return entry | {"accepted": True, "bucket": _name(bucket), "num_clips": count // bucket.num_frames}
+
+
+def _name(bucket: Bucket) -> str:
+    return f"{bucket.num_frames}x{bucket.height}x{bucket.width}"
