@@ -128,7 +128,7 @@ def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dic
         seams.append(borders(pixels, pipe))
     began, ended, table = np.array(starts), np.array(ends), np.array(slopes)
     at_chunks, elsewhere = np.mean(seams, axis=0)
-    return {
+    measured = {
         "right at start": began.mean(),
         "right at end": ended.mean(),
         "still right": ended[began].mean(),
@@ -138,6 +138,7 @@ def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dic
         "|contrast|": np.abs(table[:, 1]).mean(),
         "seam ratio": at_chunks / elsewhere,
     }
+    return {name: float(value) for name, value in measured.items()}
 
 
 def borders(pixels: np.ndarray, pipe: VideoGenPipeline) -> tuple[float, float]:

@@ -186,7 +186,7 @@ def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
     assert refused.returncode != 0 and "one of transformer, unet" in refused.stderr
 
 
-def test_an_inflated_image_pipeline_trains_as_a_video_model(text_run, stable_diffusion, tmp_path):
+def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, stable_diffusion, tmp_path):
     start = VideoGenPipeline.from_stable_diffusion(stable_diffusion, num_frames=4, group_modes=["full", "causal"])
     start.save_pretrained(tmp_path / "start")
     options = {"--height": 32, "--width": 32, "--num_frames": 4}
@@ -195,7 +195,7 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(text_run, stable_dif
         "--init": tmp_path / "start", "--prediction": "epsilon", "--snr_gamma": 5, "--train_only": "temporal",
         "--max_sequence_length": 16, "--save_dtype": "float32", "--ema_decay": 0,
     }  # fmt: skip
-    runs = (tmp_path / "unused", text_run, tmp_path / "latents")
+    runs = (vae_run, text_run, tmp_path / "latents")  # the first two are ignored
     train_vdm(runs, tmp_path / "run", **options)
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "run/pipeline")
     assert isinstance(pipe.scheduler, DDIMScheduler) and pipe.scheduler.config.prediction_type == "epsilon"
@@ -267,7 +267,7 @@ def test_long_clips_are_encoded_with_their_rates_and_single_frames(vae_run, long
 def mixture_of(text_run, latents_dir, **options):
     script = runpy.run_path(str(ROOT / "train/train_vdm.py"))
     config = script["VDMConfig"](
-        output_dir=latents_dir, vae="", text_encoder=str(text_run), latents_dir=latents_dir, **options
+        output_dir=latents_dir, vae="any", text_encoder=str(text_run), latents_dir=latents_dir, **options
     )
     config.check()
     return script["draw_row"], config

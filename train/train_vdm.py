@@ -44,9 +44,9 @@ class VDMConfig(RunConfig):
     `text_encoder`, `model`, `defaults`) do not apply then.
     """
 
-    vae: str
+    vae: str | None = None
     """Folder or Hub id of the VAE that encoded the latents."""
-    text_encoder: str
+    text_encoder: str | None = None
     """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
     latents_dir: Path
     """Folder that `pipelines/encode_latents.py` wrote."""
@@ -115,6 +115,8 @@ class VDMConfig(RunConfig):
             ValueError: A setting is out of range or unknown.
         """
         super().check()
+        if not self.init and not (self.vae and self.text_encoder):
+            raise ValueError("a new pipeline needs vae and text_encoder; or give init, a pipeline that has them")
         for name, legal in (("groups", GROUP_MODES), ("windows", WINDOWS), ("known", KNOWN), ("levels", KINDS)):
             given = getattr(self, name)
             if not given or set(given) - set(legal) or min(given.values()) < 0:
@@ -215,6 +217,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
             if wanted != found:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
         return pipe
+    assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
     text_encoder = AutoModelForTextEncoding.from_pretrained(
         config.text_encoder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
