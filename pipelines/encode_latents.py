@@ -25,6 +25,7 @@ from vgen.jobs import check_settings
 from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
+from vgen.training.temporal_loss import measure_motion
 
 NOT_IN_SHARDS = ("vae", "output_dir", "num_clips", "batch_size", "compile")
 
@@ -53,6 +54,8 @@ class EncodeConfig:
     """Frames per second; each clip has one of them, drawn evenly. Videos are resampled to it."""
     keyframes: bool = False
     """Whether to encode each frame alone too, for training with known frames in between; doubles the time."""
+    flow: str | None = None
+    """Method of `vgen.temporal.flow.optical_flow` for the motion between latents, which `warping_weight` needs."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -84,7 +87,7 @@ def main(config: EncodeConfig) -> None:
         path = config.output_dir / f"{start:08d}-{indices.stop:08d}.safetensors"
         if path.exists():
             continue
-        latents, frames, captions, rates = [], [], [], []
+        latents, frames, motions, captions, rates = [], [], [], [], []
         for begin in range(0, len(indices), config.batch_size):
             clip, texts, told = clips.batch(indices[begin : begin + config.batch_size], process.device)
             if not texts:
@@ -96,8 +99,13 @@ def main(config: EncodeConfig) -> None:
                 alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
                 images = torch.cat([encode(codec, images) for images in alone])
                 frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
+            if config.flow:  # from the last frame of each latent to that of the next one
+                motion = measure_motion(clip[:, :, :: codec.temporal_compression_ratio], config.flow)
+                scaled = motion.scaled_down(clip.shape[-1] // latents[-1].shape[-1])
+                motions.append(torch.cat([scaled.flow, scaled.visible], dim=1))
         if latents:
-            write_shard(path, torch.cat(latents), captions, rates, torch.cat(frames) if frames else None)
+            extra = [torch.cat(parts) if parts else None for parts in (frames, motions)]
+            write_shard(path, torch.cat(latents), captions, rates, *extra)
         for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
             shorter.unlink()
 

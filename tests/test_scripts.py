@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 from vgen.data.captions import parse_caption
@@ -24,6 +25,7 @@ from vgen.data.video_io import read_video, write_video
 from vgen.known_frames import encode_known_frames
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
+from vgen.training.temporal_loss import measure_motion
 
 ROOT = Path(__file__).parents[1]
 VAE = {
@@ -247,7 +249,7 @@ def test_what_short_clips_do_not_serve_is_left_out_there(text_run, latents_dir, 
 @pytest.fixture(scope="module")
 def long_latents(vae_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
-    options = {"--num_frames": 17, "--keyframes": "true", "--frame_rates": "[4.0, 8.0]"}
+    options = {"--num_frames": 17, "--keyframes": "true", "--frame_rates": "[4.0, 8.0]", "--flow": "dis"}
     encode(vae_run, folder, **options)
     return folder
 
@@ -262,6 +264,54 @@ def test_long_clips_are_encoded_with_their_rates_and_single_frames(vae_run, long
         clip = render([world.scene(index)], **size)
         alone = vae.normalize(vae.encode(clip[:, :, 7:8]).latent_dist.mode())[0, :, 0]
         torch.testing.assert_close(data[index].frames[6].float(), alone, atol=0.1, rtol=0)  # bf16
+        flow, seen = measure_motion(clip[:, :, ::4]).scaled_down(8)
+        torch.testing.assert_close(data[index].motion.float(), torch.cat([flow, seen], 1)[0], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_a_temporal_loss_is_trained_with_and_judges_the_estimate(vae_run, text_run, long_latents, tmp_path, space):
+    weights = {"difference_weight": 0.5, "warping_weight": 0.5, "matched_weight": 0.5}
+    options = {f"--{name}": value for name, value in weights.items()} | {"--temporal_space": space}
+    runs = vae_run, text_run, long_latents
+    train_vdm(runs, tmp_path / "run", **options, **{"--max_steps": 2, "--sample_every": 9})
+    events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
+    assert all(event.value > 0 for event in events.Scalars("temporal")) and len(events.Scalars("temporal")) == 2
+    if space == "latent":
+        short = encode(vae_run, tmp_path / "short") and tmp_path / "short"
+        refused = train_vdm((vae_run, text_run, short), tmp_path / "no", check=False, **options)
+        assert refused.returncode != 0 and "encode_latents.py --flow dis" in refused.stderr
+
+
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_the_temporal_loss_counts_what_is_generated_and_follows_in_the_clip(vae_run, text_run, long_latents, space):
+    script = runpy.run_path(str(ROOT / "train/train_vdm.py"))
+    _, config = mixture_of(text_run, long_latents, matched_weight=1.0, temporal_space=space)
+    pipe = SimpleNamespace(codec=CausalVideoVAE.from_pretrained(vae_run / "vae"))
+    real = LatentSet(long_latents).latents[:2].float()
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    signal = torch.ones(2, 5)
+
+    def loss(clean, signal=signal, known=0, adjacent=(1, 1, 1, 1)):
+        batch = {
+            "latents": real,
+            "generated": (torch.arange(5) >= known).expand(2, 5),
+            "adjacent": torch.tensor(adjacent).bool().expand(2, 4),
+        }
+        return script["between_frames"](config, pipe, batch, clean, signal)
+
+    assert (loss(real) < 1e-6).all() and (loss(noise) > 0.01).all()
+    assert (loss(noise, known=5) < 1e-6).all()  # what is known is true
+    assert (loss(noise, signal * 0.25) - 0.25 * loss(noise)).abs().max() < 1e-4
+    if space == "latent":
+        wrong = torch.cat([noise[:, :, :1], real[:, :, 1:]], dim=2)
+        assert (loss(wrong, adjacent=(0, 1, 1, 1)) == 0).all() and (loss(wrong) > 0.01).all()
+
+
+def test_a_vae_trains_with_a_temporal_loss(tmp_path):
+    train_vae(tmp_path, **{"--warping_weight": 0.5, "--matched_weight": 0.5, "--sample_every": 9})
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    values = [event.value for event in events.Scalars("temporal")]
+    assert values[:2] == [0, 0] and all(value > 0 for value in values[2:])  # two steps of single images come first
 
 
 def mixture_of(text_run, latents_dir, **options):

@@ -22,10 +22,11 @@ from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
+from vgen.training.temporal_loss import TemporalLossConfig, measure_motion, temporal_loss
 
 
 @dataclass(kw_only=True)
-class VAEConfig(RunConfig):
+class VAEConfig(RunConfig, TemporalLossConfig):
     """Settings of a VAE's training."""
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class VAEConfig(RunConfig):
             ValueError: A setting is out of range, or there is no encoder to keep.
         """
         super().check()
+        self.check_temporal_loss()
         if self.freeze_encoder and not self.init:
             raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
 
@@ -89,26 +91,29 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-    run = Run(config, accelerator, vae)
+    run = Run(config, accelerator, vae, lambda step: source.name(*batch_of(config, step)))
 
     for step in run.steps():
-        images = step < config.image_steps
-        size, frames = (config.image_batch_size, 1) if images else (config.batch_size, config.num_frames)
+        indices, frames = batch_of(config, step)
+        images, size = step < config.image_steps, len(indices)
         moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
-        total = torch.zeros(2, device=accelerator.device)
+        total = torch.zeros(3, device=accelerator.device)
         for part in run.parts(size):
-            first = first_index(config, step)
-            clip = source.draw(range(first + part.start, first + part.stop), accelerator.device, frames, moment)
+            clip = source.draw(indices[part], accelerator.device, frames, moment)
             out = run.network(clip, generator=generators(config.seed, step, part))
             error = out.sample.float() - clip
             l1, mse = error.abs().mean(), error.square().mean()
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
+            temporal = torch.zeros_like(l1)
+            if config.wants_temporal_loss and not images:
+                motion = measure_motion(clip, config.flow) if config.warping_weight else None
+                temporal = temporal_loss(config, out.sample.float(), clip, motion).mean()
             share = (part.stop - part.start) / size
-            loss = l1 + config.mse_weight * mse + config.kl_weight * kl
+            loss = l1 + config.mse_weight * mse + config.kl_weight * kl + temporal
             run.backward(loss * share)
-            total += torch.stack([l1, kl]).detach() * share
+            total += torch.stack([l1, kl, temporal]).detach() * share
         run.update()
-        run.log(l1=total[0], kl=total[1])
+        run.log(l1=total[0], kl=total[1], **({"temporal": total[2]} if config.wants_temporal_loss else {}))
         if run.wants_scores:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
                 scores, pairs = score(vae, fresh, config, accelerator.device)
@@ -124,10 +129,13 @@ def main(config: VAEConfig) -> None:
     run.end(save_result)
 
 
-def first_index(config: VAEConfig, step: int) -> int:
-    """Where a step's batch begins in the world: no sample is drawn twice."""
+def batch_of(config: VAEConfig, step: int) -> tuple[range, int]:
+    """The numbers of a step's samples, of which none comes twice, and their frames."""
     images = min(step, config.image_steps)
-    return images * config.image_batch_size + (step - images) * config.batch_size
+    first = images * config.image_batch_size + (step - images) * config.batch_size
+    if step < config.image_steps:
+        return range(first, first + config.image_batch_size), 1
+    return range(first, first + config.batch_size), config.num_frames
 
 
 class World:
@@ -141,6 +149,10 @@ class World:
         """Clips `(b, 3, f, h, w)` of these numbers, from a moment on."""
         scenes = [self.world.scene(index) for index in indices]
         return render(scenes, num_frames=num_frames, start=moment, device=device, **self.size)
+
+    def name(self, indices: range, num_frames: int) -> str:
+        """What these numbers are."""
+        return f"scenes {indices.start} to {indices.stop - 1} of ShapesWorld(seed={self.world.seed})"
 
     def readable(self, reconstructions: list[Tensor]) -> dict[str, float]:
         """In how many of the first clips' reconstructions the checker reads what they show."""
@@ -162,6 +174,11 @@ class Folder:
         """Clips `(b, 3, f, h, w)` of these numbers, from any moment."""
         pixels = torch.stack([torch.from_numpy(self.clips[num_frames].sample(index).frames) for index in indices])
         return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1
+
+    def name(self, indices: range, num_frames: int) -> str:
+        """The files that these numbers are cut from."""
+        samples = [self.clips[num_frames].sample(index) for index in indices]
+        return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in samples)
 
     def readable(self, reconstructions: list[Tensor]) -> dict[str, float]:
         """Nothing: only ShapesWorld has a checker."""

@@ -34,10 +34,11 @@ from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leadi
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss, make_scheduler, prediction_of
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
+from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_motion, temporal_loss
 
 
 @dataclass(kw_only=True)
-class VDMConfig(RunConfig):
+class VDMConfig(RunConfig, TemporalLossConfig):
     """Settings of a denoiser's training.
 
     `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline (`vae`,
@@ -93,6 +94,8 @@ class VDMConfig(RunConfig):
     """Of the logit of a noise level."""
     level_shift: float = 1.0
     """Moves noise levels towards noise, in training and at inference."""
+    temporal_space: str = "latent"
+    """Where the temporal loss of the estimated clean clip is taken: `latent`, or `pixel`, which decodes it."""
     text_dropout: float = 0.1
     """How often the caption is replaced by ""."""
     frame_rate: float = 8.0
@@ -126,7 +129,12 @@ class VDMConfig(RunConfig):
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        for name, legal in (("denoiser", ("transformer", "unet")), ("train_only", ("all", "temporal"))):
+        self.check_temporal_loss()
+        for name, legal in (
+            ("denoiser", ("transformer", "unet")),
+            ("train_only", ("all", "temporal")),
+            ("temporal_space", ("latent", "pixel")),
+        ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
         if self.init is None:
@@ -145,7 +153,8 @@ def main(config: VDMConfig) -> None:
     accelerator = start(config)
     pipe = make_pipeline(config)
     sources = [declare(pipe, config, LatentSet(config.latents_dir))]
-    sources += [restrict(pipe, sources[0].config, LatentSet(Path(folder))) for folder in config.more_latents]
+    for folder in map(Path, config.more_latents):
+        sources.append(restrict(pipe, replace(sources[0].config, latents_dir=folder), LatentSet(folder)))
     shares = [1 - sum(config.more_latents.values()), *config.more_latents.values()]
     if config.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
@@ -158,17 +167,16 @@ def main(config: VDMConfig) -> None:
         pipe.denoiser.requires_grad_(False)
         for weight in temporal_parameters(pipe.denoiser):
             weight.requires_grad_(True)
+    if config.wants_temporal_loss:
+        check_motion(config, sources)
     objective = Objective(pipe.scheduler, config.snr_gamma)
     model = PromptedDenoiser(pipe.denoiser, pipe.text_encoder)
-    run = Run(config, accelerator, model)
+    run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step))
     pipe.text_encoder.train(config.train_text_encoder)
 
     for step in run.steps():
-        rng = random.Random(config.seed * 1_000_003 + step)
-        mode = choose(config.groups, rng)
-        source = rng.choices(sources, shares)[0]
-        length = rng.choice(source.config.window_lengths)
-        total = torch.zeros((), device=accelerator.device)
+        mode, source, length = plan(config, sources, shares, step)
+        total = torch.zeros(2, device=accelerator.device)
         for part in run.parts(config.batch_size):
             batch = draw(source, pipe, step, part, mode, length)
             groups = batch.pop("groups")
@@ -184,13 +192,16 @@ def main(config: VDMConfig) -> None:
                 frame_rate=batch["frame_rate"],
                 keyframes=batch.get("keyframes"),
             )
-            loss = (
-                denoising_loss(prediction, sample.target, sample.weight * batch["generated"]).sum() / config.batch_size
-            )
-            run.backward(loss)
-            total += loss.detach()
+            losses = denoising_loss(prediction, sample.target, sample.weight * batch["generated"])
+            temporal = torch.zeros_like(losses)
+            if config.wants_temporal_loss:
+                clean, signal = objective.estimate(sample, prediction)
+                with accelerator.autocast():
+                    temporal = between_frames(config, pipe, batch, clean, signal)
+            run.backward((losses + temporal).sum() / config.batch_size)
+            total += torch.stack([losses.sum(), temporal.sum()]).detach() / config.batch_size
         run.update()
-        run.log(loss=total)
+        run.log(loss=total[0], **({"temporal": total[1]} if config.wants_temporal_loss else {}))
         if run.wants_scores:  # how many prompts come out right, and a video of some
             with run.average:
                 scores, shown = score(pipe, config, accelerator)
@@ -318,6 +329,72 @@ def restrict(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Sour
     return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
 
 
+def check_motion(config: VDMConfig, sources: list[Source]) -> None:
+    """Refuses a temporal loss that the latents cannot serve.
+
+    Raises:
+        ValueError: They were encoded without motion, or pixels are asked for of windows that no decoder sees.
+    """
+    if config.temporal_space == "latent":
+        if config.warping_weight and any(source.data.motion is None for source in sources):
+            raise ValueError("warping_weight needs latents with motion: pipelines/encode_latents.py --flow dis")
+    elif {kind for kind, weight in config.windows.items() if weight > 0} != {"start"}:
+        raise ValueError(
+            f"temporal_space=pixel decodes windows, which must begin with their clip: windows={config.windows}"
+        )
+
+
+def between_frames(
+    config: VDMConfig, pipe: VideoGenPipeline, batch: dict[str, Tensor], clean: Tensor, signal: Tensor
+) -> Tensor:
+    """The temporal loss `(b,)` of an estimate of the clean clip, in which what is known is true."""
+    real = batch["latents"]
+    k = real.shape[2] // batch["generated"].shape[1]
+    generated = batch["generated"].repeat_interleave(k, dim=1)
+    clean = torch.where(generated[:, None, :, None, None], clean, real)
+    signal = torch.where(generated, signal, 1.0)
+    motion = None
+    if config.temporal_space == "pixel":
+        codec = pipe.codec
+        assert codec is not None  # latents come from one
+        clean = codec.decode(codec.denormalize(clean), clamp=False).sample
+        with torch.no_grad():
+            real = codec.decode(codec.denormalize(real), clamp=False).sample
+            motion = measure_motion(real, config.flow) if config.warping_weight else None
+        s = codec.temporal_compression_ratio
+        signal, generated = (torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, generated))
+        adjacent: Tensor | float = 1.0
+    else:
+        adjacent = batch["adjacent"]
+        if config.warping_weight:
+            motion = Motion(batch["motion"][:, :2], batch["motion"][:, 2:])
+    either = generated[:, 1:] | generated[:, :-1]
+    weight = torch.minimum(signal[:, 1:], signal[:, :-1]) * either * adjacent
+    return temporal_loss(config, clean, real, motion, weight)
+
+
+def plan(config: VDMConfig, sources: list[Source], shares: list[float], step: int) -> tuple[str, Source, int]:
+    """A step's kind of groups, clips and length of windows."""
+    rng = random.Random(config.seed * 1_000_003 + step)
+    mode = choose(config.groups, rng)
+    source = rng.choices(sources, shares)[0]
+    return mode, source, rng.choice(source.config.window_lengths)
+
+
+def clip_of(source: Source, sample: int) -> int:
+    """The clip that a sample, counted from the start of the run, is drawn from."""
+    epoch, place = divmod(sample, len(source.data))
+    return int(_order(len(source.data), source.config.seed, epoch)[place])
+
+
+def name_batch(config: VDMConfig, sources: list[Source], shares: list[float], step: int) -> str:
+    """A step's clips, by number and folder."""
+    _, source, length = plan(config, sources, shares, step)
+    first = step * config.batch_size
+    clips = [str(clip_of(source, sample)) for sample in range(first, first + config.batch_size)]
+    return f"{length} token frames of clips {', '.join(clips)} in {source.config.latents_dir}"
+
+
 def draw(source: Source, pipe: VideoGenPipeline, step: int, part: slice, mode: str, length: int) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     data, config = source
@@ -326,8 +403,7 @@ def draw(source: Source, pipe: VideoGenPipeline, step: int, part: slice, mode: s
     rows, prompts = [], []
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
-        epoch, place = divmod(first + index, len(data))
-        clip = data[_order(len(data), config.seed, epoch)[place]]
+        clip = data[clip_of(source, first + index)]
         prompts.append("" if rng.random() < config.text_dropout else rng.choice(clip.captions))
         rows.append(draw_row(clip, network, config, mode, length, rng, generator))
     input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
@@ -370,6 +446,10 @@ def draw_row(
         "generated": generated,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
+    if config.wants_temporal_loss:
+        row["adjacent"] = places.diff() == 1
+        if clip.motion is not None:
+            row["motion"] = clip.motion[:, places[:-1].clamp_max(clip.motion.shape[1] - 1)].float()
     if clip.frames is None or not network.keyframe_slots:
         return row
 

@@ -8,14 +8,16 @@ def test_what_was_written_is_read_in_the_order_of_names(tmp_path):
     torch.manual_seed(0)
     parts = [torch.randn(3, 4, 2, 2, 2), torch.randn(2, 4, 2, 2, 2)]
     frames = torch.randn(5, 4, 4, 2, 2)
-    write_shard(tmp_path / "1.safetensors", parts[1], [["d"], ["e", "é"]], [4.0, 5.0], frames[3:])
-    write_shard(tmp_path / "0.safetensors", parts[0], [["a"], ["b"], ["c"]], [1.0, 2.0, 3.0], frames[:3])
+    motion = torch.randn(5, 3, 1, 2, 2)
+    write_shard(tmp_path / "1.safetensors", parts[1], [["d"], ["e", "é"]], [4.0, 5.0], frames[3:], motion[3:])
+    write_shard(tmp_path / "0.safetensors", parts[0], [["a"], ["b"], ["c"]], [1.0, 2.0, 3.0], frames[:3], motion[:3])
     data = LatentSet(tmp_path)
     assert len(data) == 5
     assert torch.equal(data.latents, torch.cat(parts).half())
     assert [data[i].captions for i in range(5)] == [["a"], ["b"], ["c"], ["d"], ["e", "é"]]
     assert [data[i].frame_rate for i in range(5)] == [1, 2, 3, 4, 5]
     assert torch.equal(torch.stack([data[i].frames for i in range(5)]), frames.half())
+    assert torch.equal(torch.stack([data[i].motion for i in range(5)]), motion.half())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 

@@ -55,6 +55,23 @@ def test_each_frame_of_a_diffusion_sample_is_diffusers_at_its_timestep(predictio
     assert torch.equal(sample.latents[1, :, 2:], latents[1, :, 2:])  # level 0 is clean
 
 
+@pytest.mark.parametrize("prediction", ["flow", *DIFFUSION])
+def test_the_estimate_from_the_target_is_the_clean_clip(prediction):
+    objective = Objective(make_scheduler(prediction))
+    latents, noise = drawn(2, 3, 4, 2, 2)
+    levels = torch.tensor([[0.2, 0.9], [0.5, 0.01]])  # two latents a token frame
+    sample = objective(latents, noise, levels)
+    clean, signal = objective.estimate(sample, sample.target)
+    torch.testing.assert_close(clean, latents, atol=1e-4, rtol=0)
+    if prediction == "flow":
+        expected = (1 - levels).square()
+    else:
+        expected = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod[
+            sample.timestep
+        ]
+    torch.testing.assert_close(signal, expected.repeat_interleave(2, dim=1))
+
+
 @pytest.mark.parametrize("prediction", DIFFUSION)
 def test_min_snr_weights_are_those_of_the_paper(prediction):
     objective = Objective(make_scheduler(prediction), snr_gamma=5.0)

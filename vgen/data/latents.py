@@ -19,6 +19,7 @@ def write_shard(
     captions: Sequence[Sequence[str]],
     frame_rates: Sequence[float],
     frames: Tensor | None = None,
+    motion: Tensor | None = None,
 ) -> None:
     """Writes what is known of some clips; the file appears whole or not at all.
 
@@ -28,13 +29,17 @@ def write_shard(
         captions: Of each clip.
         frame_rates: Pixel frames per second of each clip.
         frames: Latents of single frames, `(n, f - 1, c, h, w)`, those of every frame after the first encoded alone.
+        motion: From each latent to the next, `(n, 3, t - 1, h, w)`: how far to the right and down, in latent pixels,
+            and 1 where that can be trusted.
     """
     if not len(latents) == len(captions) == len(frame_rates):
         raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
     partial = path.with_name(path.name + ".partial")
     metadata = {"captions": json.dumps([list(one) for one in captions])}
-    tensors = {"latents": latents} | ({} if frames is None else {"frames": frames})
-    tensors = {name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in tensors.items()}
+    given = {"latents": latents, "frames": frames, "motion": motion}
+    tensors = {
+        name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
+    }
     save_file(tensors | {"frame_rates": torch.tensor(frame_rates)}, partial, metadata=metadata)
     partial.replace(path)
 
@@ -48,6 +53,8 @@ class EncodedClip(NamedTuple):
     frame_rate: float
     frames: Tensor | None
     """Latents of its frames from the second on, each encoded alone, `(f - 1, c, h, w)`."""
+    motion: Tensor | None
+    """As `write_shard` takes it, `(3, t - 1, h, w)`."""
 
 
 class LatentSet(torch.utils.data.Dataset):
@@ -74,14 +81,15 @@ class LatentSet(torch.utils.data.Dataset):
         self.latents = torch.cat(parts["latents"])
         self.frame_rates = torch.cat(parts["frame_rates"])
         self.frames = torch.cat(parts["frames"]) if "frames" in parts else None
+        self.motion = torch.cat(parts["motion"]) if "motion" in parts else None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, index: int) -> EncodedClip:
         """One clip."""
-        frames = None if self.frames is None else self.frames[index]
-        return EncodedClip(self.latents[index], self.captions[index], self.frame_rates[index].item(), frames)
+        frames, motion = (None if part is None else part[index] for part in (self.frames, self.motion))
+        return EncodedClip(self.latents[index], self.captions[index], self.frame_rates[index].item(), frames, motion)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

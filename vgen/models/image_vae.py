@@ -46,9 +46,10 @@ class FrameByFrame:
         parameters = rearrange(frames, "(b n) c h w -> b c n h w", b=clip.shape[0])
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters))
 
-    def decode(self, latents: Tensor, state: TemporalState | None = None) -> DecoderOutput:
+    def decode(self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True) -> DecoderOutput:
         """Raw latents `(b, c, n, h', w')` to pixels `(b, 3, n, h, w)`; frames need no state."""
-        frames = self.vae.decode(rearrange(latents, "b c n h w -> (b n) c h w")).sample.clamp(-1, 1)
+        frames = self.vae.decode(rearrange(latents, "b c n h w -> (b n) c h w")).sample
+        frames = frames.clamp(-1, 1) if clamp else frames
         return DecoderOutput(sample=rearrange(frames, "(b n) c h w -> b c n h w", b=latents.shape[0]))
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:

@@ -135,6 +135,28 @@ class Objective:
         noisy, target = (rearrange(x, "(b n) c k h w -> b c (n k) h w", b=len(latents)) for x in (noisy, target))
         return NoisySample(noisy, timestep, target, weight)
 
+    def estimate(self, sample: NoisySample, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents that a prediction leads to, and how much of each frame's variance was signal.
+
+        Args:
+            sample: What the network got.
+            prediction: What it gave, `(b, c, t, h, w)`.
+
+        Returns:
+            `(b, c, t, h, w)` and `(b, t)` in [0, 1]: near 0 the estimate means little.
+        """
+        k = prediction.shape[2] // sample.timestep.shape[1]
+        timestep = repeat(sample.timestep, "b n -> b (n k)", k=k)
+        prediction, noisy = prediction.float(), sample.latents.float()
+        if self.prediction == "flow":
+            level = (timestep / self.scheduler.config.num_train_timesteps).float()
+            return noisy - level[:, None, :, None, None] * prediction, (1 - level).square()
+        signal = self.scheduler.alphas_cumprod.to(noisy.device)[timestep]
+        alpha, sigma = (x[:, None, :, None, None] for x in (signal.sqrt(), (1 - signal).sqrt()))
+        if self.prediction == "epsilon":
+            return (noisy - sigma * prediction) / alpha, signal
+        return alpha * noisy - sigma * prediction, signal
+
 
 def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and the velocity to predict.

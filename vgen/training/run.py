@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +145,6 @@ def start(config: RunConfig) -> Accelerator:
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / "config.yaml").write_text(config_text(config))
-    accelerator.init_trackers("logs")
     return accelerator
 
 
@@ -234,28 +235,67 @@ def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
 class Run:
     """A network in training, from the newest checkpoint on, and what each step does beside its loss.
 
+    SIGTERM lets it finish its step, save and stop; several processes agree on it every `log_every` steps.
+
     Args:
         config: Of the run.
         accelerator: What `start` made.
         model: Its trainable weights are trained; `forward` is all that is called of it.
+        name_batch: Says what a step's batch was, for a step whose gradient is not finite.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module):
-        self.config, self.accelerator = config, accelerator
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        model: nn.Module,
+        name_batch: Callable[[int], str] = "batch {}".format,
+    ):
+        self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
         optimizers, self.schedules = make_optimizers(config, model)
         self.average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
-        self.step = resume(accelerator, config.output_dir, self.average)
+        self._settings = {
+            name: value
+            for name, value in yaml.safe_load(config_text(config)).items()
+            if name not in ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run")
+        }
+        self.step = resume(accelerator, config.output_dir, self.average, self._settings)
         """Optimiser steps done."""
+        # what an interrupted run logged after its last checkpoint comes again
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self._asked_to_stop = self.stopped = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
         self.network.train()
         hidden = not accelerator.is_main_process
         self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
         self._norm = torch.zeros(())
+        self._first_bad = torch.full((), -1, device=accelerator.device)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left."""
-        yield from range(self.step, self.config.max_steps)
+        """The steps that are left, or until the run is asked to stop."""
+        saved = self.step
+        while self.step < self.config.max_steps:
+            yield self.step
+            if self._saves:
+                saved = self.step
+            if self._must_stop():
+                if saved != self.step:
+                    self._save()
+                self.stopped = True
+                return
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._asked_to_stop = True
+
+    def _must_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self._asked_to_stop
+        if self._asked_to_stop:
+            self.accelerator.set_trigger()
+        return self.step % self.config.log_every == 0 and self.accelerator.check_trigger()
 
     def parts(self, size: int) -> Iterator[slice]:
         """This process's parts of a batch of `size` samples; each wants a backward pass."""
@@ -272,6 +312,8 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
+            bad = ~torch.isfinite(self._norm) & (self._first_bad < 0)
+            self._first_bad = torch.where(bad, self.step, self._first_bad)
             for schedule in self.schedules:
                 schedule.step()
             self.average.step()
@@ -299,21 +341,39 @@ class Run:
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self._bar.write(f"step {self.step}: {told}")
 
+    @property
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self.step % self.config.save_every == 0 or self.step == self.config.max_steps
+
     def save(self) -> None:
         """Every `save_every` steps and at the end, writes a checkpoint."""
-        if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
-            self._check_finite()
-            save_checkpoint(self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last)
+        if self._saves:
+            self._save()
+
+    def _save(self) -> None:
+        self._check_finite()
+        if self.accelerator.is_main_process:  # what the trackers were told must outlive a kill, too
+            self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
+        save_checkpoint(
+            self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last, self._settings
+        )
 
     def end(self, save_result: Callable[[], None]) -> None:
         """Lets one process save the result, with averaged weights, when all are done."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if self.stopped:
+            self.accelerator.print(f"stopped after {self.step} steps; the same command goes on from there")
+        elif self.accelerator.is_main_process:
             with self.average:
                 save_result()
         self.accelerator.end_training()
 
     def _check_finite(self) -> None:
-        """Stops a run whose gradient has overflowed, unless the step was skipped for it."""
-        if not self.accelerator.optimizer_step_was_skipped and not torch.isfinite(self._norm):
-            raise FloatingPointError(f"the gradient is not finite at step {self.step}; the last checkpoint is kept")
+        """Stops a run whose gradient has overflowed."""
+        bad = int(self._first_bad)
+        if bad >= 0:
+            raise FloatingPointError(
+                f"the gradient of step {bad + 1} is not finite; it was that of {self._name_batch(bad)}. The last "
+                "checkpoint is kept"
+            )

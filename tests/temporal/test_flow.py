@@ -1,0 +1,113 @@
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vgen.temporal.flow import optical_flow, visible, warp
+
+cv2 = pytest.importorskip("cv2")
+
+
+@pytest.fixture
+def texture():
+    """Smooth random frames `(2, 3, 96, 96)`, trackable everywhere, and a larger canvas that they are cut from."""
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    return F.interpolate(canvas, size=128, mode="bicubic").clamp(-1, 1)
+
+
+def cut(canvas, right, down):
+    return canvas[..., 16 - down : 112 - down, 16 - right : 112 - right]
+
+
+def rotation(size, degrees):
+    """The flow of a rotation about the middle of a frame: its closed form."""
+    angle = math.radians(degrees)
+    y, x = torch.meshgrid(torch.arange(size) - (size - 1) / 2, torch.arange(size) - (size - 1) / 2, indexing="ij")
+    moved = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+    return torch.stack([moved[0] - x, moved[1] - y])[None]
+
+
+@pytest.mark.parametrize("method", ["dis", "farneback", "lucas_kanade"])
+@pytest.mark.parametrize(("right", "down"), [(3, -2), (0, 4), (-5, 1)])
+def test_flow_finds_a_translation(texture, method, right, down):
+    flow = optical_flow(cut(texture, 0, 0), cut(texture, right, down), method)
+    assert flow.shape == (2, 2, 96, 96)
+    error = flow[..., 12:-12, 12:-12] - torch.tensor([right, down]).view(1, 2, 1, 1)
+    assert error.norm(dim=1).median() < 0.2
+    assert error.norm(dim=1).quantile(0.95) < 0.75
+
+
+@pytest.mark.parametrize("method", ["dis", "farneback", "lucas_kanade"])
+def test_flow_finds_a_rotation(texture, method):
+    first = cut(texture, 0, 0)
+    # a frame that was turned by an angle shows at p what stood where the way back leads
+    second = warp(first, rotation(96, -4).expand(2, -1, -1, -1))
+    error = optical_flow(first, second, method) - rotation(96, 4)
+    assert error[..., 16:-16, 16:-16].norm(dim=1).median() < 0.3
+
+
+@pytest.mark.parametrize(("right", "down"), [(3, -2), (-7, 5)])
+def test_warping_undoes_a_translation_exactly(texture, right, down):
+    flow = torch.tensor([right, down]).float().view(1, 2, 1, 1).expand(2, 2, 96, 96)
+    back = warp(cut(texture, right, down), flow)
+    torch.testing.assert_close(back[..., 8:-8, 8:-8], cut(texture, 0, 0)[..., 8:-8, 8:-8], atol=1e-4, rtol=0)
+
+
+def test_warping_undoes_a_rotation(texture):
+    first = cut(texture, 0, 0)
+    second = warp(first, rotation(96, -4).expand(2, -1, -1, -1))
+    back = warp(second, rotation(96, 4).expand(2, -1, -1, -1))
+    inner = slice(12, -12)
+    assert (back - first)[..., inner, inner].abs().mean() < 0.1 * (second - first)[..., inner, inner].abs().mean()
+
+
+def test_warping_is_differentiable():
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randn(1, 2, 6, 5, dtype=torch.double, generator=generator, requires_grad=True)
+    # between pixels, where bilinear interpolation has a derivative, and inside the frame
+    flow = torch.rand(1, 2, 6, 5, dtype=torch.double, generator=generator) * 0.4 + 0.2
+    flow[..., -1, :], flow[..., :, -1] = -0.3, -0.3
+    assert torch.autograd.gradcheck(warp, (frame, flow.requires_grad_()))
+
+
+def test_what_a_moving_object_covers_is_not_visible():
+    forward, backward = torch.zeros(1, 2, 32, 32), torch.zeros(1, 2, 32, 32)
+    forward[:, 0, 8:24, 4:12] = 6.0  # a rectangle that moves 6 pixels to the right over a background at rest
+    backward[:, 0, 8:24, 10:18] = -6.0
+    seen = visible(forward, backward)[0, 0]
+    covered = torch.zeros(32, 32, dtype=torch.bool)
+    covered[8:24, 12:18] = True
+    assert torch.equal(~seen, covered)
+
+
+def test_what_leaves_the_frame_is_not_visible():
+    forward = torch.tensor([5.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
+    seen = visible(forward, -forward)[0, 0]
+    assert seen[:, :11].all()
+    assert not seen[:, 11:].any()
+
+
+def test_wrong_flow_is_not_trusted():
+    forward = torch.zeros(1, 2, 16, 16)
+    assert not visible(forward, torch.full((1, 2, 16, 16), 2.0)).any()
+
+
+def test_unknown_methods_and_missing_libraries_are_named(monkeypatch):
+    frame = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="'nearest' is none of dis, farneback, lucas_kanade, raft"):
+        optical_flow(frame, frame, "nearest")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="raft flow needs torchvision"):
+        optical_flow(frame, frame, "raft")
+
+
+def test_missing_opencv_is_named(monkeypatch):
+    from vgen.temporal import flow
+
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    flow._opencv.cache_clear()
+    with pytest.raises(ImportError, match=r"dis flow needs OpenCV: pip install vgen\[flow\]"):
+        optical_flow(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))

@@ -1,0 +1,142 @@
+"""Runs that are killed, stopped or damaged, and go on."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPT = """
+import os, signal
+import torch
+from torch import nn
+from vgen.training.run import Run, RunConfig, generators, parse_config, start
+
+config = parse_config(RunConfig, "")
+torch.set_num_threads(int(os.environ.get("THREADS", 1)))
+accelerator = start(config)
+torch.manual_seed(0)
+network = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 4))
+run = Run(config, accelerator, network, lambda step: f"the clips of step {step}")
+kill = os.environ.get("KILL", "")
+if kill.startswith("save"):
+    save = accelerator.save_state
+    def save_state(folder):
+        save(folder)
+        if folder.endswith(f"checkpoint-{kill[4:]}.partial"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    accelerator.save_state = save_state
+for step in run.steps():
+    total = torch.zeros(())
+    for part in run.parts(config.batch_size):
+        x = torch.stack([torch.randn(4, generator=one) for one in generators(config.seed, step, part)])
+        if os.environ.get("BAD") == str(step):
+            x = x * float("nan")
+        loss = (run.network(x) - x).square().mean() * len(x) / config.batch_size
+        run.backward(loss)
+        total += loss.detach()
+    run.update()
+    run.log(loss=total)
+    run.save()
+    if kill == f"term{run.step}":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kill == f"step{run.step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+run.end(lambda: torch.save(network.state_dict(), config.output_dir / "result.pt"))
+"""
+
+
+def train(folder, check=True, **environment):
+    options = {"max_steps": 12, "save_every": 4, "log_every": 1, "batch_size": 4, "mixed_precision": "no"}
+    words = [f"--{name}={value}" for name, value in (options | {"output_dir": folder}).items()]
+    names = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, env=os.environ | names, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def assert_same(folder, whole):
+    for name in ("model.safetensors", "ema.safetensors"):
+        found, expected = (load_file(run / "checkpoint-12" / name) for run in (folder, whole))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    found, expected = (torch.load(run / "result.pt", weights_only=True) for run in (folder, whole))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    logged, wanted = (EventAccumulator(str(run / "logs")).Reload().Scalars("loss") for run in (folder, whole))
+    assert [(event.step, event.value) for event in logged] == [(event.step, event.value) for event in wanted]
+    assert [event.step for event in logged] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("moment", ["step3", "step6", "step8", "save4", "save8", "save12"])
+def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(whole, tmp_path, moment):
+    killed = train(tmp_path, check=False, KILL=moment)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result.pt").exists()
+    train(tmp_path)
+    assert_same(tmp_path, whole)
+    assert names(tmp_path) == names(whole) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path):
+    stopped = train(tmp_path, KILL="term6")
+    assert "stopped after 6 steps" in stopped.stdout and not (tmp_path / "result.pt").exists()
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    again = train(tmp_path)
+    assert "after 6 steps" in again.stdout
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "changed", "no record"])
+def test_the_checkpoint_before_stands_in_for_a_damaged_one(whole, tmp_path, damage):
+    train(tmp_path, check=False, KILL="step10")
+    newest = tmp_path / "checkpoint-8"
+    path = newest / {"no record": "record.json", "missing": "optimizer.bin"}.get(damage, "model.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage in ("missing", "no record"):
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content)
+    again = train(tmp_path)
+    assert f"{newest} is damaged" in again.stderr and "after 4 steps" in again.stdout
+    assert_same(tmp_path, whole)
+
+
+def test_a_run_of_damaged_checkpoints_does_not_begin_anew(tmp_path):
+    train(tmp_path, check=False, KILL="step6")
+    (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        again = train(tmp_path, check=False)
+        assert again.returncode != 0 and "every checkpoint" in again.stderr
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_batch(tmp_path):
+    stopped = train(tmp_path, check=False, BAD="5")
+    assert stopped.returncode != 0
+    assert "the gradient of step 6 is not finite; it was that of the clips of step 5" in stopped.stderr
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):
+    train(tmp_path, check=False, KILL="step6")
+    again = train(tmp_path, THREADS="2")
+    assert "does not go on exactly: threads 1 -> 2" in again.stderr
+    assert "does not go on exactly" not in train(tmp_path, THREADS="2").stderr

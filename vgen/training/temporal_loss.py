@@ -1,0 +1,116 @@
+"""Losses between neighbouring frames: stillness, agreement along the clip's motion, or the clip's own changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from vgen.temporal.flow import FLOW_METHODS, optical_flow, visible, warp
+
+
+@dataclass(kw_only=True)
+class TemporalLossConfig:
+    """Settings of the temporal loss; all weights 0 leave it out."""
+
+    difference_weight: float = 0.0
+    """Weight of the absolute difference between neighbouring frames."""
+    warping_weight: float = 0.0
+    """Weight of the absolute difference between a frame and the next one fetched along the real clip's flow, where
+    that can be trusted."""
+    matched_weight: float = 0.0
+    """Weight of the absolute difference between the changes from frame to frame and the real clip's changes."""
+    flow: str = "dis"
+    """Method of `vgen.temporal.flow.optical_flow` for `warping_weight`."""
+
+    @property
+    def wants_temporal_loss(self) -> bool:
+        """Whether any weight is set."""
+        return max(self.difference_weight, self.warping_weight, self.matched_weight) > 0
+
+    def check_temporal_loss(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A weight is negative or the method unknown.
+        """
+        weights = (self.difference_weight, self.warping_weight, self.matched_weight)
+        if min(weights) < 0 or self.flow not in FLOW_METHODS:
+            raise ValueError(
+                f"difference_weight, warping_weight, matched_weight={weights} must not be negative and "
+                f"flow={self.flow!r} must be one of {', '.join(FLOW_METHODS)}"
+            )
+
+
+class Motion(NamedTuple):
+    """How a clip's content moves from each frame to the next one."""
+
+    flow: Tensor
+    """`(b, 2, f - 1, h, w)` in pixels."""
+    visible: Tensor
+    """Where it can be trusted, `(b, 1, f - 1, h, w)` in [0, 1]."""
+
+    def scaled_down(self, factor: int) -> Motion:
+        """The motion of frames whose sides are that much shorter; visible is what is so in all of a pixel."""
+        spatial = "b c f (h y) (w x) -> b c f h w"
+        flow = reduce(self.flow, spatial, "mean", y=factor, x=factor) / factor
+        return Motion(flow, reduce(self.visible, spatial, "min", y=factor, x=factor))
+
+
+def measure_motion(clip: Tensor, method: str = "dis") -> Motion:
+    """The motion in a real clip `(b, 3, f, h, w)` in [-1, 1]."""
+    frames = rearrange(clip, "b c f h w -> f b c h w")
+    first, second = (x.flatten(0, 1) for x in (frames[:-1], frames[1:]))
+    forward, backward = optical_flow(first, second, method), optical_flow(second, first, method)
+    seen = visible(forward, backward).to(forward)
+    return Motion(*(rearrange(x, "(f b) c h w -> b c f h w", b=len(clip)) for x in (forward, seen)))
+
+
+def temporal_loss(
+    config: TemporalLossConfig,
+    video: Tensor,
+    real: Tensor,
+    motion: Motion | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the terms, for each clip.
+
+    `a |v[t] - v[t+1]| + b |warp(v[t+1], flow[t -> t+1]) - v[t]| + c |(v[t+1] - v[t]) - (r[t+1] - r[t])|`, each a mean
+    over pixels and pairs of frames, the second one over visible pixels.
+
+    Args:
+        config: The weights `a`, `b`, `c`.
+        video: What is trained: a reconstruction or an estimate, pixels or latents, `(b, c, f, h, w)`.
+        real: The clip that it should be, of the same shape.
+        motion: Of the real clip; needed for the second term.
+        weight: Of each pair of neighbouring frames, `(b, f - 1)`; `None` weighs all alike. Pairs of weight 0 do not
+            count.
+
+    Returns:
+        `(b,)`.
+    """
+    weight = torch.ones(len(video), video.shape[2] - 1, device=video.device) if weight is None else weight
+    change, total = video[:, :, 1:] - video[:, :, :-1], video.new_zeros(len(video), dtype=torch.float32)
+    if config.difference_weight:
+        total = total + config.difference_weight * _mean(change.abs(), weight)
+    if config.warping_weight:
+        assert motion is not None
+        later, flow = (rearrange(x, "b c f h w -> (b f) c h w") for x in (video[:, :, 1:], motion.flow))
+        fetched = rearrange(warp(later, flow), "(b f) c h w -> b c f h w", b=len(video))
+        error = (fetched - video[:, :, :-1]).abs()
+        total = total + config.warping_weight * _mean(error, weight, motion.visible)
+    if config.matched_weight:
+        total = total + config.matched_weight * _mean((change - (real[:, :, 1:] - real[:, :, :-1])).abs(), weight)
+    return total
+
+
+def _mean(error: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A mean `(b,)` over pairs that count and pixels that are seen."""
+    error = error.float().mean(dim=1)
+    counts = (weight > 0).float()[:, :, None, None].expand_as(error)
+    if mask is not None:
+        counts = counts * mask[:, 0]
+    return (error * counts * weight[:, :, None, None]).sum((1, 2, 3)) / counts.sum((1, 2, 3)).clamp_min(1)
