@@ -2,11 +2,16 @@
 
 accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --output_dir runs/shapes-64-latents
 accelerate launch pipelines/encode_latents.py --vae runs/my-vae/vae --data my-videos --output_dir runs/my-latents
+
+With `--buckets`, each bucket's clips go to a folder of its own in the output folder.
 """
 
-import hashlib
+from __future__ import annotations
+
+import itertools
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +22,23 @@ from einops import rearrange
 from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
-from vgen.data.clips import Sampling, VideoFolder, list_videos
-from vgen.data.latents import write_shard
+from vgen.data.augment import Augmentation
+from vgen.data.clips import Bucket, Clip, Listed, Sampling, VideoFolder, list_videos, of_bucket
+from vgen.data.latents import shard_length, write_shard
+from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
+from vgen.data.sources import VideoStream, open_clips
 from vgen.jobs import check_settings
 from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
+from vgen.models.loading import weights_digest
+from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
 from vgen.training.temporal_loss import measure_motion
 
-NOT_IN_SHARDS = ("vae", "output_dir", "num_clips", "batch_size", "compile")
+NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
 
 
 @dataclass(kw_only=True)
@@ -38,12 +49,22 @@ class EncodeConfig:
     """Folder or Hub id of a `CausalVideoVAE`, or of an `AutoencoderKL`, which encodes frame by frame."""
     output_dir: Path
     """Folder of the shards."""
-    data: Path | None = None
-    """Folder of videos, as `vgen.data.clips.list_videos` takes it; `None` draws ShapesWorld."""
+    data: str | None = None
+    """A folder of videos or another source, as `vgen.data.sources.open_clips` takes it; `None` draws ShapesWorld."""
+    buckets: list[str] = field(default_factory=list)
+    """Shapes of clips, FRAMESxHEIGHTxWIDTH; each video of a folder goes to the nearest. Empty takes the settings."""
+    augment: dict[str, Any] = field(default_factory=dict)
+    """Settings of `vgen.data.augment.Augmentation`."""
+    repeats: int = 1
+    """How often each clip is encoded, augmented anew each time."""
+    text_encoder: str | None = None
+    """Folder or Hub id of a pipeline, of which `text_encoder` and `tokenizer` embed the captions here, once."""
+    max_sequence_length: int = 32
+    """Tokens of a caption, where it is embedded."""
     hop: int | None = None
     """Frames from one clip of a video to the next; `None` lets them follow without a gap."""
     num_clips: int = 20000
-    """Clips of ShapesWorld; of a folder, the most that are taken."""
+    """Clips of ShapesWorld or Moving MNIST; of other sources, the most that are taken."""
     seed: int = 0
     """Of the world."""
     num_captions: int = 4
@@ -72,42 +93,169 @@ class EncodeConfig:
 def main(config: EncodeConfig) -> None:
     """Encodes the shards that are missing, shared out over processes."""
     process = PartialState()
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     vae = load_vae(config.vae).to(process.device).eval()
     codec = as_codec(vae)
     if config.compile:
         compile_blocks(vae)
-    clips = FolderClips(config) if config.data else WorldClips(config)
-    if process.is_main_process:
-        check_settings(config.output_dir, shard_settings(config, vae), ["*.safetensors"])
-    process.wait_for_everyone()
+    text = TextEncoder(config, process.device) if config.text_encoder else None
+    for part, bucket in in_buckets(config):
+        clips = open_source(part, bucket)
+        if clips is None:
+            tqdm.write(f"{bucket}: no video is nearest to it")
+            continue
+        part.output_dir.mkdir(parents=True, exist_ok=True)
+        if process.is_main_process:
+            settings = shard_settings(part, vae, text)
+            if isinstance(clips, StreamClips):  # by which its videos are shared out
+                settings["processes"] = process.num_processes
+            check_settings(part.output_dir, settings, ["*.safetensors"])
+        process.wait_for_everyone()
+        if isinstance(clips, StreamClips):
+            encode_stream(part, codec, text, clips, process)
+        else:
+            encode_listed(part, codec, text, clips, process)
+
+
+def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | None]]:
+    """The settings of each bucket, with a folder of its own; without buckets, the settings as they are.
+
+    Raises:
+        ValueError: Buckets were asked for of what is not a folder.
+    """
+    if not config.buckets:
+        yield config, None
+        return
+    if config.data is None or not Path(config.data).is_dir():
+        raise ValueError(f"buckets are for folders of videos, data={config.data} is none")
+    for bucket in map(Bucket.parse, config.buckets):
+        folder = config.output_dir / str(bucket)
+        yield replace(config, output_dir=folder, **bucket._asdict()), bucket
+
+
+def encode_listed(
+    config: EncodeConfig,
+    codec: CausalVideoVAE | FrameByFrame,
+    text: TextEncoder | None,
+    clips: WorldClips | DigitClips | FolderClips,
+    process: PartialState,
+) -> None:
+    """Clips whose number is known: a process takes every so many shards, and skips those that are there."""
     starts = list(range(0, len(clips), config.shard_size))
     for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
         indices = range(start, min(start + config.shard_size, len(clips)))
         path = config.output_dir / f"{start:08d}-{indices.stop:08d}.safetensors"
         if path.exists():
             continue
-        latents, frames, motions, captions, rates = [], [], [], [], []
+        shard = Shard(config, codec, text)
         for begin in range(0, len(indices), config.batch_size):
-            clip, texts, told = clips.batch(indices[begin : begin + config.batch_size], process.device)
-            if not texts:
-                continue
-            captions += texts
-            rates += told
-            latents.append(encode(codec, clip))
-            if config.keyframes:
-                alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
-                images = torch.cat([encode(codec, images) for images in alone])
-                frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
-            if config.flow:  # from the last frame of each latent to that of the next one
-                motion = measure_motion(clip[:, :, :: codec.temporal_compression_ratio], config.flow)
-                scaled = motion.scaled_down(clip.shape[-1] // latents[-1].shape[-1])
-                motions.append(torch.cat([scaled.flow, scaled.visible], dim=1))
-        if latents:
-            extra = [torch.cat(parts) if parts else None for parts in (frames, motions)]
-            write_shard(path, torch.cat(latents), captions, rates, *extra)
+            shard.add(*clips.batch(indices[begin : begin + config.batch_size], process.device))
+        shard.write(path)
         for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
             shorter.unlink()
+
+
+def encode_stream(
+    config: EncodeConfig,
+    codec: CausalVideoVAE | FrameByFrame,
+    text: TextEncoder | None,
+    clips: StreamClips,
+    process: PartialState,
+) -> None:
+    """Videos that come one after another: a process takes every so many, and passes by those of the shards there.
+
+    A shard is named by its process and the first and last number of its videos, and ends with a whole one.
+    """
+    names = f"stream-{process.process_index:04d}-of-{process.num_processes:04d}"
+    shards = sorted(config.output_dir.glob(f"{names}-*.safetensors"))
+    first = int(shards[-1].stem.split("-")[-1]) if shards else 0
+    left = -(-config.num_clips // process.num_processes) - sum(shard_length(path) for path in shards)
+    videos = itertools.islice(clips.videos(), process.process_index, None, process.num_processes)
+    shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip", initial=0)
+
+    def flush(stop: int) -> None:
+        nonlocal shard, first
+        shard.add(*to_batch(waiting, process.device))
+        waiting.clear()
+        shard.write(config.output_dir / f"{names}-{first:08d}-{stop:08d}.safetensors")
+        shard, first = Shard(config, codec, text), stop
+
+    stop = first
+    for stop, listed in enumerate(itertools.islice(videos, first, None), start=first + 1):
+        if left <= 0:
+            stop -= 1
+            break
+        for clip in itertools.islice(clips.clips(listed), left):
+            left -= 1
+            bar.update()
+            waiting.append(clip)
+            if len(waiting) == config.batch_size:
+                shard.add(*to_batch(waiting, process.device))
+                waiting.clear()
+        if len(shard) + len(waiting) >= config.shard_size:
+            flush(stop)
+    flush(stop)
+
+
+class Shard:
+    """Clips of one file, encoded batch by batch."""
+
+    def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | FrameByFrame, text: TextEncoder | None):
+        self.config, self.codec, self.text = config, codec, text
+        self.latents: list[Tensor] = []
+        self.frames: list[Tensor] = []
+        self.motion: list[Tensor] = []
+        self.captions: list[list[str]] = []
+        self.rates: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def add(self, clip: Tensor, captions: list[list[str]], rates: list[float]) -> None:
+        """Encodes pixels `(b, 3, f, h, w)` in [-1, 1]."""
+        if not captions:
+            return
+        config = self.config
+        self.captions += captions
+        self.rates += rates
+        self.latents.append(encode(self.codec, clip))
+        if config.keyframes:
+            alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
+            images = torch.cat([encode(self.codec, images) for images in alone])
+            self.frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
+        if config.flow:  # from the last frame of each latent to that of the next one
+            motion = measure_motion(clip[:, :, :: self.codec.temporal_compression_ratio], config.flow)
+            scaled = motion.scaled_down(clip.shape[-1] // self.latents[-1].shape[-1])
+            self.motion.append(torch.cat([scaled.flow, scaled.visible], dim=1))
+
+    def write(self, path: Path) -> None:
+        """Writes the file, if any clip was there."""
+        if not self.captions:
+            return
+        extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion}
+        extra = {name: torch.cat(parts) for name, parts in extra.items() if parts}
+        if self.text is not None:
+            extra["embeddings"] = self.text([caption for one in self.captions for caption in one])
+            extra["no_prompt"] = self.text([""])[0]
+        write_shard(path, torch.cat(self.latents), self.captions, self.rates, **extra)
+
+
+class TextEncoder:
+    """Embeds captions once, for training that leaves the text encoder as it is."""
+
+    def __init__(self, config: EncodeConfig, device: torch.device):
+        assert config.text_encoder is not None
+        self.network = load_text_encoder(config.text_encoder).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer")
+        self.config = config
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Embeddings `(n, l, d)` on the CPU in half precision."""
+        found = []
+        for begin in range(0, len(captions), 64):
+            batch = tokenize(self.tokenizer, captions[begin : begin + 64], self.config.max_sequence_length)
+            input_ids, mask = (x.to(self.network.device) for x in batch)
+            found.append(embed(self.network, input_ids, mask).half().cpu())
+        return torch.cat(found)
 
 
 class WorldClips:
@@ -133,17 +281,30 @@ class WorldClips:
         return clip, captions, rates
 
 
-class FolderClips:
-    """Clips of a folder of videos, at each of the frame rates; those of damaged files are left out and told."""
+class DigitClips:
+    """Clips of Moving MNIST."""
 
-    def __init__(self, config: EncodeConfig):
-        assert config.data is not None
-        listed = list_videos(config.data)
-        folders = []
-        for rate in config.frame_rates:
-            sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=rate, hop=config.hop)
-            folders.append(VideoFolder(listed, sampling, config.height, config.width, config.seed))
-        self.clips = [(folder, index) for folder in folders for index in range(len(folder))]
+    def __init__(self, config: EncodeConfig, world: MovingMNIST):
+        self.config, self.world = config, world
+
+    def __len__(self) -> int:
+        return self.config.num_clips
+
+    def batch(self, indices: range, device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
+        """Pixels `(b, 3, f, h, w)` in [-1, 1], empty captions and rates."""
+        return to_batch([self.world.sample(index) for index in indices], device)
+
+
+class FolderClips:
+    """Clips of listed videos, at each of the frame rates; those of damaged files are left out and told."""
+
+    def __init__(self, config: EncodeConfig, folders: list[VideoFolder]):
+        self.clips = [
+            (folder, index, epoch)
+            for epoch in range(config.repeats)
+            for folder in folders
+            for index in range(len(folder))
+        ]
         random.Random(config.seed).shuffle(self.clips)
         del self.clips[config.num_clips :]
         self.told: set[str] = set()
@@ -153,9 +314,9 @@ class FolderClips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def tell(self, folder: VideoFolder) -> None:
+    def tell(self, source: VideoFolder | VideoStream) -> None:
         """Names each file that is left out once."""
-        for listed, reason in folder.refused.items():
+        for listed, reason in source.refused.items():
             line = f"left out: {listed.path}: {reason}"
             if line not in self.told:
                 tqdm.write(line)
@@ -165,16 +326,64 @@ class FolderClips:
         """Pixels `(b, 3, f, h, w)` in [-1, 1], captions and rates; fewer than asked for where files are damaged."""
         found = []
         for index in indices:
-            folder, place = self.clips[index]
-            clip = folder.clip(place)
+            folder, place, epoch = self.clips[index]
+            clip = folder.clip(place, epoch)
             self.tell(folder)
             if clip is not None:
                 found.append(clip)
-        if not found:
-            return torch.empty(0), [], []
-        pixels = torch.stack([torch.from_numpy(clip.frames) for clip in found]).to(device)
-        clip = rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1
-        return clip, [list(one.captions) for one in found], [one.frame_rate for one in found]
+        return to_batch(found, device)
+
+
+class StreamClips:
+    """Clips of a stream of videos, at each of the frame rates."""
+
+    def __init__(self, config: EncodeConfig, streams: list[VideoStream]):
+        self.config, self.streams = config, streams
+
+    def videos(self) -> Iterator[Listed]:
+        """All of them, in their order."""
+        return iter(self.streams[0].videos(0))
+
+    def clips(self, listed: Listed) -> Iterator[Clip]:
+        """The clips of one video."""
+        for epoch, stream in itertools.product(range(self.config.repeats), self.streams):
+            yield from stream.clips(listed, epoch)
+            if listed in stream.refused:
+                tqdm.write(f"left out: {listed.path}: {stream.refused[listed]}")
+
+
+def open_source(
+    config: EncodeConfig, bucket: Bucket | None
+) -> WorldClips | DigitClips | FolderClips | StreamClips | None:
+    """What the settings name; of a folder in buckets, the videos of one of them, `None` where it has none."""
+    if config.data is None:
+        return WorldClips(config)
+    augmentation, size = Augmentation(**config.augment), (config.height, config.width)
+    sources = []
+    for rate in config.frame_rates:
+        sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=rate, hop=config.hop)
+        if bucket is not None:
+            every = [Bucket.parse(one) for one in config.buckets]
+            listed = of_bucket(list_videos(Path(config.data)), bucket, every, rate)
+            if listed:
+                sources.append(VideoFolder(listed, sampling, *size, config.seed, augmentation))
+            continue
+        source = open_clips(config.data, sampling, *size, config.seed, augmentation)
+        if isinstance(source, MovingMNIST):
+            return DigitClips(config, source)
+        sources.append(source)
+    if not sources:
+        return None
+    return (StreamClips if isinstance(sources[0], VideoStream) else FolderClips)(config, sources)
+
+
+def to_batch(clips: list[Clip], device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
+    """Pixels `(b, 3, f, h, w)` in [-1, 1], captions and rates."""
+    if not clips:
+        return torch.empty(0), [], []
+    pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).to(device)
+    pixels = rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1
+    return pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips]
 
 
 def encode(vae: CausalVideoVAE | FrameByFrame, clip: Tensor) -> Tensor:
@@ -184,13 +393,13 @@ def encode(vae: CausalVideoVAE | FrameByFrame, clip: Tensor) -> Tensor:
     return vae.normalize(posterior.mode().float()).half().cpu()
 
 
-def shard_settings(config: EncodeConfig, vae: CausalVideoVAE | AutoencoderKL) -> dict[str, Any]:
+def shard_settings(
+    config: EncodeConfig, vae: CausalVideoVAE | AutoencoderKL, text: TextEncoder | None
+) -> dict[str, Any]:
     """What all shards of a folder have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
-    digest = hashlib.sha256(str(sorted(vae.config.items())).encode())
-    for _, weight in sorted(vae.state_dict().items()):
-        digest.update(weight.detach().cpu().float().numpy().tobytes())
-    return settings | {"vae_sha256": digest.hexdigest()}
+    settings["vae_sha256"] = weights_digest(vae)
+    return settings | ({} if text is None else {"text_encoder_sha256": weights_digest(text.network)})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
+
+from vgen.models.prompts import make_word_tokenizer
 
 
 @torch.no_grad()
@@ -143,3 +154,44 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder / "pipeline")  # fmt: skip
     return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory, randomize: Callable[..., Any]) -> Path:
+    """A tiny random folder of a WanPipeline, in the layout of the public checkpoints."""
+    torch.manual_seed(0)
+    tokenizer = make_word_tokenizer(["a", "blue", "circle", "moves", "red", "square"], 16)
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, is_encoder_decoder=False
+        )
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.1, 0.9, 1.2, 0.8],
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    path = tmp_path_factory.mktemp("wan")
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=randomize(vae),
+        scheduler=scheduler,
+        transformer=randomize(transformer),
+    ).save_pretrained(path)
+    return path

@@ -1,9 +1,11 @@
 """The training scripts, run as a user runs them, at tiny size."""
 
+import gzip
 import json
 import os
 import random
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import webdataset
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
@@ -23,6 +26,7 @@ from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video, write_video
 from vgen.known_frames import encode_known_frames
+from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.training.temporal_loss import measure_motion
@@ -39,22 +43,26 @@ DENOISER = {
 TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "--log_every": 1, "--save_every": 2}
 
 
-def launch(script, *arguments, check=True, **options):
+def launch(script, *arguments, check=True, processes=1, **options):
     words = [str(word) for pair in options.items() for word in pair]
     command = [sys.executable, str(ROOT / script), *arguments, *words]
+    if processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+        port = ["--num_processes", str(processes), "--main_process_port=0"]
+        command = [sys.executable, *launcher, *port, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def train_vae(output_dir, **options):
+def train_vae(output_dir, check=True, processes=1, **options):
     settings = {
         "--output_dir": output_dir, "--model": json.dumps(VAE), "--height": 16, "--width": 16, "--num_frames": 5,
         "--image_steps": 2, "--image_batch_size": 4, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
         "--num_score_clips": 8, "--num_calibration_clips": 8,
     }  # fmt: skip
-    return launch("train/train_vae.py", **settings | TINY | options)
+    return launch("train/train_vae.py", check=check, processes=processes, **settings | TINY | options)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,7 @@ def text_run(tmp_path_factory):
     return folder
 
 
-def train_vdm(runs, output_dir, check=True, **options):
+def train_vdm(runs, output_dir, check=True, processes=1, **options):
     vae_run, text_run, latents_dir = runs
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
@@ -102,7 +110,7 @@ def train_vdm(runs, output_dir, check=True, **options):
         "--latents_dir": latents_dir, "--model": json.dumps(DENOISER), "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
-    return launch("train/train_vdm.py", check=check, **settings | TINY | options)
+    return launch("train/train_vdm.py", check=check, processes=processes, **settings | TINY | options)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +152,19 @@ def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
     weights, expected = (load_file(run / "checkpoint-2/ema.safetensors") for run in (tmp_path, vae_run))
     moved = max((weights[name] - expected[name]).abs().max().item() for name in expected)
     assert moved < 1e-4
+
+
+def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_dir, tmp_path):
+    train_vae(tmp_path / "vae", processes=2)
+    train_vdm((vae_run, text_run, latents_dir), tmp_path / "two", processes=2)
+    train_vdm((vae_run, text_run, latents_dir), tmp_path / "one")
+    for run, expected in (("vae", vae_run), ("two", tmp_path / "one")):
+        weights, wanted = (load_file(path / "checkpoint-2/ema.safetensors") for path in (tmp_path / run, expected))
+        assert max((weights[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-4
+        logged, alone = (EventAccumulator(str(path / "logs")).Reload() for path in (tmp_path / run, expected))
+        for name in ("l1", "kl") if run == "vae" else ("loss",):
+            values = [[event.value for event in events.Scalars(name)[:2]] for events in (logged, alone)]
+            assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_dir):
@@ -209,6 +230,40 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
 
 
+def test_a_public_pipeline_is_fine_tuned_by_lora(wan_folder, tmp_path):
+    encode(tmp_path, tmp_path / "latents", **{"--vae": wan_folder, "--num_captions": 1})
+    options = {
+        "--init": wan_folder, "--latents_dir": tmp_path / "latents", "--output_dir": tmp_path / "run",
+        "--train_only": "lora", "--lora_rank": 2, "--lora_alpha": 4, "--level_shift": 3.0, "--learning_rate": 0.01,
+        "--max_sequence_length": 512, "--frame_rate": 16.0, "--batch_size": 4, "--max_steps": 2, "--sample_every": 9,
+    }  # fmt: skip
+    launch("train/train_vdm.py", **TINY | options)
+    pipe = VideoGenPipeline.from_pretrained(wan_folder)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+
+    def latents():
+        return pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).frames
+
+    plain = latents()
+    pipe.load_lora_weights(tmp_path / "run/lora")
+    assert (latents() - plain).abs().max() > 1e-4
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 4
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(), plain)  # the adapter is all that was trained
+    assert not (tmp_path / "run/pipeline").exists()
+    refused = launch("train/train_vdm.py", check=False, **TINY | options | {"--train_text_encoder": "true"})
+    assert refused.returncode != 0 and "train_only=lora" in refused.stderr
+
+
+def test_a_public_vae_is_trained_on(wan_folder, tmp_path):
+    train_vae(tmp_path, **{"--init": wan_folder, "--image_steps": 0, "--max_steps": 3, "--sample_every": 9})
+    vae = CausalVideoVAE.from_pretrained(tmp_path / "vae")
+    before = load_file(wan_folder / "vae/diffusion_pytorch_model.safetensors")
+    weights = vae.state_dict()
+    assert set(weights) == set(before) and any(not torch.equal(weights[name], before[name]) for name in before)
+
+
 def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -229,6 +284,94 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
     train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "run", **options)
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
+
+
+def test_captions_are_embedded_once_for_a_text_encoder_that_stays(vae_run, text_run, latents_dir, tmp_path):
+    encode(vae_run, tmp_path / "latents", **{"--text_encoder": text_run, "--max_sequence_length": 32})
+    data, plain = LatentSet(tmp_path / "latents"), LatentSet(latents_dir)
+    assert data.has_embeddings and not plain.has_embeddings and torch.equal(data.latents, plain.latents)
+    encoder, tokenizer = load_text_encoder(str(text_run)), AutoTokenizer.from_pretrained(text_run / "tokenizer")
+    for index, caption in ((0, 0), (7, 2), (9, 3), (11, None)):
+        text = "" if caption is None else data.captions[index][caption]
+        expected = embed(encoder, *tokenize(tokenizer, [text], 32))[0]
+        torch.testing.assert_close(data.embedding(index, caption).float(), expected, atol=2e-3, rtol=0)
+
+    losses = []
+    for name, folder in (("embedded", tmp_path / "latents"), ("plain", latents_dir)):
+        train_vdm((vae_run, text_run, folder), tmp_path / name, **{"--text_dropout": 0.5, "--sample_every": 9})
+        events = EventAccumulator(str(tmp_path / name / "logs")).Reload().Scalars("loss")
+        losses.append([event.value for event in events])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert VideoGenPipeline.from_pretrained(tmp_path / "embedded/pipeline").text_encoder is not None
+
+    train_text_encoder(tmp_path / "other", **{"--seed": 1})
+    folders = vae_run, tmp_path / "other", tmp_path / "latents"
+    refused = train_vdm(folders, tmp_path / "no", check=False)
+    assert refused.returncode != 0 and "embedded with another text_encoder_sha256" in refused.stderr
+
+
+def test_a_stream_is_encoded_shard_by_shard_and_goes_on(vae_run, tmp_path):
+    for index in range(5):
+        frames = np.full((12, 16, 16, 3), 40 * index, dtype=np.uint8)
+        write_video(frames, tmp_path / f"{index}.mp4", frame_rate=8.0)
+    with webdataset.TarWriter(str(tmp_path / "all.tar")) as tar:
+        for index in range(5):
+            content = (tmp_path / f"{index}.mp4").read_bytes() if index != 2 else b"no video"
+            tar.write({"__key__": str(index), "mp4": content, "txt": f"number {index}"})
+    options = {"--data": f"shards:{tmp_path}/all.tar", "--shard_size": 3, "--num_clips": 100}
+    latents = tmp_path / "latents"
+    done = encode(vae_run, latents, **options)
+    assert "left out: 2.mp4" in done.stdout
+    paths = sorted(latents.glob("*.safetensors"))
+    # two clips of 5 frames a video; a shard ends with a whole video
+    assert [path.stem.split("-", 4)[4] for path in paths] == ["00000000-00000002", "00000002-00000005"]
+    captions = [["number 0"]] * 2 + [["number 1"]] * 2 + [["number 3"]] * 2 + [["number 4"]] * 2
+    whole = LatentSet(latents)
+    assert whole.captions == captions
+    paths[1].unlink()
+    encode(vae_run, latents, **options)
+    assert sorted(latents.glob("*.safetensors")) == paths and torch.equal(LatentSet(latents).latents, whole.latents)
+    encode(vae_run, tmp_path / "few", **options | {"--num_clips": 3})
+    assert LatentSet(tmp_path / "few").captions == captions[:3]
+    train_vae(tmp_path / "vae", **{"--data": options["--data"], "--image_steps": 0, "--max_steps": 2})
+
+
+def test_videos_go_to_buckets_of_their_shape_and_are_augmented(vae_run, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, (length, height, width) in {"wide": (12, 16, 32), "tall": (6, 40, 20), "long": (20, 16, 32)}.items():
+        frames = np.random.default_rng(0).integers(0, 256, (length, height, width, 3), dtype=np.uint8)
+        write_video(frames, videos / f"{name}.mp4", frame_rate=8.0)
+        (videos / f"{name}.txt").write_text(name)
+    options = {"--data": videos, "--buckets": '["5x16x32", "17x16x32", "5x32x16", "5x16x16"]'}
+    done = encode(vae_run, tmp_path / "latents", **options)
+    assert "5x16x16: no video is nearest to it" in done.stdout
+    found = {path.name: LatentSet(path) for path in (tmp_path / "latents").iterdir()}
+    shapes = {name: (data.captions, tuple(data.latents.shape[1:])) for name, data in found.items()}
+    assert shapes == {
+        "5x16x32": ([["wide"]] * 2, (4, 2, 2, 4)),
+        "17x16x32": ([["long"]], (4, 5, 2, 4)),
+        "5x32x16": ([["tall"]], (4, 2, 4, 2)),
+    }
+    augmented = {"--augment": '{"flip": 0.5, "brightness": 0.3}', "--repeats": 3, "--num_clips": 100}
+    encode(vae_run, tmp_path / "more", **{"--data": videos, **augmented})
+    more = LatentSet(tmp_path / "more")
+    assert len(more) == 3 * (2 + 1 + 4)
+    of_tall = [more.latents[index] for index, captions in enumerate(more.captions) if captions == ["tall"]]
+    assert len(of_tall) == 3 and not torch.equal(of_tall[0], of_tall[1])
+
+
+def test_moving_digits_are_encoded_and_trained_on(vae_run, tmp_path):
+    digits = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, *digits.shape) + digits.tobytes()))
+    size = {"--data": path, "--height": 64, "--width": 64}
+    encode(vae_run, tmp_path / "latents", **size, **{"--num_clips": 5})
+    data = LatentSet(tmp_path / "latents")
+    assert data.latents.shape == (5, 4, 2, 8, 8) and data.captions == [[""]] * 5
+    train_vae(tmp_path / "vae", **size, **{"--max_steps": 3, "--sample_every": 9, "--num_calibration_clips": 2})
+    refused = train_vae(tmp_path / "no", check=False, **{"--data": path})
+    assert refused.returncode != 0 and "Moving MNIST is 64x64" in refused.stderr
 
 
 def test_what_short_clips_do_not_serve_is_left_out_there(text_run, latents_dir, long_latents):
@@ -305,6 +448,18 @@ def test_the_temporal_loss_counts_what_is_generated_and_follows_in_the_clip(vae_
     if space == "latent":
         wrong = torch.cat([noise[:, :, :1], real[:, :, 1:]], dim=2)
         assert (loss(wrong, adjacent=(0, 1, 1, 1)) == 0).all() and (loss(wrong) > 0.01).all()
+
+
+def test_a_vae_trains_against_a_discriminator(tmp_path):
+    options = {"--gan_weight": 0.1, "--gan_start": 3, "--max_steps": 5, "--sample_every": 9}
+    train_vae(tmp_path / "once", **options)
+    events = EventAccumulator(str(tmp_path / "once/logs")).Reload().Scalars("discriminator")
+    assert [event.step for event in events] == [4, 5]  # after two steps of single images and one without it
+    assert (tmp_path / "once/vae/config.json").is_file()
+    train_vae(tmp_path / "again", **options)
+    found, expected = (load_file(tmp_path / name / "checkpoint-5/model.safetensors") for name in ("again", "once"))
+    assert any(name.startswith("discriminator.") for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_vae_trains_with_a_temporal_loss(tmp_path):

@@ -82,6 +82,8 @@ def main(config: TextEncoderConfig) -> None:
             first = step * config.batch_size
             input_ids, mask, said = draw(world, tokenizer, range(first + part.start, first + part.stop), config)
             logits = run.network(input_ids.to(accelerator.device), mask.to(accelerator.device))
+            tokens = (input_ids.to(accelerator.device), mask.to(accelerator.device))
+            run.count(len(mask), mask.numel(), mask.shape, lambda network, tokens=tokens: network(*tokens))
             loss = torch.stack([_error(one, said[..., i]) for i, one in enumerate(logits)]).mean() / config.batch_size
             run.backward(loss)
             total += loss.detach()

@@ -8,7 +8,6 @@ A CPU-sized try:
 
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vgen.data.clips import Sampling, VideoFolder, list_videos
+from vgen.data.augment import Augmentation
+from vgen.data.clips import Sampling
 from vgen.data.shapes import ShapesWorld, render
+from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
+from vgen.models.image_vae import load_vae
 from vgen.models.vae import CausalVideoVAE
+from vgen.training.adversarial import (
+    JudgedVAE,
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_loss,
+)
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
 from vgen.training.temporal_loss import TemporalLossConfig, measure_motion, temporal_loss
 
@@ -33,10 +42,12 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
     freeze_encoder: bool = False
     """Whether only the decoder is trained, so that latents encoded before, and denoisers of them, stay valid."""
-    data: Path | None = None
-    """Folder of videos, as `vgen.data.clips.list_videos` takes it; `None` draws ShapesWorld."""
-    score_data: Path | None = None
-    """Folder of videos that scores are taken on; `None` takes those of training."""
+    data: str | None = None
+    """A folder of videos or another source, as `vgen.data.sources.open_clips` takes it; `None` draws ShapesWorld."""
+    score_data: str | None = None
+    """Source of the videos that scores are taken on; `None` takes those of training."""
+    augment: dict[str, Any] = field(default_factory=dict)
+    """Settings of `vgen.data.augment.Augmentation`, for training videos."""
     frame_rate: float | None = None
     """Frames per second that videos are resampled to; `None` takes their own."""
     height: int = 64
@@ -53,6 +64,12 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Weight of the squared error, beside the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
     """Weight of the divergence, a mean over latent elements."""
+    lpips_weight: float = 0.0
+    """Weight of LPIPS between frames; needs `lpips` and torchvision."""
+    gan_weight: float = 0.0
+    """Weight of what fools a discriminator of patches, after it was scaled to pull as hard as the error does."""
+    gan_start: int = 0
+    """Step from which the discriminator is trained and takes part; never for single images."""
     num_score_clips: int = 64
     """Fresh clips that a score is the mean over."""
     num_calibration_clips: int = 512
@@ -66,6 +83,14 @@ class VAEConfig(RunConfig, TemporalLossConfig):
         """
         super().check()
         self.check_temporal_loss()
+        Augmentation(**self.augment)
+        if min(self.lpips_weight, self.gan_weight, self.gan_start) < 0:
+            raise ValueError(
+                f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start} must not "
+                "be negative"
+            )
+        if self.augment and not self.data:
+            raise ValueError("augment is for videos of --data, ShapesWorld is endless")
         if self.freeze_encoder and not self.init:
             raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
 
@@ -78,12 +103,15 @@ def main(config: VAEConfig) -> None:
     accelerator = start(config)
     torch.backends.cudnn.benchmark = True
 
-    source: World | Folder
+    source: World | Videos
     if config.data:
-        source, fresh = Folder(config, config.data), Folder(config, config.score_data or config.data, seed=1)
+        source = Videos(config, config.data, augmentation=Augmentation(**config.augment))
+        fresh = Videos(config, config.score_data or config.data, seed=1)
     else:
         source, fresh = World(config, "train"), World(config, "all", seed=1)
-    vae = CausalVideoVAE.from_pretrained(config.init) if config.init else CausalVideoVAE(**config.model)
+    vae = load_vae(config.init) if config.init else CausalVideoVAE(**config.model)
+    if not isinstance(vae, CausalVideoVAE):
+        raise ValueError(f"{config.init} holds a {type(vae).__name__}: a causal video VAE is trained here")
     if config.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -91,29 +119,47 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-    run = Run(config, accelerator, vae, lambda step: source.name(*batch_of(config, step)))
+    model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
+    perceptual = PerceptualLoss().to(accelerator.device) if config.lpips_weight else None
+    run = Run(config, accelerator, model, lambda step: source.name(*batch_of(config, step)))
 
     for step in run.steps():
         indices, frames = batch_of(config, step)
         images, size = step < config.image_steps, len(indices)
         moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
-        total = torch.zeros(3, device=accelerator.device)
+        judges = config.gan_weight > 0 and step >= config.gan_start and not images
+        total: dict[str, Tensor] = {}
         for part in run.parts(size):
             clip = source.draw(indices[part], accelerator.device, frames, moment)
-            out = run.network(clip, generator=generators(config.seed, step, part))
+            options = {"judge": judges} if config.gan_weight else {}
+            out = run.network(clip, generator=generators(config.seed, step, part), **options)
+            run.count(*counted(vae, clip), lambda network, clip=clip: network(clip))
             error = out.sample.float() - clip
             l1, mse = error.abs().mean(), error.square().mean()
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
-            temporal = torch.zeros_like(l1)
-            if config.wants_temporal_loss and not images:
-                motion = measure_motion(clip, config.flow) if config.warping_weight else None
-                temporal = temporal_loss(config, out.sample.float(), clip, motion).mean()
+            parts = {"l1": l1, "kl": kl}
+            error = l1 + config.mse_weight * mse
+            if perceptual is not None:
+                parts["lpips"] = perceptual(out.sample.float(), clip)
+                error = error + config.lpips_weight * parts["lpips"]
+            if config.wants_temporal_loss:
+                parts["temporal"] = torch.zeros_like(l1)
+                if not images:
+                    motion = measure_motion(clip, config.flow) if config.warping_weight else None
+                    parts["temporal"] = temporal_loss(config, out.sample.float(), clip, motion).mean()
+                error = error + parts["temporal"]
+            loss = error + config.kl_weight * kl
+            if judges:
+                fooling = -out.fooling.float().mean()
+                weight = adaptive_weight(error, fooling, vae.decoder.conv_out.weight)
+                parts["discriminator"] = discriminator_loss(out.real, out.fake)
+                loss = loss + config.gan_weight * weight * fooling + parts["discriminator"]
             share = (part.stop - part.start) / size
-            loss = l1 + config.mse_weight * mse + config.kl_weight * kl + temporal
             run.backward(loss * share)
-            total += torch.stack([l1, kl, temporal]).detach() * share
+            for name, value in parts.items():
+                total[name] = total.get(name, 0) + value.detach() * share
         run.update()
-        run.log(l1=total[0], kl=total[1], **({"temporal": total[2]} if config.wants_temporal_loss else {}))
+        run.log(**total)
         if run.wants_scores:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
                 scores, pairs = score(vae, fresh, config, accelerator.device)
@@ -138,6 +184,13 @@ def batch_of(config: VAEConfig, step: int) -> tuple[range, int]:
     return range(first, first + config.batch_size), config.num_frames
 
 
+def counted(vae: CausalVideoVAE, clip: Tensor) -> tuple[int, int, torch.Size]:
+    """Clips, latent pixels (the tokens of a denoiser with patches of one) and shape of a part."""
+    b, _, f, h, w = clip.shape
+    t = 1 + (f - 1) // vae.temporal_compression_ratio
+    return b, b * t * h * w // vae.spatial_compression_ratio**2, clip.shape
+
+
 class World:
     """ShapesWorld, endless."""
 
@@ -160,23 +213,26 @@ class World:
         return {"readable": adherence(reconstructions, scenes)["right"]}
 
 
-class Folder:
-    """A folder of videos, again and again."""
+class Videos:
+    """Real videos, again and again."""
 
-    def __init__(self, config: VAEConfig, folder: Path, seed: int = 0):
-        listed, size = list_videos(folder), (config.height, config.width, config.seed + seed)
+    def __init__(self, config: VAEConfig, data: str, seed: int = 0, augmentation: Augmentation | None = None):
+        rest = (config.height, config.width, config.seed + seed, augmentation)
         self.clips = {
-            frames: VideoFolder(listed, Sampling(num_frames=frames, frame_rate=config.frame_rate), *size)
+            frames: open_clips(data, Sampling(num_frames=frames, frame_rate=config.frame_rate), *rest)
             for frames in {1, config.num_frames}
         }
 
     def draw(self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0) -> Tensor:
         """Clips `(b, 3, f, h, w)` of these numbers, from any moment."""
-        pixels = torch.stack([torch.from_numpy(self.clips[num_frames].sample(index).frames) for index in indices])
+        samples = [self.clips[num_frames].sample(index) for index in indices]
+        pixels = torch.stack([torch.from_numpy(one.frames) for one in samples])
         return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1
 
     def name(self, indices: range, num_frames: int) -> str:
         """The files that these numbers are cut from."""
+        if isinstance(self.clips[num_frames], VideoStream):
+            return "videos of a stream, which are not numbered"
         samples = [self.clips[num_frames].sample(index) for index in indices]
         return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in samples)
 
@@ -187,7 +243,7 @@ class Folder:
 
 @torch.no_grad()
 def score(
-    vae: CausalVideoVAE, source: World | Folder, config: VAEConfig, device: torch.device
+    vae: CausalVideoVAE, source: World | Videos, config: VAEConfig, device: torch.device
 ) -> tuple[dict[str, float], np.ndarray]:
     """Scores of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones.
 
@@ -210,7 +266,7 @@ def score(
 
 
 @torch.no_grad()
-def calibrate(vae: CausalVideoVAE, source: World | Folder, config: VAEConfig, device: torch.device) -> None:
+def calibrate(vae: CausalVideoVAE, source: World | Videos, config: VAEConfig, device: torch.device) -> None:
     """Takes the latents' statistics over clips of the training data into the config."""
     vae.eval()
     latents = []

@@ -6,6 +6,8 @@ A CPU-sized try, after training a text encoder and a VAE and encoding clips with
 """
 
 import itertools
+import json
+import math
 import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +19,7 @@ from accelerate import Accelerator
 from diffusers.configuration_utils import FrozenDict
 from einops import rearrange
 from torch import Tensor
-from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoTokenizer
 
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.data.shapes import ShapesWorld
@@ -25,14 +27,22 @@ from vgen.data.video_io import write_video
 from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
 from vgen.models.image_vae import load_vae
-from vgen.models.prompts import tokenize
+from vgen.models.loading import weights_digest
+from vgen.models.prompts import load_text_encoder, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
-from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss, make_scheduler, prediction_of
+from vgen.training.objective import (
+    Objective,
+    PromptedDenoiser,
+    denoising_loss,
+    make_scheduler,
+    prediction_of,
+    shift_of,
+)
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
 from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_motion, temporal_loss
 
@@ -59,7 +69,14 @@ class VDMConfig(RunConfig, TemporalLossConfig):
     denoiser: str = "transformer"
     """What is trained: `transformer` or `unet`; `--init` brings its own."""
     train_only: str = "all"
-    """`all`, or `temporal`: layers that mix frames or were not there before a 2D network was inflated."""
+    """`all`; `temporal`: layers that mix frames or were not there before a 2D network was inflated; or `lora`:
+    low-rank adapters of `lora_targets`, which are saved on their own."""
+    lora_rank: int = 16
+    """Of the adapters."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by `lora_alpha / lora_rank`; `None` takes the rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Ends of the names of the layers that get one."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; `--init` ignores them."""
     attention_backend: str | None = None
@@ -132,13 +149,18 @@ class VDMConfig(RunConfig, TemporalLossConfig):
         self.check_temporal_loss()
         for name, legal in (
             ("denoiser", ("transformer", "unet")),
-            ("train_only", ("all", "temporal")),
+            ("train_only", ("all", "temporal", "lora")),
             ("temporal_space", ("latent", "pixel")),
         ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
         if self.init is None:
             make_scheduler(self.prediction, self.scheduler, self.level_shift, self.zero_terminal_snr)
+        if self.train_only == "lora" and (self.init is None or self.train_text_encoder or self.lora_rank < 1):
+            raise ValueError(
+                f"train_only=lora with init={self.init}, train_text_encoder={self.train_text_encoder}, "
+                f"lora_rank={self.lora_rank}: it adapts the denoiser of --init, and the rank is at least 1"
+            )
         if self.num_score_prompts < 2:
             raise ValueError(f"num_score_prompts={self.num_score_prompts} must be at least 2")
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
@@ -156,6 +178,8 @@ def main(config: VDMConfig) -> None:
     for folder in map(Path, config.more_latents):
         sources.append(restrict(pipe, replace(sources[0].config, latents_dir=folder), LatentSet(folder)))
     shares = [1 - sum(config.more_latents.values()), *config.more_latents.values()]
+    if config.train_only == "lora":
+        add_adapter(pipe, config)
     if config.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
     if config.attention_backend:
@@ -170,7 +194,10 @@ def main(config: VDMConfig) -> None:
     if config.wants_temporal_loss:
         check_motion(config, sources)
     objective = Objective(pipe.scheduler, config.snr_gamma)
-    model = PromptedDenoiser(pipe.denoiser, pipe.text_encoder)
+    embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
+    if embedded:
+        check_embeddings(pipe, sources)
+    model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
     run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step))
     pipe.text_encoder.train(config.train_text_encoder)
 
@@ -178,19 +205,21 @@ def main(config: VDMConfig) -> None:
         mode, source, length = plan(config, sources, shares, step)
         total = torch.zeros(2, device=accelerator.device)
         for part in run.parts(config.batch_size):
-            batch = draw(source, pipe, step, part, mode, length)
+            batch = draw(source, pipe, step, part, mode, length, embedded)
             groups = batch.pop("groups")
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             sample = objective(batch["latents"], batch["noise"], batch["levels"])
-            prediction = run.network(
-                sample.latents,
-                sample.timestep,
-                batch["input_ids"],
-                batch["prompt_mask"],
-                groups=shared,
-                frame_rate=batch["frame_rate"],
-                keyframes=batch.get("keyframes"),
+            told = ("input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes")
+            conditions = {name: batch[name] for name in told if name in batch}
+            prediction = run.network(sample.latents, sample.timestep, groups=shared, **conditions)
+            tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
+            shape = (sample.latents.shape, "keyframes" in conditions, mode)
+            run.count(
+                len(sample.latents),
+                tokens,
+                shape,
+                lambda network: network(sample.latents, sample.timestep, groups=shared, **conditions),  # noqa: B023
             )
             losses = denoising_loss(prediction, sample.target, sample.weight * batch["generated"])
             temporal = torch.zeros_like(losses)
@@ -210,6 +239,9 @@ def main(config: VDMConfig) -> None:
         run.save()
 
     def save_result() -> None:
+        if config.train_only == "lora":
+            save_adapter(pipe, config)
+            return
         pipe.to(getattr(torch, config.save_dtype)).save_pretrained(config.output_dir / "pipeline")
 
     run.end(save_result)
@@ -221,7 +253,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         pipe = VideoGenPipeline.from_pretrained(config.init)
         for name, wanted, found in (
             ("prediction", config.prediction, prediction_of(pipe.scheduler)),
-            ("level_shift", config.level_shift, pipe.scheduler.config.get("shift", 1.0)),
+            ("level_shift", config.level_shift, shift_of(pipe.scheduler)),
             ("max_sequence_length", config.max_sequence_length, pipe.config.max_sequence_length),
             ("frame_rate", config.frame_rate, pipe.config.frame_rate),
         ):
@@ -230,9 +262,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         return pipe
     assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
-    text_encoder = AutoModelForTextEncoding.from_pretrained(
-        config.text_encoder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-    )
+    text_encoder = load_text_encoder(config.text_encoder)
     text_dim = text_encoder.config.hidden_size
     denoiser: SpacetimeTransformer | UNet3D
     if config.denoiser == "unet":
@@ -249,6 +279,33 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
+    """Freezes the denoiser and adds low-rank layers that are trained instead.
+
+    Raises:
+        ImportError: Peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("train_only=lora needs peft: pip install vgen[lora]") from error
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    pipe.denoiser.requires_grad_(False)
+    pipe.denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets))
+
+
+def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
+    """Writes the adapter alone, for `pipe.load_lora_weights(output_dir / "lora")`."""
+    from peft import get_peft_model_state_dict
+
+    name = "transformer" if pipe.unet is None else "unet"
+    dtype = getattr(torch, config.save_dtype)
+    layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(pipe.denoiser).items()}
+    metadata = pipe.denoiser.peft_config["default"].to_dict()
+    options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
+    pipe.save_lora_weights(config.output_dir / "lora", **options)
 
 
 def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]:
@@ -329,6 +386,25 @@ def restrict(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Sour
     return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
 
 
+def check_embeddings(pipe: VideoGenPipeline, sources: list[Source]) -> None:
+    """Refuses captions that another text encoder, or one with other lengths, has embedded.
+
+    Raises:
+        ValueError: They were.
+    """
+    digest = weights_digest(pipe.text_encoder)
+    for source in sources:
+        config = source.config
+        made = json.loads((config.latents_dir / "settings.json").read_text())
+        found = {"text_encoder_sha256": digest, "max_sequence_length": config.max_sequence_length}
+        wrong = [name for name, value in found.items() if made.get(name) != value]
+        if wrong:
+            raise ValueError(
+                f"the captions in {config.latents_dir} were embedded with another {', '.join(wrong)} than this "
+                "pipeline has: encode them with its text encoder, or without --text_encoder"
+            )
+
+
 def check_motion(config: VDMConfig, sources: list[Source]) -> None:
     """Refuses a temporal loss that the latents cannot serve.
 
@@ -395,20 +471,30 @@ def name_batch(config: VDMConfig, sources: list[Source], shares: list[float], st
     return f"{length} token frames of clips {', '.join(clips)} in {source.config.latents_dir}"
 
 
-def draw(source: Source, pipe: VideoGenPipeline, step: int, part: slice, mode: str, length: int) -> dict[str, Tensor]:
+def draw(
+    source: Source, pipe: VideoGenPipeline, step: int, part: slice, mode: str, length: int, embedded: bool = False
+) -> dict[str, Tensor]:
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     data, config = source
     first = step * config.batch_size
     network = FrozenDict({**pipe.denoiser.config, "patch_size": pipe.denoiser.patch_size})
-    rows, prompts = [], []
+    rows: list[dict[str, Tensor]] = []
+    prompts: list[str] = []
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
         rng = random.Random(torch.randint(2**62, (), generator=generator).item())
-        clip = data[clip_of(source, first + index)]
-        prompts.append("" if rng.random() < config.text_dropout else rng.choice(clip.captions))
-        rows.append(draw_row(clip, network, config, mode, length, rng, generator))
-    input_ids, prompt_mask = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
+        number = clip_of(source, first + index)
+        clip = data[number]
+        caption = None if rng.random() < config.text_dropout else rng.randrange(len(clip.captions))
+        row = draw_row(clip, network, config, mode, length, rng, generator)
+        if embedded:
+            row["prompt_embeds"] = data.embedding(number, caption).float()
+        else:
+            prompts.append("" if caption is None else clip.captions[caption])
+        rows.append(row)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return batch | {"input_ids": input_ids, "prompt_mask": prompt_mask}
+    if prompts:
+        batch["input_ids"], batch["prompt_mask"] = tokenize(pipe.tokenizer, prompts, config.max_sequence_length)
+    return batch
 
 
 def draw_row(

@@ -233,10 +233,7 @@ def validate(
     with _one_line_errors():
         buckets = []
         for text in bucket or ["17x64x64"]:
-            sides = text.lower().split("x")
-            if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
-                raise ValueError(f"--bucket {text} is no FRAMESxHEIGHTxWIDTH, such as 17x64x64")
-            buckets.append(Bucket(*map(int, sides)))
+            buckets.append(Bucket.parse(text))
             if (buckets[-1].num_frames - 1) % compression:
                 raise ValueError(f"--bucket {text}: clips have 1 + {compression} * k frames")
         report = validate_folder(folder, buckets, frame_rate, compression, batch_size)

@@ -6,14 +6,17 @@ import csv
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vgen.data.augment import Augmentation, augment
 from vgen.data.resize import Fit
 from vgen.data.video_io import VIDEO_SUFFIXES, iter_video, video_info
 
@@ -31,6 +34,19 @@ class Listed:
     """Seconds; `None` for the start of the file."""
     end: float | None = None
     """Seconds; `None` for its end."""
+    content: Callable[[], bytes] | None = field(default=None, compare=False)
+    """Fetches the file where it does not lie at `path`, which then is a name alone."""
+
+    @contextmanager
+    def file(self) -> Iterator[Path]:
+        """The file, fetched into a temporary one if need be."""
+        if self.content is None:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / self.path.name
+            path.write_bytes(self.content())
+            yield path
 
 
 def list_videos(folder: Path) -> list[Listed]:
@@ -199,6 +215,21 @@ class Bucket(NamedTuple):
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """A bucket from FRAMESxHEIGHTxWIDTH.
+
+        Raises:
+            ValueError: It has another form.
+        """
+        sides = text.lower().split("x")
+        if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+            raise ValueError(f"bucket {text} is no FRAMESxHEIGHTxWIDTH, such as 17x64x64")
+        return cls(*map(int, sides))
+
 
 def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width: int) -> Bucket | None:
     """The bucket of the nearest shape of frame, and of those the longest that a video fills; `None` if all are longer.
@@ -216,6 +247,28 @@ def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width
         return max(ratio, 1 / ratio), -bucket.num_frames, -bucket.height * bucket.width
 
     return min(fitting, key=distance, default=None)
+
+
+def of_bucket(
+    listed: Iterable[Listed], bucket: Bucket, buckets: Sequence[Bucket], frame_rate: float | None
+) -> list[Listed]:
+    """The videos for which `choose_bucket` chooses this one; those that cannot be read are nobody's.
+
+    Args:
+        listed: As `list_videos` gives them.
+        bucket: One of `buckets`.
+        buckets: What there is.
+        frame_rate: Frames per second that videos are resampled to; `None` takes their own.
+    """
+    found = []
+    for one in listed:
+        try:
+            info, available = video_info(one.path), count_frames(one, frame_rate)[0]
+        except (ValueError, OSError):
+            continue
+        if choose_bucket(buckets, available, info.height, info.width) == bucket:
+            found.append(one)
+    return found
 
 
 class Clip(NamedTuple):
@@ -245,6 +298,7 @@ class VideoFolder:
         height: Of the frames, in pixels; the middle of a video is cropped to this shape.
         width: Of the frames.
         seed: Of random choices: a clip is a function of the seed, the epoch and its number alone.
+        augmentation: What else may change in a clip.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -252,10 +306,16 @@ class VideoFolder:
     """
 
     def __init__(
-        self, folder: Path | Iterable[Listed], sampling: Sampling, height: int, width: int, seed: int = 0
+        self,
+        folder: Path | Iterable[Listed],
+        sampling: Sampling,
+        height: int,
+        width: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         listed = list_videos(folder) if isinstance(folder, Path) else list(folder)
-        self.sampling, self.size, self.seed = sampling, (height, width), seed
+        self.sampling, self.size, self.seed, self.augmentation = sampling, (height, width), seed, augmentation
         self.refused: dict[Listed, str] = {}
         self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
         for one in listed:
@@ -288,10 +348,11 @@ class VideoFolder:
         wanted, last = {place - indices[0] for place in indices}, indices[-1] - indices[0]
         found: dict[int, np.ndarray] = {}
         try:
-            frames = iter_video(listed.path, start=begin, end=listed.end, frame_rate=frame_rate)
-            for place, frame in enumerate(itertools.islice(frames, last + 1)):
-                if place in wanted:
-                    found[place] = frame
+            with listed.file() as path:
+                frames = iter_video(path, start=begin, end=listed.end, frame_rate=frame_rate)
+                for place, frame in enumerate(itertools.islice(frames, last + 1)):
+                    if place in wanted:
+                        found[place] = frame
         except (ValueError, OSError) as error:
             self.refused[listed] = str(error)
             return None
@@ -302,6 +363,8 @@ class VideoFolder:
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
         pixels = Fit(kept[0].shape[:2], self.size).to_target(np.stack(kept))
+        if self.augmentation is not None:
+            pixels = augment(pixels, self.augmentation, rng.getrandbits(62))
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
 
@@ -332,7 +395,8 @@ def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
         FileNotFoundError: There is no such file.
         ValueError: It cannot be read, does not tell its length, or ends before the part begins.
     """
-    info = video_info(listed.path)
+    with listed.file() as path:
+        info = video_info(path)
     rate = frame_rate or info.frame_rate
     if rate is None or info.duration is None:
         raise ValueError(f"{listed.path} tells no frame rate or length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ def write_shard(
     frame_rates: Sequence[float],
     frames: Tensor | None = None,
     motion: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    no_prompt: Tensor | None = None,
 ) -> None:
     """Writes what is known of some clips; the file appears whole or not at all.
 
@@ -31,12 +34,20 @@ def write_shard(
         frames: Latents of single frames, `(n, f - 1, c, h, w)`, those of every frame after the first encoded alone.
         motion: From each latent to the next, `(n, 3, t - 1, h, w)`: how far to the right and down, in latent pixels,
             and 1 where that can be trusted.
+        embeddings: Of all captions, one after another, `(k, l, d)`.
+        no_prompt: Embedding of "", `(l, d)`, which goes with `embeddings`.
     """
     if not len(latents) == len(captions) == len(frame_rates):
         raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
     partial = path.with_name(path.name + ".partial")
     metadata = {"captions": json.dumps([list(one) for one in captions])}
-    given = {"latents": latents, "frames": frames, "motion": motion}
+    given = {
+        "latents": latents,
+        "frames": frames,
+        "motion": motion,
+        "embeddings": embeddings,
+        "no_prompt": no_prompt,
+    }
     tensors = {
         name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
     }
@@ -57,8 +68,14 @@ class EncodedClip(NamedTuple):
     """As `write_shard` takes it, `(3, t - 1, h, w)`."""
 
 
+def shard_length(path: Path) -> int:
+    """Clips of a shard."""
+    with safe_open(path, framework="pt") as file:
+        return len(json.loads(file.metadata()["captions"]))
+
+
 class LatentSet(torch.utils.data.Dataset):
-    """All shards of a folder.
+    """All shards of a folder, in memory but for embeddings of captions, which are read when they are asked for.
 
     Args:
         folder: Where `write_shard` wrote `*.safetensors`.
@@ -73,11 +90,20 @@ class LatentSet(torch.utils.data.Dataset):
             raise ValueError(f"{folder} holds no latents (*.safetensors): write them with pipelines/encode_latents.py")
         self.captions: list[list[str]] = []
         parts: dict[str, list[Tensor]] = {}
+        self._embeddings: list[tuple[Path, int]] = []  # the shard of each clip, and where its captions begin there
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is no mapping
+                names = set(file.keys())
+                for name in names - {"embeddings", "no_prompt"}:
                     parts.setdefault(name, []).append(file.get_tensor(name))
-                self.captions.extend(json.loads(file.metadata()["captions"]))
+                captions = json.loads(file.metadata()["captions"])
+                if "embeddings" in names:
+                    self.no_prompt = file.get_tensor("no_prompt")
+                    begins = itertools.accumulate((len(one) for one in captions[:-1]), initial=0)
+                    self._embeddings += [(path, begin) for begin in begins]
+            self.captions.extend(captions)
+        if self._embeddings and len(self._embeddings) < len(self.captions):
+            raise ValueError(f"some shards of {folder} have embeddings of their captions, some have none")
         self.latents = torch.cat(parts["latents"])
         self.frame_rates = torch.cat(parts["frame_rates"])
         self.frames = torch.cat(parts["frames"]) if "frames" in parts else None
@@ -90,6 +116,19 @@ class LatentSet(torch.utils.data.Dataset):
         """One clip."""
         frames, motion = (None if part is None else part[index] for part in (self.frames, self.motion))
         return EncodedClip(self.latents[index], self.captions[index], self.frame_rates[index].item(), frames, motion)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether captions were embedded when the clips were encoded."""
+        return bool(self._embeddings)
+
+    def embedding(self, index: int, caption: int | None) -> Tensor:
+        """The embedding `(l, d)` of one of a clip's captions, or of "" for `None`."""
+        if caption is None:
+            return self.no_prompt
+        path, begin = self._embeddings[index]
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice("embeddings")[begin + caption]
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

@@ -42,7 +42,7 @@ def validate_folder(
     for clip in clips:
         if clip["accepted"]:
             numbers[clip["bucket"]] += clip["num_clips"]
-    sizes = {_name(bucket): 4 * 3 * bucket.num_frames * bucket.height * bucket.width for bucket in buckets}
+    sizes = {str(bucket): 4 * 3 * bucket.num_frames * bucket.height * bucket.width for bucket in buckets}
     return {
         "clips": clips,
         "accepted": sum(clip["accepted"] for clip in clips),
@@ -75,8 +75,4 @@ def _entry(listed: Listed, buckets: Sequence[Bucket], frame_rate: float | None, 
     if bucket is None:
         shortest = min(bucket.num_frames for bucket in buckets)
         return entry | {"reason": f"{count} frames; the shortest clip needs {shortest}"}
-    return entry | {"accepted": True, "bucket": _name(bucket), "num_clips": count // bucket.num_frames}
-
-
-def _name(bucket: Bucket) -> str:
-    return f"{bucket.num_frames}x{bucket.height}x{bucket.width}"
+    return entry | {"accepted": True, "bucket": str(bucket), "num_clips": count // bucket.num_frames}

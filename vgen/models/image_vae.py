@@ -67,9 +67,15 @@ class FrameByFrame:
 
 
 def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
-    """The VAE of a folder or Hub id, by the class that its config names."""
-    name = CausalVideoVAE.load_config(str(source))["_class_name"]
-    return (AutoencoderKL if name == "AutoencoderKL" else CausalVideoVAE).from_pretrained(source)
+    """The VAE of a folder or Hub id, or of the pipeline there, by the class that its config names."""
+    options: dict[str, str] = {}
+    try:
+        config = CausalVideoVAE.load_config(str(source))
+    except OSError:
+        options = {"subfolder": "vae"}
+        config = CausalVideoVAE.load_config(str(source), **options)
+    kind = AutoencoderKL if config["_class_name"] == "AutoencoderKL" else CausalVideoVAE
+    return kind.from_pretrained(source, **options)
 
 
 def as_codec(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | FrameByFrame:

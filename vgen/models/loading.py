@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ class StrictLoading:
             told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
             raise ValueError(f"the weights of {cls.__name__} in {folder} do not fit its config: {told}")
         return (model, info) if wants_info else model
+
+
+def weights_digest(network: Any) -> str:
+    """SHA-256 of a network's weights and, of diffusers' models, its config."""
+    config = network.config.items() if isinstance(network.config, dict) else ()
+    digest = hashlib.sha256(str(sorted(item for item in config if item[0][:1] != "_")).encode())
+    for _, weight in sorted(network.state_dict().items()):
+        digest.update(weight.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -9,7 +9,14 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+
+def load_text_encoder(source: str) -> Any:
+    """The transformers text encoder in the subfolder `text_encoder` of a folder or Hub id, in float32."""
+    return AutoModelForTextEncoding.from_pretrained(
+        source, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+    )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:

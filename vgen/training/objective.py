@@ -69,9 +69,16 @@ def prediction_of(scheduler: Any) -> str:
         ValueError: It is none of `PREDICTIONS`.
     """
     name = "flow" if "shift" in scheduler.config else scheduler.config.get("prediction_type")
+    if name == "flow_prediction":  # UniPC and DPM-Solver++ with the noise levels of flow matching
+        return "flow"
     if name not in PREDICTIONS or (name != "flow" and "beta_schedule" not in scheduler.config):
         raise ValueError(f"{type(scheduler).__name__} with prediction_type={name!r} cannot be trained for")
     return name
+
+
+def shift_of(scheduler: Any) -> float:
+    """How far a flow-matching scheduler moves noise levels towards noise; 1 is not at all."""
+    return scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
 
 
 class NoisySample(NamedTuple):
@@ -192,10 +199,10 @@ class PromptedDenoiser(nn.Module):
 
     Args:
         denoiser: Any denoiser of the package.
-        text_encoder: A transformers text encoder.
+        text_encoder: A transformers text encoder; `None` if prompts always come embedded.
     """
 
-    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module):
+    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module | None):
         super().__init__()
         self.denoiser = denoiser
         self.text_encoder = text_encoder
@@ -204,11 +211,17 @@ class PromptedDenoiser(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        input_ids: Tensor,
-        prompt_mask: Tensor,
+        input_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         groups: str | Sequence[int] | Tensor = "full",
         **conditions: Any,
     ) -> Tensor:
-        """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and tokenised prompts `(b, l)`."""
-        prompts = embed(self.text_encoder, input_ids, prompt_mask)
-        return self.denoiser(latents, timestep, prompts, groups=groups, return_dict=False, **conditions)[0]
+        """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
+
+        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`.
+        """
+        if prompt_embeds is None:
+            assert input_ids is not None and prompt_mask is not None
+            prompt_embeds = embed(self.text_encoder, input_ids, prompt_mask)
+        return self.denoiser(latents, timestep, prompt_embeds, groups=groups, return_dict=False, **conditions)[0]

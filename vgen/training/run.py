@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
+from vgen.training.throughput import Throughput
 
 
 @dataclass(kw_only=True)
@@ -265,6 +266,8 @@ class Run:
         """Optimiser steps done."""
         # what an interrupted run logged after its last checkpoint comes again
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
+        self._throughput = Throughput(accelerator.device, dtype)
         self._asked_to_stop = self.stopped = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask_to_stop)
@@ -320,6 +323,10 @@ class Run:
         self.step += 1
         self._bar.update()
 
+    def count(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[nn.Module], Any]) -> None:
+        """Adds a part of a batch to the throughput; see `Throughput.add`. `forward` gets the network."""
+        self._throughput.add(clips, tokens, shape, lambda: forward(self.accelerator.unwrap_model(self.network)))
+
     def log(self, **losses: Tensor) -> None:
         """Every `log_every` steps, writes this process's shares of losses, summed over processes, to the trackers."""
         if self.step % self.config.log_every:
@@ -327,8 +334,15 @@ class Run:
         self._check_finite()
         values = {name: self.accelerator.reduce(value).item() for name, value in losses.items()}
         rest = {"grad_norm": self._norm.item(), "lr": self.schedules[0].get_last_lr()[0]}
+        processes = self.accelerator.num_processes
+        for name, value in self._throughput.take().items():  # processes do alike
+            rest[f"throughput/{name}"] = value if name == "flops_utilisation" else value * processes
         self.accelerator.log(values | rest, step=self.step)
-        self._bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+        told = {name: f"{value:.4f}" for name, value in values.items()}
+        told["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
+        told["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
+        told["MFU"] = f"{rest['throughput/flops_utilisation']:.0%}"
+        self._bar.set_postfix(told)
 
     @property
     def wants_scores(self) -> bool:
@@ -340,6 +354,7 @@ class Run:
         self.accelerator.log(scores, step=self.step)
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self._bar.write(f"step {self.step}: {told}")
+        self._throughput.restart()
 
     @property
     def _saves(self) -> bool:

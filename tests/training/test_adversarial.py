@@ -1,0 +1,97 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from vgen.training.adversarial import (
+    JudgedVAE,
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_loss,
+)
+
+
+@pytest.fixture
+def judged(make_vae, randomize):
+    model = JudgedVAE(make_vae(), randomize(PatchDiscriminator(dim=4)))
+    clip = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return model, clip, model(clip, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {
+        part: any(weight.grad is not None and weight.grad.any() for weight in getattr(model, part).parameters())
+        for part in ("vae", "discriminator")
+    }
+
+
+def test_each_logit_teaches_its_own_network(judged):
+    model, _, out = judged
+    assert out.real.shape == out.fake.shape == out.fooling.shape == (2, 1, 5, 4, 4)
+    assert torch.equal(out.fake, out.fooling)
+    assert gradients(model, out.fooling.mean()) == {"vae": True, "discriminator": False}
+    assert gradients(model, discriminator_loss(out.real, out.fake)) == {"vae": False, "discriminator": True}
+
+
+def test_before_its_start_the_discriminator_takes_no_part(judged):
+    model, clip, out = judged
+    plain = model(clip, generator=torch.Generator().manual_seed(1), judge=False)
+    assert torch.equal(plain.sample, out.sample) and plain.real is plain.fake is plain.fooling is None
+
+
+def test_a_clip_is_judged_the_same_in_any_batch(judged):
+    model, clip, out = judged
+    torch.testing.assert_close(model.discriminator(clip[1:]), out.real[1:])
+
+
+def test_the_hinge_loss_is_what_the_paper_says():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
+    expected = 0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
+
+
+def test_the_adaptive_weight_balances_the_pulls():
+    layer = nn.Parameter(torch.ones(3))
+    error, fooling = (layer * torch.tensor([3.0, 0.0, 4.0])).sum(), -0.5 * layer[1]
+    weight = adaptive_weight(error, fooling, layer)
+    assert weight.item() == pytest.approx(5 / (0.5 + 1e-4)) and not weight.requires_grad
+    assert adaptive_weight(error, 0 * fooling, layer).item() == 1e4
+
+
+def test_a_discriminator_learns_to_tell_real_from_fake():
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(dim=8)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    for _ in range(30):
+        smooth = torch.rand(4, 3, 3, 1, 1).expand(4, 3, 3, 32, 32)
+        loss = discriminator_loss(critic(smooth), critic(torch.rand(4, 3, 3, 32, 32)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3  # 1 when it tells nothing
+
+
+def test_lpips_sees_frames_of_both_clips(monkeypatch):
+    class LPIPS(nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "vgg"
+
+        def forward(self, a, b):
+            assert a.shape == b.shape == (10, 3, 32, 32)
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    a, b = torch.rand(2, 2, 3, 5, 32, 32)
+    torch.testing.assert_close(PerceptualLoss()(a, b), (a - b).square().mean())
+
+
+def test_missing_lpips_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"lpips_weight needs lpips .* pip install vgen\[lpips\]"):
+        PerceptualLoss()

@@ -1,0 +1,50 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from vgen.training.throughput import Throughput, count_flops, matrix_peak
+
+
+def test_operations_are_counted_by_the_formula():
+    linear, conv = nn.Linear(8, 16), nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1))
+    assert count_flops(lambda: linear(torch.randn(5, 8))) == 2 * 5 * 8 * 16
+    assert count_flops(lambda: conv(torch.randn(2, 4, 3, 7, 7))) == 2 * (2 * 3 * 7 * 7) * 4 * 9 * 6
+
+
+def test_counting_leaves_random_states_and_gradients_alone():
+    linear = nn.Linear(8, 8)
+    before = torch.get_rng_state()
+    count_flops(lambda: nn.functional.dropout(linear(torch.randn(5, 8))))
+    assert torch.equal(torch.get_rng_state(), before) and linear.weight.grad is None
+
+
+def test_what_was_trained_is_told_by_the_second_and_counted_anew(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    throughput = Throughput(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("vgen.training.throughput.matrix_peak", lambda device, dtype: 1000.0)
+    calls = []
+    weight = torch.randn(4, 3)
+
+    def forward():
+        calls.append(1)
+        now[0] += 5  # counting takes time, which does not count
+        return torch.randn(2, 4) @ weight
+
+    for shape in ("a", "a", "b"):
+        throughput.add(2, 10, shape, forward)
+        now[0] += 1
+    assert len(calls) == 2
+    flops = 3 * 3 * 2 * 2 * 4 * 3  # three parts, each forward and twice that backward
+    told = throughput.take()
+    assert told == pytest.approx(
+        {"clips_per_second": 2, "tokens_per_second": 10, "flops_utilisation": flops / 3 / 1000}
+    )
+    now[0] += 2
+    assert throughput.take()["clips_per_second"] == 0
+
+
+def test_the_peak_is_that_of_a_machine():
+    assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e14

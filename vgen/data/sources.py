@@ -1,0 +1,233 @@
+"""Where training videos come from beside folders: Hugging Face datasets, WebDataset shards, digits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vgen.data.augment import Augmentation
+from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos
+from vgen.data.moving_mnist import MovingMNIST, read_digits
+from vgen.data.video_io import VIDEO_SUFFIXES
+
+SHUFFLE_BUFFER = 32
+"""Videos of a stream that wait to be drawn from."""
+
+
+class VideoStream:
+    """Clips of videos that come one after another, too many to list.
+
+    A video that cannot be used is left out and stands in `refused` with the reason. Where a stream stood is not
+    remembered: a run that goes on begins it anew.
+
+    Args:
+        videos: Gives the videos of an epoch.
+        sampling: Which frames of each make a clip.
+        height: Of the frames, in pixels; the middle of a video is cropped to this shape.
+        width: Of the frames.
+        seed: Of random choices.
+        augmentation: What else may change in a clip.
+    """
+
+    def __init__(
+        self,
+        videos: Callable[[int], Iterable[Listed]],
+        sampling: Sampling,
+        height: int,
+        width: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+    ):
+        self.videos, self.sampling, self.size = videos, sampling, (height, width)
+        self.seed, self.augmentation = seed, augmentation
+        self.refused: dict[Listed, str] = {}
+        self._endless: Iterator[Clip] | None = None
+
+    def sample(self, number: int) -> Clip:
+        """The next clip, whatever its number; epochs follow one another, each in an order that a buffer shuffles.
+
+        Raises:
+            ValueError: No video of an epoch could be used.
+        """
+        if self._endless is None:
+            self._endless = self._epochs()
+        return next(self._endless)
+
+    def _epochs(self) -> Iterator[Clip]:
+        for epoch in itertools.count():
+            rng, empty = random.Random(self.seed * 1_000_003 + epoch), True
+            for listed in _shuffled(self.videos(epoch), rng):
+                for clip in self.clips(listed, epoch):
+                    empty = False
+                    yield clip
+            if empty:
+                reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+                raise ValueError(f"the stream gave no clip: {reasons or 'it is empty'}")
+
+    def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
+        """The clips of one of its videos."""
+        with listed.file() as path:
+            there = replace(listed, path=path, content=None)
+            try:
+                folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation)
+            except ValueError as error:
+                self.refused[listed] = str(error)
+                return
+            for index in range(len(folder)):
+                clip = folder.clip(index, epoch)
+                if clip is None:
+                    self.refused[listed] = folder.refused[there]
+                    return
+                yield clip._replace(source=listed)
+
+
+def _shuffled(videos: Iterable[Listed], rng: random.Random) -> Iterator[Listed]:
+    waiting: list[Listed] = []
+    for listed in videos:
+        waiting.append(listed)
+        if len(waiting) > SHUFFLE_BUFFER:
+            yield waiting.pop(rng.randrange(len(waiting)))
+    rng.shuffle(waiting)
+    yield from waiting
+
+
+def open_clips(
+    data: str,
+    sampling: Sampling,
+    height: int,
+    width: int,
+    seed: int = 0,
+    augmentation: Augmentation | None = None,
+) -> VideoFolder | VideoStream | MovingMNIST:
+    """Clips of a source that a user names.
+
+    Args:
+        data: A folder as `list_videos` takes it; `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face dataset (a name on
+            the Hub or a local folder), `hf-stream:...` for one that is read as it comes; `shards:PATTERN` for
+            WebDataset's tar files, such as `shards:train-{000..099}.tar`; an IDX file of digits for Moving MNIST.
+        sampling: Which frames make a clip.
+        height: Of the frames, in pixels.
+        width: Of the frames.
+        seed: Of random choices.
+        augmentation: What else may change in a clip.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: It holds nothing that can be used.
+        ImportError: The library that reads it is not installed.
+    """
+    kind, _, name = data.partition(":")
+    rest = (sampling, height, width, seed, augmentation)
+    if kind == "hf":
+        return VideoFolder(list_dataset(*_split(name)), *rest)
+    if kind == "hf-stream":
+        return VideoStream(partial(stream_dataset, *_split(name)), *rest)
+    if kind == "shards":
+        return VideoStream(partial(stream_shards, name), *rest)
+    path = Path(data)
+    if path.is_file() and "idx3" in path.name:
+        if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
+            raise ValueError(f"Moving MNIST is 64x64 and not augmented: height={height}, width={width}")
+        return MovingMNIST(read_digits(path), num_frames=sampling.num_frames, seed=seed)
+    return VideoFolder(list_videos(path), *rest)
+
+
+def _split(name: str) -> tuple[str, str]:
+    name, _, split = name.partition(":")
+    return name, split or "train"
+
+
+def list_dataset(name: str | Any, split: str = "train") -> list[Listed]:
+    """The videos of a Hugging Face dataset, in its order; each is read when its clips are.
+
+    Args:
+        name: On the Hub, a local folder, or a `datasets.Dataset`. It has a column of videos and may have one `text`.
+        split: Of a named one.
+
+    Raises:
+        ValueError: It has no column of videos.
+        ImportError: Datasets is not installed.
+    """
+    dataset, video = _open_dataset(name, split, streaming=False)
+    texts = dataset["text"] if "text" in dataset.column_names else [""] * len(dataset)
+    listed = []
+    for index, text in enumerate(texts):
+        content = partial(_content_of_row, dataset, index, video)
+        listed.append(Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(text), content=content))
+    return listed
+
+
+def _content_of_row(dataset: Any, index: int, video: str) -> bytes:
+    return _content(dataset[index][video])
+
+
+def _content(video: dict[str, Any]) -> bytes:
+    """The file of a video that was not decoded."""
+    if video["bytes"] is not None:
+        return video["bytes"]
+    import fsspec
+
+    with fsspec.open(video["path"], "rb") as file:
+        return file.read()
+
+
+def stream_dataset(name: str | Any, split: str = "train", epoch: int = 0) -> Iterator[Listed]:
+    """The videos of a Hugging Face dataset as they come, without the whole of it on disk; as `list_dataset`."""
+    dataset, video = _open_dataset(name, split, streaming=True)
+    for index, row in enumerate(dataset):
+        content = partial(_content, row[video])
+        yield Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(row.get("text", "")), content=content)
+
+
+def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, str]:
+    try:
+        from datasets import Video, load_dataset
+    except ImportError as error:
+        raise ImportError("Hugging Face datasets need datasets: pip install vgen[data]") from error
+    dataset = load_dataset(name, split=split, streaming=streaming) if isinstance(name, str) else name
+    columns = [column for column, feature in (dataset.features or {}).items() if isinstance(feature, Video)]
+    if not columns:
+        raise ValueError(f"{name} has no column of videos, only {list(dataset.features or {})}")
+    return dataset.cast_column(columns[0], Video(decode=False)), columns[0]
+
+
+def stream_shards(urls: str, epoch: int = 0) -> Iterator[Listed]:
+    """The videos of WebDataset's tar files: a video and, with the same key, a `.txt` of its wordings, one a line.
+
+    Args:
+        urls: Paths or addresses, `{000..099}` for a range of numbers.
+        epoch: Shards come in another order each time.
+
+    Raises:
+        ImportError: Webdataset is not installed.
+    """
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError("tar shards need webdataset: pip install vgen[data]") from error
+    shards = webdataset.shardlists.expand_urls(urls)
+    random.Random(epoch).shuffle(shards)
+    # a shard that breaks off gives what came before, with a warning by webdataset
+    dataset = webdataset.WebDataset(
+        shards, shardshuffle=False, handler=webdataset.warn_and_continue, empty_check=False
+    )
+    for sample in dataset:
+        name = next((key for key in sample if f".{key.split('.')[-1].lower()}" in VIDEO_SUFFIXES), None)
+        if name is None:
+            continue
+        captions = _captions(sample.get("txt", b"").decode().splitlines())
+        yield Listed(
+            path=Path(f"{sample['__key__'].replace('/', '-')}.{name.split('.')[-1]}"),
+            captions=captions,
+            content=partial(bytes, sample[name]),
+        )
+
+
+def _captions(text: str | Iterable[str] | None) -> tuple[str, ...]:
+    lines = [text or ""] if text is None or isinstance(text, str) else [line.strip() for line in text]
+    return tuple(line for line in lines if line) or ("",)

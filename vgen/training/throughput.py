@@ -1,0 +1,96 @@
+"""How fast a run trains, and what share of the machine's arithmetic that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BACKWARD = 2
+"""Operations of a backward pass, in forward passes."""
+
+
+class Throughput:
+    """Counts what was trained since it was asked last.
+
+    Args:
+        device: That trains.
+        dtype: Of its matrix products.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._flops: dict[Hashable, int] = {}
+        self._peak: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted, such as after something else took time."""
+        self._clips = self._tokens = self._operations = 0
+        self._begin = time.perf_counter()
+
+    def add(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[], Any]) -> None:
+        """Counts a part of a batch.
+
+        Args:
+            clips: Of the part.
+            tokens: Of the part.
+            shape: Parts of equal shape take equally many operations.
+            forward: The part's forward pass; called once for each shape, without gradients.
+        """
+        if shape not in self._flops:
+            begin = time.perf_counter()
+            self._flops[shape] = count_flops(forward)
+            self._begin += time.perf_counter() - begin
+        self._clips += clips
+        self._tokens += tokens
+        self._operations += (1 + BACKWARD) * self._flops[shape]
+
+    def take(self) -> dict[str, float]:
+        """Clips and tokens a second, and the share of the peak, since it was asked last; then counts anew."""
+        if self._peak is None:
+            begin = time.perf_counter()
+            self._peak = matrix_peak(self.device, self.dtype)
+            self._begin += time.perf_counter() - begin
+        seconds = time.perf_counter() - self._begin
+        found = {
+            "clips_per_second": self._clips / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "flops_utilisation": self._operations / seconds / self._peak,
+        }
+        self.restart()
+        return found
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in a call, which runs eagerly.
+
+    Random states stay as they are.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
+        call()
+    return counter.get_total_flops()
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the product of two square matrices, the best of some tries."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        begin = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
