@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -32,13 +32,24 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.jobs import check_settings
 from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
-from vgen.models.loading import weights_digest
+from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.training.run import compile_blocks
 from vgen.training.temporal_loss import measure_motion
 
 NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
+
+
+class Batch(NamedTuple):
+    """Clips to encode."""
+
+    pixels: Tensor
+    """`(b, 3, f, h, w)` in [-1, 1]."""
+    captions: list[list[str]]
+    rates: list[float]
+    real: Tensor
+    """bool `(b, f)`, false where a short video was padded."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +64,8 @@ class EncodeConfig:
     """A folder of videos or another source, as `vgen.data.sources.open_clips` takes it; `None` draws ShapesWorld."""
     buckets: list[str] = field(default_factory=list)
     """Shapes of clips, FRAMESxHEIGHTxWIDTH; each video of a folder goes to the nearest. Empty takes the settings."""
+    short: str = "skip"
+    """What becomes of videos with too few frames: `skip`, or `pad`, under a mask that training heeds."""
     augment: dict[str, Any] = field(default_factory=dict)
     """Settings of `vgen.data.augment.Augmentation`."""
     repeats: int = 1
@@ -148,7 +161,7 @@ def encode_listed(
             continue
         shard = Shard(config, codec, text)
         for begin in range(0, len(indices), config.batch_size):
-            shard.add(*clips.batch(indices[begin : begin + config.batch_size], process.device))
+            shard.add(clips.batch(indices[begin : begin + config.batch_size], process.device))
         shard.write(path)
         for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
             shorter.unlink()
@@ -174,7 +187,7 @@ def encode_stream(
 
     def flush(stop: int) -> None:
         nonlocal shard, first
-        shard.add(*to_batch(waiting, process.device))
+        shard.add(to_batch(waiting, process.device))
         waiting.clear()
         shard.write(config.output_dir / f"{names}-{first:08d}-{stop:08d}.safetensors")
         shard, first = Shard(config, codec, text), stop
@@ -189,7 +202,7 @@ def encode_stream(
             bar.update()
             waiting.append(clip)
             if len(waiting) == config.batch_size:
-                shard.add(*to_batch(waiting, process.device))
+                shard.add(to_batch(waiting, process.device))
                 waiting.clear()
         if len(shard) + len(waiting) >= config.shard_size:
             flush(stop)
@@ -204,19 +217,23 @@ class Shard:
         self.latents: list[Tensor] = []
         self.frames: list[Tensor] = []
         self.motion: list[Tensor] = []
+        self.real: list[Tensor] = []
         self.captions: list[list[str]] = []
         self.rates: list[float] = []
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def add(self, clip: Tensor, captions: list[list[str]], rates: list[float]) -> None:
-        """Encodes pixels `(b, 3, f, h, w)` in [-1, 1]."""
-        if not captions:
+    def add(self, batch: Batch) -> None:
+        """Encodes some clips."""
+        if not batch.captions:
             return
-        config = self.config
-        self.captions += captions
-        self.rates += rates
+        config, clip = self.config, batch.pixels
+        self.captions += batch.captions
+        self.rates += batch.rates
+        if config.short == "pad":
+            s = self.codec.temporal_compression_ratio
+            self.real.append(torch.cat([batch.real[:, :1], batch.real[:, 1:].unflatten(1, (-1, s)).all(2)], dim=1))
         self.latents.append(encode(self.codec, clip))
         if config.keyframes:
             alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
@@ -231,7 +248,7 @@ class Shard:
         """Writes the file, if any clip was there."""
         if not self.captions:
             return
-        extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion}
+        extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion, "real": self.real}
         extra = {name: torch.cat(parts) for name, parts in extra.items() if parts}
         if self.text is not None:
             extra["embeddings"] = self.text([caption for one in self.captions for caption in one])
@@ -268,8 +285,8 @@ class WorldClips:
     def __len__(self) -> int:
         return self.config.num_clips
 
-    def batch(self, indices: range, device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
-        """Pixels `(b, 3, f, h, w)` in [-1, 1], captions and rates."""
+    def batch(self, indices: range, device: torch.device) -> Batch:
+        """Some of them."""
         config = self.config
         rates = [random.Random(config.seed * 1_000_003 + index).choice(config.frame_rates) for index in indices]
         size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
@@ -278,7 +295,7 @@ class WorldClips:
         captions = [
             [self.world.caption(index, variant) for variant in range(config.num_captions)] for index in indices
         ]
-        return clip, captions, rates
+        return Batch(clip, captions, rates, torch.ones(len(clip), config.num_frames, dtype=torch.bool))
 
 
 class DigitClips:
@@ -290,8 +307,8 @@ class DigitClips:
     def __len__(self) -> int:
         return self.config.num_clips
 
-    def batch(self, indices: range, device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
-        """Pixels `(b, 3, f, h, w)` in [-1, 1], empty captions and rates."""
+    def batch(self, indices: range, device: torch.device) -> Batch:
+        """Some of them, without captions."""
         return to_batch([self.world.sample(index) for index in indices], device)
 
 
@@ -322,8 +339,8 @@ class FolderClips:
                 tqdm.write(line)
             self.told.add(line)
 
-    def batch(self, indices: range, device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
-        """Pixels `(b, 3, f, h, w)` in [-1, 1], captions and rates; fewer than asked for where files are damaged."""
+    def batch(self, indices: range, device: torch.device) -> Batch:
+        """Some of them; fewer than asked for where files are damaged."""
         found = []
         for index in indices:
             folder, place, epoch = self.clips[index]
@@ -361,7 +378,8 @@ def open_source(
     augmentation, size = Augmentation(**config.augment), (config.height, config.width)
     sources = []
     for rate in config.frame_rates:
-        sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=rate, hop=config.hop)
+        frames = {"num_frames": config.num_frames, "frame_rate": rate, "hop": config.hop, "short": config.short}
+        sampling = Sampling(kind="sliding", **frames)
         if bucket is not None:
             every = [Bucket.parse(one) for one in config.buckets]
             listed = of_bucket(list_videos(Path(config.data)), bucket, every, rate)
@@ -377,13 +395,14 @@ def open_source(
     return (StreamClips if isinstance(sources[0], VideoStream) else FolderClips)(config, sources)
 
 
-def to_batch(clips: list[Clip], device: torch.device) -> tuple[Tensor, list[list[str]], list[float]]:
-    """Pixels `(b, 3, f, h, w)` in [-1, 1], captions and rates."""
+def to_batch(clips: list[Clip], device: torch.device) -> Batch:
+    """Clips side by side."""
     if not clips:
-        return torch.empty(0), [], []
+        return Batch(torch.empty(0), [], [], torch.empty(0))
     pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).to(device)
     pixels = rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1
-    return pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips]
+    real = torch.stack([torch.from_numpy(clip.real) for clip in clips])
+    return Batch(pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips], real)
 
 
 def encode(vae: CausalVideoVAE | FrameByFrame, clip: Tensor) -> Tensor:
@@ -398,7 +417,7 @@ def shard_settings(
 ) -> dict[str, Any]:
     """What all shards of a folder have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
-    settings["vae_sha256"] = weights_digest(vae)
+    settings["vae_sha256"] = encoder_digest(vae)
     return settings | ({} if text is None else {"text_encoder_sha256": weights_digest(text.network)})
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
@@ -218,7 +219,7 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
         "--init": tmp_path / "start", "--prediction": "epsilon", "--snr_gamma": 5, "--train_only": "temporal",
         "--max_sequence_length": 16, "--save_dtype": "float32", "--ema_decay": 0,
     }  # fmt: skip
-    runs = (vae_run, text_run, tmp_path / "latents")  # the first two are ignored
+    runs = (tmp_path / "start", text_run, tmp_path / "latents")  # the text encoder is that of --init
     train_vdm(runs, tmp_path / "run", **options)
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "run/pipeline")
     assert isinstance(pipe.scheduler, DDIMScheduler) and pipe.scheduler.config.prediction_type == "epsilon"
@@ -284,6 +285,22 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
     train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "run", **options)
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
+
+
+def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_path):
+    train_vae(tmp_path / "other", **{"--seed": 1})
+    train_vae(tmp_path / "decoder", **{"--init": vae_run / "vae", "--freeze_encoder": "true", "--image_steps": 0})
+    once = {"--max_steps": 1, "--save_every": 1, "--sample_every": 9}
+    refused = train_vdm((tmp_path / "other", text_run, latents_dir), tmp_path / "no", check=False, **once)
+    assert refused.returncode != 0 and "were encoded by another VAE" in refused.stderr
+    train_vdm((tmp_path / "decoder", text_run, latents_dir), tmp_path / "yes", **once)
+    # --vae takes the place of the VAE of --init, and its half precision is no other VAE
+    train_vdm((vae_run, text_run, latents_dir), tmp_path / "again", **once, **{"--init": tmp_path / "yes/pipeline"})
+    swapped, given = (
+        load_file(path / "diffusion_pytorch_model.safetensors")["decoder.conv_out.weight"].float()
+        for path in (tmp_path / "again/pipeline/vae", vae_run / "vae")
+    )
+    torch.testing.assert_close(swapped, given, atol=1e-3, rtol=0)
 
 
 def test_captions_are_embedded_once_for_a_text_encoder_that_stays(vae_run, text_run, latents_dir, tmp_path):
@@ -359,6 +376,35 @@ def test_videos_go_to_buckets_of_their_shape_and_are_augmented(vae_run, tmp_path
     assert len(more) == 3 * (2 + 1 + 4)
     of_tall = [more.latents[index] for index, captions in enumerate(more.captions) if captions == ["tall"]]
     assert len(of_tall) == 3 and not torch.equal(of_tall[0], of_tall[1])
+
+
+def test_padded_frames_carry_no_loss_and_are_seen_by_none(vae_run, text_run, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for index, length in enumerate((7, 17)):
+        frames = np.random.default_rng(index).integers(0, 256, (length, 16, 16, 3), dtype=np.uint8)
+        write_video(frames, videos / f"{length}.mp4", frame_rate=8.0)
+        (videos / f"{length}.txt").write_text(str(length))
+    options = {"--data": videos, "--num_frames": 17, "--short": "pad"}
+    encode(vae_run, tmp_path / "latents", **options)
+    data = LatentSet(tmp_path / "latents")
+    short, whole = (data[data.captions.index([text])] for text in ("7", "17"))
+    assert short.real.tolist() == [True, True, False, False, False] and whole.real.all()
+
+    draw_row, config = mixture_of(text_run, tmp_path / "latents", known={"leading": 1.0})
+    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4)
+    for seed in range(10):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        row = draw_row(short, network, config, "causal", 5, rng, generator)
+        assert torch.equal(row["counted"], row["generated"] & short.real)
+        assert row["groups"].tolist() == [0, 1, 5, 5, 5]
+    train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "run", **{"--max_steps": 2, "--sample_every": 9})
+
+    over_frames = runpy.run_path(str(ROOT / "train/train_vae.py"))["over_frames"]
+    error = torch.ones(2, 3, 4, 2, 2)
+    error[0, :, 2:], error[1, :, 0] = 100.0, 3.0
+    assert over_frames(error, torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])).item() == (1 + 1.5) / 2
+    train_vae(tmp_path / "vae", **options, **{"--max_steps": 3, "--sample_every": 9, "--matched_weight": 0.1})
 
 
 def test_moving_digits_are_encoded_and_trained_on(vae_run, tmp_path):
@@ -438,6 +484,7 @@ def test_the_temporal_loss_counts_what_is_generated_and_follows_in_the_clip(vae_
         batch = {
             "latents": real,
             "generated": (torch.arange(5) >= known).expand(2, 5),
+            "counted": (torch.arange(5) >= known).expand(2, 5),
             "adjacent": torch.tensor(adjacent).bool().expand(2, 4),
         }
         return script["between_frames"](config, pipe, batch, clean, signal)
@@ -609,6 +656,20 @@ def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
     done = launch("train/train_vdm.py", "--dry_run", "--config", recipe, **{"--output_dir": tmp_path / "run"})
     assert "num_layers: 8" in done.stdout and f"output_dir: {tmp_path / 'run'}" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["FSDP", "DEEPSPEED"])
+def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, monkeypatch, strategy):
+    monkeypatch.setenv(f"ACCELERATE_USE_{strategy}", "true")
+    refused = train_vae(tmp_path, check=False)
+    assert refused.returncode != 0 and not list(tmp_path.glob("checkpoint-*"))
+    assert f"{strategy} was asked for" in refused.stderr or "deepspeed" in refused.stderr.lower()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_accelerate_are_what_it_knows(path):
+    config = load_config_from_file(str(path))  # unknown keys raise
+    assert config.distributed_type.name == "MULTI_GPU" and config.num_processes % config.num_machines == 0
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):

@@ -48,6 +48,8 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Source of the videos that scores are taken on; `None` takes those of training."""
     augment: dict[str, Any] = field(default_factory=dict)
     """Settings of `vgen.data.augment.Augmentation`, for training videos."""
+    short: str = "skip"
+    """What becomes of videos with too few frames: `skip`, or `pad`, where repeated frames carry no loss."""
     frame_rate: float | None = None
     """Frames per second that videos are resampled to; `None` takes their own."""
     height: int = 64
@@ -91,6 +93,8 @@ class VAEConfig(RunConfig, TemporalLossConfig):
             )
         if self.augment and not self.data:
             raise ValueError("augment is for videos of --data, ShapesWorld is endless")
+        if self.gan_weight and self.short == "pad":
+            raise ValueError("short=pad would show the discriminator videos that freeze: give short=skip")
         if self.freeze_encoder and not self.init:
             raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
 
@@ -130,12 +134,12 @@ def main(config: VAEConfig) -> None:
         judges = config.gan_weight > 0 and step >= config.gan_start and not images
         total: dict[str, Tensor] = {}
         for part in run.parts(size):
-            clip = source.draw(indices[part], accelerator.device, frames, moment)
+            clip, real = source.draw(indices[part], accelerator.device, frames, moment)
             options = {"judge": judges} if config.gan_weight else {}
             out = run.network(clip, generator=generators(config.seed, step, part), **options)
             run.count(*counted(vae, clip), lambda network, clip=clip: network(clip))
             error = out.sample.float() - clip
-            l1, mse = error.abs().mean(), error.square().mean()
+            l1, mse = (over_frames(one, real) for one in (error.abs(), error.square()))
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
             parts = {"l1": l1, "kl": kl}
             error = l1 + config.mse_weight * mse
@@ -146,7 +150,7 @@ def main(config: VAEConfig) -> None:
                 parts["temporal"] = torch.zeros_like(l1)
                 if not images:
                     motion = measure_motion(clip, config.flow) if config.warping_weight else None
-                    parts["temporal"] = temporal_loss(config, out.sample.float(), clip, motion).mean()
+                    parts["temporal"] = temporal_loss(config, out.sample.float(), clip, motion, real[:, 1:]).mean()
                 error = error + parts["temporal"]
             loss = error + config.kl_weight * kl
             if judges:
@@ -184,6 +188,12 @@ def batch_of(config: VAEConfig, step: int) -> tuple[range, int]:
     return range(first, first + config.batch_size), config.num_frames
 
 
+def over_frames(error: Tensor, real: Tensor) -> Tensor:
+    """The mean over clips of the mean over each one's real frames, of errors `(b, c, f, h, w)`."""
+    frames = error.mean(dim=(1, 3, 4))
+    return ((frames * real).sum(1) / real.sum(1)).mean()
+
+
 def counted(vae: CausalVideoVAE, clip: Tensor) -> tuple[int, int, torch.Size]:
     """Clips, latent pixels (the tokens of a denoiser with patches of one) and shape of a part."""
     b, _, f, h, w = clip.shape
@@ -198,10 +208,13 @@ class World:
         self.world = ShapesWorld(split=split, seed=config.seed + seed)
         self.size = {"height": config.height, "width": config.width}
 
-    def draw(self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0) -> Tensor:
-        """Clips `(b, 3, f, h, w)` of these numbers, from a moment on."""
+    def draw(
+        self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Clips `(b, 3, f, h, w)` of these numbers, from a moment on, and 1 for each real frame, `(b, f)`."""
         scenes = [self.world.scene(index) for index in indices]
-        return render(scenes, num_frames=num_frames, start=moment, device=device, **self.size)
+        clip = render(scenes, num_frames=num_frames, start=moment, device=device, **self.size)
+        return clip, torch.ones(len(clip), num_frames, device=device)
 
     def name(self, indices: range, num_frames: int) -> str:
         """What these numbers are."""
@@ -219,15 +232,20 @@ class Videos:
     def __init__(self, config: VAEConfig, data: str, seed: int = 0, augmentation: Augmentation | None = None):
         rest = (config.height, config.width, config.seed + seed, augmentation)
         self.clips = {
-            frames: open_clips(data, Sampling(num_frames=frames, frame_rate=config.frame_rate), *rest)
+            frames: open_clips(
+                data, Sampling(num_frames=frames, frame_rate=config.frame_rate, short=config.short), *rest
+            )
             for frames in {1, config.num_frames}
         }
 
-    def draw(self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0) -> Tensor:
-        """Clips `(b, 3, f, h, w)` of these numbers, from any moment."""
+    def draw(
+        self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Clips `(b, 3, f, h, w)` of these numbers, from any moment, and 1 for each real frame, `(b, f)`."""
         samples = [self.clips[num_frames].sample(index) for index in indices]
         pixels = torch.stack([torch.from_numpy(one.frames) for one in samples])
-        return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1
+        real = torch.stack([torch.from_numpy(one.real) for one in samples]).to(device).float()
+        return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1, real
 
     def name(self, indices: range, num_frames: int) -> str:
         """The files that these numbers are cut from."""
@@ -253,7 +271,7 @@ def score(
     vae.eval()
     values, reconstructions, shown = [], [], None
     for begin in range(0, config.num_score_clips, 8):
-        clip = source.draw(range(begin, begin + 8), device, config.num_frames)
+        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
         values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
         reconstructions.extend(decoded.cpu())
@@ -271,7 +289,7 @@ def calibrate(vae: CausalVideoVAE, source: World | Videos, config: VAEConfig, de
     vae.eval()
     latents = []
     for begin in range(0, config.num_calibration_clips, 8):
-        clip = source.draw(range(begin, begin + 8), device, config.num_frames)
+        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
         latents.append(vae.encode(clip).latent_dist.mode())
     vae.calibrate(torch.cat(latents))
 

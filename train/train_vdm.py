@@ -27,7 +27,7 @@ from vgen.data.video_io import write_video
 from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
 from vgen.models.image_vae import load_vae
-from vgen.models.loading import weights_digest
+from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import load_text_encoder, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
@@ -51,12 +51,12 @@ from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_moti
 class VDMConfig(RunConfig, TemporalLossConfig):
     """Settings of a denoiser's training.
 
-    `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline (`vae`,
-    `text_encoder`, `model`, `defaults`) do not apply then.
+    `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline
+    (`text_encoder`, `model`, `defaults`) do not apply then.
     """
 
     vae: str | None = None
-    """Folder or Hub id of the VAE that encoded the latents."""
+    """Folder or Hub id of the VAE that encoded the latents; with `--init`, it takes the place of the VAE there."""
     text_encoder: str | None = None
     """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
     latents_dir: Path
@@ -194,6 +194,8 @@ def main(config: VDMConfig) -> None:
     if config.wants_temporal_loss:
         check_motion(config, sources)
     objective = Objective(pipe.scheduler, config.snr_gamma)
+    for source in sources:
+        check_encoder(pipe, source)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
     if embedded:
         check_embeddings(pipe, sources)
@@ -221,7 +223,7 @@ def main(config: VDMConfig) -> None:
                 shape,
                 lambda network: network(sample.latents, sample.timestep, groups=shared, **conditions),  # noqa: B023
             )
-            losses = denoising_loss(prediction, sample.target, sample.weight * batch["generated"])
+            losses = denoising_loss(prediction, sample.target, sample.weight * batch["counted"])
             temporal = torch.zeros_like(losses)
             if config.wants_temporal_loss:
                 clean, signal = objective.estimate(sample, prediction)
@@ -259,6 +261,8 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         ):
             if wanted != found:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
+        if config.vae:
+            pipe.register_modules(vae=load_vae(config.vae))
         return pipe
     assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
@@ -386,6 +390,22 @@ def restrict(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Sour
     return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
 
 
+def check_encoder(pipe: VideoGenPipeline, source: Source) -> None:
+    """Refuses latents of another VAE.
+
+    Raises:
+        ValueError: Its encoder or its statistics are not those of the pipeline.
+    """
+    folder = source.config.latents_dir
+    path = folder / "settings.json"
+    made = json.loads(path.read_text()).get("vae_sha256") if path.is_file() else None
+    if made is not None and made != encoder_digest(pipe.vae):
+        raise ValueError(
+            f"the latents in {folder} were encoded by another VAE than this pipeline has: encode them again, or give "
+            "the VAE that did it with --vae"
+        )
+
+
 def check_embeddings(pipe: VideoGenPipeline, sources: list[Source]) -> None:
     """Refuses captions that another text encoder, or one with other lengths, has embedded.
 
@@ -426,7 +446,7 @@ def between_frames(
     """The temporal loss `(b,)` of an estimate of the clean clip, in which what is known is true."""
     real = batch["latents"]
     k = real.shape[2] // batch["generated"].shape[1]
-    generated = batch["generated"].repeat_interleave(k, dim=1)
+    generated, counted = (batch[name].repeat_interleave(k, dim=1) for name in ("generated", "counted"))
     clean = torch.where(generated[:, None, :, None, None], clean, real)
     signal = torch.where(generated, signal, 1.0)
     motion = None
@@ -438,13 +458,13 @@ def between_frames(
             real = codec.decode(codec.denormalize(real), clamp=False).sample
             motion = measure_motion(real, config.flow) if config.warping_weight else None
         s = codec.temporal_compression_ratio
-        signal, generated = (torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, generated))
+        signal, counted = (torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, counted))
         adjacent: Tensor | float = 1.0
     else:
         adjacent = batch["adjacent"]
         if config.warping_weight:
             motion = Motion(batch["motion"][:, :2], batch["motion"][:, 2:])
-    either = generated[:, 1:] | generated[:, :-1]
+    either = counted[:, 1:] | counted[:, :-1]
     weight = torch.minimum(signal[:, 1:], signal[:, :-1]) * either * adjacent
     return temporal_loss(config, clean, real, motion, weight)
 
@@ -515,6 +535,8 @@ def draw_row(
     known = choose(config.known, rng)
     num_leading = draw_num_leading(known, length, least_known(window_kind, network.sink), rng)
     groups = torch.tensor(make_groups(mode, length, num_leading, network.chunk_size))
+    real = clip.real[places].unflatten(0, (-1, p_t)).all(1)
+    groups = torch.where(real, groups, groups.max() + 1)  # what was padded is seen by none but itself
 
     kind = choose(config.levels, rng)
     if config.prediction == "flow":
@@ -530,6 +552,7 @@ def draw_row(
         "levels": levels,
         "groups": groups,
         "generated": generated,
+        "counted": generated & real,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
     if config.wants_temporal_loss:

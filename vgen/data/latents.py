@@ -23,6 +23,7 @@ def write_shard(
     motion: Tensor | None = None,
     embeddings: Tensor | None = None,
     no_prompt: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> None:
     """Writes what is known of some clips; the file appears whole or not at all.
 
@@ -36,6 +37,7 @@ def write_shard(
             and 1 where that can be trusted.
         embeddings: Of all captions, one after another, `(k, l, d)`.
         no_prompt: Embedding of "", `(l, d)`, which goes with `embeddings`.
+        real: 1 for latents of real frames, 0 where a short video was padded, `(n, t)`; `None` if all are real.
     """
     if not len(latents) == len(captions) == len(frame_rates):
         raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
@@ -47,6 +49,7 @@ def write_shard(
         "motion": motion,
         "embeddings": embeddings,
         "no_prompt": no_prompt,
+        "real": real,
     }
     tensors = {
         name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
@@ -66,6 +69,8 @@ class EncodedClip(NamedTuple):
     """Latents of its frames from the second on, each encoded alone, `(f - 1, c, h, w)`."""
     motion: Tensor | None
     """As `write_shard` takes it, `(3, t - 1, h, w)`."""
+    real: Tensor
+    """bool `(t,)`, false where a short video was padded."""
 
 
 def shard_length(path: Path) -> int:
@@ -108,6 +113,8 @@ class LatentSet(torch.utils.data.Dataset):
         self.frame_rates = torch.cat(parts["frame_rates"])
         self.frames = torch.cat(parts["frames"]) if "frames" in parts else None
         self.motion = torch.cat(parts["motion"]) if "motion" in parts else None
+        whole = torch.ones(len(self.latents), self.latents.shape[2], dtype=torch.bool)
+        self.real = torch.cat(parts["real"]).bool() if "real" in parts else whole
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -115,7 +122,8 @@ class LatentSet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> EncodedClip:
         """One clip."""
         frames, motion = (None if part is None else part[index] for part in (self.frames, self.motion))
-        return EncodedClip(self.latents[index], self.captions[index], self.frame_rates[index].item(), frames, motion)
+        rate, real = self.frame_rates[index].item(), self.real[index]
+        return EncodedClip(self.latents[index], self.captions[index], rate, frames, motion, real)
 
     @property
     def has_embeddings(self) -> bool:

@@ -37,13 +37,28 @@ class StrictLoading:
         return (model, info) if wants_info else model
 
 
-def weights_digest(network: Any) -> str:
-    """SHA-256 of a network's weights and, of diffusers' models, its config."""
-    config = network.config.items() if isinstance(network.config, dict) else ()
-    digest = hashlib.sha256(str(sorted(item for item in config if item[0][:1] != "_")).encode())
-    for _, weight in sorted(network.state_dict().items()):
-        digest.update(weight.detach().cpu().float().numpy().tobytes())
+def weights_digest(network: Any, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a network's weights, rounded to half precision as pipelines are saved, and of their names.
+
+    Args:
+        network: Any.
+        without: Beginnings of names that do not count.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()
+
+
+def encoder_digest(vae: Any) -> str:
+    """The digest of what of a VAE its latents depend on, statistics included."""
+    statistics = [
+        str(vae.config.get(key)) for key in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    ]
+    digest = weights_digest(vae, without=("decoder.", "post_quant_conv."))
+    return hashlib.sha256("".join([digest, *statistics]).encode()).hexdigest()
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -137,6 +138,7 @@ def start(config: RunConfig) -> Accelerator:
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
+    _check_strategy(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             "accelerate's own gradient accumulation would scale the loss twice: set gradient_accumulation_steps in "
@@ -147,6 +149,22 @@ def start(config: RunConfig) -> Accelerator:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / "config.yaml").write_text(config_text(config))
     return accelerator
+
+
+def _check_strategy(accelerator: Accelerator) -> None:
+    """Refuses ways to share out a network that are not in force or not served: accelerate may ignore a request.
+
+    Raises:
+        ValueError: Something else than data parallelism was asked for.
+    """
+    asked = [
+        name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
+    ]
+    found = accelerator.distributed_type.name
+    if asked and found not in asked:
+        raise ValueError(f"{asked[0]} was asked for, but accelerate gives {found} on {accelerator.device.type}")
+    if asked or found in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{found} is not served yet: train/accelerate has configurations for data parallelism")
 
 
 def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:

@@ -1,0 +1,98 @@
+"""From one video file to a model that continues it: cut, validate, encode, fine-tune, predict. Some minutes on a CPU.
+
+    python examples/train_your_own.py cockatoo.mp4 runs/own --caption "a cockatoo"
+
+The last fifth of the video is held out; its continuation is predicted before and after training.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vgen
+from vgen import VideoGenPipeline
+from vgen.data.resize import Fit
+from vgen.data.video_io import iter_video, video_info, write_video
+
+RATE, SIZE = 8.0, (64, 64)
+NUM_GIVEN, NUM_NEW = 9, 8
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("video", type=Path)
+parser.add_argument("output", type=Path)
+parser.add_argument("--caption", default="")
+parser.add_argument("--vae-steps", type=int, default=400)
+parser.add_argument("--steps", type=int, default=400)
+args = parser.parse_args()
+
+
+def run(*command: object) -> None:
+    """Runs a command as a user types it."""
+    words = [str(word) for word in command]
+    print("$", " ".join(words), flush=True)
+    subprocess.run([sys.executable, "-m", *words], check=True, cwd=Path(__file__).parents[1])
+
+
+def psnr(made: np.ndarray, real: np.ndarray) -> float:
+    """In dB, of uint8 frames."""
+    return float(-10 * np.log10(np.square(made / 255.0 - real / 255.0).mean()))
+
+
+# 1. cut: pieces of four seconds with a caption each, and the rest for testing
+clips, output = (args.output / "clips").resolve(), args.output.resolve()
+clips.mkdir(parents=True, exist_ok=True)
+duration = video_info(args.video).duration
+assert duration, "the video tells no length"
+held_out = 0.8 * duration
+rows = []
+for number, start in enumerate(np.arange(0, held_out - 2, 4)):
+    end = min(start + 4, held_out)
+    name = f"{number:03d}.mp4"
+    frames = np.stack(list(iter_video(args.video, start=start, end=end)))
+    small = Fit(frames.shape[1:3], (128, 128)).to_target(frames)
+    write_video(small, clips / name, video_info(args.video).frame_rate or RATE, overwrite=True)
+    rows.append({"file_name": name, "text": args.caption})
+(clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+# 2. validate, 3. the VAE, 4. latents, 5. the denoiser
+shipped = Path(vgen.__file__).parent / "checkpoints/shapes-64"
+launch = ("accelerate.commands.launch", "--num_processes=1", "--mixed_precision=bf16")
+fine = ("--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine")
+flips = '{"flip": 0.5, "crop": 0.7}'
+run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE)
+run(
+    *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rate", RATE, "--augment",
+    flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,
+    "--num_calibration_clips=64", *fine,
+)  # fmt: skip
+run(
+    *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", 2,
+    "--augment", flips, "--repeats", 8, "--output_dir", output / "latents",
+)  # fmt: skip
+run(
+    *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",
+    "--output_dir", output / "model", "--max_steps", args.steps, "--batch_size", 32, "--learning_rate", 1e-3,
+    "--known", '{"leading": 0.9, "none": 0.1}', "--level_shift", 1.5, "--attention_backend", "_native_math",
+    "--sample_prompts", json.dumps([args.caption]), *fine,
+)  # fmt: skip
+
+# 6. predict what was never seen
+frames = np.stack(list(iter_video(args.video, start=held_out, frame_rate=RATE)))[: NUM_GIVEN + NUM_NEW]
+frames = Fit(frames.shape[1:3], SIZE).to_target(frames)
+given, true = frames[:NUM_GIVEN], frames[NUM_GIVEN:]
+rows = [frames]
+for name, model in (("before", "vgen/shapes-64"), ("after", output / "model/pipeline")):
+    pipe = VideoGenPipeline.from_pretrained(model)
+    new = pipe.predict(given, NUM_NEW, generator=torch.Generator().manual_seed(0)).frames[0]
+    new = (new * 255).round().astype(np.uint8)
+    rows.append(np.concatenate([given, new]))
+    print(f"{name}: {psnr(new, true):.2f} dB on {NUM_NEW} frames")
+print(f"the last frame repeated: {psnr(np.repeat(given[-1:], NUM_NEW, axis=0), true):.2f} dB")
+Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(output / "strip.png")
+print(f"true, before and after: {output / 'strip.png'}")
