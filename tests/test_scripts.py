@@ -1,6 +1,7 @@
 """The training scripts, run as a user runs them, at tiny size."""
 
 import gzip
+import inspect
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
@@ -669,7 +671,14 @@ def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, monkeypatch, strat
 @pytest.mark.parametrize("path", sorted((ROOT / "train/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_of_accelerate_are_what_it_knows(path):
     config = load_config_from_file(str(path))  # unknown keys raise
-    assert config.distributed_type.name == "MULTI_GPU" and config.num_processes % config.num_machines == 0
+    kinds = {"ddp": "MULTI_GPU", "several_machines": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type.name == kinds.get(path.stem, "DEEPSPEED")
+    assert config.num_processes % config.num_machines == 0
+    known = set(inspect.signature(FullyShardedDataParallelPlugin).parameters)
+    assert {name.removeprefix("fsdp_") for name in config.fsdp_config} <= known | {"version"}
+    if config.deepspeed_config:
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+        assert path.stem[-1] == "2" or config.deepspeed_config["zero3_save_16bit_model"]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):

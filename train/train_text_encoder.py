@@ -75,6 +75,8 @@ def main(config: TextEncoderConfig) -> None:
         text_encoder.gradient_checkpointing_enable()
     model = AttributeReader(text_encoder, config.dim)
     run = Run(config, accelerator, model)
+    if run.sharded:
+        raise ValueError("this network is small: train it without FSDP or DeepSpeed")
 
     for step in run.steps():
         total = torch.zeros((), device=accelerator.device)
@@ -95,7 +97,7 @@ def main(config: TextEncoderConfig) -> None:
             run.report(scores)
         run.save()
 
-    def save_result() -> None:
+    def save_result(_: object) -> None:
         text_encoder.save_pretrained(config.output_dir / "text_encoder")
         tokenizer.save_pretrained(config.output_dir / "tokenizer")
 

@@ -30,7 +30,7 @@ from vgen.training.adversarial import (
     adaptive_weight,
     discriminator_loss,
 )
-from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
+from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
 from vgen.training.temporal_loss import TemporalLossConfig, measure_motion, temporal_loss
 
 
@@ -171,10 +171,11 @@ def main(config: VAEConfig) -> None:
             write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
         run.save()
 
-    def save_result() -> None:
+    def save_result(weights: dict[str, Tensor] | None) -> None:
+        result = vae if weights is None else copy_of(vae, weights).to(accelerator.device)
         if not config.freeze_encoder:
-            calibrate(vae, source, config, accelerator.device)
-        vae.save_pretrained(config.output_dir / "vae")
+            calibrate(result, source, config, accelerator.device)
+        result.save_pretrained(config.output_dir / "vae")
 
     run.end(save_result)
 

@@ -43,7 +43,7 @@ from vgen.training.objective import (
     prediction_of,
     shift_of,
 )
-from vgen.training.run import Run, RunConfig, compile_blocks, config_text, generators, parse_config, start
+from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
 from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_motion, temporal_loss
 
 
@@ -240,7 +240,11 @@ def main(config: VDMConfig) -> None:
             write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
         run.save()
 
-    def save_result() -> None:
+    def save_result(weights: dict[str, Tensor] | None) -> None:
+        if weights is not None:
+            own = {key.removeprefix("denoiser."): value for key, value in weights.items()}
+            own = {key: value for key, value in own.items() if not key.startswith("text_encoder.")}
+            pipe.register_modules(**{"transformer" if pipe.unet is None else "unet": copy_of(pipe.denoiser, own)})
         if config.train_only == "lora":
             save_adapter(pipe, config)
             return

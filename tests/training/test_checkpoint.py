@@ -46,7 +46,7 @@ for step in run.steps():
         os.kill(os.getpid(), signal.SIGTERM)
     if kill == f"step{run.step}":
         os.kill(os.getpid(), signal.SIGKILL)
-run.end(lambda: torch.save(network.state_dict(), config.output_dir / "result.pt"))
+run.end(lambda weights: torch.save(network.state_dict(), config.output_dir / "result.pt"))
 """
 
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from vgen.training.run import RunConfig, check_sharding
+
 SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
+from vgen.training.run import copy_of
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -63,6 +67,10 @@ for (key, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=Tr
     if a.grad is not None:
         assert b.to_local().numel() <= a.numel()
         assert (b.grad.full_tensor() - a.grad).abs().max() < 1e-5 * largest, key
+weights = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if dist.get_rank() == 0:  # what is saved at the end of a run
+    copy = copy_of(sharded, weights).state_dict()
+    assert all(torch.equal(copy[key], weight) for key, weight in whole.state_dict().items())
 assert any(weight.to_local().numel() < weight.numel() for weight in sharded.parameters())
 dist.destroy_process_group()
 """
@@ -80,3 +88,12 @@ def test_a_sharded_network_gives_the_same_loss_and_gradients(tmp_path: Path, nam
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_does_not_go_with_sharding_is_named(tmp_path: Path):
+    config = RunConfig(output_dir=tmp_path, optimizer="muon", gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"ema_decay=0.999 \(give 0\), optimizer=muon \(give adamw\)$"):
+        check_sharding(config, "FSDP")
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 \(give 1\)$"):
+        check_sharding(config, "DEEPSPEED")
+    check_sharding(RunConfig(output_dir=tmp_path, ema_decay=0.0), "DEEPSPEED")

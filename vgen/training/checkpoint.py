@@ -63,6 +63,25 @@ class AveragedWeights:
         self._average.optimization_step = step
 
 
+class LastWeights:
+    """Stands in for `AveragedWeights` where nothing is averaged: the result is the last weights."""
+
+    def step(self) -> None:
+        """Nothing to do."""
+
+    def __enter__(self) -> None:
+        """The network keeps its weights."""
+
+    def __exit__(self, *error: object) -> None:
+        """It has kept them."""
+
+    def save(self, path: Path) -> None:
+        """They stand in the checkpoint anyway."""
+
+    def load(self, path: Path, step: int) -> None:
+        """They stand in the checkpoint anyway."""
+
+
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints in a run's folder as (step, path), oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
@@ -73,7 +92,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    average: AveragedWeights,
+    average: AveragedWeights | LastWeights,
     keep_last: int,
     settings: dict[str, Any],
 ) -> None:
@@ -104,7 +123,9 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, folder: Path, average: AveragedWeights, settings: dict[str, Any]) -> int:
+def resume(
+    accelerator: Accelerator, folder: Path, average: AveragedWeights | LastWeights, settings: dict[str, Any]
+) -> int:
     """Restores the newest checkpoint of a run that is as it was written; returns the steps done, 0 for a new run.
 
     A damaged one is put aside with a warning. Settings, versions and numbers of threads and processes that the

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from vgen.training.checkpoint import AveragedWeights, resume, save_checkpoint
+from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
 from vgen.training.throughput import Throughput
 
 
@@ -152,19 +152,51 @@ def start(config: RunConfig) -> Accelerator:
 
 
 def _check_strategy(accelerator: Accelerator) -> None:
-    """Refuses ways to share out a network that are not in force or not served: accelerate may ignore a request.
+    """Refuses a strategy that was asked for and is not in force: accelerate may ignore a request.
 
     Raises:
-        ValueError: Something else than data parallelism was asked for.
+        ValueError: It is not.
     """
-    asked = [
-        name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
-    ]
+    names = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    asked = [name for name in names if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
     found = accelerator.distributed_type.name
     if asked and found not in asked:
         raise ValueError(f"{asked[0]} was asked for, but accelerate gives {found} on {accelerator.device.type}")
-    if asked or found in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"{found} is not served yet: train/accelerate has configurations for data parallelism")
+    if found == "MEGATRON_LM" or (found == "FSDP" and not accelerator.is_fsdp2):
+        raise ValueError(f"{found} is not served: train/accelerate has configurations for DDP, FSDP2 and DeepSpeed")
+
+
+def check_sharding(config: RunConfig, strategy: str) -> None:
+    """Refuses settings that do not go with networks of which each process holds a part.
+
+    Args:
+        config: Of the run.
+        strategy: `FSDP` or `DEEPSPEED`.
+
+    Raises:
+        ValueError: Names all of them.
+    """
+    wrong = [
+        f"{name}={getattr(config, name)} (give {legal})"
+        for name, legal, right in (
+            ("ema_decay", 0, config.ema_decay == 0),
+            ("optimizer", "adamw", config.optimizer == "adamw"),
+            ("train_text_encoder", "false", not getattr(config, "train_text_encoder", False)),
+            ("train_only", "all", getattr(config, "train_only", "all") == "all"),
+            ("gan_weight", 0, not getattr(config, "gan_weight", 0)),
+            ("gradient_accumulation_steps", 1, strategy == "FSDP" or config.gradient_accumulation_steps == 1),
+        )
+        if not right
+    ]
+    if wrong:
+        raise ValueError(f"{strategy} does not go with {', '.join(wrong)}")
+
+
+def copy_of(network: Any, weights: dict[str, Tensor]) -> Any:
+    """A diffusers model with the config of another and these weights."""
+    copy = type(network).from_config(network.config)
+    copy.load_state_dict(weights)
+    return copy
 
 
 def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
@@ -272,7 +304,17 @@ class Run:
     ):
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
         optimizers, self.schedules = make_optimizers(config, model)
-        self.average = AveragedWeights(model.to(accelerator.device), config.ema_decay)
+        strategy = accelerator.distributed_type.name
+        self.sharded = strategy in ("FSDP", "DEEPSPEED")
+        """Whether each process holds a part of the weights."""
+        if self.sharded:
+            check_sharding(config, strategy)
+        if strategy == "DEEPSPEED":
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = max(1, config.batch_size // accelerator.num_processes)
+            settings["gradient_clipping"] = config.max_grad_norm
+        model.to(accelerator.device)
+        self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else LastWeights()
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
@@ -364,8 +406,11 @@ class Run:
 
     @property
     def wants_scores(self) -> bool:
-        """Whether this process has to measure after this step: every `sample_every` steps, one of them."""
-        return self.step % self.config.sample_every == 0 and self.accelerator.is_main_process
+        """Whether this process has to measure after this step: every `sample_every` steps, one of them.
+
+        None has to where it holds a part of the weights only.
+        """
+        return not self.sharded and self.step % self.config.sample_every == 0 and self.accelerator.is_main_process
 
     def report(self, scores: dict[str, float]) -> None:
         """Writes scores to the trackers and to the terminal."""
@@ -392,14 +437,19 @@ class Run:
             self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last, self._settings
         )
 
-    def end(self, save_result: Callable[[], None]) -> None:
-        """Lets one process save the result, with averaged weights, when all are done."""
+    def end(self, save_result: Callable[[dict[str, Tensor] | None], None]) -> None:
+        """Lets one process save the result, with averaged weights, when all are done.
+
+        `save_result` gets the network's weights where each process holds a part of them, else `None`: it has them.
+        """
         self.accelerator.wait_for_everyone()
         if self.stopped:
             self.accelerator.print(f"stopped after {self.step} steps; the same command goes on from there")
-        elif self.accelerator.is_main_process:
-            with self.average:
-                save_result()
+        else:
+            weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
+            if self.accelerator.is_main_process:
+                with self.average:
+                    save_result(weights)
         self.accelerator.end_training()
 
     def _check_finite(self) -> None:
