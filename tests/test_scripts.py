@@ -675,7 +675,10 @@ def test_configurations_of_accelerate_are_what_it_knows(path):
     assert config.distributed_type.name == kinds.get(path.stem, "DEEPSPEED")
     assert config.num_processes % config.num_machines == 0
     known = set(inspect.signature(FullyShardedDataParallelPlugin).parameters)
-    assert {name.removeprefix("fsdp_") for name in config.fsdp_config} <= known | {"version"}
+    assert {name.removeprefix("fsdp_") for name in config.fsdp_config} <= known | {
+        "version",
+        "transformer_layer_cls_to_wrap",
+    }
     if config.deepspeed_config:
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
         assert path.stem[-1] == "2" or config.deepspeed_config["zero3_save_16bit_model"]
