@@ -17,11 +17,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
+from vgen.metrics.reference import psnr, ssim
 from vgen.pipeline import VideoGenPipeline
 
 WORLD_SEED = 1000  # training draws its scenes from seed 0
@@ -81,9 +81,8 @@ def main() -> None:
 
 def measure(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of frames `(f, h, w, 3)`, uint8."""
-    a, b = (torch.from_numpy(frames).movedim(-1, 1).float() / 255 for frames in (made, true))
-    psnr = peak_signal_noise_ratio(a, b, data_range=1.0)
-    return psnr.item(), structural_similarity_index_measure(a, b, data_range=1.0).item()
+    a, b = (torch.from_numpy(frames).movedim(-1, 0)[None] / 127.5 - 1 for frames in (made, true))
+    return psnr(a, b).item(), ssim(a, b).item()
 
 
 def by_model(

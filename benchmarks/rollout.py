@@ -28,6 +28,7 @@ from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
 from vgen.metrics.prompt import check
+from vgen.metrics.temporal import border_differences, drift_slopes
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
@@ -119,15 +120,16 @@ def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options:
 def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dict[str, float]:
     """What is still right at the end, and how brightness, contrast and seams behave."""
     starts, ends, slopes, seams = [], [], [], []
+    s, size = pipe.vae_scale_factor_temporal, pipe.denoiser.config.chunk_size
     for video, scene in zip(videos, scenes, strict=True):
         for verdicts, frames in ((starts, video[:17]), (ends, video[-LAST:])):
             verdicts.append(all(one.color_right and one.shape_right for one in check(frames, scene).objects))
-        pixels = video.astype(np.float32) / 255
-        times = np.arange(len(video)) / 100
-        slopes.append([np.polyfit(times, values, 1)[0] for values in (pixels.mean((1, 2, 3)), pixels.std((1, 2, 3)))])
-        seams.append(borders(pixels, pipe))
+        clip = torch.from_numpy(video).movedim(-1, 0)[None] / 127.5 - 1
+        found = drift_slopes(clip)
+        slopes.append([found[name].item() for name in ("brightness", "contrast")])
+        seams.append([one.item() for one in border_differences(clip, size, s)])
     began, ended, table = np.array(starts), np.array(ends), np.array(slopes)
-    at_chunks, elsewhere = np.mean(seams, axis=0)
+    at_chunks, elsewhere = np.mean(seams, axis=0)  # the ratio of the means: a video at rest has none of its own
     measured = {
         "right at start": began.mean(),
         "right at end": ended.mean(),
@@ -139,15 +141,6 @@ def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dic
         "seam ratio": at_chunks / elsewhere,
     }
     return {name: float(value) for name, value in measured.items()}
-
-
-def borders(pixels: np.ndarray, pipe: VideoGenPipeline) -> tuple[float, float]:
-    """Mean differences of neighbouring frames across borders of chunks, and of other latents; frame 0 comes alone."""
-    s, size = pipe.vae_scale_factor_temporal, pipe.denoiser.config.chunk_size
-    change = np.abs(np.diff(pixels, axis=0)).mean((1, 2, 3))  # from frame i to i + 1
-    last = np.arange(s, len(change), s)  # the last frames of latents
-    is_chunk = last % (s * size) == 0
-    return change[last[is_chunk]].mean(), change[last[~is_chunk]].mean()
 
 
 def timings(pipe: VideoGenPipeline) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
 from vgen.metrics.prompt import adherence
+from vgen.metrics.reference import psnr
 from vgen.pipeline import VideoGenPipeline
 
 WORLD_SEED = 1000  # training draws its scenes from seed 0
@@ -38,7 +39,7 @@ def main() -> None:
     pipe = VideoGenPipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    results = {"psnr": psnr(pipe, args.num_clips)}
+    results = {"psnr": vae_psnr(pipe, args.num_clips)}
     print(f"VAE: {results['psnr']:.2f} dB over {args.num_clips} fresh clips")
     print(f"{'combinations':<14}{'objects':<10}{'from':<24}" + "".join(f"{name:>9}" for name in COLUMNS))
     for split in ("train", "held_out"):
@@ -62,14 +63,14 @@ COLUMNS = ("right", "color", "shape", "motion")
 
 
 @torch.no_grad()
-def psnr(pipe: VideoGenPipeline, num_clips: int) -> float:
+def vae_psnr(pipe: VideoGenPipeline, num_clips: int) -> float:
     """Mean PSNR in dB of clamped float32 reconstructions of the posterior's mode."""
     world = ShapesWorld(split="all", seed=WORLD_SEED)
     values = []
     for begin in range(0, num_clips, 8):
         clip = render([world.scene(index) for index in range(begin, begin + 8)], device=pipe.device)
         decoded = pipe.vae.decode(pipe.vae.encode(clip).latent_dist.mode()).sample
-        values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
+        values.append(psnr(decoded, clip))
     return torch.cat(values).mean().item()
 
 

@@ -35,8 +35,8 @@ from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
 from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.flow import measure_motion
 from vgen.training.run import compile_blocks
-from vgen.training.temporal_loss import measure_motion
 
 NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
 

@@ -32,7 +32,7 @@ from vgen.known_frames import encode_known_frames
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
-from vgen.training.temporal_loss import measure_motion
+from vgen.temporal.flow import measure_motion
 
 ROOT = Path(__file__).parents[1]
 VAE = {

@@ -21,17 +21,18 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
 from vgen.metrics.prompt import adherence
+from vgen.metrics.reference import LPIPS, psnr
 from vgen.models.image_vae import load_vae
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.flow import measure_motion
 from vgen.training.adversarial import (
     JudgedVAE,
     PatchDiscriminator,
-    PerceptualLoss,
     adaptive_weight,
     discriminator_loss,
 )
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
-from vgen.training.temporal_loss import TemporalLossConfig, measure_motion, temporal_loss
+from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 
 @dataclass(kw_only=True)
@@ -124,7 +125,7 @@ def main(config: VAEConfig) -> None:
     if config.compile:
         compile_blocks(vae)
     model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
-    perceptual = PerceptualLoss().to(accelerator.device) if config.lpips_weight else None
+    perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
     run = Run(config, accelerator, model, lambda step: source.name(*batch_of(config, step)))
 
     for step in run.steps():
@@ -144,7 +145,7 @@ def main(config: VAEConfig) -> None:
             parts = {"l1": l1, "kl": kl}
             error = l1 + config.mse_weight * mse
             if perceptual is not None:
-                parts["lpips"] = perceptual(out.sample.float(), clip)
+                parts["lpips"] = perceptual(out.sample.float(), clip).mean()
                 error = error + config.lpips_weight * parts["lpips"]
             if config.wants_temporal_loss:
                 parts["temporal"] = torch.zeros_like(l1)
@@ -274,7 +275,7 @@ def score(
     for begin in range(0, config.num_score_clips, 8):
         clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
-        values.append(-10 * torch.log10(((decoded - clip) / 2).square().mean(dim=(1, 2, 3, 4))))
+        values.append(psnr(decoded, clip))
         reconstructions.extend(decoded.cpu())
         if shown is None:
             pairs = torch.cat([torch.cat(list(x), dim=-1) for x in (clip, decoded)], dim=-2)

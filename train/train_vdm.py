@@ -33,6 +33,7 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
+from vgen.temporal.flow import Motion, measure_motion
 from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import (
@@ -44,7 +45,7 @@ from vgen.training.objective import (
     shift_of,
 )
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
-from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_motion, temporal_loss
+from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 
 @dataclass(kw_only=True)

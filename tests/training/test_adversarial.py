@@ -1,6 +1,3 @@
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -8,7 +5,6 @@ from torch import nn
 from vgen.training.adversarial import (
     JudgedVAE,
     PatchDiscriminator,
-    PerceptualLoss,
     adaptive_weight,
     discriminator_loss,
 )
@@ -74,24 +70,3 @@ def test_a_discriminator_learns_to_tell_real_from_fake():
         loss.backward()
         optimizer.step()
     assert loss < 0.3  # 1 when it tells nothing
-
-
-def test_lpips_sees_frames_of_both_clips(monkeypatch):
-    class LPIPS(nn.Module):
-        def __init__(self, net, verbose):
-            super().__init__()
-            assert net == "vgg"
-
-        def forward(self, a, b):
-            assert a.shape == b.shape == (10, 3, 32, 32)
-            return (a - b).square().mean((1, 2, 3), keepdim=True)
-
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
-    a, b = torch.rand(2, 2, 3, 5, 32, 32)
-    torch.testing.assert_close(PerceptualLoss()(a, b), (a - b).square().mean())
-
-
-def test_missing_lpips_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match=r"lpips_weight needs lpips .* pip install vgen\[lpips\]"):
-        PerceptualLoss()

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vgen.training.temporal_loss import Motion, TemporalLossConfig, measure_motion, temporal_loss
+from vgen.temporal.flow import Motion, measure_motion
+from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 FLOW_METHODS = ("dis", "farneback", "lucas_kanade", "raft")
@@ -97,6 +97,30 @@ def visible(forward: Tensor, backward: Tensor, relative: float = 0.01, absolute:
     x = forward[:, :1] + torch.arange(width, device=forward.device)
     y = forward[:, 1:] + torch.arange(height, device=forward.device)[:, None]
     return returns & (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+
+
+class Motion(NamedTuple):
+    """How a clip's content moves from each frame to the next one."""
+
+    flow: Tensor
+    """`(b, 2, f - 1, h, w)` in pixels."""
+    visible: Tensor
+    """Where it can be trusted, `(b, 1, f - 1, h, w)` in [0, 1]."""
+
+    def scaled_down(self, factor: int) -> Motion:
+        """The motion of frames whose sides are that much shorter; visible is what is so in all of a pixel."""
+        spatial = "b c f (h y) (w x) -> b c f h w"
+        flow = reduce(self.flow, spatial, "mean", y=factor, x=factor) / factor
+        return Motion(flow, reduce(self.visible, spatial, "min", y=factor, x=factor))
+
+
+def measure_motion(clip: Tensor, method: str = "dis") -> Motion:
+    """The motion in a real clip `(b, 3, f, h, w)` in [-1, 1]."""
+    frames = rearrange(clip, "b c f h w -> f b c h w")
+    first, second = (x.flatten(0, 1) for x in (frames[:-1], frames[1:]))
+    forward, backward = optical_flow(first, second, method), optical_flow(second, first, method)
+    seen = visible(forward, backward).to(forward)
+    return Motion(*(rearrange(x, "(f b) c h w -> b c f h w", b=len(clip)) for x in (forward, seen)))
 
 
 def _to_gray(frames: Tensor) -> list[np.ndarray]:

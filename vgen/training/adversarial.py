@@ -1,4 +1,4 @@
-"""What sharpens a VAE beside its reconstruction error: a discriminator of patches in space and time, and LPIPS."""
+"""What sharpens a VAE beside its reconstruction error: a discriminator of patches in space and time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.models.vae import CausalVideoVAE
@@ -90,28 +89,3 @@ def adaptive_weight(error: Tensor, fooling: Tensor, last_layer: Tensor, largest:
     """
     pulls = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (error, fooling)]
     return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, largest).detach()
-
-
-class PerceptualLoss(nn.Module):
-    """LPIPS between frames, by the package `lpips`, which fetches its VGG weights once.
-
-    Raises:
-        ImportError: It or torchvision is not installed.
-
-    Source: The unreasonable effectiveness of deep features as a perceptual metric, arXiv 1801.03924.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            import lpips
-        except (ImportError, RuntimeError) as error:  # torchvision for another torch breaks on import
-            raise ImportError(
-                f"lpips_weight needs lpips and torchvision that fits this torch: pip install vgen[lpips] ({error})"
-            ) from error
-        self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-
-    def forward(self, video: Tensor, real: Tensor) -> Tensor:
-        """The mean distance of clips `(b, 3, f, h, w)` in [-1, 1], frame by frame."""
-        frames = (rearrange(x, "b c f h w -> (b f) c h w") for x in (video, real))
-        return self.network(*frames).mean()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
-from vgen.temporal.flow import FLOW_METHODS, optical_flow, visible, warp
+from vgen.temporal.flow import FLOW_METHODS, Motion, warp
 
 
 @dataclass(kw_only=True)
@@ -43,30 +42,6 @@ class TemporalLossConfig:
                 f"difference_weight, warping_weight, matched_weight={weights} must not be negative and "
                 f"flow={self.flow!r} must be one of {', '.join(FLOW_METHODS)}"
             )
-
-
-class Motion(NamedTuple):
-    """How a clip's content moves from each frame to the next one."""
-
-    flow: Tensor
-    """`(b, 2, f - 1, h, w)` in pixels."""
-    visible: Tensor
-    """Where it can be trusted, `(b, 1, f - 1, h, w)` in [0, 1]."""
-
-    def scaled_down(self, factor: int) -> Motion:
-        """The motion of frames whose sides are that much shorter; visible is what is so in all of a pixel."""
-        spatial = "b c f (h y) (w x) -> b c f h w"
-        flow = reduce(self.flow, spatial, "mean", y=factor, x=factor) / factor
-        return Motion(flow, reduce(self.visible, spatial, "min", y=factor, x=factor))
-
-
-def measure_motion(clip: Tensor, method: str = "dis") -> Motion:
-    """The motion in a real clip `(b, 3, f, h, w)` in [-1, 1]."""
-    frames = rearrange(clip, "b c f h w -> f b c h w")
-    first, second = (x.flatten(0, 1) for x in (frames[:-1], frames[1:]))
-    forward, backward = optical_flow(first, second, method), optical_flow(second, first, method)
-    seen = visible(forward, backward).to(forward)
-    return Motion(*(rearrange(x, "(f b) c h w -> b c f h w", b=len(clip)) for x in (forward, seen)))
 
 
 def temporal_loss(

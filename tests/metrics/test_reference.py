@@ -1,0 +1,63 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from vgen.metrics.reference import LPIPS, psnr, ssim
+
+
+@pytest.fixture
+def clips():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand(2, 3, 4, 32, 32, generator=generator) * 2 - 1
+    return true, (true + 0.1 * torch.randn(true.shape, generator=generator)).clamp(-1, 1)
+
+
+def test_psnr_is_its_formula_for_each_clip(clips):
+    true, made = clips
+    expected = 10 * torch.log10(4 / (made - true).square().mean((1, 2, 3, 4)))
+    torch.testing.assert_close(psnr(made, true), expected)
+    assert psnr(true, true).isinf().all()
+
+
+def test_ssim_of_a_clip_is_the_mean_over_its_frames(clips):
+    true, made = clips
+    whole = ssim(made, true)
+    alone = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
+    torch.testing.assert_close(whole, alone.mean(0))
+    torch.testing.assert_close(ssim(true, true), torch.ones(2))
+    assert (whole < 1).all()
+
+
+def test_lpips_sees_the_frames_of_each_clip(clips, monkeypatch):
+    class Network(nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "vgg"
+
+        def forward(self, a, b):
+            assert a.shape == b.shape == (8, 3, 32, 32)
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Network))
+    true, made = clips
+    torch.testing.assert_close(LPIPS()(made, true), (made - true).square().mean((1, 2, 3, 4)))
+
+
+def test_missing_lpips_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"LPIPS needs lpips .* pip install vgen\[lpips\]"):
+        LPIPS()
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_what_cannot_be_compared_is_refused(metric, clips):
+    true, made = clips
+    for wrong in (made[:1], made[:, :, :3], made[..., :16], made[0]):
+        with pytest.raises(ValueError, match="both must be"):
+            metric(wrong, true)
+    made[1, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the made clips hold values that are not finite"):
+        metric(made, true)
