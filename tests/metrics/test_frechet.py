@@ -1,0 +1,167 @@
+import json
+import logging
+
+import pytest
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import (
+    TimesformerConfig,
+    TimesformerModel,
+    VideoMAEConfig,
+    VideoMAEModel,
+    VivitConfig,
+    VivitModel,
+    VJEPA2Config,
+    VJEPA2Model,
+)
+
+from vgen.metrics.frechet import (
+    FeatureNetwork,
+    Protocol,
+    ScriptedFeatures,
+    distances,
+    extract,
+    frechet_distance,
+    kernel_distance,
+)
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+MODELS = {
+    "videomae": lambda: VideoMAEModel(VideoMAEConfig(**SMALL, image_size=32, patch_size=16, num_frames=4)),
+    "timesformer": lambda: TimesformerModel(TimesformerConfig(**SMALL, image_size=32, patch_size=16, num_frames=4)),
+    "vivit": lambda: VivitModel(VivitConfig(**SMALL, image_size=32, num_frames=4, tubelet_size=[2, 16, 16])),
+    "vjepa2": lambda: VJEPA2Model(
+        VJEPA2Config(
+            hidden_size=24, num_hidden_layers=1, num_attention_heads=2, crop_size=32, frames_per_clip=4, patch_size=16,
+            pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+        )
+    ),
+}  # fmt: skip
+
+
+def gaussian(n, mean, scale, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, len(mean), generator=generator, dtype=torch.double) * torch.tensor(scale) + torch.tensor(
+        mean
+    )
+
+
+def whitened(n, d, seed=0):
+    """Points whose mean is 0 and whose covariance is the identity, exactly."""
+    x = gaussian(n, [0.0] * d, [1.0] * d, seed)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+
+def test_the_frechet_distance_of_gaussians_is_its_closed_form():
+    x, y = whitened(50, 3), whitened(60, 3, seed=1)
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 3.0])
+    shift = torch.tensor([1.0, -2.0, 0.5])
+    expected = shift.square().sum() + (a - b).square().sum()
+    assert frechet_distance(x * a, y * b + shift) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_distances_are_those_of_torchmetrics_with_the_same_features():
+    class Pixels(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, x):
+            return x.flatten(1).double()
+
+    real, made = gaussian(40, [0.0] * 6, [1.0] * 6), gaussian(40, [0.3] * 6, [1.5] * 6, seed=1)
+    metric = FrechetInceptionDistance(feature=Pixels()).set_dtype(torch.float64)
+    kernel = KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=40).set_dtype(torch.float64)
+    for one in (metric, kernel):
+        one.update(real.view(40, 6, 1, 1), real=True)
+        one.update(made.view(40, 6, 1, 1), real=False)
+    assert frechet_distance(real, made) == pytest.approx(metric.compute().item(), rel=1e-9)
+    assert kernel_distance(real, made) == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
+
+
+def test_the_kernel_distance_is_unbiased():
+    zero, one = [0.0, 0.0], [1.0, 1.0]
+    values = [kernel_distance(gaussian(20, zero, one, i), gaussian(20, zero, one, 1000 + i)) for i in range(200)]
+    assert abs(sum(values) / 200) < 4 * torch.tensor(values).std() / 200**0.5
+    assert min(values) < 0
+    assert kernel_distance(whitened(50, 2), whitened(50, 2, 1) + 1) > 0.5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_video_models_of_transformers_give_features(tmp_path, kind):
+    torch.manual_seed(0)
+    MODELS[kind]().eval().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
+    network = FeatureNetwork(tmp_path)
+    clips = torch.rand(3, 3, 4, 20, 24) * 2 - 1
+    features = extract(network, clips.split(2))
+    assert features.shape[0] == 3 and features.dtype == torch.double
+    torch.testing.assert_close(features[1:2], network(clips[1:2]).double(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(features[0], features[1], atol=1e-6)
+    assert network.mean == pytest.approx([0.4] * 3) and network.std == pytest.approx([0.2] * 3)
+    assert Protocol.of(network, clips, 3, 1, False).feature_network == FeatureNetwork(tmp_path).digest
+    with pytest.raises(ValueError, match="clips of 3 frames, but .* takes 4"):
+        network(clips[:, :, :3])
+
+
+def test_torchscript_needs_to_be_trusted(tmp_path):
+    class I3D(torch.nn.Module):
+        def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+            assert rescale and resize and return_features
+            return x.mean(dim=[2, 3, 4])
+
+    torch.jit.script(I3D()).save(tmp_path / "i3d.pt")
+    with pytest.raises(ValueError, match="is a program: say that you trust it"):
+        ScriptedFeatures(tmp_path / "i3d.pt")
+    network = ScriptedFeatures(tmp_path / "i3d.pt", trusted=True)
+    clip = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 4, 4)
+    assert network(clip).tolist() == [[0.0, 127.5, 255.0]] and len(network.digest) == 64
+
+
+PROTOCOL = Protocol(
+    num_clips=50, num_frames=4, stride=1, height=64, width=64, known_frames_counted=False, resize="none",
+    feature_network="a",
+)  # fmt: skip
+
+
+def test_numbers_of_different_protocols_are_not_compared():
+    real = whitened(50, 3)
+    one = distances(real, whitened(50, 3, 1), PROTOCOL, num_resamples=20)["FVD"]
+    other = distances(real, whitened(50, 3, 2) + 1, PROTOCOL, num_resamples=20)["FVD"]
+    assert other.minus(one) == pytest.approx(other.value - one.value) and other.value > one.value
+    assert "num_frames 4" in str(one) and "known_frames_counted False" in str(one)
+    changed = Protocol(**{**vars(PROTOCOL), "stride": 2, "feature_network": "b"})
+    far = distances(real, whitened(50, 3, 2), changed, num_resamples=20)
+    with pytest.raises(ValueError, match="stride 1 and 2, feature_network a and b"):
+        one.minus(far["FVD"])
+    with pytest.raises(ValueError, match="FVD and KVD"):
+        one.minus(far["KVD"])
+
+
+def test_intervals_hold_the_value_and_shrink_with_more_clips():
+    real = gaussian(2000, [0.0, 0.0], [1.0, 1.0])
+    widths = []
+    for count in (50, 800):
+        found = distances(real, gaussian(count, [1.0, 0.0], [1.0, 1.0], seed=1), PROTOCOL, num_resamples=100)
+        assert all(one.low <= one.value <= one.high for one in found.values())
+        widths.append(found["FVD"].high - found["FVD"].low)
+    assert widths[1] < 0.5 * widths[0]
+    again = distances(real, gaussian(800, [1.0, 0.0], [1.0, 1.0], seed=1), PROTOCOL, num_resamples=100)
+    assert again == found
+
+
+def test_too_few_clips_are_told_with_the_rank(caplog):
+    logging.getLogger("diffusers").propagate = True
+    distances(whitened(10, 4), whitened(10, 4)[:4], PROTOCOL, num_resamples=2)
+    assert "4 clips for features of 4 dimensions: their covariance has rank 3 only" in caplog.text
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_features_that_do_not_fit_are_refused(distance):
+    with pytest.raises(ValueError, match="equal d"):
+        distance(torch.zeros(4, 2), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        distance(torch.zeros(4, 2), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="made clips are not finite"):
+        distance(torch.zeros(4, 2), torch.full((4, 2), float("nan")))

@@ -1,0 +1,260 @@
+"""How near the distribution of made clips is to that of real ones, with the protocol that makes numbers comparable."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+from einops import rearrange
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
+
+from vgen.metrics.temporal import check_clip
+from vgen.models.loading import weights_digest
+
+logger = logging.get_logger(__name__)
+
+
+class FeatureNetwork(nn.Module):
+    """A video model of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2, ...) as features of clips.
+
+    A clip's feature is the mean over its tokens in the last layer. Frames are resized as bilinear interpolation with
+    antialiasing does and normalised by the mean and deviation in the model's `preprocessor_config.json`.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        ValueError: It is no model of videos.
+    """
+
+    resize = "bilinear, antialiased"
+
+    def __init__(self, source: str | Path):
+        super().__init__()
+        from transformers import AutoModel, ImageProcessingMixin
+
+        self.name = str(source)
+        self.network = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
+        config = self.network.config
+        self.num_frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", None))
+        self.image_size = getattr(config, "image_size", getattr(config, "crop_size", None))
+        if self.num_frames is None or self.image_size is None:
+            raise ValueError(f"{source} holds a {type(self.network).__name__}, which is no model of videos")
+        try:
+            told, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        except OSError:
+            told = {}
+        mean, std = (told.get(key, default) for key, default in (("image_mean", 0.5), ("image_std", 0.5)))
+        self.mean, self.std = ([float(x) for x in torch.tensor(one).expand(3)] for one in (mean, std))
+
+    @property
+    def digest(self) -> str:
+        """Of the weights."""
+        return weights_digest(self.network)
+
+    @torch.no_grad()
+    def forward(self, clip: Tensor) -> Tensor:
+        """Features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1].
+
+        Raises:
+            ValueError: They have another number of frames than the model takes.
+        """
+        check_clip(clip, 1)
+        if clip.shape[2] != self.num_frames:
+            raise ValueError(f"clips of {clip.shape[2]} frames, but {self.name} takes {self.num_frames}")
+        size = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size, self.image_size)
+        frames = rearrange(clip.float() / 2 + 0.5, "b c f h w -> (b f) c h w")
+        frames = F.interpolate(frames, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+        mean, std = (frames.new_tensor(one)[:, None, None] for one in (self.mean, self.std))
+        pixels = rearrange((frames - mean) / std, "(b f) c h w -> b f c h w", b=len(clip))
+        return self.network(**{self.network.main_input_name: pixels}).last_hidden_state.mean(1)
+
+
+class ScriptedFeatures(nn.Module):
+    """An I3D network in TorchScript, as it goes round for the Frechet video distance, as features of clips.
+
+    It is called as `network(pixels, rescale=True, resize=True, return_features=True)` with pixels in [0, 255].
+
+    Args:
+        path: Of the file. It is a program that runs with your rights: take it from where you trust.
+        trusted: Must be true.
+
+    Raises:
+        ValueError: It was not said to be trusted.
+    """
+
+    resize = "by the network"
+    num_frames = None
+
+    def __init__(self, path: str | Path, trusted: bool = False):
+        super().__init__()
+        if not trusted:
+            raise ValueError(f"{path} is a program: say that you trust it (trusted=True, --trust-torchscript)")
+        self.name = str(path)
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.network = torch.jit.load(str(path)).eval()
+
+    @torch.no_grad()
+    def forward(self, clip: Tensor) -> Tensor:
+        """Features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1]."""
+        check_clip(clip, 1)
+        return self.network((clip.float() + 1) * 127.5, rescale=True, resize=True, return_features=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What a distance between distributions depends on beside the videos."""
+
+    num_clips: int
+    num_frames: int
+    """Of a clip."""
+    stride: int
+    """From one frame of a clip to the next in its video."""
+    height: int
+    """Pixels, before the network's own resizing."""
+    width: int
+    known_frames_counted: bool
+    """Whether frames that were given stand in the clips."""
+    resize: str
+    """How frames came to the network's size."""
+    feature_network: str
+    """Digest of its weights."""
+
+    @classmethod
+    def of(cls, network: Any, clips: Tensor, num_clips: int, stride: int, known_frames_counted: bool) -> Protocol:
+        """Of features of clips like these, `(b, 3, f, h, w)`."""
+        return cls(
+            num_clips=num_clips,
+            num_frames=clips.shape[2],
+            stride=stride,
+            height=clips.shape[3],
+            width=clips.shape[4],
+            known_frames_counted=known_frames_counted,
+            resize=network.resize,
+            feature_network=network.digest,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """A distance with what it means."""
+
+    name: str
+    value: float
+    low: float
+    """Of the 95% confidence interval."""
+    high: float
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items())
+        return f"{self.name} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({told})"
+
+    def minus(self, other: Distance) -> float:
+        """The difference to another distance of the same kind.
+
+        Raises:
+            ValueError: Their protocols differ; what does is named.
+        """
+        mine, theirs = asdict(self.protocol), asdict(other.protocol)
+        wrong = [f"{key} {mine[key]} and {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        if self.name != other.name:
+            wrong.insert(0, f"{self.name} and {other.name}")
+        if wrong:
+            raise ValueError(f"these numbers cannot be compared: {', '.join(wrong)}")
+        return self.value - other.value
+
+
+def extract(network: Callable[[Tensor], Tensor], clips: Iterable[Tensor]) -> Tensor:
+    """Features `(n, d)` of batches of clips, in double precision on the CPU."""
+    return torch.cat([network(batch).double().cpu() for batch in clips])
+
+
+def frechet_distance(real: Tensor, made: Tensor) -> float:
+    """The Frechet distance of Gaussians through features `(n, d)` of real and of made clips.
+
+    Raises:
+        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+
+    Source: GANs trained by a two time-scale update rule, arXiv 1706.08500; for videos: arXiv 1812.01717.
+    """
+    _check_features(real, made)
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]  # type: ignore[assignment]
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(made.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(real: Tensor, made: Tensor) -> float:
+    """The squared maximum mean discrepancy, unbiased, with the kernel `(x y / d + 1)^3`; it may be below 0.
+
+    Raises:
+        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+
+    Source: Demystifying MMD GANs, arXiv 1801.01401.
+    """
+    _check_features(real, made)
+    count = min(len(real), len(made))
+    return poly_mmd(real[:count].double(), made[:count].double(), degree=3, gamma=None, coef=1.0).item()
+
+
+DISTANCES = {"FVD": frechet_distance, "KVD": kernel_distance}
+
+
+def distances(
+    real: Tensor, made: Tensor, protocol: Protocol, num_resamples: int = 200, seed: int = 0
+) -> dict[str, Distance]:
+    """All distances with confidence intervals, by drawing the made clips anew with replacement (bootstrap).
+
+    Args:
+        real: Features `(n, d)`.
+        made: Features `(n, d)`.
+        protocol: That made them.
+        num_resamples: Draws for the interval.
+        seed: Of them.
+
+    Raises:
+        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+    """
+    _check_features(real, made)
+    least = min(len(real), len(made))
+    if least <= real.shape[1]:
+        rank = int(torch.linalg.matrix_rank((made - made.mean(0)).double()))
+        logger.warning(
+            f"{least} clips for features of {real.shape[1]} dimensions: their covariance has rank {rank} only, and "
+            "the Frechet distance depends on the number of clips"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randint(len(made), (len(made),), generator=generator) for _ in range(num_resamples)]
+    found = {}
+    for name, function in DISTANCES.items():
+        value = function(real, made)
+        drawn = torch.tensor([function(real, made[draw]) for draw in draws], dtype=torch.float64)
+        # drawing with replacement makes sets less varied than they are: the interval is about the value itself
+        deviation = drawn - drawn.mean() if num_resamples else torch.zeros(1, dtype=torch.float64)
+        low, high = torch.quantile(deviation, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        found[name] = Distance(name=name, value=value, low=value + low, high=value + high, protocol=protocol)
+    return found
+
+
+def _check_features(real: Tensor, made: Tensor) -> None:
+    if real.ndim != 2 or made.ndim != 2 or real.shape[1] != made.shape[1]:
+        raise ValueError(f"features must be (n, d) with equal d, not {tuple(real.shape)} and {tuple(made.shape)}")
+    if min(len(real), len(made)) < 2:
+        raise ValueError(f"{len(real)} real and {len(made)} made clips: at least 2 of each are needed")
+    for name, features in (("real", real), ("made", made)):
+        if not torch.isfinite(features).all():
+            raise ValueError(f"the features of {name} clips are not finite")
