@@ -29,6 +29,23 @@ def append(past: Tensor, piece: Tensor) -> Tensor:
     return torch.cat([past.to(piece), piece], dim=2)
 
 
+def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """What a 3D convolution without padding in time gives of `(b, c, f, h, w)`.
+
+    On the CPU in float32 it runs as a 2D one whose channels are the frames that the kernel spans: the 3D kernels there
+    reach a third of that speed where there are few frames. In bfloat16 they are the faster ones.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
+    span, stride = conv.kernel_size[0], conv.stride[0]
+    count = (x.shape[2] - span) // stride + 1
+    taps = [x[:, :, tap : tap + stride * (count - 1) + 1 : stride] for tap in range(span)]
+    frames = rearrange(torch.cat(taps, dim=1) if span > 1 else x, "b c f h w -> (b f) c h w")
+    weight = rearrange(conv.weight, "o c k h w -> o (k c) h w")
+    y = F.conv2d(frames, weight, conv.bias, padding=conv.padding[1:])  # type: ignore[arg-type]
+    return rearrange(y, "(b f) c h w -> b c f h w", b=len(x))
+
+
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution whose output frame k sees input frames up to k only.
 
@@ -56,7 +73,7 @@ class CausalConv3d(nn.Conv3d):
         """
         length = self.kernel_size[0] - 1
         if length == 0:
-            return super().forward(x)
+            return convolve(self, x)
         past = None if history is None else history.get(self.state_key)
         if history is None and x.shape[2] == 1:
             return self._single_frame(x)
@@ -65,7 +82,7 @@ class CausalConv3d(nn.Conv3d):
         x = append(past, x)
         if history is not None:
             history.put(self.state_key, x[:, :, -length:].clone())
-        return super().forward(x)
+        return convolve(self, x)
 
     def _single_frame(self, x: Tensor) -> Tensor:
         """A lone frame meets the last tap only, at a third of the cost; images are encoded and trained this way."""
@@ -93,10 +110,10 @@ class CausalDownsample(nn.Module):
         if history is not None:
             history.put(self.state_key, x[:, :, -1:].clone())
         if past is not None:
-            return self.time_conv(append(past, x))
+            return convolve(self.time_conv, append(past, x))
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+        return torch.cat([x[:, :, :1], convolve(self.time_conv, x)], dim=2)
 
 
 class CausalUpsample(nn.Module):
