@@ -9,6 +9,7 @@ With `--buckets`, each bucket's clips go to a folder of its own in the output fo
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import measure_motion
 from vgen.training.run import compile_blocks
 
+NUM_DRAWN = 20000
 NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
 
 
@@ -76,8 +78,8 @@ class EncodeConfig:
     """Tokens of a caption, where it is embedded."""
     hop: int | None = None
     """Frames from one clip of a video to the next; `None` lets them follow without a gap."""
-    num_clips: int = 20000
-    """Clips of ShapesWorld or Moving MNIST; of other sources, the most that are taken."""
+    num_clips: int | None = None
+    """Clips of ShapesWorld or Moving MNIST, 20,000 if not given; of other sources, the most that are taken."""
     seed: int = 0
     """Of the world."""
     num_captions: int = 4
@@ -181,9 +183,10 @@ def encode_stream(
     names = f"stream-{process.process_index:04d}-of-{process.num_processes:04d}"
     shards = sorted(config.output_dir.glob(f"{names}-*.safetensors"))
     first = int(shards[-1].stem.split("-")[-1]) if shards else 0
-    left = -(-config.num_clips // process.num_processes) - sum(shard_length(path) for path in shards)
+    left = math.inf if config.num_clips is None else -(-config.num_clips // process.num_processes)
+    left -= sum(shard_length(path) for path in shards)
     videos = itertools.islice(clips.videos(), process.process_index, None, process.num_processes)
-    shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip", initial=0)
+    shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip")
 
     def flush(stop: int) -> None:
         nonlocal shard, first
@@ -197,7 +200,9 @@ def encode_stream(
         if left <= 0:
             stop -= 1
             break
-        for clip in itertools.islice(clips.clips(listed), left):
+        for clip in clips.clips(listed):
+            if left <= 0:
+                break
             left -= 1
             bar.update()
             waiting.append(clip)
@@ -283,7 +288,7 @@ class WorldClips:
         self.world = ShapesWorld(split="train", seed=config.seed)
 
     def __len__(self) -> int:
-        return self.config.num_clips
+        return NUM_DRAWN if self.config.num_clips is None else self.config.num_clips
 
     def batch(self, indices: range, device: torch.device) -> Batch:
         """Some of them."""
@@ -305,7 +310,7 @@ class DigitClips:
         self.config, self.world = config, world
 
     def __len__(self) -> int:
-        return self.config.num_clips
+        return NUM_DRAWN if self.config.num_clips is None else self.config.num_clips
 
     def batch(self, indices: range, device: torch.device) -> Batch:
         """Some of them, without captions."""
