@@ -194,6 +194,7 @@ def main(config: VDMConfig) -> None:
             weight.requires_grad_(True)
     if config.wants_temporal_loss:
         check_motion(config, sources)
+        pipe.vae.requires_grad_(False).to(accelerator.device)  # which decodes for the loss between pixels
     objective = Objective(pipe.scheduler, config.snr_gamma)
     for source in sources:
         check_encoder(pipe, source)
@@ -257,7 +258,8 @@ def main(config: VDMConfig) -> None:
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     """The pipeline to train: from `--init`, or with random weights behind the given VAE."""
     if config.init:
-        pipe = VideoGenPipeline.from_pretrained(config.init)
+        instead = {"vae": load_vae(config.vae)} if config.vae else {}
+        pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
         for name, wanted, found in (
             ("prediction", config.prediction, prediction_of(pipe.scheduler)),
             ("level_shift", config.level_shift, shift_of(pipe.scheduler)),
@@ -266,8 +268,6 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         ):
             if wanted != found:
                 raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
-        if config.vae:
-            pipe.register_modules(vae=load_vae(config.vae))
         return pipe
     assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
