@@ -285,7 +285,7 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     assert sorted(data.frame_rates.tolist()) == [4.0] * 3 + [8.0] * 6
     assert sorted(data.captions)[0] == ["a red circle", "number 0"]
     options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
-    train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "run", **options)
+    train_vdm((tmp_path / "vae", text_run, tmp_path / "latents"), tmp_path / "run", **options)
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
 
 
