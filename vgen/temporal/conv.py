@@ -110,10 +110,10 @@ class CausalDownsample(nn.Module):
         if history is not None:
             history.put(self.state_key, x[:, :, -1:].clone())
         if past is not None:
-            return convolve(self.time_conv, append(past, x))
+            return self.time_conv(append(past, x))
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], convolve(self.time_conv, x)], dim=2)
+        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
 
 class CausalUpsample(nn.Module):
