@@ -30,16 +30,16 @@ def append(past: Tensor, piece: Tensor) -> Tensor:
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """What a 3D convolution without padding in time gives of `(b, c, f, h, w)`.
+    """What a 3D convolution of stride 1, without padding in time, gives of `(b, c, f, h, w)`.
 
     On the CPU in float32 it runs as a 2D one whose channels are the frames that the kernel spans: the 3D kernels there
     reach a third of that speed where there are few frames. In bfloat16 they are the faster ones.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
-    span, stride = conv.kernel_size[0], conv.stride[0]
-    count = (x.shape[2] - span) // stride + 1
-    taps = [x[:, :, tap : tap + stride * (count - 1) + 1 : stride] for tap in range(span)]
+        return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)  # type: ignore[arg-type]
+    span = conv.kernel_size[0]
+    count = x.shape[2] - span + 1
+    taps = [x[:, :, tap : tap + count] for tap in range(span)]
     frames = rearrange(torch.cat(taps, dim=1) if span > 1 else x, "b c f h w -> (b f) c h w")
     weight = rearrange(conv.weight, "o c k h w -> o (k c) h w")
     y = F.conv2d(frames, weight, conv.bias, padding=conv.padding[1:])  # type: ignore[arg-type]
