@@ -33,9 +33,11 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """What a 3D convolution of stride 1, without padding in time, gives of `(b, c, f, h, w)`.
 
     On the CPU in float32 it runs as a 2D one whose channels are the frames that the kernel spans: the 3D kernels there
-    reach a third of that speed where there are few frames. In bfloat16 they are the faster ones.
+    reach a third of that speed where there are few frames. In bfloat16 they are the faster ones, and compilation takes
+    much longer with what the 2D one needs around it.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not plain or torch.compiler.is_compiling():
         return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)  # type: ignore[arg-type]
     span = conv.kernel_size[0]
     count = x.shape[2] - span + 1
