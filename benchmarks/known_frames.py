@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
 from vgen.metrics.reference import psnr, ssim
 from vgen.pipeline import VideoGenPipeline
+from vgen.temporal.flow import optical_flow, warp
 
 WORLD_SEED = 1000  # training draws its scenes from seed 0
 NUM_FRAMES = 17
@@ -119,12 +119,14 @@ def by_flow(clip: np.ndarray, known: list[int], index: int) -> np.ndarray:
     """Both frames are moved along the flow between them, and blended."""
 
     def prepare(a: np.ndarray, b: np.ndarray) -> Callable[[float], np.ndarray]:
-        there, back = flow(a, b), flow(b, a)
+        first, second = (torch.from_numpy(frame).movedim(-1, 0)[None] / 127.5 - 1 for frame in (a, b))
+        there, back = optical_flow(first, second), optical_flow(second, first)
 
         def at(t: float) -> np.ndarray:
             to_a = -(1 - t) * t * there + t * t * back
             to_b = (1 - t) ** 2 * there - t * (1 - t) * back
-            return (1 - t) * warp(a, to_a) + t * warp(b, to_b)
+            blended = (1 - t) * warp(first, to_a) + t * warp(second, to_b)
+            return ((blended[0].movedim(0, -1) + 1) * 127.5).numpy()
 
         return at
 
@@ -139,21 +141,6 @@ def between(clip: np.ndarray, known: list[int], prepare: Callable) -> np.ndarray
         for index in range(first + 1, last):
             frames[index] = at((index - first) / (last - first))
     return frames.round().clip(0, 255).astype(np.uint8)
-
-
-def flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """DIS flow `(h, w, 2)` from one frame to another."""
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    method.setFinestScale(0)
-    gray = [cv2.cvtColor(frame.astype(np.uint8), cv2.COLOR_RGB2GRAY) for frame in (a, b)]
-    return method.calc(*gray, None)
-
-
-def warp(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """A frame read where each pixel's offset points to."""
-    height, width = frame.shape[:2]
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(frame, x + offset[..., 0], y + offset[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Bucket, Clip, Listed, Sampling, VideoFolder, list_videos, of_bucket
+from vgen.data.clips import Bucket, Clip, Listed, Sampling, VideoFolder, list_videos, sort_into_buckets, stack_clips
 from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
@@ -386,8 +387,7 @@ def open_source(
         frames = {"num_frames": config.num_frames, "frame_rate": rate, "hop": config.hop, "short": config.short}
         sampling = Sampling(kind="sliding", **frames)
         if bucket is not None:
-            every = [Bucket.parse(one) for one in config.buckets]
-            listed = of_bucket(list_videos(Path(config.data)), bucket, every, rate)
+            listed = sorted_videos(config.data, tuple(map(Bucket.parse, config.buckets)), rate)[bucket]
             if listed:
                 sources.append(VideoFolder(listed, sampling, *size, config.seed, augmentation))
             continue
@@ -400,13 +400,17 @@ def open_source(
     return (StreamClips if isinstance(sources[0], VideoStream) else FolderClips)(config, sources)
 
 
+@lru_cache
+def sorted_videos(data: str, buckets: tuple[Bucket, ...], rate: float) -> dict[Bucket, list[Listed]]:
+    """The videos of a folder in their buckets; each file is looked at once, not once for each bucket."""
+    return sort_into_buckets(list_videos(Path(data)), buckets, rate)
+
+
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:
     """Clips side by side."""
     if not clips:
         return Batch(torch.empty(0), [], [], torch.empty(0))
-    pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).to(device)
-    pixels = rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1
-    real = torch.stack([torch.from_numpy(clip.real) for clip in clips])
+    pixels, real = stack_clips(clips, device)
     return Batch(pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips], real)
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Sampling
+from vgen.data.clips import Sampling, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
@@ -138,7 +137,9 @@ def main(config: VAEConfig) -> None:
             clip, real = source.draw(indices[part], accelerator.device, frames, moment)
             options = {"judge": judges} if config.gan_weight else {}
             out = run.network(clip, generator=generators(config.seed, step, part), **options)
-            run.count(*counted(vae, clip), lambda network, clip=clip: network(clip))
+            run.count(
+                *counted(vae, clip, judges), lambda network, clip=clip, options=options: network(clip, **options)
+            )
             error = out.sample.float() - clip
             l1, mse = (over_frames(one, real) for one in (error.abs(), error.square()))
             kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
@@ -196,11 +197,11 @@ def over_frames(error: Tensor, real: Tensor) -> Tensor:
     return ((frames * real).sum(1) / real.sum(1)).mean()
 
 
-def counted(vae: CausalVideoVAE, clip: Tensor) -> tuple[int, int, torch.Size]:
-    """Clips, latent pixels (the tokens of a denoiser with patches of one) and shape of a part."""
+def counted(vae: CausalVideoVAE, clip: Tensor, judges: bool) -> tuple[int, int, tuple[torch.Size, bool]]:
+    """Clips, latent pixels (the tokens of a denoiser with patches of one) and what operations a part takes."""
     b, _, f, h, w = clip.shape
     t = 1 + (f - 1) // vae.temporal_compression_ratio
-    return b, b * t * h * w // vae.spatial_compression_ratio**2, clip.shape
+    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, judges)
 
 
 class World:
@@ -245,9 +246,8 @@ class Videos:
     ) -> tuple[Tensor, Tensor]:
         """Clips `(b, 3, f, h, w)` of these numbers, from any moment, and 1 for each real frame, `(b, f)`."""
         samples = [self.clips[num_frames].sample(index) for index in indices]
-        pixels = torch.stack([torch.from_numpy(one.frames) for one in samples])
-        real = torch.stack([torch.from_numpy(one.real) for one in samples]).to(device).float()
-        return rearrange(pixels.to(device), "b f h w c -> b c f h w").float() / 127.5 - 1, real
+        pixels, real = stack_clips(samples, device)
+        return pixels, real.float()
 
     def name(self, indices: range, num_frames: int) -> str:
         """The files that these numbers are cut from."""

@@ -196,11 +196,8 @@ def main(config: VDMConfig) -> None:
         check_motion(config, sources)
         pipe.vae.requires_grad_(False).to(accelerator.device)  # which decodes for the loss between pixels
     objective = Objective(pipe.scheduler, config.snr_gamma)
-    for source in sources:
-        check_encoder(pipe, source)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
-    if embedded:
-        check_embeddings(pipe, sources)
+    check_made_with(pipe, sources, embedded)
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
     run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step))
     pipe.text_encoder.train(config.train_text_encoder)
@@ -395,38 +392,29 @@ def restrict(pipe: VideoGenPipeline, config: VDMConfig, data: LatentSet) -> Sour
     return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
 
 
-def check_encoder(pipe: VideoGenPipeline, source: Source) -> None:
-    """Refuses latents of another VAE.
+def check_made_with(pipe: VideoGenPipeline, sources: list[Source], embedded: bool) -> None:
+    """Refuses latents of another VAE, and embedded captions of another text encoder or other lengths.
 
     Raises:
-        ValueError: Its encoder or its statistics are not those of the pipeline.
+        ValueError: The VAE's encoder or statistics, or the text encoder, are not those of the pipeline.
     """
-    folder = source.config.latents_dir
-    path = folder / "settings.json"
-    made = json.loads(path.read_text()).get("vae_sha256") if path.is_file() else None
-    if made is not None and made != encoder_digest(pipe.vae):
-        raise ValueError(
-            f"the latents in {folder} were encoded by another VAE than this pipeline has: encode them again, or give "
-            "the VAE that did it with --vae"
-        )
-
-
-def check_embeddings(pipe: VideoGenPipeline, sources: list[Source]) -> None:
-    """Refuses captions that another text encoder, or one with other lengths, has embedded.
-
-    Raises:
-        ValueError: They were.
-    """
-    digest = weights_digest(pipe.text_encoder)
+    vae = encoder_digest(pipe.vae)
+    text = {"max_sequence_length": pipe.config.max_sequence_length}
+    text |= {"text_encoder_sha256": weights_digest(pipe.text_encoder)} if embedded else {}
     for source in sources:
-        config = source.config
-        made = json.loads((config.latents_dir / "settings.json").read_text())
-        found = {"text_encoder_sha256": digest, "max_sequence_length": config.max_sequence_length}
-        wrong = [name for name, value in found.items() if made.get(name) != value]
+        folder = source.config.latents_dir
+        path = folder / "settings.json"
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        if made.get("vae_sha256", vae) != vae:
+            raise ValueError(
+                f"the latents in {folder} were encoded by another VAE than this pipeline has: encode them again, or "
+                "give the VAE that did it with --vae"
+            )
+        wrong = [name for name, value in text.items() if embedded and made.get(name) != value]
         if wrong:
             raise ValueError(
-                f"the captions in {config.latents_dir} were embedded with another {', '.join(wrong)} than this "
-                "pipeline has: encode them with its text encoder, or without --text_encoder"
+                f"the captions in {folder} were embedded with another {', '.join(wrong)} than this pipeline has: "
+                "encode them with its text encoder, or without --text_encoder"
             )
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
 
 from vgen.data.augment import Augmentation, augment
 from vgen.data.resize import Fit
@@ -249,25 +252,25 @@ def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width
     return min(fitting, key=distance, default=None)
 
 
-def of_bucket(
-    listed: Iterable[Listed], bucket: Bucket, buckets: Sequence[Bucket], frame_rate: float | None
-) -> list[Listed]:
-    """The videos for which `choose_bucket` chooses this one; those that cannot be read are nobody's.
+def sort_into_buckets(
+    listed: Iterable[Listed], buckets: Sequence[Bucket], frame_rate: float | None
+) -> dict[Bucket, list[Listed]]:
+    """The videos for which `choose_bucket` chooses each one; those that cannot be read are nobody's.
 
     Args:
         listed: As `list_videos` gives them.
-        bucket: One of `buckets`.
         buckets: What there is.
         frame_rate: Frames per second that videos are resampled to; `None` takes their own.
     """
-    found = []
+    found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in buckets}
     for one in listed:
         try:
             info, available = video_info(one.path), count_frames(one, frame_rate)[0]
         except (ValueError, OSError):
             continue
-        if choose_bucket(buckets, available, info.height, info.width) == bucket:
-            found.append(one)
+        bucket = choose_bucket(buckets, available, info.height, info.width)
+        if bucket is not None:
+            found[bucket].append(one)
     return found
 
 
@@ -284,6 +287,13 @@ class Clip(NamedTuple):
     source: Listed
     first: float
     """Seconds from the start of the file to its first frame."""
+
+
+def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Clips side by side: pixels `(b, 3, f, h, w)` in [-1, 1], and bool `(b, f)`, which frames are real."""
+    pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).to(device)
+    real = torch.stack([torch.from_numpy(clip.real) for clip in clips]).to(device)
+    return rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1, real
 
 
 class VideoFolder:

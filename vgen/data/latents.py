@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -95,7 +95,7 @@ class LatentSet(torch.utils.data.Dataset):
             raise ValueError(f"{folder} holds no latents (*.safetensors): write them with pipelines/encode_latents.py")
         self.captions: list[list[str]] = []
         parts: dict[str, list[Tensor]] = {}
-        self._embeddings: list[tuple[Path, int]] = []  # the shard of each clip, and where its captions begin there
+        self._embeddings: list[tuple[Any, int]] = []  # the open shard of each clip, and where its captions begin there
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -105,7 +105,8 @@ class LatentSet(torch.utils.data.Dataset):
                 if "embeddings" in names:
                     self.no_prompt = file.get_tensor("no_prompt")
                     begins = itertools.accumulate((len(one) for one in captions[:-1]), initial=0)
-                    self._embeddings += [(path, begin) for begin in begins]
+                    opened = safe_open(path, framework="pt")
+                    self._embeddings += [(opened, begin) for begin in begins]
             self.captions.extend(captions)
         if self._embeddings and len(self._embeddings) < len(self.captions):
             raise ValueError(f"some shards of {folder} have embeddings of their captions, some have none")
@@ -134,9 +135,8 @@ class LatentSet(torch.utils.data.Dataset):
         """The embedding `(l, d)` of one of a clip's captions, or of "" for `None`."""
         if caption is None:
             return self.no_prompt
-        path, begin = self._embeddings[index]
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice("embeddings")[begin + caption]
+        shard, begin = self._embeddings[index]
+        return shard.get_slice("embeddings")[begin + caption]
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vgen.temporal.flow import measure_motion, warp
+from vgen.temporal.flow import LUMINANCE, measure_motion
 
 
 def warping_error(clip: Tensor, method: str = "dis") -> Tensor:
@@ -29,12 +29,10 @@ def warping_error(clip: Tensor, method: str = "dis") -> Tensor:
     Source: Learning blind video temporal consistency, arXiv 1808.00449.
     """
     check_clip(clip, 2)
-    flow, visible = measure_motion(clip, method)
-    later = rearrange(clip[:, :, 1:].float(), "b c f h w -> (b f) c h w")
-    fetched = warp(later, rearrange(flow, "b c f h w -> (b f) c h w"))
-    fetched = rearrange(fetched, "(b f) c h w -> b c f h w", b=len(clip))
-    error = ((fetched - clip[:, :, :-1]) / 2).square().mean(1) * visible[:, 0]
-    return error.sum((1, 2, 3)) / visible[:, 0].sum((1, 2, 3)).clamp_min(1)
+    motion = measure_motion(clip, method)
+    visible = motion.visible[:, 0]
+    error = ((motion.fetch_next(clip.float()) - clip[:, :, :-1]) / 2).square().mean(1) * visible
+    return error.sum((1, 2, 3)) / visible.sum((1, 2, 3)).clamp_min(1)
 
 
 def motion_magnitude(clip: Tensor, method: str = "dis") -> Tensor:
@@ -63,7 +61,7 @@ def statistics(clip: Tensor) -> dict[str, Tensor]:
     """
     pixels = (clip.float() + 1) / 2
     greatest, least = pixels.amax(1), pixels.amin(1)
-    luminance = torch.einsum("b c f h w, c -> b f h w", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))
+    luminance = torch.einsum("b c f h w, c -> b f h w", pixels, pixels.new_tensor(LUMINANCE))
     kernel = pixels.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     laplacian = F.conv2d(rearrange(luminance, "b f h w -> (b f) 1 h w"), kernel)
     return {

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue, ITU-R BT.601."""
 FLOW_METHODS = ("dis", "farneback", "lucas_kanade", "raft")
 
 
@@ -113,6 +115,11 @@ class Motion(NamedTuple):
         flow = reduce(self.flow, spatial, "mean", y=factor, x=factor) / factor
         return Motion(flow, reduce(self.visible, spatial, "min", y=factor, x=factor))
 
+    def fetch_next(self, clip: Tensor) -> Tensor:
+        """Of a clip `(b, c, f, h, w)`, each next frame as `warp` fetches it, `(b, c, f - 1, h, w)`."""
+        later, flow = (rearrange(x, "b c f h w -> (b f) c h w") for x in (clip[:, :, 1:], self.flow))
+        return rearrange(warp(later, flow), "(b f) c h w -> b c f h w", b=len(clip))
+
 
 def measure_motion(clip: Tensor, method: str = "dis") -> Motion:
     """The motion in a real clip `(b, 3, f, h, w)` in [-1, 1]."""
@@ -125,8 +132,7 @@ def measure_motion(clip: Tensor, method: str = "dis") -> Motion:
 
 def _to_gray(frames: Tensor) -> list[np.ndarray]:
     """Luminance of frames, uint8 `(h, w)`."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)  # ITU-R BT.601
-    gray = torch.einsum("b c h w, c -> b h w", frames.float(), weights)
+    gray = torch.einsum("b c h w, c -> b h w", frames.float(), torch.tensor(LUMINANCE, device=frames.device))
     return list(gray.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy())
 
 

@@ -328,9 +328,7 @@ class Run:
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
         self._throughput = Throughput(accelerator.device, dtype)
-        self._asked_to_stop = self.stopped = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self._saved, self._asked_to_stop, self.stopped = self.step, False, False
         self.network.train()
         hidden = not accelerator.is_main_process
         self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
@@ -339,16 +337,19 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, or until the run is asked to stop."""
-        saved = self.step
-        while self.step < self.config.max_steps:
-            yield self.step
-            if self._saves:
-                saved = self.step
-            if self._must_stop():
-                if saved != self.step:
-                    self._save()
-                self.stopped = True
-                return
+        can_be_asked = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop) if can_be_asked else None
+        try:
+            while self.step < self.config.max_steps:
+                yield self.step
+                if self._must_stop():
+                    if self._saved != self.step:
+                        self._save()
+                    self.stopped = True
+                    return
+        finally:
+            if can_be_asked:
+                signal.signal(signal.SIGTERM, before)
 
     def _ask_to_stop(self, *_: object) -> None:
         self._asked_to_stop = True
@@ -419,14 +420,9 @@ class Run:
         self._bar.write(f"step {self.step}: {told}")
         self._throughput.restart()
 
-    @property
-    def _saves(self) -> bool:
-        """Whether a checkpoint is due after this step."""
-        return self.step % self.config.save_every == 0 or self.step == self.config.max_steps
-
     def save(self) -> None:
         """Every `save_every` steps and at the end, writes a checkpoint."""
-        if self._saves:
+        if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
             self._save()
 
     def _save(self) -> None:
@@ -436,6 +432,7 @@ class Run:
         save_checkpoint(
             self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last, self._settings
         )
+        self._saved = self.step
 
     def end(self, save_result: Callable[[dict[str, Tensor] | None], None]) -> None:
         """Lets one process save the result, with averaged weights, when all are done.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from vgen.temporal.flow import FLOW_METHODS, Motion, warp
+from vgen.temporal.flow import FLOW_METHODS, Motion
 
 
 @dataclass(kw_only=True)
@@ -73,9 +72,7 @@ def temporal_loss(
         total = total + config.difference_weight * _mean(change.abs(), weight)
     if config.warping_weight:
         assert motion is not None
-        later, flow = (rearrange(x, "b c f h w -> (b f) c h w") for x in (video[:, :, 1:], motion.flow))
-        fetched = rearrange(warp(later, flow), "(b f) c h w -> b c f h w", b=len(video))
-        error = (fetched - video[:, :, :-1]).abs()
+        error = (motion.fetch_next(video) - video[:, :, :-1]).abs()
         total = total + config.warping_weight * _mean(error, weight, motion.visible)
     if config.matched_weight:
         total = total + config.matched_weight * _mean((change - (real[:, :, 1:] - real[:, :, :-1])).abs(), weight)
