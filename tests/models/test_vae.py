@@ -227,6 +227,18 @@ def test_a_long_video_is_decoded_in_bounded_pieces_that_equal_one_pass(make_vae)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("frames, sizes", [(41, [5, 8, 8, 8, 8, 4]), (5, [5]), (1, [1]), (9, [5, 4])])
+def test_a_long_video_is_encoded_in_bounded_pieces_that_equal_one_pass(make_vae, frames, sizes):
+    vae = make_vae()
+    clip = draw_clip(vae, frames)
+    whole, seen = vae.encode(clip).latent_dist.parameters, []
+    vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
+    vae.frames_per_piece = 8
+    close(vae.encode(clip).latent_dist.parameters, whole)
+    assert seen == sizes
+
+
+@torch.no_grad()
 def test_decode_stream_never_holds_more_than_a_piece(make_vae):
     vae, state = make_vae(), TemporalState()
     vae.frames_per_piece = 8
@@ -252,6 +264,14 @@ def test_decode_stream_of_a_frozen_state_continues_it(make_vae):
     expected = vae.decode(latents[:, :, 2:], state.frozen(), clamp=False).sample
     streamed = torch.cat(list(vae.decode_stream(latents[:, :, 2:], state.frozen(), clamp=False)), dim=2)
     close(streamed, expected)
+
+
+def test_long_encoding_under_autograd_has_gradients(make_vae):
+    vae = make_vae()
+    vae.frames_per_piece = 4
+    clip = draw_clip(vae, 9).requires_grad_()
+    vae.encode(clip).latent_dist.mean[:, :, -1].sum().backward()
+    assert clip.grad.abs().amax((0, 1, 3, 4)).min() > 0
 
 
 def test_long_decoding_under_autograd_has_gradients(make_vae):

@@ -498,14 +498,18 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"the nearest is {nearest[0]}x{nearest[1]}"
             )
 
-    def _encode(self, clip: Tensor, history: History | None) -> Tensor:
+    def _check_num_frames(self, clip: Tensor) -> None:
         s = self.temporal_compression_ratio
-        if history is None and clip.shape[2] % s != 1 % s:
+        if clip.shape[2] % s != 1 % s:
             below = max(1, (clip.shape[2] - 1) // s * s + 1)
             raise ValueError(
                 f"a clip of {clip.shape[2]} frames cannot be encoded: the number of frames must be 1 + {s}*k; "
                 f"the nearest are {below} and {below + s}"
             )
+
+    def _encode(self, clip: Tensor, history: History | None) -> Tensor:
+        if history is None:
+            self._check_num_frames(clip)
         x = patchify(clip, self.config.patch_size)
         return self.quant_conv(self.encoder(_channels_last(x), history))
 
@@ -530,9 +534,21 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode_tiles(self, clip: Tensor, state: TemporalState | None) -> Tensor:
         def run(part: Tensor, branch: TemporalState | None) -> Tensor:
-            return self._encode(part, None) if branch is None else self._streamed(self._encode, part, branch)
+            if branch is not None:
+                return self._streamed(self._encode, part, branch)
+            return self._encode(part, None) if torch.is_grad_enabled() else self._encode_bounded(part)
 
         return self._divided(run, clip, state, 1, self.spatial_compression_ratio)
+
+    def _encode_bounded(self, clip: Tensor) -> Tensor:
+        s, n = self.temporal_compression_ratio, self._latents_per_piece
+        if clip.shape[2] <= 1 + s * (n - 1):
+            return self._encode(clip, None)
+        self._check_num_frames(clip)
+        rest = clip.shape[2] - 1 - s * (n - 1)
+        sizes = [1 + s * (n - 1), *(min(s * n, rest - begin) for begin in range(0, rest, s * n))]
+        state = TemporalState()
+        return torch.cat([self._streamed(self._encode, piece, state) for piece in clip.split(sizes, dim=2)], dim=2)
 
     def _decode(self, latents: Tensor, history: History | None) -> Tensor:
         x = self.decoder(_channels_last(self.post_quant_conv(latents)), history)

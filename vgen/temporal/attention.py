@@ -126,8 +126,11 @@ class RotaryPositions(nn.Module):
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates neighbouring channel pairs of `(b, n, h, d)` by the angles of `(n, d / 2)`; products in float32."""
     cos, sin = (rearrange(part, "n d -> n 1 d") for part in rotary)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
 
 
 class FrameCache:
