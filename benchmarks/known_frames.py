@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,9 @@ from tqdm import tqdm
 from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
 from vgen.metrics.reference import psnr, ssim
+from vgen.metrics.suites import WORLD_SEED, copy_last, flow_interpolation, linear_blend
 from vgen.pipeline import VideoGenPipeline
-from vgen.temporal.flow import optical_flow, warp
 
-WORLD_SEED = 1000  # training draws its scenes from seed 0
 NUM_FRAMES = 17
 TASKS = {
     "prediction, 5 known": list(range(5)),
@@ -58,9 +58,10 @@ def main() -> None:
             "the model": lambda clip, known, index: by_model(pipe, clip, known, captions[index], index, args)
         }
         if task.startswith("prediction"):
-            ways["copy of the last frame"] = copy_last
+            ways["copy of the last frame"] = lambda clip, known, index: simply(copy_last, clip, len(known))
         else:
-            ways |= {"linear blend": blend, "optical flow (DIS)": by_flow}
+            ways["linear blend"] = lambda clip, known, index: simply(linear_blend, clip, known)
+            ways["optical flow (DIS)"] = lambda clip, known, index: simply(flow_interpolation, clip, known)
         ways["ceiling: VAE alone"] = lambda clip, known, index: reconstruct(pipe, clip)
         others = [index for index in range(NUM_FRAMES) if index not in known]
         for name, make in ways.items():
@@ -105,42 +106,9 @@ def by_model(
     return (video * 255).round().astype(np.uint8)
 
 
-def copy_last(clip: np.ndarray, known: list[int], index: int) -> np.ndarray:
-    """Nothing moves any more."""
-    return np.concatenate([clip[known], np.repeat(clip[known[-1:]], NUM_FRAMES - len(known), axis=0)])
-
-
-def blend(clip: np.ndarray, known: list[int], index: int) -> np.ndarray:
-    """One frame fades into the next."""
-    return between(clip, known, lambda a, b: lambda t: (1 - t) * a + t * b)
-
-
-def by_flow(clip: np.ndarray, known: list[int], index: int) -> np.ndarray:
-    """Both frames are moved along the flow between them, and blended."""
-
-    def prepare(a: np.ndarray, b: np.ndarray) -> Callable[[float], np.ndarray]:
-        first, second = (torch.from_numpy(frame).movedim(-1, 0)[None] / 127.5 - 1 for frame in (a, b))
-        there, back = optical_flow(first, second), optical_flow(second, first)
-
-        def at(t: float) -> np.ndarray:
-            to_a = -(1 - t) * t * there + t * t * back
-            to_b = (1 - t) ** 2 * there - t * (1 - t) * back
-            blended = (1 - t) * warp(first, to_a) + t * warp(second, to_b)
-            return ((blended[0].movedim(0, -1) + 1) * 127.5).numpy()
-
-        return at
-
-    return between(clip, known, prepare)
-
-
-def between(clip: np.ndarray, known: list[int], prepare: Callable) -> np.ndarray:
-    """A clip whose frames between known ones are made from the two around them."""
-    frames = clip.astype(np.float32)
-    for first, last in zip(known, known[1:], strict=False):
-        at = prepare(frames[first], frames[last])
-        for index in range(first + 1, last):
-            frames[index] = at((index - first) / (last - first))
-    return frames.round().clip(0, 255).astype(np.uint8)
+def simply(way: Callable, clip: np.ndarray, known: Any) -> np.ndarray:
+    """The whole clip by a simple way."""
+    return to_frames(way(torch.from_numpy(clip).movedim(-1, 0)[None] / 127.5 - 1, known))[0]
 
 
 @torch.no_grad()

@@ -29,12 +29,12 @@ from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
 from vgen.metrics.prompt import check
+from vgen.metrics.suites import WORLD_SEED
 from vgen.metrics.temporal import border_differences, drift_slopes
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
 
-WORLD_SEED = 1000  # training draws its scenes from seed 0
 NUM_FRAMES = 272
 LAST = 8
 MEASURES = {

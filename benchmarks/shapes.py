@@ -17,9 +17,8 @@ from tqdm import tqdm
 from vgen.data.shapes import ShapesWorld, render
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import psnr
+from vgen.metrics.suites import WORLD_SEED
 from vgen.pipeline import VideoGenPipeline
-
-WORLD_SEED = 1000  # training draws its scenes from seed 0
 
 
 def main() -> None:

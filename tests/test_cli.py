@@ -167,6 +167,15 @@ def test_overwrite_replaces(model, tmp_path):
     assert done.exit_code == 0 and len(read_video(tmp_path / "taken.mp4")[0]) == 9
 
 
+def test_anomaly_plots_and_tells_every_score(able, tmp_path, clip):
+    done = run("anomaly", tmp_path / "clip", "-o", tmp_path / "plot.png", "--model", able, "--steps", 1, "--json")
+    assert done.exit_code == 0, done.output
+    scores = json.loads(done.stdout)["scores"]
+    assert scores[:5] == [None] * 5 and all(score > 0 for score in scores[5:]) and len(scores) == len(clip)
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.width > 300
+
+
 def test_info_tells_defaults_abilities_and_sizes(model):
     done = run("info", model)
     assert done.exit_code == 0

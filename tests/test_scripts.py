@@ -614,6 +614,24 @@ def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):
     assert moved[0] == 0 < moved[1]
 
 
+def test_a_convlstm_trains_and_stands_beside_a_model(runs, tmp_path):
+    settings = {
+        "--output_dir": tmp_path / "run", "--model": '{"channels": [4]}', "--height": 16, "--width": 16,
+        "--num_frames": 5, "--given": 1, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
+        "--num_score_clips": 4,
+    }  # fmt: skip
+    launch("train/train_convlstm.py", **settings | TINY)
+    assert EventAccumulator(str(tmp_path / "run/logs")).Reload().Scalars("psnr")[-1].value > 0
+    train_vdm(runs, tmp_path / "vdm")
+    settings = {
+        "--model": tmp_path / "vdm/pipeline", "--output_dir": tmp_path / "out", "--tasks": '["reconstruction"]',
+        "--num_clips": 2, "--given": 1, "--convlstm": tmp_path / "run/convlstm",
+    }  # fmt: skip
+    launch("pipelines/evaluate.py", **settings)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["tasks"]["reconstruction"]["the VAE"]["psnr"]) == 2
+
+
 def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
     script = runpy.run_path(str(ROOT / "train/train_text_encoder.py"))
     config = script["TextEncoderConfig"](output_dir=text_run)

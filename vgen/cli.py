@@ -215,6 +215,100 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
         Console().print(table)
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json and report.html.")],
+    suite: Annotated[str, typer.Option(help="shapes, folder or moving-mnist.")] = "shapes",
+    data: Annotated[str | None, typer.Option(help="A folder of videos, or an IDX file of digits.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Of the tasks; may be repeated.")] = None,
+    num_clips: Annotated[int, typer.Option(help="That are measured.", min=1)] = 100,
+    num_frames: Annotated[int, typer.Option(help="Of a clip; the checkpoint's default if 0.")] = 0,
+    given: Annotated[int, typer.Option(help="Frames that a prediction starts from.")] = 5,
+    factor: Annotated[int, typer.Option(help="Every so many'th frame is given to an interpolation.")] = 4,
+    prompted: Annotated[bool, typer.Option("--prompted", help="Predictions and interpolations get captions.")] = False,
+    num_samples: Annotated[int, typer.Option(help="Predictions of each clip.", min=1)] = 1,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure a checkpoint beside simple ways; pipelines/evaluate.py has all settings and several processes."""
+    with _one_line_errors():
+        from vgen.evaluation import EvaluationConfig
+        from vgen.evaluation import evaluate as run
+
+        config = EvaluationConfig(
+            output_dir=output, model=model, suite=suite, data=data, tasks=task or None, num_clips=num_clips,
+            num_frames=num_frames, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
+            num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+        )  # fmt: skip
+        results = run(config)
+        assert results is not None
+        _print_tables(results)
+    typer.echo(f"wrote {output / 'results.json'} and {output / 'report.html'}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A results.json.")],
+    second: Annotated[Path, typer.Argument(help="Another one, on the same clips.")],
+) -> None:
+    """Tell how the second results differ from the first, clip by clip, with 95% confidence intervals."""
+    import json
+
+    with _one_line_errors():
+        from vgen.metrics.report import compare as differences
+        from vgen.metrics.report import compare_distances, tell
+
+        told = [json.loads(path.read_text()) for path in (first, second)]
+        table = _table("task", "way", "metric", "first", "second", "difference [95% interval]", "")
+        for one in differences(*told):
+            sign = "differs" if one.is_told_apart else ""
+            cells = (f"{one.first:.4g}", f"{one.second:.4g}", tell("", one.summary), sign)
+            table.add_row(one.task, one.way, one.metric, *cells)
+        for task, way, a, b in compare_distances(*told):
+            table.add_row(task, way, a.name, f"{a.value:.3f}", f"{b.value:.3f}", f"{b.minus(a):.3f}", "")
+        _console().print(table)
+
+
+@app.command()
+def anomaly(
+    video: Annotated[Path, typer.Argument(help="A file or a folder of frames.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .svg or .pdf.")],
+    model: Model = DEFAULT_MODEL,
+    given: Annotated[int, typer.Option(help="Frames that each prediction starts from.", min=1)] = 5,
+    ahead: Annotated[int, typer.Option(help="Frames that are predicted at once.", min=1)] = 4,
+    threshold: Annotated[float, typer.Option(help="Robust deviations above the median that stand out.")] = 6.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
+    steps: Steps = None,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Plot how well each frame of a video could be predicted, and name those that stand out."""
+    import json
+
+    with _one_line_errors():
+        _check_output(output, overwrite)
+        from vgen.anomaly import find_anomalies
+        from vgen.files import read_given
+        from vgen.metrics.report import plot_scores
+
+        pipe = _load(model, device)
+        pipe.set_progress_bar_config(disable=True)
+        frames = read_given(pipe, video)
+        found = find_anomalies(
+            pipe, frames, given=given, ahead=ahead, threshold=threshold, seed=seed, num_inference_steps=steps
+        )
+        plot_scores(found.scores.tolist(), found.jumps, "mean squared error of prediction").savefig(output, dpi=150)
+    if as_json:
+        scores = [None if score != score else score for score in found.scores.tolist()]
+        typer.echo(json.dumps({"scores": scores, "jumps": found.jumps}))
+    else:
+        typer.echo(f"frames that stand out: {', '.join(map(str, found.jumps)) or 'none'}")
+        typer.echo(f"wrote {output}")
+
+
 @data_app.command()
 def validate(
     folder: Annotated[Path, typer.Argument(help="Videos with captions, as for training.")],
@@ -289,6 +383,31 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output} exists already: choose another output, or pass --overwrite")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"the folder {output.absolute().parent} of the output does not exist")
+
+
+def _console() -> Any:
+    """Of rich, which draws tables as wide as they are where no terminal sets a width."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich.table import Table
+
+    return Table(*columns, title=title)
+
+
+def _print_tables(results: dict[str, Any]) -> None:
+    from vgen.metrics.report import table as rows_of
+
+    for task, ways in results["tasks"].items():
+        columns, rows = rows_of(ways)
+        table = _table("", *columns, title=f"{task}: means, whose intervals are in the report")
+        for way, cells in rows.items():
+            table.add_row(way, *(cell.partition(" ")[0] for cell in cells))
+        _console().print(table)
 
 
 def _load(model: str, device: str | None) -> VideoGenPipeline:

@@ -52,8 +52,8 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class JobConfig:
-    """Settings of every job over many inputs."""
+class ModelConfig:
+    """Settings of everything that runs a checkpoint over many inputs."""
 
     output_dir: Path
     """Folder of the results."""
@@ -61,19 +61,25 @@ class JobConfig:
     """A packaged checkpoint, a folder, or a Hub id."""
     dtype: str = "float32"
     """Precision of the weights."""
-    suffix: str = ".mp4"
-    """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
     num_inference_steps: int | None = None
     """Denoising steps."""
     guidance_scale: float | None = None
     """Weight of the prompt; 1 is unguided."""
-    fps: float | None = None
-    """Frames per second of the files; those of the content by default."""
     seed: int = 0
     """Of the noise; the n-th input, counted from 0, has `seed + n` unless it brings its own."""
 
 
-def load_pipeline(config: JobConfig) -> VideoGenPipeline:
+@dataclass(kw_only=True)
+class JobConfig(ModelConfig):
+    """Settings of every job that writes videos."""
+
+    suffix: str = ".mp4"
+    """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
+    fps: float | None = None
+    """Frames per second of the files; those of the content by default."""
+
+
+def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
     """The pipeline of a run, on the device of this process.
 
     Raises:
@@ -89,9 +95,9 @@ def load_pipeline(config: JobConfig) -> VideoGenPipeline:
     return pipe
 
 
-def run_settings(config: JobConfig, pipe: VideoGenPipeline, inputs: str) -> dict[str, Any]:
+def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> dict[str, Any]:
     """What all files of a run have in common: its settings and the networks, but not where it reads and writes."""
-    skipped = ("output_dir", "model", "seed", inputs)
+    skipped = ("output_dir", "model", "seed", *inputs)
     return {name: value for name, value in vars(config).items() if name not in skipped} | {"model": fingerprint(pipe)}
 
 
@@ -215,7 +221,7 @@ def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[st
     differing = [] if found is None else [name for name in settings if found.get(name) != settings[name]]
     if differing:
         raise ValueError(f"{folder} holds files made with another {', '.join(differing)}: choose another folder")
-    _write_whole(path, json.dumps(settings, indent=1))
+    write_whole(path, json.dumps(settings, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -251,7 +257,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def gather(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
     """Writes one manifest, in the order of names, and removes those of processes."""
-    _write_whole(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
+    write_whole(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
     for path in folder.glob("manifest-*.jsonl"):
         path.unlink()
 
@@ -272,7 +278,8 @@ def _parse_row(path: Path, line: str, kinds: tuple[type, ...]) -> dict[str, Any]
     return row
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -161,6 +161,11 @@ class Distance:
         told = ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items())
         return f"{self.name} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({told})"
 
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Distance:
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**(record | {"protocol": Protocol(**record["protocol"])}))
+
     def minus(self, other: Distance) -> float:
         """The difference to another distance of the same kind.
 

@@ -27,11 +27,24 @@ def ssim(made: Tensor, true: Tensor) -> Tensor:
 
     Source: Image quality assessment: from error visibility to structural similarity (Wang et al. 2004).
     """
+    return frame_ssim(made, true).mean(1)
+
+
+def frame_psnr(made: Tensor, true: Tensor) -> Tensor:
+    """As `psnr`, of each frame: `(b, f)`."""
+    check_pair(made, true)
+    a, b = (rearrange(x.float(), "b c f h w -> (b f) c h w") for x in (made, true))
+    values = peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return values.view(len(made), -1)
+
+
+def frame_ssim(made: Tensor, true: Tensor) -> Tensor:
+    """As `ssim`, of each frame: `(b, f)`."""
     check_pair(made, true)
     a, b = (rearrange(x.float(), "b c f h w -> (b f) c h w") for x in (made, true))
     values = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
     assert isinstance(values, Tensor)  # a tuple only if the whole map is asked for
-    return values.view(len(made), -1).mean(1)
+    return values.view(len(made), -1)
 
 
 class LPIPS(nn.Module):

@@ -1,0 +1,146 @@
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.data.shapes import ShapesWorld, render
+from vgen.data.video_io import write_video
+from vgen.metrics.suites import (
+    SuiteConfig,
+    combine,
+    copy_last,
+    curves,
+    flow_interpolation,
+    linear_blend,
+    open_suite,
+    quantize,
+    score_pairs,
+    score_time,
+)
+
+WORLD = {"num_frames": 17, "height": 64, "width": 64, "frame_rate": 8.0}
+
+
+@pytest.fixture
+def clips():
+    return render([ShapesWorld(seed=1).scene(index) for index in range(2)], num_frames=9)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    path = tmp_path / "digits-idx3-ubyte.gz"
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
+    return path
+
+
+def test_simple_ways_keep_what_is_given_and_are_their_formulas(clips):
+    copied, blended = copy_last(clips, 3), linear_blend(clips, [0, 4, 8])
+    assert torch.equal(copied[:, :, :3], clips[:, :, :3])
+    assert all(torch.equal(copied[:, :, index], clips[:, :, 2]) for index in range(3, 9))
+    assert torch.equal(blended[:, :, ::4], quantize(clips[:, :, ::4]))
+    torch.testing.assert_close(blended[:, :, 1], 0.75 * clips[:, :, 0] + 0.25 * clips[:, :, 4], atol=1 / 127, rtol=0)
+    assert linear_blend(clips, [0, 3, 6]).shape[2] == 7  # nothing is known behind the last keyframe
+
+
+def test_flow_follows_what_moves_where_a_blend_shows_it_twice():
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 12, 12, generator=generator) * 2 - 1, size=96, mode="bicubic"
+    )
+    clip = torch.stack([canvas.clamp(-1, 1)[..., 16:80, 16 - k : 80 - k] for k in range(5)], dim=2)
+    scores = [
+        score_pairs(way(clip, [0, 4]), clip, [1, 2, 3])["psnr"].item() for way in (linear_blend, flow_interpolation)
+    ]
+    assert scores[1] > scores[0] + 6
+
+
+def test_scores_are_per_clip_and_identical_frames_count_as_a_hundred(clips):
+    made = clips.clone()
+    made[1] = (made[1] + 0.2).clamp(-1, 1)
+    found = score_pairs(made, clips, [4, 5])
+    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(
+        ["psnr", "ssim", "mse", "mae", "sharpness"], (2,)
+    )
+    assert found["psnr"][0] == 100 and found["mse"][0] == 0 and found["ssim"][0] == pytest.approx(1)
+    mse = ((made[1, :, 4:6] - clips[1, :, 4:6]) / 2).square().mean()
+    assert found["mse"][1] == pytest.approx(mse.item()) and found["psnr"][1] == pytest.approx(-10 * mse.log10().item())
+    frames = curves(made, clips)
+    assert frames["psnr"].shape == (2, 9) and frames["ssim"][1].mean() < frames["ssim"][0].mean()
+    assert set(score_time(made)) == {"warping error", "flicker", "motion"}
+
+
+def test_several_samples_give_their_mean_and_the_best_of_each_clip(clips):
+    far, near = (clips + 0.5).clamp(-1, 1), (clips + 0.01).clamp(-1, 1)
+    samples = torch.stack([far, near])
+    samples[:, 1] = samples[:, 1].flip(0)
+    found = combine(samples, clips, [4, 5])
+    torch.testing.assert_close(found["mean of 2"], samples.mean(0))
+    torch.testing.assert_close(found["best of 2"], near)
+
+
+def test_shapes_are_the_same_each_time_and_checked(clips):
+    suite = open_suite(SuiteConfig(**WORLD, num_clips=3))
+    samples = suite.samples(range(1, 3))
+    assert len(suite) == 3 and samples.numbers == [1, 2] and samples.clips.shape == (2, 3, 17, 64, 64)
+    assert torch.equal(samples.clips, open_suite(SuiteConfig(**WORLD, num_clips=3)).samples(range(1, 3)).clips)
+    assert suite.right(1, samples.clips[0]) == {"right": 1.0}
+    assert suite.right(1, samples.clips[1]) == {"right": 0.0}
+
+
+def test_a_folder_gives_windows_and_names_what_is_damaged(tmp_path):
+    for index in range(3):
+        frames = np.random.default_rng(index).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+        write_video(frames, tmp_path / f"{index}.mp4", frame_rate=8)
+    (tmp_path / "0.txt").write_text("noise")
+    settings = {
+        "suite": "folder",
+        "data": str(tmp_path),
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "frame_rate": 8.0,
+    }
+    settings |= {"given": 1}
+    suite = open_suite(SuiteConfig(**settings))
+    assert len(suite) == 6 and len(open_suite(SuiteConfig(**settings, num_clips=2))) == 2
+    samples = suite.samples(range(6))
+    assert samples.clips.shape == (6, 3, 5, 32, 32) and samples.captions.count("noise") == 2
+    assert suite.right(0, samples.clips[0]) == {}
+
+
+def test_digits_bounce(digits):
+    settings = WORLD | {"suite": "moving-mnist", "data": str(digits), "num_frames": 21, "given": 10}
+    samples = open_suite(SuiteConfig(**settings, num_clips=4)).samples(range(2, 4))
+    assert samples.clips.shape == (2, 3, 21, 64, 64) and samples.captions == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"suite": "shape"}, "shapes, folder, moving-mnist"),
+        ({"suite": "folder"}, "folder and moving-mnist need data"),
+        ({"data": "somewhere"}, "folder and moving-mnist need data, shapes none"),
+        ({"given": 17}, "must leave some of 17 frames"),
+        ({"factor": 1}, "factor=1"),
+        ({"num_clips": 0}, "num_clips=0"),
+        ({"height": 0}, "must be positive"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        open_suite(SuiteConfig(**WORLD | settings))
+
+
+def test_data_of_another_suite_is_refused(digits):
+    with pytest.raises(ValueError, match="does not fit suite=folder"):
+        open_suite(SuiteConfig(**WORLD, suite="folder", data=str(digits)))
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 3, 8, 64, 64), torch.full((2, 3, 9, 64, 64), float("nan"))])
+def test_clips_that_cannot_be_compared_are_refused(clips, other):
+    with pytest.raises(ValueError, match="alike|not finite"):
+        score_pairs(other, clips, [4])

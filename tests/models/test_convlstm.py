@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from vgen.models.convlstm import ConvLSTMPredictor
+
+
+@pytest.fixture
+def network(randomize):
+    return randomize(ConvLSTMPredictor(patch_size=2, channels=(5, 4)))
+
+
+def draw(f=6, size=8):
+    return torch.rand(2, 3, f, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def test_predictions_follow_from_predictions(network):
+    clip = draw()
+    new = network.predict(clip, 3)
+    assert new.shape == (2, 3, 3, 8, 8)
+    longer = clip
+    for index in range(3):  # the slow way: everything anew for each frame
+        longer = torch.cat([longer, network(longer)[:, :, -1:]], dim=2)
+        torch.testing.assert_close(longer[:, :, -1], new[:, :, index])
+
+
+@torch.no_grad()
+def test_no_frame_depends_on_later_ones(network):
+    clip = draw()
+    changed = clip.clone()
+    changed[:, :, 4:] += 1
+    torch.testing.assert_close(network(changed)[:, :, :4], network(clip)[:, :, :4])
+    assert not torch.allclose(network(changed)[:, :, 4:], network(clip)[:, :, 4:])
+
+
+def test_it_saves_and_loads_and_learns(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    clip = draw()
+    assert torch.equal(ConvLSTMPredictor.from_pretrained(tmp_path)(clip), network(clip))
+    still = clip[:, :, :1].expand(-1, -1, 6, -1, -1)
+    fresh = ConvLSTMPredictor(patch_size=2, channels=(8,))
+    optimizer = torch.optim.Adam(fresh.parameters(), 1e-2)
+    errors = []
+    for _ in range(30):
+        errors.append((fresh(still[:, :, :2], 3) - still[:, :, 1:]).square().mean())
+        optimizer.zero_grad()
+        errors[-1].backward()
+        optimizer.step()
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_sides_must_be_multiples_of_the_patch(network):
+    with pytest.raises(ValueError, match="multiples of 2"):
+        network(draw(size=7))

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from vgen.anomaly import find_anomalies
+
+
+class Repeats:
+    """Predicts that nothing moves; what it was given is written down."""
+
+    def __init__(self):
+        self.given = []
+
+    def predict(self, video, num_frames, **_):
+        self.given.append(video)
+        frames = np.repeat(video[-1:], num_frames, axis=0) / 255.0
+        return type("Output", (), {"frames": [frames]})
+
+
+def film(jump=None, f=23):
+    rng = np.random.default_rng(0)
+    frames = np.full((f, 8, 8, 3), 100.0) + rng.normal(0, 1, (f, 8, 8, 3))
+    if jump is not None:
+        frames[jump:] += 80
+    return frames.round().clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("jump", [9, 14])
+def test_a_planted_event_stands_out_where_it_happens(jump):
+    pipe = Repeats()
+    found = find_anomalies(pipe, film(jump), ahead=1)
+    assert found.jumps == [jump] and np.isnan(found.scores[:5]).all() and np.isfinite(found.scores[5:]).all()
+    assert found.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
+    assert np.array_equal(pipe.given[2], film(jump)[2:7])  # true frames, not predicted ones
+
+
+def test_where_nothing_happens_nothing_stands_out():
+    assert find_anomalies(Repeats(), film(), ahead=4).jumps == []
+    still = np.full((12, 8, 8, 3), 7, np.uint8)
+    found = find_anomalies(Repeats(), still)
+    assert found.jumps == [] and found.scores[5:].max() == 0
+
+
+@pytest.mark.parametrize(("options", "message"), [({"given": 30}, "more than given=30"), ({"ahead": 0}, "ahead=0")])
+def test_impossible_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        find_anomalies(Repeats(), film(), **options)

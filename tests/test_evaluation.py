@@ -1,0 +1,155 @@
+"""Evaluation of a tiny checkpoint, by the command and by the script."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import VideoMAEConfig, VideoMAEModel
+from typer.testing import CliRunner
+
+from tests.test_pipeline import PROMPT, make_pipeline
+from vgen.cli import app
+from vgen.data.video_io import write_video
+from vgen.evaluation import EvaluationConfig, evaluate
+from vgen.models.convlstm import ConvLSTMPredictor
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline(tasks=["text", "leading", "keyframes"], window=4, sink=1, chunk_size=2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for index in range(3):
+        frames = np.random.default_rng(index).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        write_video(frames.repeat(2, 1).repeat(2, 2), folder / f"{index}.mp4", frame_rate=8)
+        (folder / f"{index}.txt").write_text(PROMPT)
+    return str(folder)
+
+
+def settings(model, videos, output_dir, **options):
+    return {
+        "output_dir": output_dir, "model": model, "suite": "folder", "data": videos, "batch_size": 2,
+        "num_inference_steps": 1,
+    } | options  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
+    torch.manual_seed(0)
+    ConvLSTMPredictor(channels=(4,)).save_pretrained(tmp_path / "convlstm")
+    config = EvaluationConfig(
+        **settings(model, videos, tmp_path / "out", num_samples=2, convlstm=str(tmp_path / "convlstm"))
+    )
+    results = evaluate(config)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text()) and results["numbers"] == [0, 1, 2]
+    assert {task: list(ways) for task, ways in results["tasks"].items()} == {
+        "reconstruction": ["the VAE"],
+        "prediction": [
+            "the model", "the model, mean of 2", "the model, best of 2", "ConvLSTM", "copy of the last frame",
+            "the VAE, of true clips",
+        ],
+        "interpolation": ["the model", "linear blend", "optical flow (DIS)", "the VAE, of true clips"],
+        "generation": ["the model", "true clips", "the VAE, of true clips"],
+    }  # fmt: skip
+    for ways in results["tasks"].values():
+        assert all(len(values) == 3 and np.isfinite(values).all() for one in ways.values() for values in one.values())
+    prediction = results["tasks"]["prediction"]
+    best, single = (prediction[way]["ssim"] for way in ("the model, best of 2", "the model"))
+    assert all(a >= b for a, b in zip(best, single, strict=True))
+    curve = results["curves"]["prediction"]["copy of the last frame"]["ssim"]
+    assert len(curve) == 9 and curve[:5] == [1.0] * 5 and max(curve[5:]) < 0.9  # noise is not predicted
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 3 and "copy of the last frame" in page
+
+
+def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(model, videos, tmp_path):
+    options = settings(model, videos, tmp_path, tasks=["reconstruction"])
+    first = evaluate(EvaluationConfig(**options))
+    kept, lost = tmp_path / "clips" / "000000.json", tmp_path / "clips" / "000002.json"
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert evaluate(EvaluationConfig(**options)) == first
+    assert kept.stat().st_mtime_ns == before and lost.exists()
+    with pytest.raises(ValueError, match="another given"):
+        evaluate(EvaluationConfig(**options | {"given": 1}))
+
+
+def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
+    torch.manual_seed(0)
+    options = settings(model, videos, tmp_path, tasks=["rollout"], rollout_frames=25, num_clips=2)
+    results = evaluate(EvaluationConfig(**options))
+    found = results["tasks"]["rollout"]["the model"]
+    assert {"brightness drift", "sharpness drift", "contrast, end - start"} <= set(found)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_distances_between_distributions_carry_their_protocol(model, videos, tmp_path):
+    torch.manual_seed(0)
+    VideoMAEModel(
+        VideoMAEConfig(
+            image_size=16,
+            patch_size=8,
+            num_frames=4,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+        )  # fmt: skip
+    ).save_pretrained(tmp_path / "features")
+    options = settings(model, videos, tmp_path / "out", tasks=["prediction"], features=str(tmp_path / "features"))
+    results = evaluate(EvaluationConfig(**options))
+    found = results["distances"]["prediction"]
+    assert set(found) == set(results["tasks"]["prediction"])
+    one = found["copy of the last frame"]["FVD"]
+    assert np.isfinite(one["value"]) and one["low"] <= one["high"]
+    assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
+    path = tmp_path / "out" / "results.json"
+    done = run("compare", path, path)
+    assert done.exit_code == 0 and "FVD" in done.output and "differs" not in done.output
+
+
+def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
+    common = ["--suite", "folder", "--data", videos, "--steps", 1, "--task", "prediction"]
+    for name, extra in (("a", []), ("b", ["--seed", 1]), ("c", ["--given", 1])):
+        done = run("evaluate", model, "-o", tmp_path / name, *common, *extra)
+        assert done.exit_code == 0, done.output
+        assert "copy of the last frame" in done.output and "psnr, dB" in done.output
+    a, b, c = (tmp_path / name / "results.json" for name in "abc")
+    done = run("compare", a, b)
+    assert done.exit_code == 0, done.output
+    assert "the model" in done.output and "psnr" in done.output
+    done = run("compare", a, c)
+    assert done.exit_code == 2 and "cannot be compared: given 5 and 1" in done.stderr
+    done = run("evaluate", model, "-o", tmp_path / "d", "--suite", "shape")
+    assert done.exit_code == 2 and "shapes, folder, moving-mnist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["predict"]}, "reconstruction, prediction"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"features": "a", "torchscript": "b"}, "not both"),
+        ({"suite": "folder"}, "need data"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluationConfig(output_dir=tmp_path, **options))
+
+
+def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "poor")
+    options = settings(str(tmp_path / "poor"), videos, tmp_path / "out")
+    with pytest.raises(ValueError, match="trained for leading"):
+        evaluate(EvaluationConfig(**options, tasks=["prediction"]))
+    assert set(evaluate(EvaluationConfig(**options))["tasks"]) == {"reconstruction", "generation"}

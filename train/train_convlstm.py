@@ -1,0 +1,117 @@
+"""Train a ConvLSTM that predicts frames, to stand beside the diffusion models when they are measured.
+
+A CPU-sized try:
+
+    accelerate launch train/train_convlstm.py --config train/recipes/shapes-64-convlstm.yaml --output_dir runs/try \
+        --max_steps 20
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.data.clips import Sampling, stack_clips
+from vgen.data.shapes import ShapesWorld, render
+from vgen.data.sources import open_clips
+from vgen.metrics.reference import psnr
+from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.training.run import Run, RunConfig, config_text, copy_of, parse_config, start
+
+
+@dataclass(kw_only=True)
+class ConvLSTMConfig(RunConfig):
+    """Settings of a ConvLSTM's training."""
+
+    data: str | None = None
+    """Videos, as `vgen.data.sources.open_clips` takes them; ShapesWorld without."""
+    num_frames: int = 17
+    """Of a clip."""
+    given: int = 5
+    """Frames that a prediction starts from."""
+    height: int = 64
+    """Pixels."""
+    width: int = 64
+    """Pixels."""
+    frame_rate: float | None = 8.0
+    """Frames per second that videos are resampled to; `None` takes their own."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `ConvLSTMPredictor` for random weights; `--init` ignores them."""
+    num_score_clips: int = 64
+    """Fresh clips that a score is the mean over."""
+
+    def check(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        super().check()
+        if not 1 <= self.given < self.num_frames:
+            raise ValueError(f"given={self.given} must leave some of {self.num_frames} frames to predict")
+
+
+def main(config: ConvLSTMConfig) -> None:
+    """Trains; the same call goes on where an interrupted one stopped."""
+    if config.dry_run:
+        print(config_text(config))
+        return
+    accelerator = start(config)
+    draw, fresh = open_source(config, 0), open_source(config, 1)
+    if config.init:
+        model = ConvLSTMPredictor.from_pretrained(config.init)
+    else:
+        model = ConvLSTMPredictor(**config.model)
+    run = Run(config, accelerator, model)
+
+    for step in run.steps():
+        first = step * config.batch_size
+        total = torch.zeros((), device=accelerator.device)
+        for part in run.parts(config.batch_size):
+            clip = draw(range(first + part.start, first + part.stop)).to(accelerator.device)
+            made = run.network(clip[:, :, : config.given], config.num_frames - config.given - 1)
+            run.count(len(clip), clip[:, 0].numel(), clip.shape, lambda network, clip=clip: network(clip))
+            error = made.float() - clip[:, :, 1:]
+            loss = (error.abs().mean() + error.square().mean()) * len(clip) / config.batch_size
+            run.backward(loss)
+            total += loss.detach()
+        run.update()
+        run.log(loss=total)
+        if run.wants_scores:
+            with run.average:
+                run.report({"psnr": score(model, fresh, config, accelerator.device)})
+        run.save()
+
+    def save_result(weights: dict[str, Tensor] | None) -> None:
+        result = model if weights is None else copy_of(model, weights)
+        result.to(torch.float16).save_pretrained(config.output_dir / "convlstm")
+
+    run.end(save_result)
+
+
+def open_source(config: ConvLSTMConfig, seed: int) -> Any:
+    """A function from numbers to clips `(b, 3, f, h, w)`."""
+    if config.data is None:
+        world = ShapesWorld(split="all", seed=config.seed + seed)
+        size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
+        rate = config.frame_rate or 8.0
+        return lambda numbers: render([world.scene(number) for number in numbers], frame_rate=rate, **size)
+    sampling = Sampling(num_frames=config.num_frames, frame_rate=config.frame_rate)
+    source = open_clips(config.data, sampling, config.height, config.width, config.seed + seed)
+    return lambda numbers: stack_clips([source.sample(number) for number in numbers], torch.device("cpu"))[0]
+
+
+@torch.no_grad()
+def score(model: ConvLSTMPredictor, draw: Any, config: ConvLSTMConfig, device: torch.device) -> float:
+    """Mean PSNR in dB of what is predicted behind the given frames of fresh clips."""
+    values = []
+    for first in range(0, config.num_score_clips, config.batch_size):
+        clip = draw(range(first, first + config.batch_size)).to(device)
+        made = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
+        values.append(psnr(made.clamp(-1, 1), clip[:, :, config.given :]))
+    return torch.cat(values).mean().item()
+
+
+if __name__ == "__main__":
+    main(parse_config(ConvLSTMConfig, __doc__))

@@ -1,0 +1,74 @@
+"""Where a video does what the model did not expect: the error of predicting each frame from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vgen.pipeline import VideoGenPipeline
+
+
+class Anomaly(NamedTuple):
+    """Of one video."""
+
+    scores: np.ndarray
+    """Mean squared error of each predicted frame, float `(f,)`, in units of the range of brightness; NaN for the first
+    ones, which nothing precedes."""
+    jumps: list[int]
+    """Frames whose score stands out."""
+
+
+def find_anomalies(
+    pipe: VideoGenPipeline,
+    video: np.ndarray,
+    *,
+    given: int = 5,
+    ahead: int = 4,
+    threshold: float = 6.0,
+    seed: int = 0,
+    **options: Any,
+) -> Anomaly:
+    """Predicts each piece of a video from the true frames before it and compares.
+
+    A frame stands out if its score is more than `threshold` robust deviations (1.4826 times the median distance to the
+    median) above the median of all scores; in a video in which every prediction is as good, none does.
+
+    Args:
+        pipe: A checkpoint that predicts.
+        video: uint8 `(f, h, w, 3)`.
+        given: Frames that each prediction starts from.
+        ahead: Frames of a piece.
+        threshold: What stands out.
+        seed: Of the noise.
+        options: Further arguments of `VideoGenPipeline.predict`.
+
+    Raises:
+        ValueError: The video is too short, or as `predict`.
+    """
+    if given < 1 or ahead < 1:
+        raise ValueError(f"given={given} and ahead={ahead} must be at least 1")
+    if len(video) <= given:
+        raise ValueError(f"the video has {len(video)} frames: more than given={given} are needed")
+    scores = np.full(len(video), np.nan)
+    for begin, made in _predictions(pipe, video, given, ahead, seed, options):
+        true = video[begin : begin + len(made)] / 255.0
+        scores[begin : begin + len(made)] = np.square(made - true).mean((1, 2, 3))
+    found = scores[given:]
+    middle = np.median(found)
+    deviation = 1.4826 * np.median(np.abs(found - middle))
+    jumps = np.flatnonzero(scores > middle + threshold * max(deviation, 1e-6))
+    return Anomaly(scores, jumps.tolist())
+
+
+def _predictions(
+    pipe: VideoGenPipeline, video: np.ndarray, given: int, ahead: int, seed: int, options: dict[str, Any]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Pieces of at most `ahead` frames with their places."""
+    for begin in range(given, len(video), ahead):
+        count = min(ahead, len(video) - begin)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + begin)
+        made = pipe.predict(video[begin - given : begin], count, generator=generator, **options).frames[0]
+        yield begin, np.asarray(made)

@@ -1,0 +1,414 @@
+"""Measuring a checkpoint on a suite: every number beside those of simple ways, with intervals, in one file.
+
+A run writes `clips/*.json`, one file a batch of clips, which a run that was stopped does not make again; then
+`results.json`, in which every clip has its values, and `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from vgen.jobs import Job, ModelConfig, load_pipeline, read_manifest, run_jobs, run_settings, write_whole
+from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
+from vgen.metrics.reference import LPIPS
+from vgen.metrics.report import write_report
+from vgen.metrics.suites import (
+    Samples,
+    Suite,
+    SuiteConfig,
+    check_suite,
+    combine,
+    copy_last,
+    curves,
+    flow_interpolation,
+    keyframes_of,
+    linear_blend,
+    open_suite,
+    score_pairs,
+    score_time,
+)
+from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference
+from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.pipeline import VideoGenPipeline
+
+TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
+OURS = "the model"
+PAIRED = ("reconstruction", "prediction", "interpolation")
+"""Tasks whose videos have a true one to be compared with."""
+FORMAT = "vgen-results-1"
+STRIP = 9
+"""Frames of a picture."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(ModelConfig, SuiteConfig):
+    """What is measured."""
+
+    tasks: list[str] | None = None
+    """Some of `reconstruction`, `prediction`, `interpolation`, `generation` (from captions) and `rollout` (long videos
+    from captions); by default all but the last that model and suite allow."""
+    prompted: bool = False
+    """Whether predictions and interpolations are told the captions."""
+    num_samples: int = 1
+    """Predictions of each clip; of several, their mean and the best one are measured too."""
+    rollout_frames: int = 128
+    """Of a long video."""
+    convlstm: str | None = None
+    """Folder of a ConvLSTM that predicts beside the model; ShapesWorld has one that ships with the package."""
+    lpips: bool = False
+    """Whether LPIPS is measured, by the package of that name."""
+    features: str | None = None
+    """Folder or Hub id of a video model of transformers, for distances between distributions."""
+    torchscript: Path | None = None
+    """An I3D network in TorchScript instead."""
+    trust_torchscript: bool = False
+    """Says that the program in it may run."""
+    count_known_frames: bool = False
+    """Whether distances are between whole clips, given frames included; else between their last frames."""
+    num_feature_frames: int | None = None
+    """Frames that distances are taken of, for networks that take any number."""
+    batch_size: int = 10
+    """Clips at once, and of one file."""
+    num_strips: int = 4
+    """Clips that the report shows."""
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
+    """Measures a checkpoint; the same call goes on where an interrupted one stopped.
+
+    Returns:
+        The results, as `results.json` has them; `None` in processes that do not gather.
+
+    Raises:
+        ValueError: A setting cannot work, the checkpoint cannot do a task, or no clip could be measured.
+        ImportError: A library that a metric needs is not installed.
+    """
+    pipe = load_pipeline(config)
+    config = with_defaults(config, pipe)
+    check_evaluation(config)
+    suite = open_suite(config)
+    measure = Measurement(config, pipe, suite)
+    jobs = [
+        Job(f"{first:06d}.json", {"first": first, "count": min(config.batch_size, len(suite) - first)})
+        for first in range(0, len(suite), config.batch_size)
+    ]
+
+    def make(job: Job, path: Path) -> dict[str, Any]:
+        first, count = job.inputs["first"], job.inputs["count"]
+        found = measure(suite.samples(range(first, first + count)))
+        write_whole(path, json.dumps(found))
+        return {"num_clips": len(found["numbers"])}
+
+    settings = run_settings(config, pipe, "batch_size", "num_strips")
+    settings |= {"seed": config.seed, "tasks": measure.tasks}
+    folder = config.output_dir / "clips"
+    run_jobs(jobs, folder, settings, make)
+    process = PartialState()
+    if not process.is_main_process:
+        return None
+    paths = [folder / job.name for job in jobs if (folder / job.name).exists()]
+    if not paths:
+        reason = next(line["error"] for line in read_manifest(folder).values())
+        raise ValueError(f"no clip could be measured: {reason}")
+    results = gather_results(config, [json.loads(path.read_text()) for path in paths], settings, measure.features)
+    strips = {
+        f"{task}, clip {number}": rows
+        for path in paths
+        for number, shown in json.loads(path.read_text())["strips"].items()
+        for task, rows in shown.items()
+    }
+    write_whole(config.output_dir / "results.json", json.dumps(results, indent=1))
+    write_report(config.output_dir / "report.html", results, strips)
+    return results
+
+
+class Measurement:
+    """What is measured of one checkpoint on one suite.
+
+    Args:
+        config: The settings.
+        pipe: The checkpoint.
+        suite: The clips.
+
+    Raises:
+        ValueError: The checkpoint cannot do a task that was asked for.
+    """
+
+    def __init__(self, config: EvaluationConfig, pipe: VideoGenPipeline, suite: Suite):
+        self.config, self.pipe, self.suite = config, pipe, suite
+        needs = {"prediction": {"leading"}, "interpolation": {"keyframes"}, "rollout": {"leading"}}
+        self.tasks = list(config.tasks or ())
+        if config.tasks is None:
+            able = [task for task in TASKS[:-1] if needs.get(task, set()) <= set(pipe.denoiser.config.tasks)]
+            captions = suite.samples(range(1)).captions[0] is not None
+            self.tasks = [task for task in able if captions or task != "generation"]
+        for task in self.tasks:
+            pipe.check_tasks(needs.get(task, set()))
+        self.lpips = LPIPS().to(pipe.device) if config.lpips else None
+        self.convlstm = open_convlstm(config)
+        self.features = open_features(config, pipe.device)
+
+    @torch.no_grad()
+    def __call__(self, samples: Samples) -> dict[str, Any]:
+        """The values of each task, way and metric for these clips, in their order."""
+        found: dict[str, Any] = {"numbers": samples.numbers, "tasks": {}, "curves": {}, "features": {}, "strips": {}}
+        for task in self.tasks:
+            ways, counted = getattr(self, f"_{task}")(samples)
+            values: dict[str, Any] = {}
+            for name, clips in ways.items():
+                values[name] = tolist(self._values(task, clips, samples, counted))
+                if task in PAIRED:
+                    true = samples.clips[:, :, : clips.shape[2]]
+                    found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true))
+                if self.features is not None and task in ("prediction", "generation"):
+                    found["features"].setdefault(task, {})[name] = self._features_of(clips)
+            found["tasks"][task] = values
+            self._draw(found["strips"], task, samples, ways)
+        if found["features"]:
+            found["features"]["real"] = self._features_of(samples.clips)
+        return found
+
+    def _values(self, task: str, clips: Tensor, samples: Samples, counted: list[int]) -> dict[str, Tensor]:
+        """Of one way to do a task, `(b,)` for each metric."""
+        if task == "rollout":
+            unit = self.pipe.vae_scale_factor_temporal
+            chunk = self.pipe.denoiser.config.chunk_size
+            slopes = {f"{name} drift": value for name, value in drift_slopes(clips).items()}
+            ends = {f"{name}, end - start": value for name, value in start_end_difference(clips).items()}
+            return slopes | ends | ({"seam ratio": seam_ratio(clips, chunk, unit)} if chunk > 1 else {})
+        found = {}
+        if task in PAIRED:
+            found = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
+        found |= score_time(clips)
+        if task in ("reconstruction", "generation"):
+            each = [self.suite.right(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
+            found |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
+        return found
+
+    def _reconstruction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
+        return {"the VAE": self._reconstruct(samples)}, list(range(self.config.num_frames))
+
+    def _prediction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
+        config, given = self.config, self.config.given
+        counted = list(range(given, config.num_frames))
+        known = samples.clips[:, :, :given]
+        drawn = torch.stack(
+            [
+                torch.cat([known, self._predict(samples, self._generators(samples, draw))], dim=2)
+                for draw in range(config.num_samples)
+            ]
+        )
+        ways = {OURS: drawn[0]}
+        if config.num_samples > 1:
+            ways |= {f"{OURS}, {name}": one for name, one in combine(drawn, samples.clips, counted).items()}
+        if self.convlstm is not None:
+            new = self.convlstm.predict(known, config.num_frames - given)
+            ways["ConvLSTM"] = torch.cat([known, new.clamp(-1, 1)], dim=2)
+        ways["copy of the last frame"] = copy_last(samples.clips, given)
+        ways["the VAE, of true clips"] = self._reconstruct(samples)
+        return ways, counted
+
+    def _interpolation(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
+        keyframes = keyframes_of(self.config)
+        counted = [index for index in range(keyframes[-1]) if index not in keyframes]
+        ways = {
+            OURS: self._interpolate(samples),
+            "linear blend": linear_blend(samples.clips, keyframes),
+            "optical flow (DIS)": flow_interpolation(samples.clips, keyframes),
+            "the VAE, of true clips": self._reconstruct(samples)[:, :, : keyframes[-1] + 1],
+        }
+        return ways, counted
+
+    def _generation(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
+        config = self.config
+        frames = self.pipe(
+            self._captions(samples), num_frames=config.num_frames, height=config.height, width=config.width,
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            generator=self._generators(samples), output_type="pt",
+        ).frames  # fmt: skip
+        ways = {OURS: from_frames(frames), "true clips": samples.clips}
+        return ways | {"the VAE, of true clips": self._reconstruct(samples)}, []
+
+    def _rollout(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
+        config = self.config
+        chunks = self.pipe.rollout(
+            self._captions(samples), num_frames=config.rollout_frames, height=config.height, width=config.width,
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            generator=self._generators(samples),
+        )  # fmt: skip
+        frames = torch.from_numpy(np.concatenate(list(chunks), axis=1))
+        return {OURS: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}, []
+
+    def _predict(self, samples: Samples, generators: list[torch.Generator]) -> Tensor:
+        """New frames behind the given ones, of each clip."""
+        given, count = range(self.config.given), self.config.num_frames - self.config.given
+        return from_frames(self._from_known(self.pipe.predict, samples, given, generators, num_frames=count))
+
+    def _interpolate(self, samples: Samples) -> Tensor:
+        """Clips from every so many'th frame."""
+        config, generators = self.config, self._generators(samples)
+        options = {"factor": config.factor, "frame_rate": config.frame_rate / config.factor}
+        return from_frames(
+            self._from_known(self.pipe.interpolate, samples, keyframes_of(config), generators, **options)
+        )
+
+    def _from_known(
+        self, call: Callable, samples: Samples, known: Iterable[int], generators: list[torch.Generator], **options: Any
+    ) -> Tensor:
+        """Frames `(b, f, 3, h, w)` in [0, 1] that the pipeline makes of these ones of each clip."""
+        frames = rearrange(samples.clips[:, :, list(known)], "b c f h w -> b f h w c")
+        given = list(frames.add(1).mul(127.5).round().byte().numpy())
+        options |= {"num_inference_steps": self.config.num_inference_steps, "output_type": "pt"}
+        if self.config.prompted:
+            told = {"prompt": self._captions(samples), "guidance_scale": self.config.guidance_scale}
+            return call(given, generator=generators, **told, **options).frames
+        pairs = zip(given, generators, strict=True)  # only a single video can do without a prompt
+        return torch.cat([call(one, generator=generator, **options).frames for one, generator in pairs])
+
+    def _captions(self, samples: Samples) -> list[str]:
+        missing = [number for number, text in zip(samples.numbers, samples.captions, strict=True) if text is None]
+        if missing:
+            raise ValueError(f"clips {missing} have no caption, which this task needs")
+        return [text for text in samples.captions if text is not None]
+
+    def _generators(self, samples: Samples, draw: int = 0) -> list[torch.Generator]:
+        """A source of noise for each clip, by its number alone."""
+        seeds = [(self.config.seed + draw) * 1_000_003 + number for number in samples.numbers]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _reconstruct(self, samples: Samples) -> Tensor:
+        """The clips, encoded and decoded."""
+        codec = self.pipe.codec
+        assert codec is not None
+        clips = samples.clips.to(self.pipe.device, codec.dtype)
+        return codec.decode(codec.encode(clips).latent_dist.mode()).sample.float().cpu()
+
+    def _features_of(self, clips: Tensor) -> list[list[float]]:
+        """Of the frames that distances are taken of."""
+        assert self.features is not None
+        count = self.features.num_frames or self.config.num_feature_frames or clips.shape[2]
+        if clips.shape[2] < count:
+            raise ValueError(f"{self.features.name} takes {count} frames: give num_frames={count} or more")
+        part = clips[:, :, :count] if self.config.count_known_frames else clips[:, :, -count:]
+        return self.features(part.to(self.pipe.device)).double().cpu().tolist()
+
+    def _draw(self, strips: dict[str, Any], task: str, samples: Samples, ways: dict[str, Tensor]) -> None:
+        """Pictures of the first clips of the suite, one row a way."""
+        for row, number in enumerate(samples.numbers):
+            if number < self.config.num_strips:
+                true = {"true clip": samples.clips} if task in PAIRED else {}
+                shown = {name: draw_strip(clips[row]) for name, clips in (true | ways).items()}
+                strips.setdefault(str(number), {})[task] = shown
+
+
+def check_evaluation(config: EvaluationConfig) -> None:
+    """Refuses what cannot work.
+
+    Raises:
+        ValueError: A setting is unknown or out of range.
+    """
+    check_suite(config)
+    if set(config.tasks or ()) - set(TASKS):
+        raise ValueError(f"tasks={config.tasks} must be some of {', '.join(TASKS)}")
+    if min(config.num_samples, config.batch_size) < 1:
+        raise ValueError(f"num_samples={config.num_samples}, batch_size={config.batch_size} must be at least 1")
+    if config.features and config.torchscript:
+        raise ValueError("give features or torchscript, not both")
+
+
+def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> EvaluationConfig:
+    """The settings with the checkpoint's defaults where they are 0."""
+    names = ("num_frames", "height", "width", "frame_rate")
+    return replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
+
+
+def gather_results(
+    config: EvaluationConfig, batches: list[dict[str, Any]], settings: dict[str, Any], network: Any
+) -> dict[str, Any]:
+    """One record of all batches of clips."""
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "model": config.model,
+        "made_with": settings["model"],
+        "suite": {one.name: getattr(config, one.name) for one in fields(SuiteConfig)},
+        "settings": {name: value for name, value in settings.items() if name != "model"},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
+        "numbers": [number for batch in batches for number in batch["numbers"]],
+        "tasks": join([batch["tasks"] for batch in batches]),
+        "curves": average(join([batch["curves"] for batch in batches])),
+        "distances": {},
+    }
+    features = join([batch["features"] for batch in batches])
+    real = torch.tensor(features.pop("real", []), dtype=torch.float64)
+    for task, ways in features.items():
+        whole = config.count_known_frames or task == "generation"
+        frames = network.num_frames or config.num_feature_frames or config.num_frames
+        protocol = Protocol(
+            num_clips=len(real), num_frames=frames, stride=1, height=config.height, width=config.width,
+            known_frames_counted=whole, resize=network.resize, feature_network=network.digest,
+        )  # fmt: skip
+        for way, made in ways.items():
+            measured = distances(real, torch.tensor(made, dtype=torch.float64), protocol)
+            told = {name: asdict(one) for name, one in measured.items()}
+            results["distances"].setdefault(task, {})[way] = told
+    return json.loads(json.dumps(results, default=str))
+
+
+def open_convlstm(config: EvaluationConfig) -> ConvLSTMPredictor | None:
+    """The recurrent network that predicts beside the model, if there is one."""
+    return None if config.convlstm is None else ConvLSTMPredictor.from_pretrained(config.convlstm).eval()
+
+
+def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetwork | ScriptedFeatures | None:
+    """The network whose features distances are taken of, if one is given."""
+    if config.torchscript is not None:
+        return ScriptedFeatures(config.torchscript, trusted=config.trust_torchscript).to(device)
+    return None if config.features is None else FeatureNetwork(config.features).to(device)
+
+
+def from_frames(frames: Tensor) -> Tensor:
+    """Clips from what the pipeline gives as `pt`."""
+    return rearrange(frames.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
+
+
+def draw_strip(clip: Tensor) -> str:
+    """Some frames of a clip `(3, f, h, w)` side by side, as a PNG in base64."""
+    places = np.linspace(0, clip.shape[1] - 1, min(STRIP, clip.shape[1])).round().astype(int)
+    row = rearrange(clip[:, places], "c f h w -> h (f w) c")
+    file = BytesIO()
+    Image.fromarray(row.add(1).mul(127.5).round().clamp(0, 255).byte().numpy()).save(file, "png")
+    return b64encode(file.getvalue()).decode()
+
+
+def tolist(values: dict[str, Tensor]) -> dict[str, list]:
+    """For JSON."""
+    return {name: [round(x, 6) if isinstance(x, float) else x for x in one.tolist()] for name, one in values.items()}
+
+
+def join(parts: list[Any]) -> Any:
+    """Nested dictionaries whose lists follow one another."""
+    if isinstance(parts[0], dict):
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
+    return [value for part in parts for value in part]
+
+
+def average(curves: Any) -> Any:
+    """Nested dictionaries whose tables `(b, f)` become their means over clips."""
+    if isinstance(curves, dict):
+        return {name: average(one) for name, one in curves.items()}
+    return np.mean(curves, axis=0).round(6).tolist()

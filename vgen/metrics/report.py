@@ -1,0 +1,198 @@
+"""Results as people read them: means with confidence intervals, differences, and a page that opens offline."""
+
+from __future__ import annotations
+
+import itertools
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vgen.metrics.frechet import Distance
+
+HIGHER_IS_BETTER = {"psnr", "ssim", "right"}
+UNITS = {"psnr": "dB", "motion": "px", "warping error": "×10⁻³", "mse": "×10⁻³", "mae": "×10⁻³", "flicker": "×10⁻³"}
+"""Of the columns; small values are shown a thousandfold."""
+
+
+class Summary(NamedTuple):
+    """Of one metric over clips."""
+
+    mean: float
+    low: float
+    """Of the 95% confidence interval of the mean, over other choices of clips (bootstrap)."""
+    high: float
+    median: float
+
+
+def summarize(values: list[float], seed: int = 0) -> Summary:
+    """The mean over clips with its interval.
+
+    Raises:
+        ValueError: There are no values, or some are not finite.
+        ImportError: SciPy is not installed.
+    """
+    bootstrap = _scipy_bootstrap()
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{array.size} values, of which {int((~np.isfinite(array)).sum())} are not finite")
+    low = high = array.mean()
+    if array.size > 1 and np.ptp(array):
+        low, high = bootstrap((array,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
+    return Summary(float(array.mean()), float(low), float(high), float(np.median(array)))
+
+
+class Difference(NamedTuple):
+    """How a model's metric differs from another's on the same clips."""
+
+    task: str
+    way: str
+    metric: str
+    first: float
+    second: float
+    summary: Summary
+    """Of the second minus the first, clip by clip; for distances, without an interval of their difference."""
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return not self.summary.low <= 0 <= self.summary.high
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
+    """What differs between two results, for each task, way and metric that both have.
+
+    Args:
+        first: As `results.json` has them.
+        second: The same.
+
+    Raises:
+        ValueError: They are of other suites or clips, or were told other things; what differs is named.
+    """
+    told = ("prompted", "num_samples", "rollout_frames")
+    mine, theirs = (one["suite"] | {name: one["settings"][name] for name in told} for one in (first, second))
+    wrong = [f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+    if first["numbers"] != second["numbers"]:
+        wrong.append("the clips that could be measured")
+    if wrong:
+        raise ValueError(f"these results cannot be compared: {', '.join(wrong)}")
+    found = []
+    for task, ways in first["tasks"].items():
+        for way, metrics in ways.items():
+            other = second["tasks"].get(task, {}).get(way, {})
+            for metric in metrics:
+                if metric in other:
+                    a, b = np.asarray(metrics[metric]), np.asarray(other[metric])
+                    found.append(Difference(task, way, metric, a.mean(), b.mean(), summarize(list(b - a))))
+    return found
+
+
+def compare_distances(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, Distance, Distance]]:
+    """The distances between distributions that both results have: task, way, and one of each."""
+    found = []
+    for task, ways in first["distances"].items():
+        for way, measured in ways.items():
+            other = second["distances"].get(task, {}).get(way, {})
+            both = [name for name in measured if name in other]
+            found += [(task, way, Distance.read(measured[name]), Distance.read(other[name])) for name in both]
+    return found
+
+
+def table(ways: dict[str, dict[str, list[float]]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Column names, and for each way the cells of its row."""
+    metrics = list(dict.fromkeys(itertools.chain.from_iterable(ways.values())))
+    rows = {}
+    for way, values in ways.items():
+        rows[way] = [tell(metric, summarize(values[metric])) if metric in values else "" for metric in metrics]
+    return [f"{metric}, {UNITS[metric]}" if metric in UNITS else metric for metric in metrics], rows
+
+
+def tell(metric: str, summary: Summary) -> str:
+    """A mean and its interval with the digits that the interval supports."""
+    scale = 1000 if UNITS.get(metric, "").startswith("×") else 1
+    mean, low, high = (scale * value for value in summary[:3])
+    spread = max(high - low, 1e-12)
+    digits = int(np.clip(2 - np.floor(np.log10(spread)) - 1, 0, 4)) if high > low else 3
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def write_report(path: Path, results: dict[str, Any], strips: dict[str, dict[str, str]]) -> None:
+    """One page with tables, curves and pictures, which needs no other file.
+
+    Args:
+        path: Of the HTML file.
+        results: As `results.json` has them.
+        strips: For each title, PNGs in base64 by way.
+
+    Raises:
+        ImportError: Jinja2, Matplotlib or SciPy is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text())
+    page = template.render(
+        results=results,
+        tables={task: table(ways) for task, ways in results["tasks"].items()},
+        curves={task: draw_curves(ways) for task, ways in results["curves"].items() if _has_time(ways)},
+        distances=results["distances"],
+        strips=strips,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def draw_curves(ways: dict[str, dict[str, list[float]]]) -> str:
+    """PSNR and SSIM of each frame as an SVG."""
+    figure, axes = _subplots(2)
+    for axis, (metric, label) in zip(axes, (("psnr", "PSNR, dB"), ("ssim", "SSIM")), strict=True):
+        for way, values in ways.items():
+            shown = [None if value >= 99.9 else value for value in values[metric]]  # frames that were given
+            axis.plot([np.nan if value is None else value for value in shown], label=way, marker=".")
+        axis.set(xlabel="frame", ylabel=label)
+    axes[0].legend(fontsize="small")
+    return to_svg(figure)
+
+
+def plot_scores(scores: list[float], marked: list[int], label: str) -> Any:
+    """A curve over frames, some of which are marked, as a Matplotlib figure."""
+    figure, (axis,) = _subplots(1)
+    axis.plot(scores, marker=".")
+    for frame in marked:
+        axis.axvline(frame, color="tab:red", alpha=0.4)
+    axis.set(xlabel="frame", ylabel=label)
+    return figure
+
+
+def to_svg(figure: Any) -> str:
+    """A figure as an SVG element."""
+    file = StringIO()
+    figure.savefig(file, format="svg", bbox_inches="tight")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _subplots(count: int) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    figure = Figure(figsize=(5 * count, 3), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _has_time(ways: dict[str, dict[str, list[float]]]) -> bool:
+    return any(len(values["psnr"]) > 1 for values in ways.values())
+
+
+def _scipy_bootstrap() -> Any:
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    return bootstrap
+
+
+_MISSING = "evaluation needs SciPy, Matplotlib and Jinja2: pip install vgen[evaluation]"
