@@ -166,15 +166,17 @@ class Measurement:
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Any]:
         """The values of each task, way and metric for these clips, in their order."""
-        found: dict[str, Any] = {"numbers": samples.numbers, "tasks": {}, "curves": {}, "features": {}, "strips": {}}
+        found: dict[str, Any] = {"numbers": samples.numbers, "frames": {}}
+        found |= {name: {} for name in ("tasks", "curves", "features", "strips")}
         for task in self.tasks:
             ways, counted = getattr(self, f"_{task}")(samples)
             values: dict[str, Any] = {}
             for name, clips in ways.items():
                 values[name] = tolist(self._values(task, clips, samples, counted))
                 if task in PAIRED:
+                    found["frames"][task] = counted
                     true = samples.clips[:, :, : clips.shape[2]]
-                    found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true))
+                    found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true, counted))
                 if self.features is not None and task in ("prediction", "generation"):
                     found["features"].setdefault(task, {})[name] = self._features_of(clips)
             found["tasks"][task] = values
@@ -350,6 +352,7 @@ def gather_results(
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
         "numbers": [number for batch in batches for number in batch["numbers"]],
         "tasks": join([batch["tasks"] for batch in batches]),
+        "frames": batches[0]["frames"],
         "curves": average(join([batch["curves"] for batch in batches])),
         "distances": {},
     }

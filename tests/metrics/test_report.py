@@ -20,7 +20,8 @@ def results():
         "model": "vgen/<b>", "suite": {"suite": "shapes", "num_clips": 3}, "versions": {"torch": "2"},
         "settings": {"prompted": False, "num_samples": 1, "rollout_frames": 8}, "numbers": [0, 1, 2],
         "tasks": {"prediction": ways},
-        "curves": {"prediction": {"the model": {"psnr": [100.0, 20.0, 19.0], "ssim": [1.0, 0.9, 0.8]}}},
+        "frames": {"prediction": [1, 2]},
+        "curves": {"prediction": {"the model": {"psnr": [20.0, 19.0], "ssim": [0.9, 0.8]}}},
         "distances": {"prediction": {"the model": {"FVD": DISTANCE}}},
     }  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_results_of_other_protocols_are_refused(results, part, name, value):
 def test_the_report_is_one_page_with_everything_in_it(results, tmp_path):
     write_report(tmp_path / "report.html", results, {"prediction, clip 0": {"the model": "QUJD"}})
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 1 and "data:image/png;base64,QUJD" in page and "feature_network" in page
+    assert page.count("<svg") == 2 and "data:image/png;base64,QUJD" in page and "feature_network" in page
     assert "vgen/&lt;b&gt;" in page and "width=device-width" in page  # escaped; made for phones
     assert 'src="http' not in page and "<script" not in page and "<link" not in page
     columns, rows = table(results["tasks"]["prediction"])

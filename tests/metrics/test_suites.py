@@ -68,8 +68,8 @@ def test_scores_are_per_clip_and_identical_frames_count_as_a_hundred(clips):
     assert found["psnr"][0] == 100 and found["mse"][0] == 0 and found["ssim"][0] == pytest.approx(1)
     mse = ((made[1, :, 4:6] - clips[1, :, 4:6]) / 2).square().mean()
     assert found["mse"][1] == pytest.approx(mse.item()) and found["psnr"][1] == pytest.approx(-10 * mse.log10().item())
-    frames = curves(made, clips)
-    assert frames["psnr"].shape == (2, 9) and frames["ssim"][1].mean() < frames["ssim"][0].mean()
+    frames = curves(made, clips, [4, 5])
+    assert frames["psnr"].shape == (2, 2) and frames["ssim"][1].mean() < frames["ssim"][0].mean()
     assert set(score_time(made)) == {"warping error", "flicker", "motion"}
 
 

@@ -137,28 +137,29 @@ def write_report(path: Path, results: dict[str, Any], strips: dict[str, dict[str
     page = template.render(
         results=results,
         tables={task: table(ways) for task, ways in results["tasks"].items()},
-        curves={task: draw_curves(ways) for task, ways in results["curves"].items() if _has_time(ways)},
+        curves={task: draw_curves(results["frames"][task], ways) for task, ways in results["curves"].items()},
         distances=results["distances"],
         strips=strips,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def draw_curves(ways: dict[str, dict[str, list[float]]]) -> str:
-    """PSNR and SSIM of each frame as an SVG."""
-    figure, axes = _subplots(2)
-    for axis, (metric, label) in zip(axes, (("psnr", "PSNR, dB"), ("ssim", "SSIM")), strict=True):
+def draw_curves(frames: list[int], ways: dict[str, dict[str, list[float]]]) -> list[str]:
+    """PSNR and SSIM of each frame, an SVG each."""
+    found = []
+    for metric, label in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+        figure, axis = _subplot()
         for way, values in ways.items():
-            shown = [None if value >= 99.9 else value for value in values[metric]]  # frames that were given
-            axis.plot([np.nan if value is None else value for value in shown], label=way, marker=".")
+            axis.plot(frames, values[metric], label=way, marker=".")
         axis.set(xlabel="frame", ylabel=label)
-    axes[0].legend(fontsize="small")
-    return to_svg(figure)
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+        found.append(to_svg(figure))
+    return found
 
 
 def plot_scores(scores: list[float], marked: list[int], label: str) -> Any:
     """A curve over frames, some of which are marked, as a Matplotlib figure."""
-    figure, (axis,) = _subplots(1)
+    figure, axis = _subplot()
     axis.plot(scores, marker=".")
     for frame in marked:
         axis.axvline(frame, color="tab:red", alpha=0.4)
@@ -174,17 +175,13 @@ def to_svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _subplots(count: int) -> tuple[Any, list[Any]]:
+def _subplot() -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    figure = Figure(figsize=(5 * count, 3), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _has_time(ways: dict[str, dict[str, list[float]]]) -> bool:
-    return any(len(values["psnr"]) > 1 for values in ways.values())
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _scipy_bootstrap() -> Any:

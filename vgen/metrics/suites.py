@@ -274,8 +274,10 @@ def score_time(made: Tensor) -> dict[str, Tensor]:
     }
 
 
-def curves(made: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """How near each frame comes, `(b, f)` for each metric; given frames count as identical."""
+def curves(made: Tensor, true: Tensor, counted: Sequence[int]) -> dict[str, Tensor]:
+    """How near each of these frames comes, `(b, f)` for each metric; the rest as for `score_pairs`."""
+    check_pair(made, true)
+    made, true = made[:, :, counted], true[:, :, counted]
     return {"psnr": frame_psnr(made, true).clamp_max(IDENTICAL), "ssim": frame_ssim(made, true)}
 
 
