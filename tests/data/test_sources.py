@@ -144,6 +144,9 @@ def test_digits_and_folders_are_opened_by_path(folder, tmp_path):
     path.write_bytes(gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 3, 28, 28) + digits.tobytes()))
     world = open_clips(str(path), SAMPLING, 64, 64, seed=3)
     assert isinstance(world, MovingMNIST) and world.num_frames == 5 and world.seed == 3
+    assert len(open_clips(f"{path}:1:3", SAMPLING, 64, 64).digits) == 2
+    with pytest.raises(ValueError, match="leaves no digits"):
+        open_clips(f"{path}:3:9", SAMPLING, 64, 64)
     with pytest.raises(ValueError, match="Moving MNIST is 64x64"):
         open_clips(str(path), SAMPLING, 32, 32)
     assert isinstance(open_clips(str(folder), SAMPLING, 16, 16), VideoFolder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -109,7 +110,8 @@ def open_clips(
     Args:
         data: A folder as `list_videos` takes it; `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face dataset (a name on
             the Hub or a local folder), `hf-stream:...` for one that is read as it comes; `shards:PATTERN` for
-            WebDataset's tar files, such as `shards:train-{000..099}.tar`; an IDX file of digits for Moving MNIST.
+            WebDataset's tar files, such as `shards:train-{000..099}.tar`; an IDX file of digits for Moving MNIST,
+            with `:FIRST:LAST` behind it for some of them, counted from 0, without the last.
         sampling: Which frames make a clip.
         height: Of the frames, in pixels.
         width: Of the frames.
@@ -129,12 +131,21 @@ def open_clips(
         return VideoStream(partial(stream_dataset, *_split(name)), *rest)
     if kind == "shards":
         return VideoStream(partial(stream_shards, name), *rest)
-    path = Path(data)
+    path, first, last = _sliced(data)
     if path.is_file() and "idx3" in path.name:
         if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
             raise ValueError(f"Moving MNIST is 64x64 and not augmented: height={height}, width={width}")
-        return MovingMNIST(read_digits(path), num_frames=sampling.num_frames, seed=seed)
-    return VideoFolder(list_videos(path), *rest)
+        digits = read_digits(path)[first:last]
+        if not len(digits):
+            raise ValueError(f"{data} leaves no digits")
+        return MovingMNIST(digits, num_frames=sampling.num_frames, seed=seed)
+    return VideoFolder(list_videos(Path(data)), *rest)
+
+
+def _sliced(data: str) -> tuple[Path, int, int | None]:
+    """A path and which of the digits in its file: all without `:FIRST:LAST`."""
+    found = re.fullmatch(r"(.*):(\d+):(\d+)", data)
+    return (Path(found[1]), int(found[2]), int(found[3])) if found else (Path(data), 0, None)
 
 
 def _split(name: str) -> tuple[str, str]:
