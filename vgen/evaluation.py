@@ -69,7 +69,7 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     rollout_frames: int = 128
     """Of a long video."""
     convlstm: str | None = None
-    """Folder of a ConvLSTM that predicts beside the model; ShapesWorld has one that ships with the package."""
+    """Folder or Hub id of a ConvLSTM that predicts beside the model (`train/train_convlstm.py`)."""
     lpips: bool = False
     """Whether LPIPS is measured, by the package of that name."""
     features: str | None = None
@@ -155,8 +155,7 @@ class Measurement:
         self.tasks = list(config.tasks or ())
         if config.tasks is None:
             able = [task for task in TASKS[:-1] if needs.get(task, set()) <= set(pipe.denoiser.config.tasks)]
-            captions = suite.samples(range(1)).captions[0] is not None
-            self.tasks = [task for task in able if captions or task != "generation"]
+            self.tasks = [task for task in able if suite.captioned or task != "generation"]
         for task in self.tasks:
             pipe.check_tasks(needs.get(task, set()))
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
@@ -192,7 +191,10 @@ class Measurement:
             chunk = self.pipe.denoiser.config.chunk_size
             slopes = {f"{name} drift": value for name, value in drift_slopes(clips).items()}
             ends = {f"{name}, end - start": value for name, value in start_end_difference(clips).items()}
-            return slopes | ends | ({"seam ratio": seam_ratio(clips, chunk, unit)} if chunk > 1 else {})
+            if chunk == 1:
+                return slopes | ends
+            # at rest there are no seams; and one that moves at seams only has a ratio beyond all others
+            return slopes | ends | {"seam ratio": seam_ratio(clips, chunk, unit).nan_to_num(1.0, posinf=100.0)}
         found = {}
         if task in PAIRED:
             found = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
@@ -303,7 +305,7 @@ class Measurement:
     def _features_of(self, clips: Tensor) -> list[list[float]]:
         """Of the frames that distances are taken of."""
         assert self.features is not None
-        count = self.features.num_frames or self.config.num_feature_frames or clips.shape[2]
+        count = feature_frames(self.config, self.features)
         if clips.shape[2] < count:
             raise ValueError(f"{self.features.name} takes {count} frames: give num_frames={count} or more")
         part = clips[:, :, :count] if self.config.count_known_frames else clips[:, :, -count:]
@@ -360,11 +362,16 @@ def gather_results(
     real = torch.tensor(features.pop("real", []), dtype=torch.float64)
     for task, ways in features.items():
         whole = config.count_known_frames or task == "generation"
-        frames = network.num_frames or config.num_feature_frames or config.num_frames
         protocol = Protocol(
-            num_clips=len(real), num_frames=frames, stride=1, height=config.height, width=config.width,
-            known_frames_counted=whole, resize=network.resize, feature_network=network.digest,
-        )  # fmt: skip
+            num_clips=len(real),
+            num_frames=feature_frames(config, network),
+            stride=1,
+            height=config.height,
+            width=config.width,
+            known_frames_counted=whole,
+            resize=network.resize,
+            feature_network=network.digest,
+        )
         for way, made in ways.items():
             measured = distances(real, torch.tensor(made, dtype=torch.float64), protocol)
             told = {name: asdict(one) for name, one in measured.items()}
@@ -382,6 +389,11 @@ def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetw
     if config.torchscript is not None:
         return ScriptedFeatures(config.torchscript, trusted=config.trust_torchscript).to(device)
     return None if config.features is None else FeatureNetwork(config.features).to(device)
+
+
+def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures) -> int:
+    """Frames of a clip that distances are taken of."""
+    return network.num_frames or config.num_feature_frames or config.num_frames
 
 
 def from_frames(frames: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_a_folder_gives_windows_and_names_what_is_damaged(tmp_path):
     assert len(suite) == 6 and len(open_suite(SuiteConfig(**settings, num_clips=2))) == 2
     samples = suite.samples(range(6))
     assert samples.clips.shape == (6, 3, 5, 32, 32) and samples.captions.count("noise") == 2
-    assert suite.right(0, samples.clips[0]) == {}
+    assert suite.right(0, samples.clips[0]) == {} and not suite.captioned
 
 
 def test_digits_bounce(digits):

@@ -93,6 +93,9 @@ def keyframes_of(config: SuiteConfig) -> list[int]:
 class Suite(Protocol):
     """Clips by number."""
 
+    captioned: bool
+    """Whether every clip has a caption."""
+
     def __len__(self) -> int: ...
 
     def samples(self, numbers: range) -> Samples:
@@ -125,6 +128,8 @@ def open_suite(config: SuiteConfig) -> Suite:
 class Shapes:
     """ShapesWorld, with scenes that no training draws."""
 
+    captioned = True
+
     def __init__(self, config: SuiteConfig):
         self.config = config
         self.world = ShapesWorld(split="all", seed=WORLD_SEED + config.suite_seed)
@@ -156,6 +161,7 @@ class Videos:
         self.source, self.numbers = source, list(range(len(source)))
         random.Random(config.suite_seed).shuffle(self.numbers)
         del self.numbers[config.num_clips :]
+        self.captioned = all(any(source.clips[number][0].captions) for number in self.numbers)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -182,6 +188,8 @@ class Videos:
 
 class Digits:
     """Moving MNIST."""
+
+    captioned = False
 
     def __init__(self, config: SuiteConfig, source: MovingMNIST):
         self.config, self.source = config, source
@@ -261,7 +269,8 @@ def score_pairs(made: Tensor, true: Tensor, counted: Sequence[int], lpips: LPIPS
     found = {"psnr": psnr(a, b).clamp_max(IDENTICAL), "ssim": ssim(a, b)}
     found |= {"mse": ((a - b) / 2).square().mean((1, 2, 3, 4)), "mae": ((a - b) / 2).abs().mean((1, 2, 3, 4))}
     if lpips is not None:
-        found["lpips"] = lpips(a, b)
+        device = next(lpips.parameters()).device
+        found["lpips"] = lpips(a.to(device), b.to(device)).cpu()
     return found | {"sharpness": statistics(a)["sharpness"].mean(1)}
 
 
