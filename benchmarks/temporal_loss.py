@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e ".[evaluation]"
     python benchmarks/temporal_loss.py --output-dir runs/temporal-loss
 
-Every row has the same steps, data and seed; off is fine-tuned, too. The VAE is scored on reconstructions, the denoiser on
-videos from captions and on predictions. The denoiser's latents are encoded first, with the optical flow. What is done
-is not done again. Prints one table each, with the seconds of training.
+Every row has the same steps, data and seed; off is fine-tuned, too. The VAE is scored on reconstructions, the denoiser
+on videos from captions and on predictions. The denoiser's latents are encoded first, with the optical flow. What is
+done is not done again. Prints one table each, with the seconds of training.
 """
 
 import argparse

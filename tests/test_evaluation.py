@@ -112,6 +112,8 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     one = found["copy of the last frame"]["FVD"]
     assert np.isfinite(one["value"]) and one["low"] <= one["high"]
     assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
+    with pytest.raises(ValueError, match="takes 4 frames, and 3 are not given: make num_frames at least 10"):
+        evaluate(EvaluationConfig(**options | {"given": 6, "output_dir": tmp_path / "other"}))
     path = tmp_path / "out" / "results.json"
     done = run("compare", path, path)
     assert done.exit_code == 0 and "FVD" in done.output and "differs" not in done.output

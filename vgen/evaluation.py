@@ -146,7 +146,7 @@ class Measurement:
         suite: The clips.
 
     Raises:
-        ValueError: The checkpoint cannot do a task that was asked for.
+        ValueError: The checkpoint cannot do a task that was asked for, or clips are too short for the features.
     """
 
     def __init__(self, config: EvaluationConfig, pipe: VideoGenPipeline, suite: Suite):
@@ -161,6 +161,15 @@ class Measurement:
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
         self.convlstm = open_convlstm(config)
         self.features = open_features(config, pipe.device)
+        if self.features is not None:
+            count, given = feature_frames(config, self.features), 0
+            if "prediction" in self.tasks and not config.count_known_frames:
+                given = config.given
+            if config.num_frames - given < count:
+                raise ValueError(
+                    f"{self.features.name} takes {count} frames, and {config.num_frames - given} are not given: make "
+                    f"num_frames at least {count + given}"
+                )
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Any]:
@@ -306,8 +315,6 @@ class Measurement:
         """Of the frames that distances are taken of."""
         assert self.features is not None
         count = feature_frames(self.config, self.features)
-        if clips.shape[2] < count:
-            raise ValueError(f"{self.features.name} takes {count} frames: give num_frames={count} or more")
         part = clips[:, :, :count] if self.config.count_known_frames else clips[:, :, -count:]
         return self.features(part.to(self.pipe.device)).double().cpu().tolist()
 
@@ -393,7 +400,7 @@ def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetw
 
 def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures) -> int:
     """Frames of a clip that distances are taken of."""
-    return network.num_frames or config.num_feature_frames or config.num_frames
+    return network.num_frames or config.num_feature_frames or config.num_frames - config.given
 
 
 def from_frames(frames: Tensor) -> Tensor:
