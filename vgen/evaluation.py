@@ -305,11 +305,13 @@ class Measurement:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _reconstruct(self, samples: Samples) -> Tensor:
-        """The clips, encoded and decoded."""
+        """The clips, encoded and decoded; where their length cannot be, with the last frame repeated for that."""
         codec = self.pipe.codec
         assert codec is not None
-        clips = samples.clips.to(self.pipe.device, codec.dtype)
-        return codec.decode(codec.encode(clips).latent_dist.mode()).sample.float().cpu()
+        clips, count = samples.clips.to(self.pipe.device, codec.dtype), self.config.num_frames
+        missing = (1 - count) % codec.temporal_compression_ratio
+        clips = torch.cat([clips, *[clips[:, :, -1:]] * missing], dim=2)
+        return codec.decode(codec.encode(clips).latent_dist.mode()).sample[:, :, :count].float().cpu()
 
     def _features_of(self, clips: Tensor) -> list[list[float]]:
         """Of the frames that distances are taken of."""

@@ -1,0 +1,107 @@
+"""Moving MNIST, 10 frames known and 10 predicted: both denoisers and a ConvLSTM, trained for the same time.
+
+    pip install -c constraints.txt -e ".[data,evaluation]"
+    python benchmarks/moving_mnist.py --digits t10k-images-idx3-ubyte.gz --output-dir runs/moving-mnist
+
+Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks see the same kind of clips; the denoisers
+share a VAE, whose time is its own. Steps are chosen so that training takes the minutes that were asked for on this
+machine, by a short run of the same command. What is done is not done again. Prints a table for each denoiser; the
+reports in `OUTPUT_DIR/*/evaluation/report.html` have the pictures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vgen.metrics.report import summarize
+from vgen.pipeline import find_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PIXELS = 64 * 64
+TRIAL, WARM = 60, 20
+"""Steps of the short run, and of them those that are not timed."""
+METRICS = {"mse": PIXELS, "mae": PIXELS, "ssim": 1, "psnr": 1, "sharpness": 1}
+"""Columns and their factors: errors are summed over the pixels of a frame, as the field does."""
+
+
+def main() -> None:
+    """Trains and measures what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digits", type=Path, required=True, help="10,000 digits in MNIST's IDX format")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--vae-minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=40, help="of each other network")
+    parser.add_argument("--num-clips", type=int, default=1000, help="that are scored")
+    parser.add_argument("--num-latents", type=int, default=10000, help="clips that the denoisers train on")
+    parser.add_argument("--num-samples", type=int, default=8)
+    args = parser.parse_args()
+    folder, training = args.output_dir, f"{args.digits}:0:8000"
+    text = Path(find_checkpoint("vgen/shapes-64"))  # told nothing: every prompt is empty
+
+    train("vae", folder / "vae", args.vae_minutes, data=training)
+    vae = folder / "vae" / "vae"
+    latents = {"vae": vae, "output_dir": folder / "latents", "data": training, "num_clips": args.num_latents}
+    launch("pipelines/encode_latents.py", latents | {"num_frames": 21, "keyframes": "true"})
+    train("convlstm", folder / "convlstm", args.minutes, data=training)
+    made = {"vae": vae, "text_encoder": text, "latents_dir": folder / "latents"}
+    for name in ("transformer", "unet"):
+        train(name, folder / name, args.minutes, **made)
+        settings = {
+            "model": folder / name / "pipeline", "output_dir": folder / name / "evaluation", "suite": "moving-mnist",
+            "data": f"{args.digits}:8000:10000", "tasks": '["prediction"]', "num_frames": 20, "given": 10,
+            "num_clips": args.num_clips, "num_samples": args.num_samples,
+            "convlstm": folder / "convlstm" / "convlstm",
+        }  # fmt: skip
+        launch("pipelines/evaluate.py", settings)
+        print_table(name, json.loads((folder / name / "evaluation" / "results.json").read_text()))
+
+
+def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
+    """Trains by a recipe for so many minutes."""
+    told = folder / "steps.json"
+    if not told.exists():
+        trial = folder.with_name(f"{folder.name}-trial")
+        run(name, trial, settings | {"max_steps": TRIAL, "sample_every": 10 * TRIAL})
+        events = EventAccumulator(str(trial / "logs")).Reload()
+        times = {event.step: event.wall_time for event in events.Scalars(events.Tags()["scalars"][0])}
+        seconds = (times[TRIAL] - times[WARM]) / (TRIAL - WARM)
+        folder.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps({"steps": max(TRIAL, round(60 * minutes / seconds)), "seconds": seconds}))
+    steps = json.loads(told.read_text())["steps"]
+    print(f"{name}: {steps} steps", flush=True)
+    decay = {"decay_steps": steps // 3} if name in ("transformer", "unet") else {}
+    run(name, folder, settings | decay | {"max_steps": steps, "sample_every": 10 * steps})
+
+
+def run(name: str, folder: Path, settings: dict) -> None:
+    """One call of a training script."""
+    script = {"vae": "vae", "convlstm": "convlstm"}.get(name, "vdm")
+    recipe = ROOT / "train" / "recipes" / f"moving-mnist-{name}.yaml"
+    launch(f"train/train_{script}.py", {"config": recipe, "output_dir": folder} | settings)
+
+
+def launch(script: str, settings: dict) -> None:
+    """Runs a script of this repository."""
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    subprocess.run([sys.executable, ROOT / script, *words], check=True)
+
+
+def print_table(name: str, results: dict) -> None:
+    """As Markdown."""
+    print(f"\n| {name} | {' | '.join(METRICS)} |\n|{' --- |' * (len(METRICS) + 1)}")
+    for way, values in results["tasks"]["prediction"].items():
+        cells = []
+        for metric, factor in METRICS.items():
+            mean, low, high, _ = (factor * value for value in summarize(values[metric]))
+            cells.append(
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]" if factor == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+            )
+        print(f"| {way} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
