@@ -105,7 +105,7 @@ def text_run(tmp_path_factory):
     return folder
 
 
-def train_vdm(runs, output_dir, check=True, processes=1, **options):
+def train_vdm(runs, output_dir, check=True, processes=1, script=("train/train_vdm.py",), **options):
     vae_run, text_run, latents_dir = runs
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
@@ -113,7 +113,7 @@ def train_vdm(runs, output_dir, check=True, processes=1, **options):
         "--latents_dir": latents_dir, "--model": json.dumps(DENOISER), "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
-    return launch("train/train_vdm.py", check=check, processes=processes, **settings | TINY | options)
+    return launch(*script, check=check, processes=processes, **settings | TINY | options)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,47 @@ def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_d
         for name in ("l1", "kl") if run == "vae" else ("loss",):
             values = [[event.value for event in events.Scalars(name)[:2]] for events in (logged, alone)]
             assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+DESCENT = """
+import runpy, sys
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from vgen.training import run
+
+def descent(config, network):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    return [optimizer], [LambdaLR(optimizer, lambda step: 1.0)]
+
+def update(self, whole=run.Run.update):
+    if self.step == 0 and self.accelerator.is_main_process:
+        network = self.accelerator.unwrap_model(self.network)
+        gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+        torch.save(gradients, self.config.output_dir / "gradients.pt")
+    whole(self)
+
+run.make_optimizers, run.Run.update = descent, update
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path):
+    (tmp_path / "descent.py").write_text(DESCENT)
+    options = {"--max_steps": 5, "--ema_decay": 0, "--max_grad_norm": 1e6, "--save_dtype": "float32"}
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        options["--gradient_accumulation_steps"] = 3 - processes
+        script = (tmp_path / "descent.py", ROOT / "train/train_vdm.py")
+        train_vdm(runs, tmp_path / name, processes=processes, script=script, **options)
+        weights = load_file(tmp_path / name / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+        found.append((torch.load(tmp_path / name / "gradients.pt"), weights))
+    (alone, weights_alone), (together, weights_together) = found
+    largest = max(gradient.abs().max() for gradient in alone.values())
+    assert largest > 1e-3 and alone.keys() == together.keys()
+    assert all((alone[name] - together[name]).abs().max() < 1e-5 * largest for name in alone)
+    for name, weight in weights_alone.items():
+        torch.testing.assert_close(weights_together[name], weight, rtol=1e-5, atol=1e-5)
 
 
 def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_dir):
