@@ -5,8 +5,8 @@
 
 Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks see the same kind of clips; the denoisers
 share a VAE, whose time is its own. Steps are chosen so that training takes the minutes that were asked for on this
-machine, by a short run of the same command. What is done is not done again. Prints a table for each denoiser; the
-reports in `OUTPUT_DIR/*/evaluation/report.html` have the pictures.
+machine, by a short run of the same command; encoding latents comes on top. What is done is not done again. Prints a
+table for each denoiser; the reports in `OUTPUT_DIR/*/evaluation/report.html` have the pictures.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def print_table(name: str, results: dict) -> None:
     for way, values in results["tasks"]["prediction"].items():
         cells = []
         for metric, factor in METRICS.items():
-            mean, low, high, _ = (factor * value for value in summarize(values[metric]))
+            mean, low, high = (factor * value for value in summarize(values[metric]))
             cells.append(
                 f"{mean:.3f} [{low:.3f}, {high:.3f}]" if factor == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
             )

@@ -10,7 +10,6 @@ done is not done again. Prints one table each, with the seconds of training.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -82,7 +81,7 @@ def train(network: str, model: Path, folder: Path, weights: dict, steps: int, ar
 def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, str]:
     """Means over the clips."""
     pipeline = folder / "pipeline"
-    if network == "vae" and not pipeline.exists():
+    if network == "vae":
         vae = CausalVideoVAE.from_pretrained(folder / "vae")
         VideoGenPipeline.from_pretrained(model, vae=vae).save_pretrained(pipeline)
     tasks = json.dumps(list(SCORES[network]))
@@ -94,7 +93,7 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
         way = next(iter(results["tasks"][task].values()))
         for metric in metrics:
             scale = 1000 if metric in ("warping error", "flicker") else 1
-            mean, low, high, _ = (scale * value for value in summarize(way[metric]))
+            mean, low, high = (scale * value for value in summarize(way[metric]))
             found[f"{task}: {metric}"] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return found
 
@@ -103,7 +102,7 @@ def launch(script: str, settings: dict) -> None:
     """Runs a script of this repository."""
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, root / script, *words], check=True, cwd=os.getcwd())
+    subprocess.run([sys.executable, root / script, *words], check=True)
 
 
 def print_table(network: str, rows: dict[str, dict[str, str]]) -> None:

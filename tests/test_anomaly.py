@@ -33,6 +33,10 @@ def test_a_planted_event_stands_out_where_it_happens(jump):
     assert np.array_equal(pipe.given[2], film(jump)[2:7])  # true frames, not predicted ones
 
 
+def test_an_event_in_a_piece_marks_its_rest():
+    assert find_anomalies(Repeats(), film(14), ahead=4).jumps == [14, 15, 16]  # pieces begin at 5, 9, 13, 17, 21
+
+
 def test_where_nothing_happens_nothing_stands_out():
     assert find_anomalies(Repeats(), film(), ahead=4).jumps == []
     still = np.full((12, 8, 8, 3), 7, np.uint8)

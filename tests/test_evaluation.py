@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
+from vgen.data.clips import VideoFolder
 from vgen.data.video_io import write_video
 from vgen.evaluation import EvaluationConfig, evaluate
 from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.pipeline import VideoGenPipeline
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,21 @@ def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
     results = evaluate(config)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text()) and results["numbers"] == [0, 1, 2]
     assert {task: list(ways) for task, ways in results["tasks"].items()} == {
-        "reconstruction": ["the VAE"],
+        "reconstruction": ["the VAE", "true clips"],
         "prediction": [
             "the model", "the model, mean of 2", "the model, best of 2", "ConvLSTM", "copy of the last frame",
-            "the VAE, of true clips",
+            "the VAE, of true clips", "true clips",
         ],
-        "interpolation": ["the model", "linear blend", "optical flow (DIS)", "the VAE, of true clips"],
+        "interpolation": [
+            "the model", "linear blend", "optical flow (DIS)", "the VAE, of true clips", "true clips",
+        ],
         "generation": ["the model", "true clips", "the VAE, of true clips"],
     }  # fmt: skip
     for ways in results["tasks"].values():
         assert all(len(values) == 3 and np.isfinite(values).all() for one in ways.values() for values in one.values())
     prediction = results["tasks"]["prediction"]
+    assert prediction["the model, mean of 2"]["psnr"] != prediction["the model"]["psnr"]
+    assert "psnr" not in prediction["true clips"] and prediction["true clips"]["sharpness"]
     best, single = (prediction[way]["ssim"] for way in ("the model, best of 2", "the model"))
     assert all(a >= b for a, b in zip(best, single, strict=True))
     curve = results["curves"]["prediction"]["copy of the last frame"]["ssim"]
@@ -88,7 +94,7 @@ def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
     options = settings(model, videos, tmp_path, tasks=["rollout"], rollout_frames=25, num_clips=2)
     results = evaluate(EvaluationConfig(**options))
     found = results["tasks"]["rollout"]["the model"]
-    assert {"brightness drift", "sharpness drift", "contrast, end - start"} <= set(found)
+    assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(found)
     assert all(np.isfinite(values).all() for values in found.values())
 
 
@@ -108,7 +114,7 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     options = settings(model, videos, tmp_path / "out", tasks=["prediction"], features=str(tmp_path / "features"))
     results = evaluate(EvaluationConfig(**options))
     found = results["distances"]["prediction"]
-    assert set(found) == set(results["tasks"]["prediction"])
+    assert set(found) == set(results["tasks"]["prediction"]) - {"true clips"}
     one = found["copy of the last frame"]["FVD"]
     assert np.isfinite(one["value"]) and one["low"] <= one["high"]
     assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
@@ -155,3 +161,50 @@ def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tm
     with pytest.raises(ValueError, match="trained for leading"):
         evaluate(EvaluationConfig(**options, tasks=["prediction"]))
     assert set(evaluate(EvaluationConfig(**options))["tasks"]) == {"reconstruction", "generation"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["generation"], "num_frames": 8}, "num_frames=8 is not possible"),
+        ({"tasks": ["rollout"], "rollout_frames": 9}, "rollout_frames=9: give 10 or more"),
+        ({"tasks": ["interpolation"], "factor": 1}, "factor=1"),
+        ({"features": "somewhere", "num_clips": 1, "tasks": ["prediction"]}, "2 clips or more"),
+    ],
+)
+def test_what_would_fail_clip_by_clip_is_refused_before(model, videos, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluationConfig(**settings(model, videos, tmp_path, **options)))
+    assert not (tmp_path / "clips").exists()
+
+
+def test_clips_that_are_damaged_are_counted_and_named(model, videos, tmp_path, monkeypatch):
+    def broken(self, index, epoch=0, whole=VideoFolder.clip):
+        listed = self.clips[index][0]
+        if listed.path.name != "1.mp4":
+            return whole(self, index, epoch)
+        self.refused[listed] = "cut off"
+        return None
+
+    monkeypatch.setattr(VideoFolder, "clip", broken)
+    results = evaluate(EvaluationConfig(**settings(model, videos, tmp_path, tasks=["reconstruction"])))
+    assert results["missing"] == 1 and len(results["numbers"]) == 2
+    assert "cut off" in (tmp_path / "clips" / "manifest.jsonl").read_text()
+
+
+def test_the_model_is_told_the_frame_rate_of_the_clips(model, videos, tmp_path, monkeypatch):
+    told = []
+
+    def listening(whole):
+        def listen(self, *args, **options):
+            told.append(options["frame_rate"])
+            return whole(self, *args, **options)
+
+        return listen
+
+    for name in ("__call__", "predict", "interpolate"):
+        monkeypatch.setattr(VideoGenPipeline, name, listening(getattr(VideoGenPipeline, name)))
+    evaluate(
+        EvaluationConfig(**settings(model, videos, tmp_path, num_clips=1, frame_rate=16.0, num_frames=5, given=1))
+    )
+    assert told == [16.0, 4.0, 16.0]  # every fourth frame is given to an interpolation

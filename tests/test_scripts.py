@@ -9,6 +9,7 @@ import runpy
 import struct
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDIMScheduler
@@ -29,10 +31,12 @@ from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video, write_video
 from vgen.known_frames import encode_known_frames
+from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.flow import measure_motion
+from vgen.training.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
 VAE = {
@@ -655,7 +659,7 @@ def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):
     assert moved[0] == 0 < moved[1]
 
 
-def test_a_convlstm_trains_and_stands_beside_a_model(runs, tmp_path):
+def test_a_convlstm_trains_and_a_model_is_evaluated_by_two_processes(runs, tmp_path):
     settings = {
         "--output_dir": tmp_path / "run", "--model": '{"channels": [4]}', "--height": 16, "--width": 16,
         "--num_frames": 5, "--given": 1, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
@@ -666,11 +670,14 @@ def test_a_convlstm_trains_and_stands_beside_a_model(runs, tmp_path):
     train_vdm(runs, tmp_path / "vdm")
     settings = {
         "--model": tmp_path / "vdm/pipeline", "--output_dir": tmp_path / "out", "--tasks": '["reconstruction"]',
-        "--num_clips": 2, "--given": 1, "--convlstm": tmp_path / "run/convlstm",
+        "--num_clips": 3, "--batch_size": 1, "--given": 1, "--factor": 2,
     }  # fmt: skip
-    launch("pipelines/evaluate.py", **settings)
+    launch("pipelines/evaluate.py", processes=2, **settings)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results["tasks"]["reconstruction"]["the VAE"]["psnr"]) == 2
+    assert results["numbers"] == [0, 1, 2] and results["missing"] == 0
+    given = torch.rand(1, 3, 1, 16, 16) * 2 - 1
+    network = ConvLSTMPredictor.from_pretrained(tmp_path / "run/convlstm")  # from half precision
+    assert network.dtype == torch.float32 and network.predict(given, 2).shape == (1, 3, 2, 16, 16)
 
 
 def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
@@ -725,6 +732,18 @@ def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, monkeypatch, strat
     refused = train_vae(tmp_path, check=False)
     assert refused.returncode != 0 and not list(tmp_path.glob("checkpoint-*"))
     assert f"{strategy} was asked for" in refused.stderr or "deepspeed" in refused.stderr.lower()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "train/recipes").glob("*.yaml")))
+def test_recipes_are_settings_of_their_scripts(name):
+    kind = next((kind for kind in ("vae", "text", "convlstm") if kind in name), "vdm")
+    values = runpy.run_path(str(ROOT / f"train/train_{'text_encoder' if kind == 'text' else kind}.py")).values()
+    classes = [value for value in values if isinstance(value, type) and issubclass(value, RunConfig)]
+    given = yaml.safe_load((ROOT / "train/recipes" / name).read_text())
+    assert any(set(given) <= {field.name for field in fields(config)} for config in classes)
+    model = given.get("model", {})
+    if name.startswith("moving-mnist") and "window" in model:
+        assert model["sink"] + model["window"] + model["chunk_size"] <= model["trained_token_frames"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

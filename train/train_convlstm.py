@@ -50,6 +50,8 @@ class ConvLSTMConfig(RunConfig):
         super().check()
         if not 1 <= self.given < self.num_frames:
             raise ValueError(f"given={self.given} must leave some of {self.num_frames} frames to predict")
+        if self.compile or self.gradient_checkpointing:
+            raise ValueError("this network is small: train it without compile and gradient_checkpointing")
 
 
 def main(config: ConvLSTMConfig) -> None:
@@ -93,7 +95,7 @@ def main(config: ConvLSTMConfig) -> None:
 def open_source(config: ConvLSTMConfig, seed: int) -> Any:
     """A function from numbers to clips `(b, 3, f, h, w)`."""
     if config.data is None:
-        world = ShapesWorld(split="all", seed=config.seed + seed)
+        world = ShapesWorld(split="train", seed=config.seed + seed)
         size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
         rate = config.frame_rate or 8.0
         return lambda numbers: render([world.scene(number) for number in numbers], frame_rate=rate, **size)
@@ -107,7 +109,7 @@ def score(model: ConvLSTMPredictor, draw: Any, config: ConvLSTMConfig, device: t
     """Mean PSNR in dB of what is predicted behind the given frames of fresh clips."""
     values = []
     for first in range(0, config.num_score_clips, config.batch_size):
-        clip = draw(range(first, first + config.batch_size)).to(device)
+        clip = draw(range(first, min(first + config.batch_size, config.num_score_clips))).to(device)
         made = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
         values.append(psnr(made.clamp(-1, 1), clip[:, :, config.given :]))
     return torch.cat(values).mean().item()

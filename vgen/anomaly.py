@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vgen.pipeline import VideoGenPipeline
+if TYPE_CHECKING:
+    from vgen.pipeline import VideoGenPipeline
 
 
 class Anomaly(NamedTuple):
@@ -34,7 +35,8 @@ def find_anomalies(
     """Predicts each piece of a video from the true frames before it and compares.
 
     A frame stands out if its score is more than `threshold` robust deviations (1.4826 times the median distance to the
-    median) above the median of all scores; in a video in which every prediction is as good, none does.
+    median) above the median of all scores; in a video in which every prediction is as good, none does. An event in the
+    middle of a piece marks what is left of it; the first frame marked is when it happened.
 
     Args:
         pipe: A checkpoint that predicts.

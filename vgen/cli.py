@@ -246,6 +246,11 @@ def evaluate(
         assert results is not None
         _print_tables(results)
     typer.echo(f"wrote {output / 'results.json'} and {output / 'report.html'}")
+    if results["missing"]:
+        typer.echo(
+            f"{results['missing']} clips could not be measured: {output / 'clips' / 'manifest.jsonl'}", err=True
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -258,14 +263,14 @@ def compare(
 
     with _one_line_errors():
         from vgen.metrics.report import compare as differences
-        from vgen.metrics.report import compare_distances, tell
+        from vgen.metrics.report import compare_distances, name_of, scale_of, tell
 
         told = [json.loads(path.read_text()) for path in (first, second)]
         table = _table("task", "way", "metric", "first", "second", "difference [95% interval]", "")
         for one in differences(*told):
-            sign = "differs" if one.is_told_apart else ""
-            cells = (f"{one.first:.4g}", f"{one.second:.4g}", tell("", one.summary), sign)
-            table.add_row(one.task, one.way, one.metric, *cells)
+            sign, scale = "differs" if one.is_told_apart else "", scale_of(one.metric)
+            cells = (f"{scale * one.first:.4g}", f"{scale * one.second:.4g}", tell(one.metric, one.summary), sign)
+            table.add_row(one.task, one.way, name_of(one.metric), *cells)
         for task, way, a, b in compare_distances(*told):
             table.add_row(task, way, a.name, f"{a.value:.3f}", f"{b.value:.3f}", f"{b.minus(a):.3f}", "")
         _console().print(table)
@@ -277,7 +282,7 @@ def anomaly(
     output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .svg or .pdf.")],
     model: Model = DEFAULT_MODEL,
     given: Annotated[int, typer.Option(help="Frames that each prediction starts from.", min=1)] = 5,
-    ahead: Annotated[int, typer.Option(help="Frames that are predicted at once.", min=1)] = 4,
+    ahead: Annotated[int, typer.Option(help="Frames that are predicted at once; an event marks the rest.")] = 4,
     threshold: Annotated[float, typer.Option(help="Robust deviations above the median that stand out.")] = 6.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
     steps: Steps = None,
@@ -292,14 +297,18 @@ def anomaly(
         _check_output(output, overwrite)
         from vgen.anomaly import find_anomalies
         from vgen.files import read_given
-        from vgen.metrics.report import plot_scores
+        from vgen.metrics.report import check_installed, plot_scores
 
+        check_installed()
+        if output.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"{output}: a plot is a .png, .svg or .pdf file")
         pipe = _load(model, device)
         pipe.set_progress_bar_config(disable=True)
-        frames = read_given(pipe, video)
+        frames, rate = read_given(pipe, video)
         found = find_anomalies(
-            pipe, frames, given=given, ahead=ahead, threshold=threshold, seed=seed, num_inference_steps=steps
-        )
+            pipe, frames, given=given, ahead=ahead, threshold=threshold, seed=seed, num_inference_steps=steps,
+            frame_rate=rate,
+        )  # fmt: skip
         plot_scores(found.scores.tolist(), found.jumps, "mean squared error of prediction").savefig(output, dpi=150)
     if as_json:
         scores = [None if score != score else score for score in found.scores.tolist()]
@@ -360,7 +369,7 @@ def _one_line_errors() -> Iterator[None]:
     """A user's mistake prints one line and exits with 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"vgen: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 

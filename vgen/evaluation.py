@@ -23,10 +23,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vgen.jobs import Job, ModelConfig, load_pipeline, read_manifest, run_jobs, run_settings, write_whole
+from vgen.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings, write_whole
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
-from vgen.metrics.report import write_report
+from vgen.metrics.report import FORMAT, check_installed, make_report
 from vgen.metrics.suites import (
     Samples,
     Suite,
@@ -42,15 +42,16 @@ from vgen.metrics.suites import (
     score_pairs,
     score_time,
 )
-from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference
+from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference, statistics
 from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.models.loading import weights_digest
 from vgen.pipeline import VideoGenPipeline
 
 TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
 OURS = "the model"
+TRUE, CEILING = "true clips", "the VAE, of true clips"
 PAIRED = ("reconstruction", "prediction", "interpolation")
 """Tasks whose videos have a true one to be compared with."""
-FORMAT = "vgen-results-1"
 STRIP = 9
 """Frames of a picture."""
 
@@ -79,9 +80,10 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     trust_torchscript: bool = False
     """Says that the program in it may run."""
     count_known_frames: bool = False
-    """Whether distances are between whole clips, given frames included; else between their last frames."""
+    """Whether distances between predictions take clips from their first frame on, given ones included; else their last
+    frames."""
     num_feature_frames: int | None = None
-    """Frames that distances are taken of, for networks that take any number."""
+    """Frames that distances are taken of, for networks that take any number; `None` takes all that count."""
     batch_size: int = 10
     """Clips at once, and of one file."""
     num_strips: int = 4
@@ -98,6 +100,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         ValueError: A setting cannot work, the checkpoint cannot do a task, or no clip could be measured.
         ImportError: A library that a metric needs is not installed.
     """
+    check_installed()
     pipe = load_pipeline(config)
     config = with_defaults(config, pipe)
     check_evaluation(config)
@@ -112,28 +115,30 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         first, count = job.inputs["first"], job.inputs["count"]
         found = measure(suite.samples(range(first, first + count)))
         write_whole(path, json.dumps(found))
-        return {"num_clips": len(found["numbers"])}
+        return {"num_clips": len(found["numbers"])} | ({"left_out": dict(suite.left_out)} if suite.left_out else {})
 
-    settings = run_settings(config, pipe, "batch_size", "num_strips")
-    settings |= {"seed": config.seed, "tasks": measure.tasks}
+    settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
+    settings |= measure.digests
     folder = config.output_dir / "clips"
     run_jobs(jobs, folder, settings, make)
     process = PartialState()
     if not process.is_main_process:
         return None
-    paths = [folder / job.name for job in jobs if (folder / job.name).exists()]
-    if not paths:
-        reason = next(line["error"] for line in read_manifest(folder).values())
+    lines = read_manifest(folder)
+    done = [json.loads((folder / job.name).read_text()) for job in jobs if is_done(job, lines, folder)]
+    if not done:
+        reason = next(line["error"] for line in lines.values() if "error" in line)
         raise ValueError(f"no clip could be measured: {reason}")
-    results = gather_results(config, [json.loads(path.read_text()) for path in paths], settings, measure.features)
+    results = gather_results(config, done, settings, measure.features)
+    results["missing"] = len(suite) - len(results["numbers"])
     strips = {
         f"{task}, clip {number}": rows
-        for path in paths
-        for number, shown in json.loads(path.read_text())["strips"].items()
+        for batch in done
+        for number, shown in batch["strips"].items()
         for task, rows in shown.items()
     }
     write_whole(config.output_dir / "results.json", json.dumps(results, indent=1))
-    write_report(config.output_dir / "report.html", results, strips)
+    write_whole(config.output_dir / "report.html", make_report(results, strips))
     return results
 
 
@@ -151,61 +156,108 @@ class Measurement:
 
     def __init__(self, config: EvaluationConfig, pipe: VideoGenPipeline, suite: Suite):
         self.config, self.pipe, self.suite = config, pipe, suite
-        needs = {"prediction": {"leading"}, "interpolation": {"keyframes"}, "rollout": {"leading"}}
-        self.tasks = list(config.tasks or ())
+        self.tasks = list(TASKS[:-1] if config.tasks is None else config.tasks)
         if config.tasks is None:
-            able = [task for task in TASKS[:-1] if needs.get(task, set()) <= set(pipe.denoiser.config.tasks)]
-            self.tasks = [task for task in able if suite.captioned or task != "generation"]
-        for task in self.tasks:
-            pipe.check_tasks(needs.get(task, set()))
+            able = set(pipe.denoiser.config.tasks)
+            self.tasks = [task for task in self.tasks if self._needs(task) <= able]
+            if pipe.codec is None:
+                self.tasks.remove("reconstruction")
+            if (not suite.captioned or pipe.text_encoder is None) and "generation" in self.tasks:
+                self.tasks.remove("generation")
+        self._check()
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
-        self.convlstm = open_convlstm(config)
+        self.convlstm = open_convlstm(config, pipe.device)
         self.features = open_features(config, pipe.device)
         if self.features is not None:
-            count, given = feature_frames(config, self.features), 0
-            if "prediction" in self.tasks and not config.count_known_frames:
-                given = config.given
-            if config.num_frames - given < count:
+            count = feature_frames(config, self.features, self.tasks)
+            given = config.num_frames - hidden_frames(config, self.tasks)
+            if given < count:
                 raise ValueError(
-                    f"{self.features.name} takes {count} frames, and {config.num_frames - given} are not given: make "
-                    f"num_frames at least {count + given}"
+                    f"{self.features.name} takes {count} frames, and {given} are not given: make num_frames at least "
+                    f"{config.num_frames + count - given}"
                 )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the networks beside the pipeline's."""
+        found = {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
+        return found if self.features is None else found | {"features_sha256": self.features.digest}
+
+    def _needs(self, task: str) -> set[str]:
+        """What a checkpoint must have been trained for."""
+        unit = self.pipe.vae_scale_factor_temporal * self.pipe.denoiser.patch_size[0]
+        both = {"leading", "keyframes"}
+        given = both if (self.config.given - self.pipe.first_frames) % unit else {"leading"}
+        return {"prediction": given, "interpolation": both, "rollout": {"leading"}}.get(task, set())
+
+    def _check(self) -> None:
+        """Refuses early what would fail clip by clip."""
+        config, pipe = self.config, self.pipe
+        size = (config.height, config.width)
+        for task in self.tasks:
+            pipe.check_tasks(self._needs(task))
+        if "reconstruction" in self.tasks and pipe.codec is None:
+            raise ValueError("a pipeline without a VAE reconstructs nothing: leave out the task")
+        steps = config.num_inference_steps or pipe.config.num_inference_steps
+        if {"generation", "rollout"} & set(self.tasks):
+            if not self.suite.captioned:
+                raise ValueError("generation and rollout need clips that all have captions")
+            frames = config.num_frames if "generation" in self.tasks else pipe.first_frames
+            pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps)
+        if "interpolation" in self.tasks:
+            pipe.interpolator(config.factor, size=size, frame_rate=config.frame_rate, num_inference_steps=steps)
+        least = self._seam_unit + 2
+        if "rollout" in self.tasks and config.rollout_frames < least:
+            raise ValueError(f"rollout_frames={config.rollout_frames}: give {least} or more, which have a seam")
+        if (config.features or config.torchscript) and len(self.suite) < 2:
+            raise ValueError("distances between distributions need 2 clips or more")
+
+    @property
+    def _seam_unit(self) -> int:
+        """Frames of a chunk."""
+        return self.pipe.vae_scale_factor_temporal * self.pipe.denoiser.config.chunk_size
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Any]:
         """The values of each task, way and metric for these clips, in their order."""
         found: dict[str, Any] = {"numbers": samples.numbers, "frames": {}}
         found |= {name: {} for name in ("tasks", "curves", "features", "strips")}
+        decoded = self._reconstruct(samples)
         for task in self.tasks:
             ways, counted = getattr(self, f"_{task}")(samples)
+            if task != "rollout" and decoded is not None:
+                ways["the VAE" if task == "reconstruction" else CEILING] = decoded
+            if task in PAIRED:
+                ways[TRUE] = samples.clips
+            ways = {name: clips[:, :, : next(iter(ways.values())).shape[2]] for name, clips in ways.items()}
             values: dict[str, Any] = {}
             for name, clips in ways.items():
-                values[name] = tolist(self._values(task, clips, samples, counted))
-                if task in PAIRED:
+                values[name] = tolist(self._values(task, name, clips, samples, counted))
+                if task in PAIRED and name != TRUE:
                     found["frames"][task] = counted
                     true = samples.clips[:, :, : clips.shape[2]]
                     found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true, counted))
                 if self.features is not None and task in ("prediction", "generation"):
-                    found["features"].setdefault(task, {})[name] = self._features_of(clips)
+                    found["features"].setdefault(task, {})[name] = self._features_of(task, clips)
             found["tasks"][task] = values
             self._draw(found["strips"], task, samples, ways)
-        if found["features"]:
-            found["features"]["real"] = self._features_of(samples.clips)
         return found
 
-    def _values(self, task: str, clips: Tensor, samples: Samples, counted: list[int]) -> dict[str, Tensor]:
+    def _values(self, task: str, way: str, clips: Tensor, samples: Samples, counted: list[int]) -> dict[str, Tensor]:
         """Of one way to do a task, `(b,)` for each metric."""
         if task == "rollout":
-            unit = self.pipe.vae_scale_factor_temporal
-            chunk = self.pipe.denoiser.config.chunk_size
             slopes = {f"{name} drift": value for name, value in drift_slopes(clips).items()}
-            ends = {f"{name}, end - start": value for name, value in start_end_difference(clips).items()}
-            if chunk == 1:
+            ends = {f"{name}, end from start": value for name, value in start_end_difference(clips).items()}
+            chunk, patch = self.pipe.denoiser.config.chunk_size, self.pipe.denoiser.patch_size[0]
+            if chunk == 1 or patch > 1:  # all borders of latents are seams, or the first chunk has another length
                 return slopes | ends
             # at rest there are no seams; and one that moves at seams only has a ratio beyond all others
-            return slopes | ends | {"seam ratio": seam_ratio(clips, chunk, unit).nan_to_num(1.0, posinf=100.0)}
+            seams = seam_ratio(clips, chunk, self.pipe.vae_scale_factor_temporal).nan_to_num(1.0, posinf=100.0)
+            return slopes | ends | {"seam ratio": seams}
         found = {}
-        if task in PAIRED:
+        if way == TRUE and task in PAIRED:
+            found = {"sharpness": statistics(clips[:, :, counted])["sharpness"].mean(1)}
+        elif task in PAIRED:
             found = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
         found |= score_time(clips)
         if task in ("reconstruction", "generation"):
@@ -214,7 +266,7 @@ class Measurement:
         return found
 
     def _reconstruction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
-        return {"the VAE": self._reconstruct(samples)}, list(range(self.config.num_frames))
+        return {}, list(range(self.config.num_frames))
 
     def _prediction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         config, given = self.config, self.config.given
@@ -230,10 +282,9 @@ class Measurement:
         if config.num_samples > 1:
             ways |= {f"{OURS}, {name}": one for name, one in combine(drawn, samples.clips, counted).items()}
         if self.convlstm is not None:
-            new = self.convlstm.predict(known, config.num_frames - given)
-            ways["ConvLSTM"] = torch.cat([known, new.clamp(-1, 1)], dim=2)
+            new = self.convlstm.predict(known.to(self.convlstm.device), config.num_frames - given)
+            ways["ConvLSTM"] = torch.cat([known, new.clamp(-1, 1).cpu()], dim=2)
         ways["copy of the last frame"] = copy_last(samples.clips, given)
-        ways["the VAE, of true clips"] = self._reconstruct(samples)
         return ways, counted
 
     def _interpolation(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
@@ -243,7 +294,6 @@ class Measurement:
             OURS: self._interpolate(samples),
             "linear blend": linear_blend(samples.clips, keyframes),
             "optical flow (DIS)": flow_interpolation(samples.clips, keyframes),
-            "the VAE, of true clips": self._reconstruct(samples)[:, :, : keyframes[-1] + 1],
         }
         return ways, counted
 
@@ -252,17 +302,16 @@ class Measurement:
         frames = self.pipe(
             self._captions(samples), num_frames=config.num_frames, height=config.height, width=config.width,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=self._generators(samples), output_type="pt",
+            frame_rate=config.frame_rate, generator=self._generators(samples), output_type="pt",
         ).frames  # fmt: skip
-        ways = {OURS: from_frames(frames), "true clips": samples.clips}
-        return ways | {"the VAE, of true clips": self._reconstruct(samples)}, []
+        return {OURS: from_frames(frames), TRUE: samples.clips}, []
 
     def _rollout(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         config = self.config
         chunks = self.pipe.rollout(
             self._captions(samples), num_frames=config.rollout_frames, height=config.height, width=config.width,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=self._generators(samples),
+            frame_rate=config.frame_rate, generator=self._generators(samples),
         )  # fmt: skip
         frames = torch.from_numpy(np.concatenate(list(chunks), axis=1))
         return {OURS: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}, []
@@ -270,7 +319,8 @@ class Measurement:
     def _predict(self, samples: Samples, generators: list[torch.Generator]) -> Tensor:
         """New frames behind the given ones, of each clip."""
         given, count = range(self.config.given), self.config.num_frames - self.config.given
-        return from_frames(self._from_known(self.pipe.predict, samples, given, generators, num_frames=count))
+        options = {"num_frames": count, "frame_rate": self.config.frame_rate}
+        return from_frames(self._from_known(self.pipe.predict, samples, given, generators, **options))
 
     def _interpolate(self, samples: Samples) -> Tensor:
         """Clips from every so many'th frame."""
@@ -301,31 +351,32 @@ class Measurement:
 
     def _generators(self, samples: Samples, draw: int = 0) -> list[torch.Generator]:
         """A source of noise for each clip, by its number alone."""
-        seeds = [(self.config.seed + draw) * 1_000_003 + number for number in samples.numbers]
+        seeds = [(self.config.seed * 1009 + draw) * 1_000_003 + number for number in samples.numbers]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def _reconstruct(self, samples: Samples) -> Tensor:
+    def _reconstruct(self, samples: Samples) -> Tensor | None:
         """The clips, encoded and decoded; where their length cannot be, with the last frame repeated for that."""
         codec = self.pipe.codec
-        assert codec is not None
+        if codec is None:
+            return None
         clips, count = samples.clips.to(self.pipe.device, codec.dtype), self.config.num_frames
         missing = (1 - count) % codec.temporal_compression_ratio
         clips = torch.cat([clips, *[clips[:, :, -1:]] * missing], dim=2)
         return codec.decode(codec.encode(clips).latent_dist.mode()).sample[:, :, :count].float().cpu()
 
-    def _features_of(self, clips: Tensor) -> list[list[float]]:
+    def _features_of(self, task: str, clips: Tensor) -> list[list[float]]:
         """Of the frames that distances are taken of."""
         assert self.features is not None
-        count = feature_frames(self.config, self.features)
-        part = clips[:, :, :count] if self.config.count_known_frames else clips[:, :, -count:]
+        count = feature_frames(self.config, self.features, self.tasks)
+        last = task == "prediction" and not self.config.count_known_frames
+        part = clips[:, :, -count:] if last else clips[:, :, :count]
         return self.features(part.to(self.pipe.device)).double().cpu().tolist()
 
     def _draw(self, strips: dict[str, Any], task: str, samples: Samples, ways: dict[str, Tensor]) -> None:
         """Pictures of the first clips of the suite, one row a way."""
         for row, number in enumerate(samples.numbers):
             if number < self.config.num_strips:
-                true = {"true clip": samples.clips} if task in PAIRED else {}
-                shown = {name: draw_strip(clips[row]) for name, clips in (true | ways).items()}
+                shown = {name: draw_strip(clips[row]) for name, clips in ways.items()}
                 strips.setdefault(str(number), {})[task] = shown
 
 
@@ -368,16 +419,15 @@ def gather_results(
         "distances": {},
     }
     features = join([batch["features"] for batch in batches])
-    real = torch.tensor(features.pop("real", []), dtype=torch.float64)
     for task, ways in features.items():
-        whole = config.count_known_frames or task == "generation"
+        real = torch.tensor(ways.pop(TRUE), dtype=torch.float64)
         protocol = Protocol(
             num_clips=len(real),
-            num_frames=feature_frames(config, network),
+            num_frames=feature_frames(config, network, settings["tasks"]),
             stride=1,
             height=config.height,
             width=config.width,
-            known_frames_counted=whole,
+            known_frames_counted=config.count_known_frames or task == "generation",
             resize=network.resize,
             feature_network=network.digest,
         )
@@ -388,21 +438,41 @@ def gather_results(
     return json.loads(json.dumps(results, default=str))
 
 
-def open_convlstm(config: EvaluationConfig) -> ConvLSTMPredictor | None:
+def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPredictor | None:
     """The recurrent network that predicts beside the model, if there is one."""
-    return None if config.convlstm is None else ConvLSTMPredictor.from_pretrained(config.convlstm).eval()
+    if config.convlstm is None:
+        return None
+    return ConvLSTMPredictor.from_pretrained(config.convlstm).eval().to(device)
 
 
 def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetwork | ScriptedFeatures | None:
-    """The network whose features distances are taken of, if one is given."""
+    """The network whose features distances are taken of, if one is given.
+
+    Raises:
+        ValueError: It takes another number of frames than was asked for, or as the networks say.
+    """
+    network: FeatureNetwork | ScriptedFeatures
     if config.torchscript is not None:
-        return ScriptedFeatures(config.torchscript, trusted=config.trust_torchscript).to(device)
-    return None if config.features is None else FeatureNetwork(config.features).to(device)
+        network = ScriptedFeatures(config.torchscript, trusted=config.trust_torchscript)
+    elif config.features is not None:
+        network = FeatureNetwork(config.features)
+    else:
+        return None
+    if config.num_feature_frames and network.num_frames not in (None, config.num_feature_frames):
+        raise ValueError(
+            f"num_feature_frames={config.num_feature_frames}, but {network.name} takes {network.num_frames}"
+        )
+    return network.to(device)
 
 
-def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures) -> int:
+def hidden_frames(config: EvaluationConfig, tasks: list[str]) -> int:
+    """Frames of a clip that distances leave out, since they were given."""
+    return config.given if "prediction" in tasks and not config.count_known_frames else 0
+
+
+def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, tasks: list[str]) -> int:
     """Frames of a clip that distances are taken of."""
-    return network.num_frames or config.num_feature_frames or config.num_frames - config.given
+    return network.num_frames or config.num_feature_frames or config.num_frames - hidden_frames(config, tasks)
 
 
 def from_frames(frames: Tensor) -> Tensor:
@@ -421,7 +491,7 @@ def draw_strip(clip: Tensor) -> str:
 
 def tolist(values: dict[str, Tensor]) -> dict[str, list]:
     """For JSON."""
-    return {name: [round(x, 6) if isinstance(x, float) else x for x in one.tolist()] for name, one in values.items()}
+    return {name: np.vectorize(lambda x: float(f"{x:.6g}"))(one.numpy()).tolist() for name, one in values.items()}
 
 
 def join(parts: list[Any]) -> Any:

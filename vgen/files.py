@@ -115,14 +115,14 @@ def predict_file(
     return _facts(writer, fit)
 
 
-def read_given(pipe: VideoGenPipeline, video: Path) -> np.ndarray:
-    """All frames `(f, h, w, 3)` of a video, uint8, as the checkpoint needs them.
+def read_given(pipe: VideoGenPipeline, video: Path) -> tuple[np.ndarray, float]:
+    """All frames `(f, h, w, 3)` of a video, uint8, as the checkpoint needs them, and their rate.
 
     Raises:
         ValueError: The video cannot be read, or holds no frames.
     """
-    fit, frames, _ = _open(pipe, video)
-    return fit.to_target(np.stack(list(frames)))
+    fit, frames, rate = _open(pipe, video)
+    return fit.to_target(np.stack(list(frames))), rate
 
 
 def interpolate_file(

@@ -66,12 +66,12 @@ class ModelConfig:
     guidance_scale: float | None = None
     """Weight of the prompt; 1 is unguided."""
     seed: int = 0
-    """Of the noise; the n-th input, counted from 0, has `seed + n` unless it brings its own."""
+    """Of the noise, which differs from input to input."""
 
 
 @dataclass(kw_only=True)
 class JobConfig(ModelConfig):
-    """Settings of every job that writes videos."""
+    """Settings of every job that writes videos; the n-th input, from 0, has `seed + n` unless it brings its own."""
 
     suffix: str = ".mp4"
     """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""

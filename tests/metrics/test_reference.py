@@ -31,6 +31,14 @@ def test_ssim_of_a_clip_is_the_mean_over_its_frames(clips):
     assert (whole < 1).all()
 
 
+def test_ssim_is_that_of_frames_from_black_to_white():
+    gray = torch.full((1, 3, 1, 32, 32), 0.5)
+    other = gray + 0.1
+    # of uniform frames, its term of luminance alone is left: (2 a b + c) / (a^2 + b^2 + c), c = (0.01 * range)^2
+    expected = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)
+    assert ssim(2 * gray - 1, 2 * other - 1).item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_lpips_sees_the_frames_of_each_clip(clips, monkeypatch):
     class Network(nn.Module):
         def __init__(self, net, verbose):

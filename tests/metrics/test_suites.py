@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vgen.data.clips import Sampling, stack_clips
 from vgen.data.shapes import ShapesWorld, render
+from vgen.data.sources import open_clips
 from vgen.data.video_io import write_video
 from vgen.metrics.suites import (
     SuiteConfig,
@@ -91,7 +93,7 @@ def test_shapes_are_the_same_each_time_and_checked(clips):
     assert suite.right(1, samples.clips[1]) == {"right": 0.0}
 
 
-def test_a_folder_gives_windows_and_names_what_is_damaged(tmp_path):
+def test_a_folder_gives_windows_and_their_captions(tmp_path):
     for index in range(3):
         frames = np.random.default_rng(index).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
         write_video(frames, tmp_path / f"{index}.mp4", frame_rate=8)
@@ -116,6 +118,8 @@ def test_digits_bounce(digits):
     settings = WORLD | {"suite": "moving-mnist", "data": str(digits), "num_frames": 21, "given": 10}
     samples = open_suite(SuiteConfig(**settings, num_clips=4)).samples(range(2, 4))
     assert samples.clips.shape == (2, 3, 21, 64, 64) and samples.captions == [None, None]
+    trained = stack_clips([open_clips(str(digits), Sampling(num_frames=21), 64, 64).sample(2)], torch.device("cpu"))[0]
+    assert not torch.equal(samples.clips[0], trained[0])  # other ways than those of training's default seed
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,8 @@ def test_digits_bounce(digits):
         ({"data": "somewhere"}, "folder and moving-mnist need data, shapes none"),
         ({"given": 17}, "must leave some of 17 frames"),
         ({"factor": 1}, "factor=1"),
+        ({"factor": 17}, "less than num_frames=17"),
+        ({"num_frames": 2, "given": 1, "factor": 2}, "factor=2|3 frames"),
         ({"num_clips": 0}, "num_clips=0"),
         ({"height": 0}, "must be positive"),
     ],

@@ -41,8 +41,8 @@ def frame_psnr(made: Tensor, true: Tensor) -> Tensor:
 def frame_ssim(made: Tensor, true: Tensor) -> Tensor:
     """As `ssim`, of each frame: `(b, f)`."""
     check_pair(made, true)
-    a, b = (rearrange(x.float(), "b c f h w -> (b f) c h w") for x in (made, true))
-    values = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
+    a, b = (rearrange(x.float() / 2 + 0.5, "b c f h w -> (b f) c h w") for x in (made, true))  # which it depends on
+    values = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)  # a tuple only if the whole map is asked for
     return values.view(len(made), -1)
 

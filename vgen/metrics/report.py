@@ -11,7 +11,7 @@ import numpy as np
 
 from vgen.metrics.frechet import Distance
 
-HIGHER_IS_BETTER = {"psnr", "ssim", "right"}
+FORMAT = "vgen-results-1"
 UNITS = {"psnr": "dB", "motion": "px", "warping error": "×10⁻³", "mse": "×10⁻³", "mae": "×10⁻³", "flicker": "×10⁻³"}
 """Of the columns; small values are shown a thousandfold."""
 
@@ -21,9 +21,8 @@ class Summary(NamedTuple):
 
     mean: float
     low: float
-    """Of the 95% confidence interval of the mean, over other choices of clips (bootstrap)."""
+    """Of the 95% confidence interval of the mean, over other choices of clips (bootstrap); NaN of a single clip."""
     high: float
-    median: float
 
 
 def summarize(values: list[float], seed: int = 0) -> Summary:
@@ -33,14 +32,15 @@ def summarize(values: list[float], seed: int = 0) -> Summary:
         ValueError: There are no values, or some are not finite.
         ImportError: SciPy is not installed.
     """
-    bootstrap = _scipy_bootstrap()
+    from scipy.stats import bootstrap
+
     array = np.asarray(values, dtype=np.float64)
     if not array.size or not np.isfinite(array).all():
         raise ValueError(f"{array.size} values, of which {int((~np.isfinite(array)).sum())} are not finite")
-    low = high = array.mean()
-    if array.size > 1 and np.ptp(array):
+    low = high = array.mean() if array.size > 1 else float("nan")
+    if np.ptp(array):
         low, high = bootstrap((array,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
-    return Summary(float(array.mean()), float(low), float(high), float(np.median(array)))
+    return Summary(float(array.mean()), float(low), float(high))
 
 
 class Difference(NamedTuple):
@@ -57,7 +57,7 @@ class Difference(NamedTuple):
     @property
     def is_told_apart(self) -> bool:
         """Whether the interval leaves out 0."""
-        return not self.summary.low <= 0 <= self.summary.high
+        return self.summary.low > 0 or self.summary.high < 0
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
@@ -68,8 +68,10 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
         second: The same.
 
     Raises:
-        ValueError: They are of other suites or clips, or were told other things; what differs is named.
+        ValueError: They are no results, of other suites or clips, or were told other things; what differs is named.
     """
+    if not all(one.get("format") == FORMAT for one in (first, second)):
+        raise ValueError("these are no results of `vgen evaluate`, or of another version of it")
     told = ("prompted", "num_samples", "rollout_frames")
     mine, theirs = (one["suite"] | {name: one["settings"][name] for name in told} for one in (first, second))
     wrong = [f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]]
@@ -105,43 +107,49 @@ def table(ways: dict[str, dict[str, list[float]]]) -> tuple[list[str], dict[str,
     rows = {}
     for way, values in ways.items():
         rows[way] = [tell(metric, summarize(values[metric])) if metric in values else "" for metric in metrics]
-    return [f"{metric}, {UNITS[metric]}" if metric in UNITS else metric for metric in metrics], rows
+    return [name_of(metric) for metric in metrics], rows
+
+
+def name_of(metric: str) -> str:
+    """With its unit."""
+    return f"{metric}, {UNITS[metric]}" if metric in UNITS else metric
 
 
 def tell(metric: str, summary: Summary) -> str:
-    """A mean and its interval with the digits that the interval supports."""
-    scale = 1000 if UNITS.get(metric, "").startswith("×") else 1
-    mean, low, high = (scale * value for value in summary[:3])
-    spread = max(high - low, 1e-12)
-    digits = int(np.clip(2 - np.floor(np.log10(spread)) - 1, 0, 4)) if high > low else 3
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    """A mean and its interval in the metric's unit, with the digits that the interval supports."""
+    mean, low, high = (scale_of(metric) * value for value in summary)
+    spread = high - low if high > low else abs(mean) / 10
+    digits = int(np.clip(1 - np.floor(np.log10(spread)), 0, 9)) if spread else 1
+    return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else "")
 
 
-def write_report(path: Path, results: dict[str, Any], strips: dict[str, dict[str, str]]) -> None:
-    """One page with tables, curves and pictures, which needs no other file.
+def scale_of(metric: str) -> float:
+    """From values to the unit that they are shown in."""
+    return 1000 if UNITS.get(metric, "").startswith("×") else 1
+
+
+def make_report(results: dict[str, Any], strips: dict[str, dict[str, str]]) -> str:
+    """One page of HTML with tables, curves and pictures, which needs no other file.
 
     Args:
-        path: Of the HTML file.
         results: As `results.json` has them.
         strips: For each title, PNGs in base64 by way.
 
     Raises:
-        ImportError: Jinja2, Matplotlib or SciPy is not installed.
+        ImportError: As `check_installed`.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    check_installed()
+    import jinja2
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text())
-    page = template.render(
+    return template.render(
         results=results,
         tables={task: table(ways) for task, ways in results["tasks"].items()},
         curves={task: draw_curves(results["frames"][task], ways) for task, ways in results["curves"].items()},
         distances=results["distances"],
         strips=strips,
     )
-    path.write_text(page, encoding="utf-8")
 
 
 def draw_curves(frames: list[int], ways: dict[str, dict[str, list[float]]]) -> list[str]:
@@ -175,21 +183,24 @@ def to_svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _subplot() -> tuple[Any, Any]:
+def check_installed() -> None:
+    """Says early what is missing.
+
+    Raises:
+        ImportError: SciPy, Matplotlib or Jinja2 is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
     except ImportError as error:
-        raise ImportError(_MISSING) from error
+        raise ImportError(
+            f"this needs SciPy, Matplotlib and Jinja2: pip install vgen[evaluation] ({error})"
+        ) from error
+
+
+def _subplot() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     return figure, figure.subplots()
-
-
-def _scipy_bootstrap() -> Any:
-    try:
-        from scipy.stats import bootstrap
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
-    return bootstrap
-
-
-_MISSING = "evaluation needs SciPy, Matplotlib and Jinja2: pip install vgen[evaluation]"

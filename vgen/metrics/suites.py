@@ -6,8 +6,9 @@ Clips are `(b, 3, f, h, w)` in [-1, 1].
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,8 +20,8 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.metrics.prompt import check
 from vgen.metrics.reference import LPIPS, check_pair, frame_psnr, frame_ssim, psnr, ssim
-from vgen.metrics.temporal import flicker, motion_magnitude, statistics, warping_error
-from vgen.temporal.flow import optical_flow, warp
+from vgen.metrics.temporal import check_clip, flicker, motion_magnitude, statistics, warping_error
+from vgen.temporal.flow import measure_motion, optical_flow, warp
 
 SUITES = ("shapes", "folder", "moving-mnist")
 WORLD_SEED = 1000  # training draws its scenes from seed 0
@@ -79,8 +80,10 @@ def check_suite(config: SuiteConfig) -> None:
         raise ValueError("num_frames, height, width and frame_rate must be positive")
     if not 1 <= config.given < config.num_frames:
         raise ValueError(f"given={config.given} must leave some of {config.num_frames} frames to predict")
-    if config.factor < 2:
-        raise ValueError(f"factor={config.factor} must be at least 2")
+    if not 2 <= config.factor < config.num_frames:
+        raise ValueError(f"factor={config.factor} must be at least 2 and less than num_frames={config.num_frames}")
+    if config.num_frames < 3:
+        raise ValueError(f"num_frames={config.num_frames}: what happens over time shows in 3 frames or more")
     if config.num_clips < 1:
         raise ValueError(f"num_clips={config.num_clips} must be at least 1")
 
@@ -95,6 +98,10 @@ class Suite(Protocol):
 
     captioned: bool
     """Whether every clip has a caption."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Files that turned out to be damaged, with the reasons."""
 
     def __len__(self) -> int: ...
 
@@ -117,7 +124,7 @@ def open_suite(config: SuiteConfig) -> Suite:
         return Shapes(config)
     assert config.data is not None
     sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=config.frame_rate)
-    source = open_clips(config.data, sampling, config.height, config.width, config.suite_seed)
+    source = open_clips(config.data, sampling, config.height, config.width, WORLD_SEED + config.suite_seed)
     if isinstance(source, VideoStream):
         raise ValueError(f"data={config.data} is a stream, whose clips have no numbers: give a folder")
     if isinstance(source, VideoFolder) == (config.suite == "moving-mnist"):
@@ -129,6 +136,7 @@ class Shapes:
     """ShapesWorld, with scenes that no training draws."""
 
     captioned = True
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: SuiteConfig):
         self.config = config
@@ -175,11 +183,16 @@ class Videos:
         found = [(number, self.source.clip(self.numbers[number])) for number in numbers]
         whole = [(number, clip) for number, clip in found if clip is not None]
         if not whole:
-            raise ValueError("; ".join(f"{one.path}: {reason}" for one, reason in self.source.refused.items()))
+            raise ValueError("; ".join(f"{path}: {reason}" for path, reason in self.left_out.items()))
         clips, _ = stack_clips([clip for _, clip in whole], torch.device("cpu"))
         return Samples(
             [number for number, _ in whole], clips, [next(filter(None, clip.captions), None) for _, clip in whole]
         )
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files that turned out to be damaged, with the reasons."""
+        return {str(one.path): reason for one, reason in self.source.refused.items()}
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
         """Nothing: what real videos show is not checked."""
@@ -187,9 +200,10 @@ class Videos:
 
 
 class Digits:
-    """Moving MNIST."""
+    """Moving MNIST, with ways that no training draws."""
 
     captioned = False
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: SuiteConfig, source: MovingMNIST):
         self.config, self.source = config, source
@@ -276,10 +290,12 @@ def score_pairs(made: Tensor, true: Tensor, counted: Sequence[int], lpips: LPIPS
 
 def score_time(made: Tensor) -> dict[str, Tensor]:
     """What happens over time in clips of 3 frames or more, `(b,)` for each metric."""
+    check_clip(made, 3)
+    motion = measure_motion(made)
     return {
-        "warping error": warping_error(made),
+        "warping error": warping_error(made, motion=motion),
         "flicker": flicker(made),
-        "motion": motion_magnitude(made),
+        "motion": motion_magnitude(made, motion=motion),
     }
 
 

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vgen.temporal.flow import LUMINANCE, measure_motion
+from vgen.temporal.flow import LUMINANCE, Motion, measure_motion
 
 
-def warping_error(clip: Tensor, method: str = "dis") -> Tensor:
+def warping_error(clip: Tensor, method: str = "dis", motion: Motion | None = None) -> Tensor:
     """How much each frame differs from the next one fetched along their flow: the mean square over visible pixels.
 
     Args:
         clip: With 2 frames or more.
         method: Of `vgen.temporal.flow.optical_flow`.
+        motion: In the clip, if it was measured already.
 
     Returns:
         `(b,)`; 0 where no pixel is visible in the next frame.
@@ -29,16 +30,17 @@ def warping_error(clip: Tensor, method: str = "dis") -> Tensor:
     Source: Learning blind video temporal consistency, arXiv 1808.00449.
     """
     check_clip(clip, 2)
-    motion = measure_motion(clip, method)
+    motion = measure_motion(clip, method) if motion is None else motion
     visible = motion.visible[:, 0]
     error = ((motion.fetch_next(clip.float()) - clip[:, :, :-1]) / 2).square().mean(1) * visible
     return error.sum((1, 2, 3)) / visible.sum((1, 2, 3)).clamp_min(1)
 
 
-def motion_magnitude(clip: Tensor, method: str = "dis") -> Tensor:
+def motion_magnitude(clip: Tensor, method: str = "dis", motion: Motion | None = None) -> Tensor:
     """The mean length of the flow from frame to frame, in pixels, `(b,)`; the rest as for `warping_error`."""
     check_clip(clip, 2)
-    return measure_motion(clip, method).flow.norm(dim=1).mean((1, 2, 3))
+    motion = measure_motion(clip, method) if motion is None else motion
+    return motion.flow.norm(dim=1).mean((1, 2, 3))
 
 
 def flicker(clip: Tensor) -> Tensor:

@@ -56,7 +56,13 @@ class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
         return rearrange(torch.cat(frames, dim=2), "b (c y x) f h w -> b c f (h y) (w x)", y=side, x=side)
 
     def predict(self, given: Tensor, num_frames: int) -> Tensor:
-        """New frames `(b, 3, num_frames, h, w)` behind given ones `(b, 3, f, h, w)` in [-1, 1]."""
+        """New frames `(b, 3, num_frames, h, w)` behind given ones `(b, 3, f, h, w)` in [-1, 1].
+
+        Raises:
+            ValueError: There is nothing to predict, or as for a call.
+        """
+        if num_frames < 1:
+            raise ValueError(f"num_frames={num_frames} must be at least 1")
         return self(given, num_frames - 1)[:, :, given.shape[2] - 1 :]
 
     def _step(self, patches: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
