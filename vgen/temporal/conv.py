@@ -35,8 +35,8 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     In float32 on the CPU, PyTorch takes a kernel of its own for single clips with few channels, frames or rows, which
     is several times slower than oneDNN's; so that is asked for by name. Compilation and autocast do not know the name.
     """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and x.numel() and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling():
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if plain and x.numel() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu"):
         return torch.ops.aten.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)  # type: ignore[arg-type]
 
