@@ -2,6 +2,7 @@
 
 import gzip
 import inspect
+import io
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import runpy
 import struct
 import subprocess
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ import webdataset
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
@@ -50,17 +54,42 @@ DENOISER = {
 TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "--log_every": 1, "--save_every": 2}
 
 
-def launch(script, *arguments, check=True, processes=1, **options):
+def launch(script, *arguments, check=True, processes=1, fresh=False, **options):
+    """Runs a script as `accelerate launch` would; one that need not be fresh here, since starting takes seconds."""
     words = [str(word) for pair in options.items() for word in pair]
-    command = [sys.executable, str(ROOT / script), *arguments, *words]
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
-        port = ["--num_processes", str(processes), "--main_process_port=0"]
-        command = [sys.executable, *launcher, *port, *command[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    command = [str(ROOT / script), *map(str, arguments), *words]
+    if processes > 1 or fresh:
+        done = launch_processes(command, processes)
+    else:
+        done = launch_here(command)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def launch_processes(command, processes):
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+    command = [sys.executable, *launcher, "--num_processes", str(processes), "--main_process_port=0", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+def launch_here(command):
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", command)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.chdir(ROOT)
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def train_vae(output_dir, check=True, processes=1, **options):
@@ -109,7 +138,7 @@ def text_run(tmp_path_factory):
     return folder
 
 
-def train_vdm(runs, output_dir, check=True, processes=1, script=("train/train_vdm.py",), **options):
+def train_vdm(runs, output_dir, check=True, processes=1, fresh=False, script=("train/train_vdm.py",), **options):
     vae_run, text_run, latents_dir = runs
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
@@ -117,7 +146,7 @@ def train_vdm(runs, output_dir, check=True, processes=1, script=("train/train_vd
         "--latents_dir": latents_dir, "--model": json.dumps(DENOISER), "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
-    return launch(*script, check=check, processes=processes, **settings | TINY | options)
+    return launch(*script, check=check, processes=processes, fresh=fresh, **settings | TINY | options)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +233,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path
     for name, processes in (("one", 1), ("two", 2)):
         options["--gradient_accumulation_steps"] = 3 - processes
         script = (tmp_path / "descent.py", ROOT / "train/train_vdm.py")
-        train_vdm(runs, tmp_path / name, processes=processes, script=script, **options)
+        train_vdm(runs, tmp_path / name, processes=processes, fresh=True, script=script, **options)
         weights = load_file(tmp_path / name / "pipeline/transformer/diffusion_pytorch_model.safetensors")
         found.append((torch.load(tmp_path / name / "gradients.pt"), weights))
     (alone, weights_alone), (together, weights_together) = found
