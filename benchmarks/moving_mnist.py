@@ -11,16 +11,14 @@ table for each denoiser; the reports in `OUTPUT_DIR/*/evaluation/report.html` ha
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from scripts import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vgen.metrics.report import summarize
 from vgen.pipeline import find_checkpoint
 
-ROOT = Path(__file__).parents[1]
 PIXELS = 64 * 64
 TRIAL, WARM = 60, 20
 """Steps of the short run, and of them those that are not timed."""
@@ -82,12 +80,6 @@ def run(name: str, folder: Path, settings: dict) -> None:
     script = {"vae": "vae", "convlstm": "convlstm"}.get(name, "vdm")
     recipe = ROOT / "train" / "recipes" / f"moving-mnist-{name}.yaml"
     launch(f"train/train_{script}.py", {"config": recipe, "output_dir": folder} | settings)
-
-
-def launch(script: str, settings: dict) -> None:
-    """Runs a script of this repository."""
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, ROOT / script, *words], check=True)
 
 
 def print_table(name: str, results: dict) -> None:

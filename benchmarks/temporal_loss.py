@@ -10,10 +10,10 @@ done is not done again. Prints one table each, with the seconds of training.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from scripts import launch
 
 from vgen.metrics.report import summarize
 from vgen.models.vae import CausalVideoVAE
@@ -96,13 +96,6 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
             mean, low, high = (scale * value for value in summarize(way[metric]))
             found[f"{task}: {metric}"] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return found
-
-
-def launch(script: str, settings: dict) -> None:
-    """Runs a script of this repository."""
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, root / script, *words], check=True)
 
 
 def print_table(network: str, rows: dict[str, dict[str, str]]) -> None:
