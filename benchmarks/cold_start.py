@@ -3,6 +3,8 @@
 python benchmarks/cold_start.py
 """
 
+import argparse
+import json
 import os
 import statistics
 import sys
@@ -32,12 +34,19 @@ def run(command: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """Prints medians of five runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    args = parser.parse_args()
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, command in COMMANDS.items():
             command = [*command, str(Path(folder) / "video.mp4")] if "generate" in name else command
             runs = [run(command) for _ in range(5)]
             seconds, memory = (statistics.median(column) for column in zip(*runs, strict=True))
+            results[name] = {"seconds": seconds, "MiB": memory}
             print(f"{name:<28} {seconds:6.2f} s {memory:7.0f} MiB")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

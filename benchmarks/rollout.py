@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--mmap-threshold", type=int, default=65536, help="of glibc's malloc; 0 leaves it alone")
+    parser.add_argument("--quality-only", action="store_true", help="measure neither time nor memory")
     parser.add_argument("--memory-of", type=int, help="only tell the peak memory of so many chunks")
     args = parser.parse_args()
     pipe = VideoGenPipeline.from_pretrained(args.model)
@@ -84,6 +85,8 @@ def main() -> None:
             show("defaults, these prompts", results)
         if args.output:
             args.output.write_text(json.dumps(results, indent=1))
+    if args.quality_only:
+        return
     results |= timings(pipe)
     # as glibc raises the threshold by itself, the heap of long runs is full of holes: see docs/experiments.md
     environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(args.mmap_threshold)} if args.mmap_threshold else {})
@@ -133,6 +136,7 @@ def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dic
     began, ended, table = np.array(starts), np.array(ends), np.array(slopes)
     at_chunks, elsewhere = np.mean(seams, axis=0)  # the ratio of the means: a video at rest has none of its own
     measured = {
+        "prompts": len(scenes),
         "right at start": began.mean(),
         "right at end": ended.mean(),
         "still right": ended[began].mean(),

@@ -9,6 +9,8 @@ with, keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 from pairs import memory_of, peak_mebibytes
 
@@ -43,12 +45,13 @@ def main() -> None:
     parser.add_argument("--num-frames", type=int, nargs="+", default=[17, 257])
     parser.add_argument("--frames-per-piece", type=int, default=8, help="the same for every length")
     parser.add_argument("--mmap-threshold", type=int, default=65536, help="bytes; 0 for glibc's own")
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(measure(args.one, args.size, args.model, args.frames_per_piece))
         return
-    peaks = []
+    peaks = {}
     for num_frames in args.num_frames:
         settings = {
             "model": args.model,
@@ -56,9 +59,13 @@ def main() -> None:
             "frames-per-piece": args.frames_per_piece,
             "one": num_frames,
         }
-        peaks.append(memory_of([f"--{name}={value}" for name, value in settings.items()], args.mmap_threshold))
-        print(f"{num_frames} frames of {args.size}x{args.size}: {peaks[-1]:.0f} MiB")
-    print(f"ratio: {peaks[-1] / peaks[0]:.3f}")
+        peak = memory_of([f"--{name}={value}" for name, value in settings.items()], args.mmap_threshold)
+        peaks[num_frames] = peak
+        print(f"{num_frames} frames of {args.size}x{args.size}: {peak:.0f} MiB")
+    first, *_, last = peaks.values()
+    print(f"ratio: {last / first:.3f}")
+    if args.output:
+        args.output.write_text(json.dumps(peaks, indent=1))
 
 
 if __name__ == "__main__":

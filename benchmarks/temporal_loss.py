@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scripts import launch
 
-from vgen.metrics.report import summarize
+from vgen.metrics.report import name_of, summarize, tell
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline, find_checkpoint
 
@@ -92,9 +92,7 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
     for task, metrics in SCORES[network].items():
         way = next(iter(results["tasks"][task].values()))
         for metric in metrics:
-            scale = 1000 if metric in ("warping error", "flicker") else 1
-            mean, low, high = (scale * value for value in summarize(way[metric]))
-            found[f"{task}: {metric}"] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            found[f"{task}: {name_of(metric)}"] = tell(metric, summarize(way[metric]))
     return found
 
 

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 
 from vgen.anomaly import find_anomalies
+from vgen.data.shapes import ShapesWorld, render
+from vgen.known_frames import to_frames
+from vgen.pipeline import VideoGenPipeline
 
 
 class Repeats:
@@ -35,6 +38,16 @@ def test_a_planted_event_stands_out_where_it_happens(jump):
 
 def test_an_event_in_a_piece_marks_its_rest():
     assert find_anomalies(Repeats(), film(14), ahead=4).jumps == [14, 15, 16]  # pieces begin at 5, 9, 13, 17, 21
+
+
+def test_the_shipped_model_did_not_expect_another_object():
+    world = ShapesWorld(num_objects=(1,), seed=7)
+    first, second = to_frames(render([world.scene(0), world.scene(1)]))
+    video = np.concatenate([first[:11], second[11:]])
+    pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
+    pipe.set_progress_bar_config(disable=True)
+    found = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
+    assert found.jumps[0] == 11 and found.scores[11] > 100 * np.nanmedian(found.scores[:11])
 
 
 def test_where_nothing_happens_nothing_stands_out():

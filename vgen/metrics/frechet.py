@@ -131,20 +131,6 @@ class Protocol:
     feature_network: str
     """Digest of its weights."""
 
-    @classmethod
-    def of(cls, network: Any, clips: Tensor, num_clips: int, stride: int, known_frames_counted: bool) -> Protocol:
-        """Of features of clips like these, `(b, 3, f, h, w)`."""
-        return cls(
-            num_clips=num_clips,
-            num_frames=clips.shape[2],
-            stride=stride,
-            height=clips.shape[3],
-            width=clips.shape[4],
-            known_frames_counted=known_frames_counted,
-            resize=network.resize,
-            feature_network=network.digest,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:

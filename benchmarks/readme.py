@@ -1,0 +1,173 @@
+"""The README's tables and picture: measured, and written from the numbers that docs/results/ keeps.
+
+python benchmarks/readme.py                        write the tables from docs/results/*.json
+python benchmarks/readme.py --measure              first measure everything again (hours on a CPU)
+python benchmarks/readme.py --measure shapes       first measure that again
+python benchmarks/readme.py --check                fail where the README says something else
+"""
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+from scripts import ROOT, launch
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shapes": ("benchmarks/shapes.py", {}),
+    "known_frames": ("benchmarks/known_frames.py", {}),
+    "known_frames_prompted": ("benchmarks/known_frames.py", {"prompted": None}),
+    "rollout": ("benchmarks/rollout.py", {}),
+    "cold_start": ("benchmarks/cold_start.py", {}),
+    "streaming_decode": ("benchmarks/streaming_decode.py", {}),
+    "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"mmap-threshold": 0}),
+}
+"""For each file of docs/results/, what writes it."""
+PICTURE = ("examples/strip.py", ROOT / "docs" / "shapes-64.png")
+
+
+def main() -> None:
+    """Measures what is asked for, then writes or checks the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs="*", choices=[*MEASUREMENTS, "picture"], metavar="NAME")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the README differs")
+    args = parser.parse_args()
+    if args.measure is not None:
+        for name in args.measure or [*MEASUREMENTS, "picture"]:
+            if name == "picture":
+                launch(PICTURE[0], {}, PICTURE[1])
+            else:
+                script, settings = MEASUREMENTS[name]
+                launch(script, settings | {"output": RESULTS / f"{name}.json"})
+    measured = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in MEASUREMENTS}
+    before = README.read_text()
+    after = before
+    for name, table in (
+        ("shapes", shapes(measured["shapes"])),
+        ("known frames", known_frames(measured["known_frames"], measured["known_frames_prompted"])),
+        ("rollout", rollout(measured["rollout"])),
+        ("costs", costs(measured)),
+    ):
+        after = put(after, name, table)
+    if args.check and after != before:
+        sys.exit("the README's tables are not those of docs/results: run python benchmarks/readme.py")
+    README.write_text(after)
+
+
+def put(text: str, name: str, rows: list[list[str]]) -> str:
+    """The text with the table of that name replaced; its first row is the header.
+
+    Raises:
+        ValueError: The text has no place for it, or several.
+    """
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    table = "\n".join(lines)
+    after, count = re.subn(
+        rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], text, flags=re.S
+    )
+    if count != 1:
+        raise ValueError(f"{count} places for the table {name!r}")
+    return after
+
+
+def shapes(measured: dict[str, Any]) -> list[list[str]]:
+    """How often videos show what their prompts say."""
+    rows = [["combinations", "objects", "VAE reconstruction (ceiling)", "full groups", "causal groups", "target"]]
+    for split, name, target in (("train", "seen in training", "90%"), ("held_out", "never seen", "75%")):
+        for count in (2, 1):
+            right = [
+                f"{100 * measured[f'{split}, {count} object(s), {made}']['right']:.1f}%"
+                for made in ("VAE reconstruction", "generated, full", "generated, causal")
+            ]
+            rows.append([name, "1 or 2" if count == 2 else "1", *right, target if count == 2 else ""])
+    return rows
+
+
+def known_frames(plain: dict[str, Any], prompted: dict[str, Any]) -> list[list[str]]:
+    """Median PSNR and mean SSIM of each way."""
+    ways = ["copy of the last frame", "linear blend", "optical flow (DIS)", "ceiling: VAE alone"]
+    rows = [["task", "the model, no prompt", "with the caption", *ways[:3], "VAE alone (ceiling)"]]
+    for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
+        found = [plain[f"{task}, the model"], prompted[f"{task}, the model"]]
+        found += [plain.get(f"{task}, {way}") for way in ways]
+        rows.append([task, *("" if one is None else f"{one['median psnr']:.2f} / {one['ssim']:.3f}" for one in found)])
+    return rows
+
+
+def rollout(measured: dict[str, Any]) -> list[list[str]]:
+    """What becomes of long rollouts."""
+    rows = [["", "prompts", "right at the start", "at the end", "still right", "brightness", "contrast", "seam ratio"]]
+    for name, row in measured.items():
+        if isinstance(row, dict) and "right at start" in row:
+            right = [f"{100 * row[part]:.0f}%" for part in ("right at start", "right at end", "still right")]
+            slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
+            rows.append([name, str(row["prompts"]), *right, *slopes, f"{row['seam ratio']:.2f}"])
+    return rows
+
+
+def costs(measured: dict[str, Any]) -> list[list[str]]:
+    """Seconds, memory and quality beside their targets."""
+    names = ('python -c "import vgen"', "vgen --help", "vgen generate")
+    imported, helped, generated = (measured["cold_start"][name] for name in names)
+    rolled = measured["rollout"]
+    chunk, memory = rolled["seconds a chunk"], rolled["memory, MiB"]
+    rows = [["measured on 2 CPU cores", "", "target", "command"]]
+    rows += [
+        ["VAE, mean PSNR of 256 fresh clips", f"{measured['shapes']['psnr']:.2f} dB", "34 dB", command("shapes")],
+        [
+            "`vgen generate`, cold start, defaults",
+            f"{generated['seconds']:.1f} s, {generated['MiB']:.0f} MiB",
+            "15 s, 2 GB",
+            command("cold_start"),
+        ],
+        [f"`{names[0]}`", f"{imported['seconds']:.2f} s", "0.3 s", "the same"],
+        [f"`{names[1]}`", f"{helped['seconds']:.2f} s", "1 s", "the same"],
+        [
+            "a chunk of a rollout, 2 steps: its time 200 chunks after the window was filled, over that just after",
+            f"{chunk['ratio']:.2f} ({chunk['200 chunks later']:.3f} s)",
+            "1.05",
+            command("rollout"),
+        ],
+        [
+            "rollout: peak memory after loading, of 1,000 chunks over 50, with `MALLOC_MMAP_THRESHOLD_=65536`",
+            f"{memory['1000'] / memory['50']:.2f} ({memory['1000']:.1f} and {memory['50']:.1f} MiB)",
+            "1.02",
+            "the same",
+        ],
+        [
+            "rollout: a step of a chunk that computes the window again, over one with the cache",
+            f"{rolled['speed-up of the cache']:.1f}",
+            "",
+            "the same",
+        ],
+    ]
+    for name, setting in (
+        ("streaming_decode", "with `MALLOC_MMAP_THRESHOLD_=65536`"),
+        ("streaming_decode_glibc", "with glibc's own settings"),
+    ):
+        short, long = (measured[name][length] for length in ("17", "257"))
+        rows.append(
+            [
+                f"streamed decoding at 256x256: peak memory of 257 frames over 17, {setting}",
+                f"{long / short:.2f} ({long:.0f} and {short:.0f} MiB)",
+                "1.1" if name == "streaming_decode" else "",
+                command(name),
+            ]
+        )
+    same = "same weights as `AutoencoderKLWan` and `WanTransformer3DModel`"
+    return [*rows, [same, "at most 1e-4 apart", "1e-4", "`pytest tests/models`"]]
+
+
+def command(name: str) -> str:
+    """What a reader types to measure it."""
+    script, settings = MEASUREMENTS[name]
+    words = [word for key, value in settings.items() for word in (f"--{key}", value) if word is not None]
+    return f"`python {' '.join(map(str, [script, *words]))}`"
+
+
+if __name__ == "__main__":
+    main()
