@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--prompted", action="store_true", help="tell the captions; prompts are left out otherwise")
     parser.add_argument("--guidance", type=float, help="with prompts; the checkpoint's default if not given")
     parser.add_argument("--steps", type=int, help="the checkpoint's default if not given")
+    parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
 
@@ -49,25 +50,24 @@ def main() -> None:
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     world = ShapesWorld(split="all", seed=WORLD_SEED)
-    clips = [to_frames(render([world.scene(index)], num_frames=NUM_FRAMES))[0] for index in range(args.num_clips)]
-    captions = [world.caption(index) if args.prompted else None for index in range(args.num_clips)]
+    clips = to_frames(render([world.scene(index) for index in range(args.num_clips)], num_frames=NUM_FRAMES))
     results = {}
     print(f"{'task':<38}{'by':<26}{'PSNR':>8}{'median':>8}{'SSIM':>8}{'median':>8}")
     for task, known in TASKS.items():
-        ways: dict[str, Callable] = {
-            "the model": lambda clip, known, index: by_model(pipe, clip, known, captions[index], index, args)
-        }
+        ways: dict[str, Callable] = {"the model": lambda part, known: by_model(pipe, world, clips, part, known, args)}
         if task.startswith("prediction"):
-            ways["copy of the last frame"] = lambda clip, known, index: simply(copy_last, clip, len(known))
+            ways["copy of the last frame"] = lambda part, known: simply(copy_last, clips[part], len(known))
         else:
-            ways["linear blend"] = lambda clip, known, index: simply(linear_blend, clip, known)
-            ways["optical flow (DIS)"] = lambda clip, known, index: simply(flow_interpolation, clip, known)
-        ways["ceiling: VAE alone"] = lambda clip, known, index: reconstruct(pipe, clip)
+            ways["linear blend"] = lambda part, known: simply(linear_blend, clips[part], known)
+            ways["optical flow (DIS)"] = lambda part, known: simply(flow_interpolation, clips[part], known)
+        ways["ceiling: VAE alone"] = lambda part, known: reconstruct(pipe, clips[part])
         others = [index for index in range(NUM_FRAMES) if index not in known]
         for name, make in ways.items():
             scores = []
-            for index, clip in enumerate(tqdm(clips, desc=f"{task}, {name}", leave=False)):
-                scores.append(measure(make(clip, known, index)[others], clip[others]))
+            for begin in tqdm(range(0, len(clips), args.batch_size), desc=f"{task}, {name}", leave=False):
+                part = slice(begin, min(begin + args.batch_size, len(clips)))
+                made = make(part, known)
+                scores += [measure(*pair) for pair in zip(made[:, others], clips[part, others], strict=True)]
             (psnr, ssim), (middle_psnr, middle_ssim) = np.mean(scores, axis=0), np.median(scores, axis=0)
             results[f"{task}, {name}"] = {
                 "psnr": psnr,
@@ -87,35 +87,45 @@ def measure(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 
 
 def by_model(
-    pipe: VideoGenPipeline, clip: np.ndarray, known: list[int], prompt: str | None, seed: int, args: argparse.Namespace
+    pipe: VideoGenPipeline,
+    world: ShapesWorld,
+    clips: np.ndarray,
+    part: slice,
+    known: list[int],
+    args: argparse.Namespace,
 ) -> np.ndarray:
-    """The whole clip from its known frames."""
-    generator = torch.Generator().manual_seed(seed)
+    """Whole clips from their known frames."""
+    indices = range(part.start, part.stop)
+    given = list(clips[part][:, known])
     options = {
+        "prompt": [world.caption(index) for index in indices] if args.prompted else None,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance if args.prompted else None,
-        "generator": generator,
+        "generator": [torch.Generator().manual_seed(index) for index in indices],
         "output_type": "np",
     }
     if known == list(range(len(known))):
-        new = pipe.predict(clip[known], NUM_FRAMES - len(known), prompt, **options).frames[0]
-        return np.concatenate([clip[known], (new * 255).round().astype(np.uint8)])
+        new = pipe.predict(given, NUM_FRAMES - len(known), **options).frames
+        return np.concatenate([given, (new * 255).round().astype(np.uint8)], axis=1)
     factor = known[1]
-    rate = pipe.config.frame_rate / factor
-    video = pipe.interpolate(clip[known], factor, prompt, frame_rate=rate, **options).frames[0]
-    return (video * 255).round().astype(np.uint8)
+    videos = pipe.interpolate(given, factor, frame_rate=pipe.config.frame_rate / factor, **options).frames
+    return (videos * 255).round().astype(np.uint8)
 
 
-def simply(way: Callable, clip: np.ndarray, known: Any) -> np.ndarray:
-    """The whole clip by a simple way."""
-    return to_frames(way(torch.from_numpy(clip).movedim(-1, 0)[None] / 127.5 - 1, known))[0]
+def simply(way: Callable, clips: np.ndarray, known: Any) -> np.ndarray:
+    """Whole clips by a simple way."""
+    return to_frames(way(from_frames(clips), known))
 
 
 @torch.no_grad()
-def reconstruct(pipe: VideoGenPipeline, clip: np.ndarray) -> np.ndarray:
-    """The clip, encoded and decoded."""
-    pixels = torch.from_numpy(clip).movedim(-1, 0)[None].to(pipe.device) / 127.5 - 1
-    return to_frames(pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample)[0]
+def reconstruct(pipe: VideoGenPipeline, clips: np.ndarray) -> np.ndarray:
+    """The clips, encoded and decoded."""
+    return to_frames(pipe.vae.decode(pipe.vae.encode(from_frames(clips).to(pipe.device)).latent_dist.mode()).sample)
+
+
+def from_frames(clips: np.ndarray) -> torch.Tensor:
+    """`(b, 3, f, h, w)` in [-1, 1] of uint8 `(b, f, h, w, 3)`."""
+    return torch.from_numpy(clips).movedim(-1, 1) / 127.5 - 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
+from vgen.models.unet import UNet3D
+
+from .models.test_unet import TINY
 from .test_pipeline import make_pipeline
 
 REPO, COMMIT = "someone/something", "0" * 40
@@ -21,6 +25,8 @@ def endpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     make_pipeline().save_pretrained(folder)
     make_pipeline(seed=1).save_pretrained(folder, variant="fp16")
+    torch.manual_seed(0)
+    UNet3D(**TINY).save_pretrained(folder / "unet")
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": COMMIT} for n in names]
 
@@ -77,13 +83,17 @@ LOADS = {
     "transformer": "from vgen import SpacetimeTransformer as C; "
     f"p = C.from_pretrained({REPO!r}, subfolder='transformer')",
     "vae": f"from vgen import CausalVideoVAE as C; p = C.from_pretrained({REPO!r}, subfolder='vae', variant='fp16')",
+    "unet": f"from vgen import UNet3D as C; p = C.from_pretrained({REPO!r}, subfolder='unet')",
 }
 
 
 @pytest.mark.parametrize("what", LOADS)
 def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, tmp_path):
     count = "; print(sum(weight.double().sum().item() for weight in p.parameters()))"
-    network = getattr(make_pipeline(seed=what == "vae"), "vae" if what in ("diffusers", "vae") else "transformer")
+    torch.manual_seed(0)
+    network = UNet3D(**TINY)
+    if what != "unet":
+        network = getattr(make_pipeline(seed=what == "vae"), "vae" if what in ("diffusers", "vae") else "transformer")
     expected = sum(weight.double().sum().item() for weight in network.parameters())
     done = fresh(LOADS[what] + count, endpoint, tmp_path)
     assert float(done.stdout.split()[-1]) == expected

@@ -105,6 +105,13 @@ def test_a_cache_that_skips_nothing_changes_nothing_and_one_that_skips_saves_wor
     assert torch.equal(generate(pipe), plain)
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_a_unet_refuses_caches(name, make_unet):
+    nothing, _ = CACHES[name]
+    with pytest.raises(ValueError, match="CacheConfig skips|BroadcastConfig skips"):
+        make_unet().enable_cache(nothing(make_pipeline()))
+
+
 def test_faster_cache_and_guiders_do_not_go_together():
     pipe = make_pipeline(num_layers=LAYERS)
     pipe.transformer.enable_cache(faster(pipe, 2))

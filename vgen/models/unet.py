@@ -455,6 +455,14 @@ class UNet3D(StrictLoading, WholeVideos, ModelMixin, ConfigMixin, PeftAdapterMix
         """Channels of prompt embeddings."""
         return self.config.cross_attention_dim
 
+    def enable_cache(self, config: Any) -> None:
+        """Always raises: diffusers' caches of steps skip the blocks of transformers.
+
+        Raises:
+            ValueError: Says so.
+        """
+        raise ValueError(f"{type(config).__name__} skips the blocks of transformers, and UNet3D has others")
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
