@@ -19,14 +19,18 @@ from .test_pipeline import make_pipeline
 REPO, COMMIT = "someone/something", "0" * 40
 
 
+def make_unet():
+    torch.manual_seed(0)
+    return UNet3D(**TINY, temporal_head_dim=8)
+
+
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
     """A server with one repository: a tiny pipeline, its weights also as a variant."""
     folder = tmp_path_factory.mktemp("repository")
     make_pipeline().save_pretrained(folder)
     make_pipeline(seed=1).save_pretrained(folder, variant="fp16")
-    torch.manual_seed(0)
-    UNet3D(**TINY).save_pretrained(folder / "unet")
+    make_unet().save_pretrained(folder / "unet")
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": COMMIT} for n in names]
 
@@ -90,8 +94,7 @@ LOADS = {
 @pytest.mark.parametrize("what", LOADS)
 def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, tmp_path):
     count = "; print(sum(weight.double().sum().item() for weight in p.parameters()))"
-    torch.manual_seed(0)
-    network = UNet3D(**TINY)
+    network = make_unet()
     if what != "unet":
         network = getattr(make_pipeline(seed=what == "vae"), "vae" if what in ("diffusers", "vae") else "transformer")
     expected = sum(weight.double().sum().item() for weight in network.parameters())
