@@ -48,6 +48,7 @@ def test_the_shipped_model_did_not_expect_another_object():
     pipe.set_progress_bar_config(disable=True)
     found = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
     assert found.jumps[0] == 11 and found.scores[11] > 100 * np.nanmedian(found.scores[:11])
+    assert find_anomalies(pipe, first, ahead=2, num_inference_steps=4).jumps == []
 
 
 def test_where_nothing_happens_nothing_stands_out():

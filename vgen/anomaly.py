@@ -34,9 +34,10 @@ def find_anomalies(
 ) -> Anomaly:
     """Predicts each piece of a video from the true frames before it and compares.
 
-    A frame stands out if its score is more than `threshold` robust deviations (1.4826 times the median distance to the
-    median) above the median of all scores; in a video in which every prediction is as good, none does. An event in the
-    middle of a piece marks what is left of it; the first frame marked is when it happened.
+    What is usual is told by the lower half of the scores, since an event may spoil the predictions of all that follows.
+    A frame stands out if the logarithm of its score is more than `threshold` robust deviations (1.4826 times the median
+    distance to the median, at least 0.3) above the usual median. An event in the middle of a piece marks what is left
+    of it; the first frame marked is when it happened.
 
     Args:
         pipe: A checkpoint that predicts.
@@ -58,10 +59,11 @@ def find_anomalies(
     for begin, made in _predictions(pipe, video, given, ahead, seed, options):
         true = video[begin : begin + len(made)] / 255.0
         scores[begin : begin + len(made)] = np.square(made - true).mean((1, 2, 3))
-    found = scores[given:]
-    middle = np.median(found)
-    deviation = 1.4826 * np.median(np.abs(found - middle))
-    jumps = np.flatnonzero(scores > middle + threshold * max(deviation, 1e-6))
+    logs = np.log(np.maximum(scores, 1e-6))  # 60 dB is as good as exact
+    usual = np.sort(logs[given:])[: (len(logs) - given + 1) // 2]
+    middle = np.median(usual)
+    deviation = 1.4826 * np.median(np.abs(usual - middle))
+    jumps = np.flatnonzero(logs > middle + threshold * max(deviation, 0.3))
     return Anomaly(scores, jumps.tolist())
 
 

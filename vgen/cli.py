@@ -283,7 +283,7 @@ def anomaly(
     model: Model = DEFAULT_MODEL,
     given: Annotated[int, typer.Option(help="Frames that each prediction starts from.", min=1)] = 5,
     ahead: Annotated[int, typer.Option(help="Frames that are predicted at once; an event marks the rest.")] = 4,
-    threshold: Annotated[float, typer.Option(help="Robust deviations above the median that stand out.")] = 6.0,
+    threshold: Annotated[float, typer.Option(help="Robust deviations above what is usual that stand out.")] = 6.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
     steps: Steps = None,
     seed: Seed = 0,
