@@ -34,10 +34,10 @@ def find_anomalies(
 ) -> Anomaly:
     """Predicts each piece of a video from the true frames before it and compares.
 
-    What is usual is told by the lower half of the scores, since an event may spoil the predictions of all that follows.
-    A frame stands out if the logarithm of its score is more than `threshold` robust deviations (1.4826 times the median
-    distance to the median, at least 0.3) above the usual median. An event in the middle of a piece marks what is left
-    of it; the first frame marked is when it happened.
+    What is usual is told by the lower half of the scores, since an event may spoil the predictions of all that follow.
+    A frame stands out if the logarithm of its score is more than `threshold` robust deviations (1.4826 times the
+    median distance to the median, at least 0.3) above the usual median. An event in the middle of a piece marks what
+    is left of it; the first frame marked is when it happened.
 
     Args:
         pipe: A checkpoint that predicts.
