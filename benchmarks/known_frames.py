@@ -96,17 +96,25 @@ def by_model(
 ) -> np.ndarray:
     """Whole clips from their known frames."""
     indices = range(part.start, part.stop)
-    given = list(clips[part][:, known])
-    options = {
-        "prompt": [world.caption(index) for index in indices] if args.prompted else None,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance if args.prompted else None,
-        "generator": [torch.Generator().manual_seed(index) for index in indices],
-        "output_type": "np",
-    }
+    generators = [torch.Generator().manual_seed(index) for index in indices]
+    given = clips[part][:, known]
+    if args.prompted:
+        captions = [world.caption(index) for index in indices]
+        return _make(pipe, list(given), known, args, prompt=captions, generator=generators)
+    pairs = zip(given, generators, strict=True)  # only a single video can do without a prompt
+    return np.concatenate([_make(pipe, one, known, args, generator=generator) for one, generator in pairs])
+
+
+def _make(
+    pipe: VideoGenPipeline, given: Any, known: list[int], args: argparse.Namespace, **options: Any
+) -> np.ndarray:
+    """Whole clips from what is given, one clip's frames or a list of several clips'."""
+    options |= {"num_inference_steps": args.steps, "output_type": "np"}
+    if args.prompted:
+        options["guidance_scale"] = args.guidance
     if known == list(range(len(known))):
-        new = pipe.predict(given, NUM_FRAMES - len(known), **options).frames
-        return np.concatenate([given, (new * 255).round().astype(np.uint8)], axis=1)
+        new = (pipe.predict(given, NUM_FRAMES - len(known), **options).frames * 255).round().astype(np.uint8)
+        return np.concatenate([np.reshape(given, (len(new), len(known), *new.shape[2:])), new], axis=1)
     factor = known[1]
     videos = pipe.interpolate(given, factor, frame_rate=pipe.config.frame_rate / factor, **options).frames
     return (videos * 255).round().astype(np.uint8)

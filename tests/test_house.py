@@ -53,6 +53,11 @@ def test_the_readmes_python_runs(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
 
 
+def test_the_readmes_tables_are_those_that_were_measured():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_shipped_checkpoints_are_small():
     for folder in (ROOT / "vgen/checkpoints").iterdir():
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6
