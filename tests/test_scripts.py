@@ -207,12 +207,6 @@ def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_d
             assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-DESCENT = """
-import runpy, sys
-import torch
-from torch.optim.lr_scheduler import LambdaLR
-from vgen.training import run
-
 @pytest.mark.gpu
 def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path):
     options = {"--optimizer": "adamw", "--ema_decay": 0, "--save_every": 2}
@@ -226,6 +220,12 @@ def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path):
     # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
     assert max((one[key] - sharded[key]).abs().mean().item() for key in one) < 1e-4
 
+
+DESCENT = """
+import runpy, sys
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from vgen.training import run
 
 def descent(config, network):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
