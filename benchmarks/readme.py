@@ -94,13 +94,8 @@ def known_frames(plain: dict[str, Any], prompted: dict[str, Any]) -> list[list[s
     for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
         found = [plain[f"{task}, the model"], prompted[f"{task}, the model"]]
         found += [plain.get(f"{task}, {way}") for way in ways]
-        rows.append([task, *("" if one is None else tell(one) for one in found)])
+        rows.append([task, *("" if one is None else f"{one['median psnr']:.2f} / {one['ssim']:.3f}" for one in found)])
     return rows
-
-
-def tell(row: dict[str, float]) -> str:
-    """One cell; some older measurements have no SSIM."""
-    return f"{row['median psnr']:.2f}" + (f" / {row['ssim']:.3f}" if "ssim" in row else "")
 
 
 def rollout(measured: dict[str, Any]) -> list[list[str]]:
