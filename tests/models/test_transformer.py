@@ -561,10 +561,7 @@ def test_saved_network_loads_exactly_and_takes_over_a_stream(make_transformer, t
 
 
 @torch.no_grad()
-def test_half_precision_gives_finite_numbers_close_to_full(make_transformer):
-    network = make_transformer(window=3, keyframe_slots=1, frame_rate_embedding=True)
-    latents, levels, prompt = inputs()
-    keyframes = draw(2, 4, 4, 4, 6)
+def check_half_precision(network, latents, levels, prompt, keyframes):
     full = network(latents, levels, prompt, groups="causal", keyframes=keyframes, frame_rate=8.0).sample
     network.bfloat16()
     half_inputs = latents.bfloat16(), levels, prompt.bfloat16()
@@ -575,6 +572,11 @@ def test_half_precision_gives_finite_numbers_close_to_full(make_transformer):
     state = TemporalState()
     for _ in range(2):
         assert network(*half_inputs, **options, state=state).sample.isfinite().all()
+
+
+def test_half_precision_gives_finite_numbers_close_to_full(make_transformer):
+    network = make_transformer(window=3, keyframe_slots=1, frame_rate_embedding=True)
+    check_half_precision(network, *inputs(), draw(2, 4, 4, 4, 6))
 
 
 @torch.no_grad()

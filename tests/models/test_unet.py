@@ -10,6 +10,8 @@ from vgen.models.unet import UNet3D
 from vgen.temporal.attention import FrameCache, make_groups
 from vgen.temporal.state import TemporalState
 
+from .test_transformer import check_half_precision
+
 TINY = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4,
@@ -210,18 +212,7 @@ def test_it_is_saved_and_loaded(randomize, tmp_path):
         network(inputs()[0], torch.zeros(2, 3), inputs()[2])
 
 
-@torch.no_grad()
 def test_half_precision_gives_finite_numbers_close_to_full(make_unet):
     network = make_unet(window=3, keyframe_slots=1, frame_rate_embedding=True, non_local=True)
-    latents, levels, prompt = inputs()
     keyframes = torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(1))
-    full = network(latents, levels, prompt, groups="causal", keyframes=keyframes, frame_rate=8.0).sample
-    network.bfloat16()
-    half_inputs = latents.bfloat16(), levels, prompt.bfloat16()
-    options = {"groups": "causal", "keyframes": keyframes.bfloat16(), "frame_rate": 8.0}
-    half = network(*half_inputs, **options).sample
-    assert half.dtype == torch.bfloat16
-    assert (half - full).abs().mean() < 0.1 * full.abs().mean()
-    state = TemporalState()
-    for _ in range(2):
-        assert network(*half_inputs, **options, state=state).sample.isfinite().all()
+    check_half_precision(network, *inputs(), keyframes)
