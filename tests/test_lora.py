@@ -70,10 +70,14 @@ def test_an_adapter_equals_the_sum_of_its_product_and_the_weight(adapters):
     assert apart(latents(pipe), latents(merged)) < 1e-5
 
 
-def test_adapters_are_swapped_mixed_and_deleted(adapters):
-    pipe = make_pipeline()
+@pytest.mark.parametrize("denoiser", ["transformer", "unet"])
+def test_adapters_are_swapped_mixed_and_deleted(adapters, denoiser, tmp_path, randomize):
+    pipe = make_pipeline() if denoiser == "transformer" else make_unet_pipeline(randomize)
     plain = latents(pipe)
-    for name, folder in adapters.items():
+    for seed, (name, folder) in enumerate(adapters.items()):
+        if denoiser == "unet":
+            folder = tmp_path / name
+            unet_adapter(folder, make_unet_pipeline(randomize), seed=seed)
         pipe.load_lora_weights(folder, adapter_name=name)
     alone = {}
     for name in adapters:
@@ -84,7 +88,7 @@ def test_adapters_are_swapped_mixed_and_deleted(adapters):
     pipe.set_adapters(["first", "second"], adapter_weights=[1.0, 0.0])
     assert apart(latents(pipe), alone["first"]) < 1e-5
     pipe.delete_adapters("first")
-    assert pipe.get_list_adapters() == {"transformer": ["second"]}
+    assert pipe.get_list_adapters() == {denoiser: ["second"]}
     pipe.set_adapters("second")
     assert apart(latents(pipe), alone["second"]) < 1e-5
     pipe.delete_adapters("second")
@@ -130,17 +134,20 @@ def test_pickled_adapters_are_refused(tmp_path):
     pipe = make_pipeline()
     with pytest.raises(ValueError, match="pickles"):
         pipe.load_lora_weights(tmp_path, use_safetensors=False)
+    for name, source in (("pytorch_lora_weights.bin", tmp_path), (None, tmp_path / "pytorch_lora_weights.bin")):
+        with pytest.raises(ValueError, match="pickles"):
+            pipe.load_lora_weights(source, weight_name=name)
     with pytest.raises(OSError, match="safetensors"):
         pipe.load_lora_weights(tmp_path)
 
 
-def unet_adapter(folder, pipe, text=False):
+def unet_adapter(folder, pipe, text=False, seed=0):
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS), "trained")
     layers = {"unet_lora_layers": get_peft_model_state_dict(pipe.unet, adapter_name="trained")}
     if text:
         pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]), "trained")
         layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder, adapter_name="trained")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for part in layers.values():
         for name in part:
             part[name] = 0.3 * torch.randn(part[name].shape)
@@ -171,6 +178,7 @@ def test_adapters_of_a_unet_are_loaded_scaled_fused_and_unloaded(tmp_path, rando
     assert apart(half, plain) > 1e-3 and apart(half, changed) > 1e-3
     pipe.set_adapters("style", 1.0)
     pipe.fuse_lora(components=pipe.get_list_adapters())
+    assert pipe.num_fused_loras == 1
     assert apart(latents(pipe), changed) < 1e-4
     pipe.unfuse_lora(components=pipe.get_list_adapters())
     pipe.unload_lora_weights()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -17,6 +18,7 @@ from diffusers import (
     SkipLayerGuidance,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import LayerSkipConfig
 
 from vgen.pipeline import VideoGenPipeline
@@ -111,8 +113,9 @@ def test_diffusers_own_class_loads_a_folder(pipe, tmp_path):
 def test_a_variant_is_loaded_by_its_name_and_a_missing_one_is_told(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert torch.equal(latents(VideoGenPipeline.from_pretrained(tmp_path, variant="fp16")), latents(pipe))
-    with pytest.raises(ValueError, match="bf16"):
-        VideoGenPipeline.from_pretrained(tmp_path, variant="bf16")
+    for wrong in ({"variant": "bf16"}, {}):
+        with pytest.raises((ValueError, OSError), match=r"bf16|no file named \S+\.safetensors"):
+            VideoGenPipeline.from_pretrained(tmp_path, **wrong)
 
 
 def test_every_component_has_its_own_precision_where_asked(pipe, tmp_path):
@@ -121,13 +124,28 @@ def test_every_component_has_its_own_precision_where_asked(pipe, tmp_path):
     again = VideoGenPipeline.from_pretrained(tmp_path, dtype=precisions)
     assert again.transformer.dtype == torch.bfloat16
     assert again.vae.dtype == again.text_encoder.dtype == torch.float32
+    expected = pipe(PROMPT, generator=seeded()).frames
+    assert 0 < abs(again(PROMPT, generator=seeded()).frames - expected).mean() < 0.02
+    assert VideoGenPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+@pytest.mark.parametrize(
+    "device_map", ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "balanced"))]
+)
 def test_a_device_map_places_components(pipe, tmp_path, device_map):
     pipe.save_pretrained(tmp_path)
     again = VideoGenPipeline.from_pretrained(tmp_path, device_map=device_map)
-    assert torch.allclose(latents(again), latents(pipe), atol=1e-5)
+    again.set_progress_bar_config(disable=True)
+    assert again.hf_device_map
+    assert again.transformer.device.type == again.vae.device.type == ("cpu" if device_map == "cpu" else "cuda")
+    assert torch.allclose(latents(again).cpu(), latents(pipe), atol=1e-3 if device_map != "cpu" else 1e-5)
+
+
+@pytest.mark.gpu
+def test_on_another_device_the_video_is_the_same(pipe):
+    expected = pipe(PROMPT, generator=seeded()).frames
+    frames = pipe.to("cuda")(PROMPT, generator=seeded()).frames
+    assert pipe.device.type == "cuda" and abs(frames - expected).max() < 1e-2
 
 
 def test_components_may_be_left_out_or_given(pipe, tmp_path):
@@ -142,7 +160,9 @@ def test_components_may_be_left_out_or_given(pipe, tmp_path):
     assert torch.allclose(frames, latents(shared), atol=1e-5)
 
 
-def test_sharded_weights_load(pipe, tmp_path):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sharded_weights_load(pipe, tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", parallel)
     pipe.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
     assert torch.equal(latents(VideoGenPipeline.from_pretrained(tmp_path)), latents(pipe))
@@ -161,23 +181,61 @@ def test_prompts_are_encoded_alone(pipe):
     assert torch.equal(positive[0], positive[1]) and not torch.equal(positive[1], positive[2])
 
 
-def test_group_offloading_gives_the_same_video(pipe):
-    expected = latents(pipe)
-    cpu = torch.device("cpu")
-    pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+OFFLOADING = {
+    "by leaf": {"offload_type": "leaf_level"},
+    "by block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+}
+TASKS = {"tasks": ["text", "leading", "keyframes"], "window": 2, "sink": 1, "trained_token_frames": 5}
+
+
+@pytest.mark.parametrize("how", OFFLOADING)
+def test_group_offloading_gives_the_same_video_stream_and_rollout(pipe, how):
+    exact, pipe, cpu = make_pipeline(**TASKS), make_pipeline(**TASKS), torch.device("cpu")
+    expected = latents(exact)
+    pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, **OFFLOADING[how])
+    hooks = (getattr(module, "_diffusers_hook", None) for module in pipe.transformer.modules())
+    assert any(hook is not None and hook.get_hook("group_offloading") for hook in hooks)
     assert torch.allclose(latents(pipe), expected, atol=1e-5)
+    for theirs, ours in zip(exact.decode_stream(expected), pipe.decode_stream(expected), strict=True):
+        assert abs(theirs - ours).max() < 1e-5
+    assert_long_videos_equal(pipe, exact)
+
+
+def test_weights_on_disk_give_the_same_rollout(pipe, tmp_path):
+    from accelerate import disk_offload
+
+    exact, pipe = make_pipeline(**TASKS), make_pipeline(**TASKS)
+    for name in ("transformer", "vae"):
+        disk_offload(getattr(pipe, name), tmp_path / name, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in pipe.transformer.parameters())
+    assert_long_videos_equal(pipe, exact)
+
+
+def assert_long_videos_equal(pipe, exact):
+    """Rolled out, predicted and interpolated."""
+    clip = torch.rand(5, 3, 16, 16, generator=seeded())
+    for make in (
+        lambda pipe: np.concatenate(list(pipe.rollout(PROMPT, num_frames=24, generator=seeded()))) / 255,
+        lambda pipe: pipe.predict(clip, 8, generator=seeded()).frames,
+        lambda pipe: pipe.interpolate(clip, 2, generator=seeded()).frames,
+    ):
+        assert abs(make(pipe) - make(exact)).max() < 1e-2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloading_to_the_cpu_gives_the_same_video_and_stream(method):
-    known, tasks = {"image": torch.rand(3, 16, 16)}, {"tasks": ["text", "leading"]}
+    known, tasks = {"image": torch.rand(3, 16, 16)}, TASKS
     expected = latents(make_pipeline(**tasks).to("cuda"), **known).cpu()
     pipe = make_pipeline(**tasks)
     getattr(pipe, method)()
     result = latents(pipe, **known)
     assert torch.allclose(result.cpu(), expected, atol=1e-3)
-    assert sum(piece.shape[1] for piece in pipe.decode_stream(result)) == 9
+    pieces = [piece.cpu() for piece in pipe.decode_stream(result)]
+    exact = make_pipeline(**tasks).to("cuda")
+    assert_close = torch.testing.assert_close
+    assert_close(torch.cat(pieces, dim=1), torch.cat([piece.cpu() for piece in exact.decode_stream(result)], dim=1))
+    assert_long_videos_equal(pipe, exact)
 
 
 def test_tiling_and_slicing_of_the_vae_are_reached_from_the_pipeline(pipe):
@@ -200,6 +258,34 @@ def test_a_callback_can_change_the_guidance(pipe, randomize):
     assert not torch.allclose(weak, latents(pipe, guidance_scale=9.0, num_inference_steps=4), atol=1e-2)
     with pytest.raises(ValueError, match="not both"):
         latents(pipe, guidance_scale=9.0, guider=ClassifierFreeGuidance())
+
+
+def test_callbacks_of_diffusers_own_kind_run_with_the_tensors_that_they_name(pipe):
+    steps = []
+
+    class Stop(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert set(callback_kwargs) == {"latents"} and not pipeline.interrupt
+            steps.append(step_index)
+            pipeline._interrupt = step_index == 1
+            return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+
+    videos = [
+        latents(pipe, num_inference_steps=4, callback_on_step_end=callback)
+        for callback in (Stop(), MultiPipelineCallbacks([Stop()]))
+    ]
+    assert steps == [0, 1, 0, 1] and not any(video.any() for video in videos)
+
+
+def test_xformers_without_cuda_is_one_clear_error(pipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = latents(pipe)
+    with pytest.raises(RuntimeError, match=r"CUDA.*pip install vgen\[xformers\]"):
+        pipe.enable_xformers_memory_efficient_attention()
+    pipe.disable_xformers_memory_efficient_attention()
+    assert torch.equal(latents(pipe), expected)
 
 
 def test_pushing_uploads_every_component(pipe, hub):

@@ -578,6 +578,15 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             generator=generator,
         )
 
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """What `enable_xformers_memory_efficient_attention` and its opposite call: chooses the denoiser's attention.
+
+        Raises:
+            RuntimeError: xformers or CUDA is not there.
+            ValueError: `attention_op` is given; xformers chooses its kernel.
+        """
+        self.denoiser.set_use_memory_efficient_attention_xformers(valid, attention_op)
+
     def check_inputs(
         self,
         prompt: str | list[str] | None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
 
@@ -27,20 +28,30 @@ class FrameRateEmbedder(nn.Module):
         return (embedding * known[:, None].to(embedding)).unsqueeze(1)
 
 
-class WholeVideos:
-    """Comes before diffusers' `ModelMixin` and says why a video is not split between devices."""
+class DispatchedAttention:
+    """Comes before diffusers' `ModelMixin`: all attention goes through its dispatcher, xformers included."""
 
-    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Always raises: diffusers' hooks split tokens or heads, and here levels and masks go with whole frames.
+    def set_attention_backend(self, backend: str) -> None:
+        """Chooses what computes attention, as diffusers names it.
 
         Raises:
-            ValueError: Says so.
+            RuntimeError: What it needs is not there.
+            ValueError: There is no backend of that name.
         """
-        raise ValueError(
-            "context and tensor parallelism are not served: they would split the tokens or heads of a video between "
-            "devices, but not the noise levels, groups and cached keys that belong to whole token frames; share out "
-            "videos instead"
-        )
+        if backend.lower() == "xformers" and not (is_xformers_available() and torch.cuda.is_available()):
+            raise RuntimeError("xformers needs CUDA and is an extra: pip install vgen[xformers]")
+        super().set_attention_backend(backend)  # type: ignore[misc]
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """What `enable_xformers_memory_efficient_attention` and its opposite call: the backend `xformers` or `native`.
+
+        Raises:
+            RuntimeError: xformers or CUDA is not there.
+            ValueError: `attention_op` is given; xformers chooses its kernel.
+        """
+        if attention_op is not None:
+            raise ValueError("xformers chooses its kernel itself here: leave attention_op out")
+        self.set_attention_backend("xformers" if valid else "native")
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PARALLELISM = (
+    "context and tensor parallelism are not served: they would split the tokens, heads or channels of a video between "
+    "devices, but not the noise levels, groups and states that belong to whole frames; share out videos instead"
+)
 
 
 class StrictLoading:
-    """Comes before diffusers' `ModelMixin` and makes its `from_pretrained` refuse what does not fit or is pickled."""
+    """Comes before diffusers' `ModelMixin` and refuses weights that do not fit or are pickled, and parallelism."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Loads as diffusers does, from safetensors only.
 
         Raises:
-            ValueError: The weights are pickled, or keys of weights and config do not agree; they are named.
+            ValueError: The weights are pickled, or keys of weights and config do not agree, which are named; or
+                `parallel_config` is given.
         """
+        if kwargs.pop("parallel_config", None) is not None:
+            raise ValueError(NO_PARALLELISM)
         folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
         refuse_pickles(folder)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -35,6 +42,14 @@ class StrictLoading:
             told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
             raise ValueError(f"the weights of {cls.__name__} in {folder} do not fit its config: {told}")
         return (model, info) if wants_info else model
+
+    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises: a video is not split between devices.
+
+        Raises:
+            ValueError: Says why.
+        """
+        raise ValueError(NO_PARALLELISM)
 
 
 def weights_digest(network: Any, without: tuple[str, ...] = ()) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin
 from torch import Tensor
 
+from vgen.models.loading import PICKLED
+
 
 class LoraLoaderMixin(WanLoraLoaderMixin):
     """diffusers' methods for adapters, for a pipeline that has a `transformer` or a `unet`."""
@@ -23,13 +25,15 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         `(weights, alphas, metadata)`.
 
         Raises:
-            ValueError: `use_safetensors=False` asks for a pickle.
+            ValueError: A pickle is asked for.
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        source = pretrained_model_name_or_path_or_dict
+        named = [kwargs.get("weight_name") or "", "" if isinstance(source, dict) else str(source)]
+        if kwargs.setdefault("use_safetensors", True) is not True or any(name.endswith(PICKLED) for name in named):
             raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
         if kwargs.get("unet_config") is not None:
-            return StableDiffusionLoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+            return StableDiffusionLoraLoaderMixin.lora_state_dict(source, **kwargs)
+        return super().lora_state_dict(source, **kwargs)
 
     def load_lora_weights(
         self,

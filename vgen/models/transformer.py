@@ -30,7 +30,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.models.convert import refuse_nonzero, with_same_weights
-from vgen.models.denoiser import FrameRateEmbedder, WholeVideos, dtype_of
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -212,7 +212,7 @@ def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 class SpacetimeTransformer(
-    StrictLoading, WholeVideos, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+    StrictLoading, DispatchedAttention, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
     """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan 2.1 text-to-video Transformer.
 

@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vgen.models.denoiser import FrameRateEmbedder, WholeVideos
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -298,7 +298,9 @@ class Settings:
         return model
 
 
-class UNet3D(StrictLoading, WholeVideos, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class UNet3D(
+    StrictLoading, DispatchedAttention, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+):
     """A denoiser whose parts in space are those of a 2D diffusion U-Net, and whose parts in time start as nothing.
 
     Freshly inflated (`from_unet2d`), every frame comes out as the 2D network gives it. Nothing mixes frames but the
