@@ -8,6 +8,7 @@ With `--buckets`, each bucket's clips go to a folder of its own in the output fo
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import random
@@ -37,6 +38,7 @@ from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
 from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
+from vgen.processes import this_process
 from vgen.temporal.flow import measure_motion
 from vgen.training.run import compile_blocks
 
@@ -77,6 +79,11 @@ class EncodeConfig:
     """Folder or Hub id of a pipeline, of which `text_encoder` and `tokenizer` embed the captions here, once."""
     max_sequence_length: int = 32
     """Tokens of a caption, where it is embedded."""
+    sampling: str = "sliding"
+    """Which frames of a video make clips: a `kind` of `vgen.data.clips.Sampling`; `random` and `segments` are drawn
+    anew in each of the `repeats`."""
+    stride: int = 1
+    """From one frame of a `random` or `sliding` clip to the next, at `frame_rates`."""
     hop: int | None = None
     """Frames from one clip of a video to the next; `None` lets them follow without a gap."""
     num_clips: int | None = None
@@ -108,7 +115,7 @@ class EncodeConfig:
 @torch.no_grad()
 def main(config: EncodeConfig) -> None:
     """Encodes the shards that are missing, shared out over processes."""
-    process = PartialState()
+    process = this_process()
     vae = load_vae(config.vae).to(process.device).eval()
     codec = as_codec(vae)
     if config.compile:
@@ -124,6 +131,8 @@ def main(config: EncodeConfig) -> None:
             settings = shard_settings(part, vae, text)
             if isinstance(clips, StreamClips):  # by which its videos are shared out
                 settings["processes"] = process.num_processes
+            if isinstance(clips, FolderClips):  # an added video would put all others into another order
+                settings["videos_sha256"] = clips.digest
             check_settings(part.output_dir, settings, ["*.safetensors"])
         process.wait_for_everyone()
         if isinstance(clips, StreamClips):
@@ -319,7 +328,7 @@ class DigitClips:
 
 
 class FolderClips:
-    """Clips of listed videos, at each of the frame rates; those of damaged files are left out and told."""
+    """Clips of listed videos, at each of the frame rates; those of damaged files are left out."""
 
     def __init__(self, config: EncodeConfig, folders: list[VideoFolder]):
         self.clips = [
@@ -329,32 +338,18 @@ class FolderClips:
             for index in range(len(folder))
         ]
         random.Random(config.seed).shuffle(self.clips)
-        del self.clips[config.num_clips :]
-        self.told: set[str] = set()
-        for folder in folders:
-            self.tell(folder)
+        self.clips = self.clips[: config.num_clips]
+        names = [f"{listed.path.name} {number}" for folder in folders for listed, number, *_ in folder.clips]
+        self.digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        """Of the videos and of how many clips each has, on which the clips' order depends."""
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def tell(self, source: VideoFolder | VideoStream) -> None:
-        """Names each file that is left out once."""
-        for listed, reason in source.refused.items():
-            line = f"left out: {listed.path}: {reason}"
-            if line not in self.told:
-                tqdm.write(line)
-            self.told.add(line)
-
     def batch(self, indices: range, device: torch.device) -> Batch:
         """Some of them; fewer than asked for where files are damaged."""
-        found = []
-        for index in indices:
-            folder, place, epoch = self.clips[index]
-            clip = folder.clip(place, epoch)
-            self.tell(folder)
-            if clip is not None:
-                found.append(clip)
-        return to_batch(found, device)
+        found = [folder.clip(place, epoch) for folder, place, epoch in (self.clips[index] for index in indices)]
+        return to_batch([clip for clip in found if clip is not None], device)
 
 
 class StreamClips:
@@ -371,8 +366,6 @@ class StreamClips:
         """The clips of one video."""
         for epoch, stream in itertools.product(range(self.config.repeats), self.streams):
             yield from stream.clips(listed, epoch)
-            if listed in stream.refused:
-                tqdm.write(f"left out: {listed.path}: {stream.refused[listed]}")
 
 
 def open_source(
@@ -384,10 +377,12 @@ def open_source(
     augmentation, size = Augmentation(**config.augment), (config.height, config.width)
     sources = []
     for rate in config.frame_rates:
-        frames = {"num_frames": config.num_frames, "frame_rate": rate, "hop": config.hop, "short": config.short}
-        sampling = Sampling(kind="sliding", **frames)
+        sampling = Sampling(
+            num_frames=config.num_frames, kind=config.sampling, frame_rate=rate, stride=config.stride, hop=config.hop,
+            short=config.short,
+        )  # fmt: skip
         if bucket is not None:
-            listed = sorted_videos(config.data, tuple(map(Bucket.parse, config.buckets)), rate)[bucket]
+            listed = sorted_videos(config.data, tuple(map(Bucket.parse, config.buckets)), rate, config.short)[bucket]
             if listed:
                 sources.append(VideoFolder(listed, sampling, *size, config.seed, augmentation))
             continue
@@ -401,9 +396,9 @@ def open_source(
 
 
 @lru_cache
-def sorted_videos(data: str, buckets: tuple[Bucket, ...], rate: float) -> dict[Bucket, list[Listed]]:
+def sorted_videos(data: str, buckets: tuple[Bucket, ...], rate: float, short: str) -> dict[Bucket, list[Listed]]:
     """The videos of a folder in their buckets; each file is looked at once, not once for each bucket."""
-    return sort_into_buckets(list_videos(Path(data)), buckets, rate)
+    return sort_into_buckets(list_videos(Path(data)), buckets, rate, short)
 
 
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:

@@ -134,7 +134,8 @@ def model(tmp_path_factory):
 def start(script, model, output_dir, *, processes=1, **options):
     options |= {"model": model, "output_dir": output_dir}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += ["--main_process_port=0"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "pipelines" / script), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -50,6 +50,10 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Settings of `vgen.data.augment.Augmentation`, for training videos."""
     short: str = "skip"
     """What becomes of videos with too few frames: `skip`, or `pad`, where repeated frames carry no loss."""
+    sampling: str = "random"
+    """Which frames of a video make a clip: a `kind` of `vgen.data.clips.Sampling`."""
+    stride: int = 1
+    """From one frame of a `random` or `sliding` clip to the next, at `frame_rate`."""
     frame_rate: float | None = None
     """Frames per second that videos are resampled to; `None` takes their own."""
     height: int = 64
@@ -60,6 +64,8 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Frames a clip."""
     image_steps: int = 0
     """The first steps, which train on single frames."""
+    image_share: float = 0.0
+    """Share of the later steps that train on single frames, too, between those on clips."""
     image_batch_size: int = 32
     """Samples a step while training on single frames."""
     mse_weight: float = 1.0
@@ -91,10 +97,12 @@ class VAEConfig(RunConfig, TemporalLossConfig):
                 f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start} must not "
                 "be negative"
             )
+        if not 0 <= self.image_share < 1:
+            raise ValueError(f"image_share={self.image_share} must lie in [0, 1)")
         if self.augment and not self.data:
             raise ValueError("augment is for videos of --data, ShapesWorld is endless")
-        if self.gan_weight and self.short == "pad":
-            raise ValueError("short=pad would show the discriminator videos that freeze: give short=skip")
+        if (self.gan_weight or self.lpips_weight) and self.short == "pad":
+            raise ValueError("short=pad would show LPIPS or the discriminator videos that freeze: give short=skip")
         if self.freeze_encoder and not self.init:
             raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
 
@@ -123,13 +131,15 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
+        if config.gan_weight:  # its adaptive weight goes back through a part of the network before all of it does
+            torch._functorch.config.donated_buffer = False
     model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
     run = Run(config, accelerator, model, lambda step: source.name(*batch_of(config, step)))
 
     for step in run.steps():
         indices, frames = batch_of(config, step)
-        images, size = step < config.image_steps, len(indices)
+        images, size = frames == 1, len(indices)
         moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
         judges = config.gan_weight > 0 and step >= config.gan_start and not images
         total: dict[str, Tensor] = {}
@@ -183,11 +193,12 @@ def main(config: VAEConfig) -> None:
 
 
 def batch_of(config: VAEConfig, step: int) -> tuple[range, int]:
-    """The numbers of a step's samples, of which none comes twice, and their frames."""
+    """The numbers of a step's samples, of which none comes twice among those of as many frames, and their frames."""
     images = min(step, config.image_steps)
+    rng = random.Random(config.seed * 1_000_003 + step + 0.5)
+    if step < config.image_steps or rng.random() < config.image_share:
+        return range(step * config.image_batch_size, (step + 1) * config.image_batch_size), 1
     first = images * config.image_batch_size + (step - images) * config.batch_size
-    if step < config.image_steps:
-        return range(first, first + config.image_batch_size), 1
     return range(first, first + config.batch_size), config.num_frames
 
 
@@ -234,12 +245,11 @@ class Videos:
 
     def __init__(self, config: VAEConfig, data: str, seed: int = 0, augmentation: Augmentation | None = None):
         rest = (config.height, config.width, config.seed + seed, augmentation)
-        self.clips = {
-            frames: open_clips(
-                data, Sampling(num_frames=frames, frame_rate=config.frame_rate, short=config.short), *rest
-            )
-            for frames in {1, config.num_frames}
-        }
+        options = {"frame_rate": config.frame_rate, "short": config.short}
+        clips = {"kind": config.sampling, "stride": config.stride, "num_frames": config.num_frames}
+        self.clips = {config.num_frames: open_clips(data, Sampling(**clips, **options), *rest)}
+        if config.image_steps or config.image_share:
+            self.clips[1] = open_clips(data, Sampling(num_frames=1, **options), *rest)
 
     def draw(
         self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0

@@ -222,7 +222,7 @@ def main(config: VDMConfig) -> None:
                 shape,
                 lambda network: network(sample.latents, sample.timestep, groups=shared, **conditions),  # noqa: B023
             )
-            losses = denoising_loss(prediction, sample.target, sample.weight * batch["counted"])
+            losses = denoising_loss(prediction, sample.target, sample.weight * (batch["generated"] & batch["real"]))
             temporal = torch.zeros_like(losses)
             if config.wants_temporal_loss:
                 clean, signal = objective.estimate(sample, prediction)
@@ -439,7 +439,8 @@ def between_frames(
     """The temporal loss `(b,)` of an estimate of the clean clip, in which what is known is true."""
     real = batch["latents"]
     k = real.shape[2] // batch["generated"].shape[1]
-    generated, counted = (batch[name].repeat_interleave(k, dim=1) for name in ("generated", "counted"))
+    generated, real_frames = (batch[name].repeat_interleave(k, dim=1) for name in ("generated", "real"))
+    counted = generated & real_frames
     clean = torch.where(generated[:, None, :, None, None], clean, real)
     signal = torch.where(generated, signal, 1.0)
     motion = None
@@ -451,14 +452,17 @@ def between_frames(
             real = codec.decode(codec.denormalize(real), clamp=False).sample
             motion = measure_motion(real, config.flow) if config.warping_weight else None
         s = codec.temporal_compression_ratio
-        signal, counted = (torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, counted))
+        signal, counted, real_frames = (
+            torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, counted, real_frames)
+        )
         adjacent: Tensor | float = 1.0
     else:
         adjacent = batch["adjacent"]
         if config.warping_weight:
             motion = Motion(batch["motion"][:, :2], batch["motion"][:, 2:])
+    real_pairs = real_frames[:, 1:] & real_frames[:, :-1]
     either = counted[:, 1:] | counted[:, :-1]
-    weight = torch.minimum(signal[:, 1:], signal[:, :-1]) * either * adjacent
+    weight = torch.minimum(signal[:, 1:], signal[:, :-1]) * (either & real_pairs) * adjacent
     return temporal_loss(config, clean, real, motion, weight)
 
 
@@ -545,7 +549,7 @@ def draw_row(
         "levels": levels,
         "groups": groups,
         "generated": generated,
-        "counted": generated & real,
+        "real": real,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
     if config.wants_temporal_loss:

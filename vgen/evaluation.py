@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -46,6 +45,7 @@ from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.loading import weights_digest
 from vgen.pipeline import VideoGenPipeline
+from vgen.processes import this_process
 
 TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
 OURS = "the model"
@@ -121,7 +121,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     settings |= measure.digests
     folder = config.output_dir / "clips"
     run_jobs(jobs, folder, settings, make)
-    process = PartialState()
+    process = this_process()
     if not process.is_main_process:
         return None
     lines = read_manifest(folder)

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.pipeline import VideoGenPipeline
+from vgen.processes import this_process
 from vgen.rollout import fingerprint
 
 MANIFEST = "manifest.jsonl"
@@ -90,7 +90,7 @@ def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    pipe.to(PartialState(timeout=PATIENCE).device)
+    pipe.to(this_process(timeout=PATIENCE).device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -164,7 +164,7 @@ def run_jobs(
     Raises:
         ValueError: Two jobs have one name, or the folder holds files that were made with other settings.
     """
-    process = PartialState()
+    process = this_process()
     names = [job.name for job in jobs]
     double = sorted(name for name, count in Counter(names).items() if count > 1)
     if double or any(Path(name).name != name for name in names):

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from vgen.data.clips import Bucket, Listed, Sampling, VideoFolder, choose_bucket, list_videos
+from vgen.data.clips import Bucket, Listed, Sampling, VideoFolder, choose_bucket, list_videos, sort_into_buckets
 from vgen.data.video_io import write_video
 
 
@@ -174,3 +174,23 @@ def test_damaged_files_are_left_out_and_named(folder):
     write_clip(folder / "short/d.mp4", num_frames=3)
     with pytest.raises(ValueError, match="none of 1 videos can be used.*3 frames at 10 per second; a clip needs 4"):
         VideoFolder(folder / "short", Sampling(num_frames=4), 16, 16)
+
+
+def test_videos_of_no_bucket_are_told_or_padded(tmp_path, caplog):
+    for name, length in (("short", 3), ("long", 9)):
+        write_video(np.zeros((length, 16, 16, 3), dtype=np.uint8), tmp_path / f"{name}.mp4", frame_rate=8.0)
+    (tmp_path / "broken.mp4").write_bytes(b"")
+    listed, bucket = list_videos(tmp_path), Bucket(5, 16, 16)
+    assert [one.path.stem for one in sort_into_buckets(listed, [bucket], 8.0)[bucket]] == ["long"]
+    told = [message for message in caplog.messages if "left out" in message]
+    assert len(told) == 2 and "broken.mp4" in told[0] and "short.mp4: 3 frames; the shortest bucket has 5" in told[1]
+    padded = sort_into_buckets(listed, [bucket], 8.0, "pad")[bucket]
+    assert [one.path.stem for one in padded] == ["long", "short"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_captions_that_are_no_utf8_are_named(tmp_path, name):
+    write_video(np.zeros((3, 16, 16, 3), dtype=np.uint8), tmp_path / "a.mp4", frame_rate=8.0)
+    (tmp_path / name).write_bytes('{"file_name": "a.mp4", "text": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is no text in UTF-8"):
+        list_videos(tmp_path)

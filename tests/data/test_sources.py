@@ -157,3 +157,23 @@ def test_clips_of_a_folder_are_augmented_anew_each_epoch_and_alike_each_time(fol
     clips = open_clips(str(folder), SAMPLING, 16, 16, augmentation=noisy)
     first, again, later = clips.clip(3), clips.clip(3), clips.clip(3, epoch=1)
     assert np.array_equal(first.frames, again.frames) and not np.array_equal(first.frames, later.frames)
+
+
+def test_processes_draw_from_videos_of_their_own(folder, monkeypatch):
+    listed = list_videos(folder)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr("vgen.data.sources.place_among_processes", lambda rank=rank: (rank, 2))
+        stream = VideoStream(lambda epoch: iter(listed), SAMPLING, 16, 16)
+        found.append({stream.sample(number).source.path for number in range(6)})
+    assert found[0] | found[1] == {one.path for one in listed} and not found[0] & found[1]
+
+
+def test_videos_that_cannot_be_fetched_are_left_out(folder, caplog):
+    def fail():
+        raise RuntimeError("the network is gone")
+
+    good = list_videos(folder)[0]
+    stream = VideoStream(lambda epoch: iter([Listed(path=Path("gone.mp4"), content=fail), good]), SAMPLING, 16, 16)
+    assert stream.sample(0).source == good
+    assert any("gone.mp4: it cannot be fetched: the network is gone" in message for message in caplog.messages)

@@ -111,3 +111,11 @@ def test_missing_opencv_is_named(monkeypatch):
     flow._opencv.cache_clear()
     with pytest.raises(ImportError, match=r"dis flow needs OpenCV: pip install vgen\[flow\]"):
         optical_flow(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
+
+
+def test_half_precision_fetches_from_the_right_places():
+    """Places of a frame 480 wide have no room in bfloat16, which rounds them to a quarter of a pixel and more."""
+    frame = torch.linspace(-1, 1, 480)[None, None, None].expand(1, 1, 4, 480)
+    flow = torch.full((1, 2, 4, 480), 0.5)
+    exact = warp(frame, flow)
+    assert (warp(frame.bfloat16(), flow.bfloat16()).float() - exact).abs().max() < 2**-8

@@ -34,6 +34,8 @@ for step in run.steps():
     total = torch.zeros(())
     for part in run.parts(config.batch_size):
         x = torch.stack([torch.randn(4, generator=one) for one in generators(config.seed, step, part)])
+        if os.environ.get("SKIPPED"):  # as a scaler of gradients does where they overflow
+            type(accelerator).optimizer_step_was_skipped = True
         if os.environ.get("BAD") == str(step):
             x = x * float("nan")
         loss = (run.network(x) - x).square().mean() * len(x) / config.batch_size
@@ -131,8 +133,25 @@ def test_a_run_of_damaged_checkpoints_does_not_begin_anew(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_batch(tmp_path):
     stopped = train(tmp_path, check=False, BAD="5")
     assert stopped.returncode != 0
-    assert "the gradient of step 6 is not finite; it was that of the clips of step 5" in stopped.stderr
+    assert "the loss or gradient of step 6 is not finite; it was that of the clips of step 5" in stopped.stderr
     assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_loss_that_is_not_finite_stops_a_run_whose_steps_are_skipped(tmp_path):
+    assert train(tmp_path / "finite", SKIPPED="1").returncode == 0
+    stopped = train(tmp_path, check=False, BAD="5", SKIPPED="1")
+    assert stopped.returncode != 0 and "the loss or gradient of step 6 is not finite" in stopped.stderr
+
+
+def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_path):
+    train(tmp_path, check=False, KILL="save8")
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8.partial"]
+    (tmp_path / "checkpoint-2.partial").mkdir()
+    for moment in ("step10", "step11"):
+        train(tmp_path, check=False, KILL=moment)
+        (tmp_path / "checkpoint-8/model.safetensors").write_bytes(b"")
+    train(tmp_path)
+    assert names(tmp_path) == ["checkpoint-12", "checkpoint-8", "checkpoint-8.damaged"]
 
 
 def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):

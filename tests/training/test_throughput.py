@@ -13,6 +13,12 @@ def test_operations_are_counted_by_the_formula():
     assert count_flops(lambda: conv(torch.randn(2, 4, 3, 7, 7))) == 2 * (2 * 3 * 7 * 7) * 4 * 9 * 6
 
 
+def test_attention_of_the_cpu_is_counted():
+    query = torch.randn(2, 4, 16, 8)
+    attention = nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attention(query, query, query)) == 2 * (2 * 4) * (2 * 16 * 16 * 8)
+
+
 def test_counting_leaves_random_states_and_gradients_alone():
     linear = nn.Linear(8, 8)
     before = torch.get_rng_state()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from einops import rearrange
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from vgen.data.augment import Augmentation, augment
 from vgen.data.resize import Fit
 from vgen.data.video_io import VIDEO_SUFFIXES, iter_video, video_info
 
+logger = logging.get_logger(__name__)
+_left_out: set[tuple[Path, str]] = set()
 SAMPLINGS = ("random", "uniform", "segments", "sliding")
 
 
@@ -48,7 +51,10 @@ class Listed:
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / self.path.name
-            path.write_bytes(self.content())
+            try:
+                path.write_bytes(self.content())
+            except Exception as error:  # of any library that reads from anywhere
+                raise OSError(f"it cannot be fetched: {error}") from error
             yield path
 
 
@@ -83,7 +89,7 @@ def list_videos(folder: Path) -> list[Listed]:
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with the numbers of their lines."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    with table.open(encoding="utf-8-sig", newline="") as file, _named(table):
         if table.suffix == ".csv":
             reader = csv.DictReader(file)
             for row in reader:
@@ -99,6 +105,15 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{table}, line {number}: give an object with file_name and text")
             yield number, row
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file that is no UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> Listed:
@@ -120,7 +135,8 @@ def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> 
 
 def _beside(path: Path) -> tuple[str, ...]:
     text = path.with_suffix(".txt")
-    lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
+    with _named(text):
+        lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
     return tuple(line.strip() for line in lines if line.strip()) or ("",)
 
 
@@ -211,6 +227,14 @@ class Sampling:
         return [first + index * self.stride for index in range(self.num_frames)], self.num_frames
 
 
+def leave_out(refused: dict[Listed, str], listed: Listed, reason: str, quiet: bool = False) -> None:
+    """Puts a video among those that cannot be used, and tells each one once, with how many there are by now."""
+    refused[listed] = reason
+    if not quiet and (listed.path, reason) not in _left_out:
+        _left_out.add((listed.path, reason))
+        logger.warning(f"left out, {len(_left_out)} by now: {listed.path}: {reason}")
+
+
 class Bucket(NamedTuple):
     """A shape that clips are brought to."""
 
@@ -253,23 +277,29 @@ def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width
 
 
 def sort_into_buckets(
-    listed: Iterable[Listed], buckets: Sequence[Bucket], frame_rate: float | None
+    listed: Iterable[Listed], buckets: Sequence[Bucket], frame_rate: float | None, short: str = "skip"
 ) -> dict[Bucket, list[Listed]]:
-    """The videos for which `choose_bucket` chooses each one; those that cannot be read are nobody's.
+    """The videos for which `choose_bucket` chooses each one; those that cannot be used are nobody's, and are told.
 
     Args:
         listed: As `list_videos` gives them.
         buckets: What there is.
         frame_rate: Frames per second that videos are resampled to; `None` takes their own.
+        short: `pad` takes videos that are shorter than all buckets for the shortest ones.
     """
     found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in buckets}
+    shortest = min(bucket.num_frames for bucket in buckets)
     for one in listed:
         try:
             info, available = video_info(one.path), count_frames(one, frame_rate)[0]
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            leave_out({}, one, str(error))
             continue
-        bucket = choose_bucket(buckets, available, info.height, info.width)
-        if bucket is not None:
+        length = max(available, shortest) if short == "pad" else available
+        bucket = choose_bucket(buckets, length, info.height, info.width)
+        if bucket is None:
+            leave_out({}, one, f"{available} frames; the shortest bucket has {shortest}")
+        else:
             found[bucket].append(one)
     return found
 
@@ -309,6 +339,7 @@ class VideoFolder:
         width: Of the frames.
         seed: Of random choices: a clip is a function of the seed, the epoch and its number alone.
         augmentation: What else may change in a clip.
+        quiet: Whether no warning names a file that is left out.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -323,20 +354,23 @@ class VideoFolder:
         width: int,
         seed: int = 0,
         augmentation: Augmentation | None = None,
+        quiet: bool = False,
     ) -> None:
         listed = list_videos(folder) if isinstance(folder, Path) else list(folder)
         self.sampling, self.size, self.seed, self.augmentation = sampling, (height, width), seed, augmentation
+        self.quiet = quiet
         self.refused: dict[Listed, str] = {}
         self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
         for one in listed:
             try:
                 available, frame_rate = count_frames(one, sampling.frame_rate)
             except (ValueError, OSError) as error:
-                self.refused[one] = str(error)
+                leave_out(self.refused, one, str(error), quiet)
                 continue
             count = sampling.num_clips(available)
             if not count:
-                self.refused[one] = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
+                reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
+                leave_out(self.refused, one, reason, quiet)
             self.clips += [(one, number, available, frame_rate) for number in range(count)]
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
@@ -364,11 +398,11 @@ class VideoFolder:
                     if place in wanted:
                         found[place] = frame
         except (ValueError, OSError) as error:
-            self.refused[listed] = str(error)
+            leave_out(self.refused, listed, str(error), self.quiet)
             return None
         missing = wanted - set(found)
         if missing and (self.sampling.short == "skip" or not found):
-            self.refused[listed] = f"{listed.path} has fewer frames than it says it has"
+            leave_out(self.refused, listed, "it has fewer frames than it says it has", self.quiet)
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos
+from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, leave_out, list_videos
 from vgen.data.moving_mnist import MovingMNIST, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
+from vgen.processes import place_among_processes
 
 SHUFFLE_BUFFER = 32
 """Videos of a stream that wait to be drawn from."""
 
 
 class VideoStream:
-    """Clips of videos that come one after another, too many to list.
+    """Clips of videos that come one after another, too many to list; several processes share them out.
 
     A video that cannot be used is left out and stands in `refused` with the reason. Where a stream stood is not
     remembered: a run that goes on begins it anew.
@@ -62,7 +63,8 @@ class VideoStream:
     def _epochs(self) -> Iterator[Clip]:
         for epoch in itertools.count():
             rng, empty = random.Random(self.seed * 1_000_003 + epoch), True
-            for listed in _shuffled(self.videos(epoch), rng):
+            rank, count = place_among_processes()  # each draws from videos of its own
+            for listed in _shuffled(itertools.islice(self.videos(epoch), rank, None, count), rng):
                 for clip in self.clips(listed, epoch):
                     empty = False
                     yield clip
@@ -72,19 +74,17 @@ class VideoStream:
 
     def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
         """The clips of one of its videos."""
-        with listed.file() as path:
-            there = replace(listed, path=path, content=None)
-            try:
-                folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation)
-            except ValueError as error:
-                self.refused[listed] = str(error)
-                return
-            for index in range(len(folder)):
-                clip = folder.clip(index, epoch)
-                if clip is None:
-                    self.refused[listed] = folder.refused[there]
-                    return
-                yield clip._replace(source=listed)
+        try:
+            with listed.file() as path:
+                there = replace(listed, path=path, content=None)
+                folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
+                for index in range(len(folder)):
+                    clip = folder.clip(index, epoch)
+                    if clip is None:
+                        raise ValueError(folder.refused[there])
+                    yield clip._replace(source=listed)
+        except (ValueError, OSError) as error:
+            leave_out(self.refused, listed, str(error))
 
 
 def _shuffled(videos: Iterable[Listed], rng: random.Random) -> Iterator[Listed]:
@@ -225,13 +225,13 @@ def stream_shards(urls: str, epoch: int = 0) -> Iterator[Listed]:
     random.Random(epoch).shuffle(shards)
     # a shard that breaks off gives what came before, with a warning by webdataset
     dataset = webdataset.WebDataset(
-        shards, shardshuffle=False, handler=webdataset.warn_and_continue, empty_check=False
-    )
+        shards, shardshuffle=False, handler=webdataset.warn_and_continue, empty_check=False, nodesplitter=None
+    )  # processes share out videos, not shards
     for sample in dataset:
         name = next((key for key in sample if f".{key.split('.')[-1].lower()}" in VIDEO_SUFFIXES), None)
         if name is None:
             continue
-        captions = _captions(sample.get("txt", b"").decode().splitlines())
+        captions = _captions(sample.get("txt", b"").decode(errors="replace").splitlines())
         yield Listed(
             path=Path(f"{sample['__key__'].replace('/', '-')}.{name.split('.')[-1]}"),
             captions=captions,

@@ -64,6 +64,7 @@ def warp(second: Tensor, flow: Tensor) -> Tensor:
         `(b, c, h, w)`, bilinear; beyond the border stands the border's value.
     """
     height, width = flow.shape[-2:]
+    flow = flow.to(torch.promote_types(flow.dtype, torch.float32))  # half precision would round places
     y, x = torch.meshgrid(
         torch.arange(height, device=flow.device, dtype=flow.dtype),
         torch.arange(width, device=flow.device, dtype=flow.dtype),
@@ -71,7 +72,8 @@ def warp(second: Tensor, flow: Tensor) -> Tensor:
     )
     # pixel centres, as `align_corners=False` counts them
     grid = torch.stack([(x + flow[:, 0] + 0.5) * 2 / width - 1, (y + flow[:, 1] + 0.5) * 2 / height - 1], dim=-1)
-    return F.grid_sample(second, grid.to(second.dtype), padding_mode="border", align_corners=False)
+    fetched = F.grid_sample(second.to(grid.dtype), grid, padding_mode="border", align_corners=False)
+    return fetched.to(second.dtype)
 
 
 def visible(forward: Tensor, backward: Tensor, relative: float = 0.01, absolute: float = 0.5) -> Tensor:
@@ -165,7 +167,9 @@ def _raft(device: torch.device) -> Any:
     try:
         from torchvision.models.optical_flow import Raft_Small_Weights, raft_small
     except (ImportError, RuntimeError) as error:  # a build for another torch breaks on import
-        raise ImportError(f"raft flow needs torchvision that fits this torch: {error}") from error
+        raise ImportError(
+            f"raft flow needs torchvision that fits this torch, pip install vgen[raft]: {error}"
+        ) from error
     return raft_small(weights=Raft_Small_Weights.DEFAULT).to(device).eval()
 
 

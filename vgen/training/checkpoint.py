@@ -108,8 +108,9 @@ def save_checkpoint(
     """
     final = folder / f"checkpoint-{step}"
     partial = folder / f"checkpoint-{step}.partial"
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    if accelerator.is_main_process:
+        for left in folder.glob("checkpoint-*.partial"):  # by a run that was killed
+            shutil.rmtree(left)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -140,6 +141,7 @@ def resume(
             if reason is None:
                 break
             logger.warning(f"{path} is damaged ({reason}): it is put aside, and the one before is taken")
+            shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
             path.rename(path.with_name(path.name + ".damaged"))
     found = checkpoints(folder)
     if not found:

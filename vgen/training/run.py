@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from vgen.processes import check_processes, on_cpus
 from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
 from vgen.training.throughput import Throughput
 
@@ -132,12 +133,14 @@ def config_text(config: RunConfig) -> str:
 def start(config: RunConfig) -> Accelerator:
     """Makes the accelerator of a run and writes the settings beside its checkpoints."""
     accelerator = Accelerator(
+        cpu=on_cpus(),
         # images leave kernels in time without a gradient, text to video does so with the keyframe embedding
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
+    check_processes(accelerator.num_processes)
     _check_strategy(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -268,6 +271,12 @@ def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Ite
         yield slice(begin, begin + share)
 
 
+def _as_scalar(norm: Any, device: torch.device) -> Tensor:
+    """A norm as strategies give it, DeepSpeed as a number or not at all, FSDP2 spread over processes."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else 0.0 if norm is None else norm
+    return torch.as_tensor(norm, device=device)
+
+
 def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[slice]) -> Iterator[slice]:
     """Yields the parts of a batch, and lets processes exchange gradients in the last part's backward pass only."""
     parts = list(parts)
@@ -334,6 +343,7 @@ class Run:
         self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
         self._norm = torch.zeros(())
         self._first_bad = torch.full((), -1, device=accelerator.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, or until the run is asked to stop."""
@@ -367,20 +377,25 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a part's share of the batch's mean loss."""
+        self._finite = self._finite & loss.detach().isfinite()
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def update(self) -> None:
         """Takes a step with the gradients that the backward passes left."""
-        self._norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self._norm = _as_scalar(norm, self.accelerator.device)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
-            bad = ~torch.isfinite(self._norm) & (self._first_bad < 0)
-            self._first_bad = torch.where(bad, self.step, self._first_bad)
+            bad = ~torch.isfinite(self._norm)
             for schedule in self.schedules:
                 schedule.step()
             self.average.step()
+        else:  # in half precision, gradients overflow now and then; losses must not
+            bad = self.accelerator.reduce((~self._finite).float()) > 0
+        self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
+        self._finite = torch.ones_like(self._finite)
         self.step += 1
         self._bar.update()
 
@@ -454,6 +469,6 @@ class Run:
         bad = int(self._first_bad)
         if bad >= 0:
             raise FloatingPointError(
-                f"the gradient of step {bad + 1} is not finite; it was that of {self._name_batch(bad)}. The last "
-                "checkpoint is kept"
+                f"the loss or gradient of step {bad + 1} is not finite; it was that of {self._name_batch(bad)}. The "
+                "last checkpoint is kept"
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 BACKWARD = 2
 """Operations of a backward pass, in forward passes."""
@@ -71,7 +71,12 @@ def count_flops(call: Callable[[], Any]) -> int:
     Random states stay as they are.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: _convolution_flops})
+    aten = torch.ops.aten
+    others = {
+        aten.mkldnn_convolution: _convolution_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=others)
     with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
         call()
     return counter.get_total_flops()
@@ -80,6 +85,11 @@ def count_flops(call: Callable[[], Any]) -> int:
 def _convolution_flops(input_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Of the convolutions that `vgen.temporal.conv` asks oneDNN for."""
     return conv_flop_count(list(input_shape), list(weight_shape), list(out_shape))
+
+
+def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
+    """Of the attention that PyTorch has for CPUs."""
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
