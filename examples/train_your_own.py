@@ -27,8 +27,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("video", type=Path)
 parser.add_argument("output", type=Path)
 parser.add_argument("--caption", default="")
-parser.add_argument("--vae-steps", type=int, default=400)
-parser.add_argument("--steps", type=int, default=400)
+parser.add_argument("--vae-steps", type=int, default=300)
+parser.add_argument("--steps", type=int, default=300)
 args = parser.parse_args()
 
 

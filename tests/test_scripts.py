@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -99,13 +100,13 @@ def launch_here(command):
     return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
-def train_vae(output_dir, check=True, processes=1, **options):
+def train_vae(output_dir, check=True, processes=1, fresh=False, script=("train/train_vae.py",), **options):
     settings = {
         "--output_dir": output_dir, "--model": json.dumps(VAE), "--height": 16, "--width": 16, "--num_frames": 5,
         "--image_steps": 2, "--image_batch_size": 4, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
         "--num_score_clips": 8, "--num_calibration_clips": 8,
     }  # fmt: skip
-    return launch("train/train_vae.py", check=check, processes=processes, **settings | TINY | options)
+    return launch(*script, check=check, processes=processes, fresh=fresh, **settings | TINY | options)
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +363,20 @@ def test_a_public_pipeline_is_fine_tuned_by_lora(wan_folder, tmp_path):
     assert refused.returncode != 0 and "train_only=lora" in refused.stderr
 
 
+def test_all_of_a_public_pipeline_is_fine_tuned(wan_folder, tmp_path):
+    encode(tmp_path, tmp_path / "latents", **{"--vae": wan_folder, "--num_captions": 1})
+    options = {
+        "--init": wan_folder, "--latents_dir": tmp_path / "latents", "--output_dir": tmp_path / "run",
+        "--level_shift": 3.0, "--max_sequence_length": 512, "--frame_rate": 16.0, "--batch_size": 4, "--max_steps": 3,
+        "--sample_every": 9, "--optimizer": "adamw",
+    }  # fmt: skip
+    launch("train/train_vdm.py", **TINY | options)
+    before, after = (VideoGenPipeline.from_pretrained(path) for path in (wan_folder, tmp_path / "run/pipeline"))
+    old, new = before.transformer.state_dict(), after.transformer.state_dict()
+    moved = {name.split(".")[0] for name in old if (old[name].float() - new[name].float()).abs().max() > 1e-4}
+    assert {"patch_embedding", "blocks", "proj_out"} <= moved
+
+
 def test_a_public_vae_is_trained_on(wan_folder, tmp_path):
     train_vae(tmp_path, **{"--init": wan_folder, "--image_steps": 0, "--max_steps": 3, "--sample_every": 9})
     vae = CausalVideoVAE.from_pretrained(tmp_path / "vae")
@@ -396,6 +411,48 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
     train_vdm((tmp_path / "vae", text_run, tmp_path / "latents"), tmp_path / "run", **options)
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
+
+
+KILLED = """
+import os, runpy, signal, sys
+from vgen.training import run
+
+def update(self, whole=run.Run.update):
+    if self.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(self)
+
+run.Run.update = update
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "dataset"])
+def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, kind):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for index in range(4):
+        frames = np.random.default_rng(index).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+        write_video(frames, videos / f"{index}.mp4", frame_rate=8.0)
+    data = str(videos)
+    if kind == "dataset":
+        rows = {"video": [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(videos.iterdir())]}
+        features = datasets.Features({"video": datasets.Video(decode=False)})
+        (tmp_path / "table").mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table/train.parquet")
+        data = f"hf:{tmp_path}/table"
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = {"--data": data, "--frame_rate": 8.0, "--image_share": 0.3, "--augment": '{"flip": 0.5}'}
+    train_vae(tmp_path / "whole", **options)
+    script = (tmp_path / "killed.py", ROOT / "train/train_vae.py")
+    killed = train_vae(tmp_path / "again", check=False, fresh=True, script=script, **options)
+    assert killed.returncode != 0 and not (tmp_path / "again/vae").exists()
+    assert "after 2 steps" in train_vae(tmp_path / "again", **options).stdout
+    weights, expected = (
+        load_file(tmp_path / run / "vae/diffusion_pytorch_model.safetensors") for run in ("again", "whole")
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Listed, Sampling, VideoFolder, list_videos
@@ -145,11 +146,22 @@ def test_digits_and_folders_are_opened_by_path(folder, tmp_path):
     world = open_clips(str(path), SAMPLING, 64, 64, seed=3)
     assert isinstance(world, MovingMNIST) and world.num_frames == 5 and world.seed == 3
     assert len(open_clips(f"{path}:1:3", SAMPLING, 64, 64).digits) == 2
+    stochastic = open_clips(f"{path}:1:3:stochastic", SAMPLING, 64, 64)
+    assert stochastic.stochastic and len(stochastic.digits) == 2 and not world.stochastic
     with pytest.raises(ValueError, match="leaves no digits"):
         open_clips(f"{path}:3:9", SAMPLING, 64, 64)
     with pytest.raises(ValueError, match="Moving MNIST is 64x64"):
         open_clips(str(path), SAMPLING, 32, 32)
     assert isinstance(open_clips(str(folder), SAMPLING, 16, 16), VideoFolder)
+
+
+def test_digits_of_a_dataset_are_those_of_its_images(tmp_path):
+    digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(digit) for digit in digits]}, features=features)
+    table.to_parquet(tmp_path / "test.parquet")
+    world = open_clips(f"hf-digits:{tmp_path}:test:stochastic", SAMPLING, 64, 64)
+    assert world.stochastic and np.array_equal(world.digits, digits)
 
 
 def test_clips_of_a_folder_are_augmented_anew_each_epoch_and_alike_each_time(folder):

@@ -13,10 +13,11 @@ from typing import Any
 
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, leave_out, list_videos
-from vgen.data.moving_mnist import MovingMNIST, read_digits
+from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.processes import place_among_processes
 
+STOCHASTIC = ":stochastic"
 SHUFFLE_BUFFER = 32
 """Videos of a stream that wait to be drawn from."""
 
@@ -111,7 +112,8 @@ def open_clips(
         data: A folder as `list_videos` takes it; `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face dataset (a name on
             the Hub or a local folder), `hf-stream:...` for one that is read as it comes; `shards:PATTERN` for
             WebDataset's tar files, such as `shards:train-{000..099}.tar`; an IDX file of digits for Moving MNIST,
-            with `:FIRST:LAST` behind it for some of them, counted from 0, without the last.
+            with `:FIRST:LAST` behind it for some of them, counted from 0, without the last; `hf-digits:NAME:SPLIT` for
+            those of a dataset on the Hub. With `:stochastic` at the end, walls throw them back at random.
         sampling: Which frames make a clip.
         height: Of the frames, in pixels.
         width: Of the frames.
@@ -131,15 +133,18 @@ def open_clips(
         return VideoStream(partial(stream_dataset, *_split(name)), *rest)
     if kind == "shards":
         return VideoStream(partial(stream_shards, name), *rest)
-    path, first, last = _sliced(data)
-    if path.is_file() and "idx3" in path.name:
-        if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
-            raise ValueError(f"Moving MNIST is 64x64 and not augmented: height={height}, width={width}")
+    path, first, last = _sliced(data.removesuffix(STOCHASTIC))
+    if kind != "hf-digits" and not (path.is_file() and "idx3" in path.name):
+        return VideoFolder(list_videos(Path(data)), *rest)
+    if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
+        raise ValueError(f"Moving MNIST is 64x64 and not augmented: height={height}, width={width}")
+    if kind == "hf-digits":
+        digits = digits_from_hub(*_split(name.removesuffix(STOCHASTIC)))
+    else:
         digits = read_digits(path)[first:last]
-        if not len(digits):
-            raise ValueError(f"{data} leaves no digits")
-        return MovingMNIST(digits, num_frames=sampling.num_frames, seed=seed)
-    return VideoFolder(list_videos(Path(data)), *rest)
+    if not len(digits):
+        raise ValueError(f"{data} leaves no digits")
+    return MovingMNIST(digits, num_frames=sampling.num_frames, stochastic=data.endswith(STOCHASTIC), seed=seed)
 
 
 def _sliced(data: str) -> tuple[Path, int, int | None]:
