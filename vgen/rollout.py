@@ -186,7 +186,8 @@ class Rollout:
         if record["versions"] != _versions():
             logger.warning(f"{folder} was saved with {record['versions']}: the continuation may differ in rounding")
         device = pipe._execution_device
-        tensors = load_file(folder / "tensors.safetensors")
+        # as in `TemporalState.load`
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / "tensors.safetensors").items()}
 
         self = cls.__new__(cls)
         self.pipe = pipe

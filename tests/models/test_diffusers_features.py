@@ -96,6 +96,13 @@ def num_offloaded(network):
     return sum(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)
 
 
+def assert_same(case, network):
+    """The weights to the bit, and what they give as nearly as kernels do that look at where weights lie in memory."""
+    weights = network.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in case.network.state_dict().items())
+    close(case.whole(network), case.whole(case.network), atol=1e-5)
+
+
 def load(case, folder, **options):
     return type(case.network).from_pretrained(folder, **options).eval()
 
@@ -106,13 +113,13 @@ def test_sharded_files_load_exactly(case, tmp_path, monkeypatch, parallel):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     if parallel:
         monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
-    assert torch.equal(case.whole(load(case, tmp_path)), case.whole(case.network))
+    assert_same(case, load(case, tmp_path))
 
 
 def test_a_variant_loads_by_its_name_and_a_missing_one_is_told(case, tmp_path):
     case.network.save_pretrained(tmp_path, variant="fp16")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
-    assert torch.equal(case.whole(load(case, tmp_path, variant="fp16")), case.whole(case.network))
+    assert_same(case, load(case, tmp_path, variant="fp16"))
     with pytest.raises(OSError, match="bf16"):
         load(case, tmp_path, variant="bf16")
     with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):

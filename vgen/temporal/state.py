@@ -210,7 +210,8 @@ class TemporalState:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                # copies lie where PyTorch aligns them, on which the rounding of some processors' kernels depends
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a saved TemporalState: {error}") from error
         if metadata.get("format") != _FORMAT:
