@@ -50,6 +50,8 @@ clips.mkdir(parents=True, exist_ok=True)
 duration = video_info(args.video).duration
 assert duration, "the video tells no length"
 held_out = 0.8 * duration
+if (duration - held_out) * RATE < NUM_GIVEN + NUM_NEW:
+    raise SystemExit(f"{duration:.1f} s leave too little to hold out: give {5 * (NUM_GIVEN + NUM_NEW) / RATE:.0f} s")
 rows = []
 for number, start in enumerate(np.arange(0, held_out - 2, 4)):
     end = min(start + 4, held_out)

@@ -78,7 +78,7 @@ def launch_processes(command, processes, accelerate):
     command = [sys.executable, *launcher, "--num_processes", str(processes), "--main_process_port=0", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpus else {}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=600)
 
 
 def launch_here(command):
@@ -256,15 +256,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path):
+@pytest.mark.parametrize("network", ["vae", "vdm"])
+def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path, network):
     (tmp_path / "descent.py").write_text(DESCENT)
-    options = {"--max_steps": 5, "--ema_decay": 0, "--max_grad_norm": 1e6, "--save_dtype": "float32"}
+    script = (tmp_path / "descent.py", ROOT / f"train/train_{network}.py")
+    options = {"--max_steps": 5, "--ema_decay": 0, "--max_grad_norm": 1e6}
     found = []
     for name, processes in (("one", 1), ("two", 2)):
         options["--gradient_accumulation_steps"] = 3 - processes
-        script = (tmp_path / "descent.py", ROOT / "train/train_vdm.py")
-        train_vdm(runs, tmp_path / name, processes=processes, fresh=True, script=script, **options)
-        weights = load_file(tmp_path / name / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+        how = {"processes": processes, "fresh": True, "script": script}
+        if network == "vae":  # on clips, with a loss between their frames
+            train_vae(tmp_path / name, **how, **options | {"--image_steps": 0, "--difference_weight": 0.5})
+        else:
+            train_vdm(runs, tmp_path / name, **how, **options)
+        weights = load_file(tmp_path / name / "checkpoint-5/model.safetensors")
         found.append((torch.load(tmp_path / name / "gradients.pt"), weights))
     (alone, weights_alone), (together, weights_together) = found
     largest = max(gradient.abs().max() for gradient in alone.values())
@@ -335,6 +340,12 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
     refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
     assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
+
+    train_vdm(runs, tmp_path / "adapter", **options | {"--train_only": "lora", "--lora_rank": 2, "--max_steps": 2})
+    plain = pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames
+    pipe.load_lora_weights(tmp_path / "adapter/lora")
+    adapted = pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames
+    assert pipe.get_list_adapters() and not np.array_equal(adapted, plain)
 
 
 def test_a_public_pipeline_is_fine_tuned_by_lora(wan_folder, tmp_path):

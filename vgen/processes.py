@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from typing import Any
 
 import torch
@@ -26,7 +28,17 @@ def this_process(**options: Any) -> PartialState:
     """
     process = PartialState(cpu=on_cpus(), **options)
     check_processes(process.num_processes)
+    if process.num_processes > 1:
+        atexit.register(let_threads_finish)
     return process
+
+
+def let_threads_finish() -> None:
+    """Comes before processes part: a thread of gloo's needs the interpreter to drop the last work it did.
+
+    A group that is destroyed before waits for that thread, and the thread for the interpreter, for ever (torch 2.13).
+    """
+    time.sleep(1)
 
 
 def place_among_processes() -> tuple[int, int]:

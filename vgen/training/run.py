@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from vgen.processes import check_processes, on_cpus
+from vgen.processes import check_processes, let_threads_finish, on_cpus
 from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
 from vgen.training.throughput import Throughput
 
@@ -462,6 +462,8 @@ class Run:
             if self.accelerator.is_main_process:
                 with self.average:
                     save_result(weights)
+        if self.accelerator.num_processes > 1:
+            let_threads_finish()
         self.accelerator.end_training()
 
     def _check_finite(self) -> None:
