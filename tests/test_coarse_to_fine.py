@@ -87,11 +87,13 @@ def test_prompts_change_where_they_are_due_and_may_be_left_out(pipe, tmp_path):
 
 def test_a_batch_equals_singles(pipe, video):
     settings = {"stride": 3, "num_frames": 7, "num_inference_steps": 2}
-    clips, prompts = [video[:5], video[5:10]], [PROMPT, OTHER]
-    both = frames_of(pipe.rollout(prompts, clips, generator=[seeded(0), seeded(1)], **settings))
-    for index in range(2):
-        single = frames_of(pipe.rollout(prompts[index], clips[index], generator=seeded(index), **settings))
-        assert abs(both[index].astype(int) - single).max() <= 1
+    clips = [video[:5], video[5:10]]
+    for prompts in ([PROMPT, OTHER], None):
+        both = frames_of(pipe.rollout(prompts, clips, generator=[seeded(0), seeded(1)], **settings))
+        for index in range(2):
+            told = prompts and prompts[index]
+            single = frames_of(pipe.rollout(told, clips[index], generator=seeded(index), **settings))
+            assert abs(both[index].astype(int) - single).max() <= 1
 
 
 @pytest.mark.parametrize(

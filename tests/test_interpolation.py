@@ -95,11 +95,13 @@ def test_frames_that_come_one_after_another_give_the_same_video_in_bounded_memor
 
 
 def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):
-    clips, prompts = [video[:3], video[3:6]], [PROMPT, OTHER]
-    both = pipe.interpolate(clips, 4, prompts, generator=[seeded(0), seeded(1)]).frames
-    for index in range(2):
-        single = pipe.interpolate(clips[index], 4, prompts[index], generator=seeded(index)).frames[0]
-        assert abs(both[index] - single).max() < 1e-4
+    clips = [video[:3], video[3:6]]
+    for prompts in ([PROMPT, OTHER], None, [None, OTHER]):
+        both = pipe.interpolate(clips, 4, prompts, generator=[seeded(0), seeded(1)], guidance_scale=2.0).frames
+        for index in range(2):
+            told = prompts and prompts[index]
+            single = pipe.interpolate(clips[index], 4, told, generator=seeded(index), guidance_scale=2.0).frames[0]
+            assert abs(both[index] - single).max() < 1e-4
     assert pipe.interpolate(list(video[:2]), 4, output_type="pt").frames.shape == (1, 5, 3, 16, 16)
 
 

@@ -157,6 +157,21 @@ def test_batches_equal_singles(pipe, video):
         assert abs(both[i].astype(int) - single).max() <= 1
 
 
+def test_several_videos_need_no_prompts(pipe, video):
+    clips, sources = [video[:5], video[4:9]], [seeded(0), seeded(1)]
+    both = pipe.predict(clips, 6, generator=sources).frames
+    assert np.array_equal(pipe.predict(np.stack(clips), 6, generator=[seeded(0), seeded(1)]).frames, both)
+    told = pipe.predict(clips, 6, [None, OTHER], generator=[seeded(0), seeded(1)], guidance_scale=1.0).frames
+    for i, prompt in ((0, None), (1, OTHER)):
+        images = [image for image in clips[i]]
+        assert abs(pipe.predict(images, 6, generator=seeded(i)).frames[0] - both[i]).max() <= 1.01 / 255
+        alone = pipe.predict(images, 6, prompt, generator=seeded(i), guidance_scale=1.0).frames
+        assert abs(alone[0] - told[i]).max() <= 1.01 / 255
+    assert abs(told[1] - both[1]).max() > 2 / 255
+    rollouts = [pipe.rollout(prompt, clips) for prompt in (None, [None, None], [None, OTHER])]
+    assert [rollout.guidance_scale for rollout in rollouts] == [1.0, 1.0, pipe.config.guidance_scale]
+
+
 def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
     quiet = pipe.rollout(PROMPT, generator=seeded(), guidance_scale=2.0)
     expected = [next(quiet) for _ in range(40)]
@@ -396,6 +411,7 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
         ({"video": iter([np.zeros((8, 8, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)])}, "different sizes: 8x8"),
         ({"video": 3}, "no video"),
         ({"prompt": [PROMPT, OTHER], "video": [np.zeros((5, 16, 16, 3), np.uint8)]}, "1 videos for 2 prompts"),
+        ({"video": [np.zeros((5, 16, 16, 3), np.uint8)] * 2}, "2 videos for 1 prompt"),
         ({"video": np.zeros((5, 16, 16, 3), np.uint8), "height": 32}, "cannot become one of 32x16"),
         ({"video": np.zeros((5, 12, 16, 3), np.uint8)}, "height=12"),
         ({"video": [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes: 8x16, 8x8"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vgen.interpolation import Interpolator
 from vgen.known_frames import to_frames
+from vgen.models.prompts import untold_as
 from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, start_rollout, whole_folder
 from vgen.temporal.state import TemporalState
 
@@ -166,7 +167,7 @@ def coarse_to_fine(
         guidance_scale=coarse.guidance_scale,
         generator=coarse.generator,
     )
-    prompts = {frame: "" if text is None else text for frame, text in schedule.items()}
+    prompts = {frame: untold_as(text, "") for frame, text in schedule.items()}
     return CoarseToFine(coarse, fill, prompts, num_frames, last_given)
 
 

@@ -338,10 +338,8 @@ class Measurement:
         given = list(frames.add(1).mul(127.5).round().byte().numpy())
         options |= {"num_inference_steps": self.config.num_inference_steps, "output_type": "pt"}
         if self.config.prompted:
-            told = {"prompt": self._captions(samples), "guidance_scale": self.config.guidance_scale}
-            return call(given, generator=generators, **told, **options).frames
-        pairs = zip(given, generators, strict=True)  # only a single video can do without a prompt
-        return torch.cat([call(one, generator=generator, **options).frames for one, generator in pairs])
+            options |= {"prompt": self._captions(samples), "guidance_scale": self.config.guidance_scale}
+        return call(given, generator=generators, **options).frames
 
     def _captions(self, samples: Samples) -> list[str]:
         missing = [number for number, text in zip(samples.numbers, samples.captions, strict=True) if text is None]

@@ -157,6 +157,13 @@ def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_s
     return slots.flatten(1, 2)
 
 
+def is_batch(video: Any) -> bool:
+    """Whether these are several videos, each as `to_clip` takes them, rather than the frames of one."""
+    if isinstance(video, (list, tuple)):
+        return any(isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) == 4 for one in video)
+    return getattr(video, "ndim", 0) == 5
+
+
 def to_clip(video: Any) -> Tensor:
     """A video as pixels `(3, f, h, w)` in [-1, 1].
 

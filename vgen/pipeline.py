@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vgen.coarse_to_fine import coarse_to_fine
 from vgen.interpolation import UNTOLD_LIMIT, Interpolator, check_factor
-from vgen.known_frames import KnownFrames, encode_known_frames, place, to_clip, to_frames, to_pixels
+from vgen.known_frames import KnownFrames, encode_known_frames, is_batch, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
 from vgen.models.image_vae import FrameByFrame, as_codec
 from vgen.models.loading import refuse_pickles
 from vgen.models.lora import LoraLoaderMixin
-from vgen.models.prompts import embed, known_words, tokenize, unknown_words
+from vgen.models.prompts import embed, is_told, known_words, tokenize, unknown_words, untold_as
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -369,7 +369,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
     @torch.no_grad()
     def rollout(
         self,
-        prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        prompt: str | Sequence[str | None] | Mapping[int, str] | None = None,
         video: Any = None,
         *,
         negative_prompt: str | None = None,
@@ -391,10 +391,12 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         Args:
             prompt: What to show; `{0: "...", 64: "..."}` changes it with the first chunk that begins at or behind new
-                frame 64; a list makes several videos. None continues without being told what, unguided.
+                frame 64; a list makes several videos. None, also in a list, continues without being told what,
+                unguided if all are so.
             video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
-                uint8 or in [0, 1]; a list of these with a list of prompts; or an iterator over images, which is read
-                frame by frame, however long it is (but whole with a stride). The first frames, if None, are generated.
+                uint8 or in [0, 1]; a list of these, with a list of prompts or none; or an iterator over images, which
+                is read frame by frame, however long it is (but whole with a stride). The first frames, if None, are
+                generated.
             negative_prompt: What to steer away from.
             num_frames: New frames, any number; `None` never ends.
             height: In pixels; with a video, its own.
@@ -414,7 +416,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         Returns:
             A `Rollout` or, with a stride, a `CoarseToFine`: an iterator over new frames, uint8 `(n, h, w, 3)`, or
-            `(b, n, h, w, 3)` for a list of prompts.
+            `(b, n, h, w, 3)` for several videos.
 
         Raises:
             ValueError: The checkpoint cannot continue videos, or an argument is not possible.
@@ -422,7 +424,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         begin = start_rollout if stride == 1 else partial(coarse_to_fine, stride=stride)
         return begin(
             self,
-            prompt,
+            _prompt_of_each(prompt, video),
             video,
             negative_prompt=negative_prompt,
             num_frames=num_frames,
@@ -444,7 +446,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         self,
         video: Any,
         num_frames: int = 16,
-        prompt: str | list[str] | None = None,
+        prompt: str | Sequence[str | None] | Mapping[int, str] | None = None,
         *,
         output_type: str = "np",
         return_dict: bool = True,
@@ -477,7 +479,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         self,
         video: Any,
         factor: int = 2,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str | None] | None = None,
         *,
         negative_prompt: str | None = None,
         frame_rate: float | None = None,
@@ -507,6 +509,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             ValueError: The checkpoint cannot interpolate, or by less; or an argument is not possible.
         """
         _check_output_type(output_type)
+        prompt = _prompt_of_each(prompt, video)
         clip = self.given_clip(video, prompt)
         make = self.interpolator(
             factor,
@@ -527,7 +530,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
     def interpolator(
         self,
         factor: int = 2,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str | None] | None = None,
         *,
         size: tuple[int, int],
         negative_prompt: str | None = None,
@@ -557,12 +560,13 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.check_tasks({"leading", "keyframes"})
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        texts = ["a video"] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        self.check_inputs(texts, negative_prompt, *size, self.first_frames, frame_rate, steps, groups=(0,))
+        self.check_inputs(
+            untold_as(prompt, "a video"), negative_prompt, *size, self.first_frames, frame_rate, steps, groups=(0,)
+        )
         if guidance_scale is None:
-            guidance_scale = 1.0 if prompt is None else self.config.guidance_scale
+            guidance_scale = self.config.guidance_scale if is_told(prompt) else 1.0
         embeds = self.encode_prompt(
-            [""] if prompt is None else texts,
+            untold_as(prompt, ""),
             negative_prompt,
             guidance_scale > 1,
             device=self._execution_device,
@@ -915,7 +919,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             ValueError: They are not as many as the prompts, or not of one length and size.
         """
         single = prompt is None or isinstance(prompt, (str, Mapping))
-        videos, count = ([video], 1) if single else (list(video), len(prompt))
+        count = 1 if single else len(prompt)
+        videos = [video] if single and not is_batch(video) else list(video)
         if len(videos) != count:
             raise ValueError(f"{len(videos)} videos for {count} prompts: give one for each")
         clips = [to_clip(one) for one in videos]
@@ -1008,6 +1013,11 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"this checkpoint has never seen: {', '.join(words)}. "
                 f"The words it knows: {' '.join(known_words(self.tokenizer))}"
             )
+
+
+def _prompt_of_each(prompt: Any, video: Any) -> Any:
+    """The prompt; of several videos without one, `None` for each."""
+    return [None] * len(video) if prompt is None and is_batch(video) else prompt
 
 
 def _check_output_type(output_type: str) -> None:

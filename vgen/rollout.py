@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames, to_pixels
+from vgen.models.prompts import is_told, untold_as
 from vgen.temporal.state import TemporalState
 from vgen.training.objective import flow_sample
 
@@ -66,7 +67,7 @@ class Rollout:
     def __init__(
         self,
         pipe: VideoGenPipeline,
-        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        prompt: str | Sequence[str | None] | Mapping[int, str] | None,
         clips: Iterable[Tensor],
         *,
         negative_prompt: str | None,
@@ -85,7 +86,7 @@ class Rollout:
     ):
         self.pipe = pipe
         schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
-        self.schedule = {frame: "" if one is None else one for frame, one in schedule.items()}
+        self.schedule = {frame: untold_as(one, "") for frame, one in schedule.items()}
         self.single = isinstance(prompt, (str, Mapping)) or prompt is None
         self.negative_prompt = negative_prompt
         self.num_frames = num_frames
@@ -337,7 +338,7 @@ class Rollout:
 
 def start_rollout(
     pipe: VideoGenPipeline,
-    prompt: str | Sequence[str] | Mapping[int, str] | None,
+    prompt: str | Sequence[str | None] | Mapping[int, str] | None,
     video: Any,
     *,
     negative_prompt: str | None,
@@ -375,9 +376,9 @@ def start_rollout(
     frame_rate = pipe.config.frame_rate if frame_rate is None else frame_rate
     steps = pipe.config.num_inference_steps if num_inference_steps is None else num_inference_steps
     if guidance_scale is None:
-        guidance_scale = 1.0 if prompt is None else pipe.config.guidance_scale
+        guidance_scale = pipe.config.guidance_scale if is_told(prompt) else 1.0
     for one in schedule.values():
-        texts = "a video" if one is None else one if isinstance(one, str) else list(one)
+        texts = untold_as(one, "a video")
         pipe.check_inputs(texts, negative_prompt, height, width, pipe.first_frames, frame_rate, steps, groups=(0,))
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
         return text_encoder(input_ids).last_hidden_state
     embeddings = text_encoder(input_ids, mask).last_hidden_state
     return embeddings * mask[..., None].to(embeddings)
+
+
+def is_told(prompt: Any) -> bool:
+    """Whether a prompt says something: one of a list or of a schedule is enough."""
+    if isinstance(prompt, Mapping):
+        prompt = list(prompt.values())
+    return prompt is not None and (isinstance(prompt, str) or any(one is not None for one in prompt))
+
+
+def untold_as(prompt: str | Sequence[str | None] | None, text: str) -> str | list[str]:
+    """A prompt or a list of them, with a text in the place of `None`."""
+    if prompt is None or isinstance(prompt, str):
+        return text if prompt is None else prompt
+    return [text if one is None else one for one in prompt]
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
