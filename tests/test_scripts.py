@@ -690,6 +690,30 @@ def test_a_vae_trains_against_a_discriminator(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_vae_trains_with_lpips(vae_run, tmp_path, monkeypatch):
+    class Difference(torch.nn.Module):
+        """In the place of VGG's, which is not here."""
+
+        def __init__(self, net, verbose):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, made, true):
+            return self.scale * (made - true).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    refused = train_vae(tmp_path / "refused", check=False, **{"--lpips_weight": 2.0})
+    assert refused.returncode and "pip install vgen[lpips]" in refused.stderr
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Difference))
+    train_vae(tmp_path / "run", **{"--lpips_weight": 2.0})
+    events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
+    found, expected = ([event.value for event in events.Scalars(name)] for name in ("lpips", "l1"))
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+    trained, without = (load_file(run / "checkpoint-4/model.safetensors") for run in (tmp_path / "run", vae_run))
+    assert trained.keys() == without.keys()
+    assert not all(torch.equal(trained[name], without[name]) for name in trained)
+
+
 def test_a_vae_trains_with_a_temporal_loss(tmp_path):
     train_vae(tmp_path, **{"--warping_weight": 0.5, "--matched_weight": 0.5, "--sample_every": 9})
     events = EventAccumulator(str(tmp_path / "logs")).Reload()

@@ -1,10 +1,12 @@
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from vgen.temporal import flow as flow_module
 from vgen.temporal.flow import optical_flow, visible, warp
 
 cv2 = pytest.importorskip("cv2")
@@ -104,11 +106,36 @@ def test_unknown_methods_and_missing_libraries_are_named(monkeypatch):
         optical_flow(frame, frame, "raft")
 
 
-def test_missing_opencv_is_named(monkeypatch):
-    from vgen.temporal import flow
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (132, 256)])
+def test_raft_gets_sides_that_it_takes_and_its_flow_is_told_in_pixels_of_the_frames(monkeypatch, height, width):
+    sides = {96: 128, 64: 128, 132: 136, 256: 256}
+    seen = []
 
+    class Raft(torch.nn.Module):
+        """In the place of torchvision's: finds each frame moved by a quarter of its width and an eighth down."""
+
+        def forward(self, first, second):
+            seen.append((first, second))
+            moved = torch.tensor([first.shape[-1] / 4, first.shape[-2] / 8]).view(1, 2, 1, 1)
+            return [torch.zeros(len(first), 2, *first.shape[-2:]), moved.expand(len(first), 2, *first.shape[-2:])]
+
+    name = "torchvision.models.optical_flow"
+    made = SimpleNamespace(raft_small=lambda weights: Raft(), Raft_Small_Weights=SimpleNamespace(DEFAULT=None))
+    for module in ("torchvision", "torchvision.models", name):
+        monkeypatch.setitem(sys.modules, module, made)
+    flow_module._raft.cache_clear()
+    frames = torch.rand(2, 2, 3, height, width) * 2 - 1
+    found = optical_flow(*frames, "raft")
+    flow_module._raft.cache_clear()
+    torch.testing.assert_close(found, torch.tensor([width / 4, height / 8]).view(1, 2, 1, 1).expand_as(found))
+    for given, brought in zip(frames, seen[0], strict=True):
+        assert brought.shape == (2, 3, sides[height], sides[width]) and brought.abs().max() <= 1
+        torch.testing.assert_close(brought.mean((-2, -1)), given.mean((-2, -1)), atol=0.02, rtol=0)
+
+
+def test_missing_opencv_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    flow._opencv.cache_clear()
+    flow_module._opencv.cache_clear()
     with pytest.raises(ImportError, match=r"dis flow needs OpenCV: pip install vgen\[flow\]"):
         optical_flow(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
 

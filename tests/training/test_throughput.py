@@ -29,8 +29,8 @@ def test_counting_leaves_random_states_and_gradients_alone():
 def test_what_was_trained_is_told_by_the_second_and_counted_anew(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    throughput = Throughput(torch.device("cpu"), torch.float32)
     monkeypatch.setattr("vgen.training.throughput.matrix_peak", lambda device, dtype: 1000.0)
+    throughput = Throughput(torch.device("cpu"), torch.float32)
     calls = []
     weight = torch.randn(4, 3)
 

@@ -14,7 +14,7 @@ BACKWARD = 2
 
 
 class Throughput:
-    """Counts what was trained since it was asked last.
+    """Counts what was trained since it was asked last, and measures the machine's peak at the start.
 
     Args:
         device: That trains.
@@ -22,9 +22,8 @@ class Throughput:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
         self._flops: dict[Hashable, int] = {}
-        self._peak: float | None = None
+        self._peak = matrix_peak(device, dtype)
         self.restart()
 
     def restart(self) -> None:
@@ -51,10 +50,6 @@ class Throughput:
 
     def take(self) -> dict[str, float]:
         """Clips and tokens a second, and the share of the peak, since it was asked last; then counts anew."""
-        if self._peak is None:
-            begin = time.perf_counter()
-            self._peak = matrix_peak(self.device, self.dtype)
-            self._begin += time.perf_counter() - begin
         seconds = time.perf_counter() - self._begin
         found = {
             "clips_per_second": self._clips / seconds,
