@@ -6,13 +6,17 @@
 Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks see the same kind of clips; the denoisers
 share a VAE, whose time is its own. Steps are chosen so that training takes the minutes that were asked for on this
 machine, by a short run of the same command; encoding latents comes on top. What is done is not done again. Prints a
-table for each denoiser; the reports in `OUTPUT_DIR/*/evaluation/report.html` have the pictures.
+table for each denoiser and draws the first clips into `OUTPUT_DIR/*.png`; `OUTPUT_DIR/*/evaluation/report.html` has
+more of both.
 """
 
 import argparse
 import json
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
 from scripts import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,6 +26,8 @@ from vgen.pipeline import find_checkpoint
 PIXELS = 64 * 64
 TRIAL, WARM = 60, 20
 """Steps of the short run, and of them those that are not timed."""
+LABEL, GAP = 160, 4
+"""Pixels beside and between the rows of a picture."""
 METRICS = {"mse": PIXELS, "mae": PIXELS, "ssim": 1, "psnr": 1, "sharpness": 1}
 """Columns and their factors: errors are summed over the pixels of a frame, as the field does."""
 
@@ -56,6 +62,8 @@ def main() -> None:
         }  # fmt: skip
         launch("pipelines/evaluate.py", settings)
         print_table(name, json.loads((folder / name / "evaluation" / "results.json").read_text()))
+        first = json.loads((folder / name / "evaluation" / "clips" / "000000.json").read_text())
+        draw([shown["prediction"] for shown in first["strips"].values()]).save(folder / f"{name}.png")
 
 
 def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
@@ -93,6 +101,20 @@ def print_table(name: str, results: dict) -> None:
                 f"{mean:.3f} [{low:.3f}, {high:.3f}]" if factor == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
             )
         print(f"| {way} | {' | '.join(cells)} |", flush=True)
+
+
+def draw(clips: list[dict[str, str]]) -> Image.Image:
+    """Some frames of each way to continue some clips, a row each, under one another."""
+    strips = {(number, way): data for number, rows in enumerate(clips) for way, data in rows.items()}
+    rows = {key: Image.open(BytesIO(b64decode(data))) for key, data in strips.items()}
+    width, height = next(iter(rows.values())).size
+    picture = Image.new("RGB", (LABEL + width, len(rows) * (height + GAP) + len(clips) * 4 * GAP), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, ((number, way), strip) in enumerate(rows.items()):
+        top = row * (height + GAP) + number * 4 * GAP
+        pen.text((4, top + height / 2), way, "black", ImageFont.load_default(12), anchor="lm")
+        picture.paste(strip, (LABEL, top))
+    return picture
 
 
 if __name__ == "__main__":

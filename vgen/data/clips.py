@@ -227,10 +227,9 @@ class Sampling:
         return [first + index * self.stride for index in range(self.num_frames)], self.num_frames
 
 
-def leave_out(refused: dict[Listed, str], listed: Listed, reason: str, quiet: bool = False) -> None:
-    """Puts a video among those that cannot be used, and tells each one once, with how many there are by now."""
-    refused[listed] = reason
-    if not quiet and (listed.path, reason) not in _left_out:
+def tell_left_out(listed: Listed, reason: str) -> None:
+    """Names a video that cannot be used, each one once, with how many there are by now."""
+    if (listed.path, reason) not in _left_out:
         _left_out.add((listed.path, reason))
         logger.warning(f"left out, {len(_left_out)} by now: {listed.path}: {reason}")
 
@@ -293,12 +292,12 @@ def sort_into_buckets(
         try:
             info, available = video_info(one.path), count_frames(one, frame_rate)[0]
         except (ValueError, OSError) as error:
-            leave_out({}, one, str(error))
+            tell_left_out(one, str(error))
             continue
         length = max(available, shortest) if short == "pad" else available
         bucket = choose_bucket(buckets, length, info.height, info.width)
         if bucket is None:
-            leave_out({}, one, f"{available} frames; the shortest bucket has {shortest}")
+            tell_left_out(one, f"{available} frames; the shortest bucket has {shortest}")
         else:
             found[bucket].append(one)
     return found
@@ -365,12 +364,12 @@ class VideoFolder:
             try:
                 available, frame_rate = count_frames(one, sampling.frame_rate)
             except (ValueError, OSError) as error:
-                leave_out(self.refused, one, str(error), quiet)
+                self._leave_out(one, str(error))
                 continue
             count = sampling.num_clips(available)
             if not count:
                 reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
-                leave_out(self.refused, one, reason, quiet)
+                self._leave_out(one, reason)
             self.clips += [(one, number, available, frame_rate) for number in range(count)]
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
@@ -398,11 +397,11 @@ class VideoFolder:
                     if place in wanted:
                         found[place] = frame
         except (ValueError, OSError) as error:
-            leave_out(self.refused, listed, str(error), self.quiet)
+            self._leave_out(listed, str(error))
             return None
         missing = wanted - set(found)
         if missing and (self.sampling.short == "skip" or not found):
-            leave_out(self.refused, listed, "it has fewer frames than it says it has", self.quiet)
+            self._leave_out(listed, "it has fewer frames than it says it has")
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
@@ -411,6 +410,11 @@ class VideoFolder:
             pixels = augment(pixels, self.augmentation, rng.getrandbits(62))
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
+
+    def _leave_out(self, listed: Listed, reason: str) -> None:
+        self.refused[listed] = reason
+        if not self.quiet:
+            tell_left_out(listed, reason)
 
     def sample(self, number: int) -> Clip:
         """The clip that is drawn as the `number`-th when epochs, each in an order of its own, follow one another.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, leave_out, list_videos
+from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, tell_left_out
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.processes import place_among_processes
@@ -85,7 +85,8 @@ class VideoStream:
                         raise ValueError(folder.refused[there])
                     yield clip._replace(source=listed)
         except (ValueError, OSError) as error:
-            leave_out(self.refused, listed, str(error))
+            self.refused[listed] = str(error)
+            tell_left_out(listed, str(error))
 
 
 def _shuffled(videos: Iterable[Listed], rng: random.Random) -> Iterator[Listed]:
