@@ -3,10 +3,13 @@
 import gzip
 import inspect
 import io
+import itertools
 import json
 import os
 import random
+import re
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,7 +30,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -163,12 +167,57 @@ def runs(vae_run, text_run, latents_dir):
     return vae_run, text_run, latents_dir
 
 
+def logged(folder, name):
+    """What a run told of something: `(step, value)`."""
+    return [(event.step, event.value) for event in EventAccumulator(str(folder / "logs")).Reload().Scalars(name)]
+
+
+def trained_alike(one, other, checkpoint="checkpoint-4"):
+    """Whether two runs have the same weights, to the bit."""
+    weights, others = (load_file(run / checkpoint / "model.safetensors") for run in (one, other))
+    assert weights.keys() == others.keys()
+    return all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
     vae = CausalVideoVAE.from_pretrained(vae_run / "vae")
     assert all(std > 0 and std != 1 for std in vae.config.latents_std)
     frames, _ = read_video(vae_run / "samples.mp4")
     assert frames.shape == (5, 32, 8 * 16, 3)
-    assert (vae_run / "config.yaml").is_file() and list((vae_run / "logs").rglob("events*"))
+    assert (vae_run / "config.yaml").is_file()
+
+
+def test_a_run_tells_its_losses_and_how_fast_it_trains(vae_run):
+    for name in ("l1", "kl", "grad_norm", "lr"):
+        told = logged(vae_run, name)
+        assert [step for step, _ in told] == [1, 2, 3, 4] and all(value > 0 for _, value in told[:-1])
+    assert logged(vae_run, "lr")[-1][1] == 0  # for the step that does not come
+    clips, tokens, share = (
+        [value for _, value in logged(vae_run, f"throughput/{name}")]
+        for name in ("clips_per_second", "tokens_per_second", "flops_utilisation")
+    )
+    # four images of 2 x 2 latent pixels, then four clips of two times as many
+    assert [b / a for a, b in zip(clips, tokens, strict=True)] == pytest.approx([4, 4, 8, 8])
+    assert all(0 < value < 1 for value in share) and len(share) == 4
+
+
+def test_the_result_has_the_averaged_weights(vae_run):
+    result = load_file(vae_run / "vae/diffusion_pytorch_model.safetensors")
+    averaged, last = (load_file(vae_run / "checkpoint-4" / f"{name}.safetensors") for name in ("ema", "model"))
+    assert result.keys() == last.keys()
+    assert all(torch.equal(result[name], averaged[name]) for name in averaged)
+    assert not all(torch.equal(result[name], last[name]) for name in last)
+
+
+def test_images_come_first_and_then_among_the_clips():
+    script = runpy.run_path(str(ROOT / "train/train_vae.py"))
+    config = script["VAEConfig"](output_dir="any", image_steps=10, image_share=0.3, image_batch_size=8, batch_size=2)
+    batches = [script["batch_of"](config, step) for step in range(1010)]
+    assert all(frames == 1 for _, frames in batches[:10])
+    assert 250 < sum(frames == 1 for _, frames in batches[10:]) < 350
+    for length, size in ((1, 8), (config.num_frames, 2)):
+        numbers = [number for indices, frames in batches if frames == length for number in indices]
+        assert len(numbers) == len(set(numbers)) == size * sum(frames == length for _, frames in batches)
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(vae_run, tmp_path):
@@ -415,7 +464,9 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     assert json.loads((tmp_path / "fresh/settings.json").read_text()) == json.loads(
         (latents / "settings.json").read_text()
     )
-    data = LatentSet(tmp_path / "latents")
+    data, shared = LatentSet(tmp_path / "latents"), LatentSet(tmp_path / "fresh")
+    torch.testing.assert_close(shared.latents, data.latents, atol=1e-2, rtol=0)  # half precision
+    assert shared.captions == data.captions and torch.equal(shared.frame_rates, data.frame_rates)
     assert data.latents.shape == (9, 4, 2, 2, 2)  # two of 5 frames at 8 frames per second, one at 4, of each
     assert sorted(data.frame_rates.tolist()) == [4.0] * 3 + [8.0] * 6
     assert sorted(data.captions)[0] == ["a red circle", "number 0"]
@@ -464,6 +515,30 @@ def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tm
         load_file(tmp_path / run / "vae/diffusion_pytorch_model.safetensors") for run in ("again", "whole")
     )
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_loss_that_is_not_finite_names_the_clips(vae_run, text_run, latents_dir, tmp_path):
+    shutil.copytree(latents_dir, tmp_path / "latents")
+    count = 0
+    for path in sorted((tmp_path / "latents").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        tensors["latents"] = tensors["latents"] * float("nan")
+        count += len(tensors["latents"])
+        save_file(tensors, path, metadata)
+    assert count == len(LatentSet(latents_dir))
+    stopped = train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "vdm", check=False)
+    assert stopped.returncode != 0 and not (tmp_path / "vdm/pipeline").exists()
+    told = re.search(
+        r"step 1 is not finite; it was that of 2 token frames of clips ([\d, ]+) in (\S+)", stopped.stderr
+    )
+    assert told and Path(told[2].rstrip(".")) == tmp_path / "latents"
+    numbers = [int(number) for number in told[1].split(", ")]
+    assert len(set(numbers)) == 4 and max(numbers) < count
+    stopped = train_vae(tmp_path / "vae", check=False, **{"--kl_weight": 1e39})
+    assert stopped.returncode != 0 and not (tmp_path / "vae/vae").exists()
+    assert "step 1 is not finite; it was that of scenes 0 to 3 of ShapesWorld(seed=0)" in stopped.stderr
 
 
 def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_path):
@@ -644,6 +719,8 @@ def test_a_temporal_loss_is_trained_with_and_judges_the_estimate(vae_run, text_r
     train_vdm(runs, tmp_path / "run", **options, **{"--max_steps": 2, "--sample_every": 9})
     events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
     assert all(event.value > 0 for event in events.Scalars("temporal")) and len(events.Scalars("temporal")) == 2
+    train_vdm(runs, tmp_path / "without", **{"--max_steps": 2, "--sample_every": 9})
+    assert not trained_alike(tmp_path / "run", tmp_path / "without", "checkpoint-2")
     if space == "latent":
         short = encode(vae_run, tmp_path / "short") and tmp_path / "short"
         refused = train_vdm((vae_run, text_run, short), tmp_path / "no", check=False, **options)
@@ -678,6 +755,41 @@ def test_the_temporal_loss_counts_what_is_generated_and_follows_in_the_clip(vae_
         assert (loss(wrong, adjacent=(0, 1, 1, 1)) == 0).all() and (loss(wrong) > 0.01).all()
 
 
+def test_the_temporal_loss_follows_the_motion_from_each_frame_to_the_next(text_run, long_latents):
+    script = runpy.run_path(str(ROOT / "train/train_vdm.py"))
+    _, config = mixture_of(text_run, long_latents, warping_weight=1.0)
+    picture = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    steps = (1, 2, 3)  # to the right, each
+    clip = torch.stack([picture.roll(sum(steps[:t]), -1)[..., 6:] for t in range(4)], dim=2)
+    motion = torch.zeros(1, 3, 3, 8, 10)
+    for pair, step in enumerate(steps):
+        motion[:, 0, pair] = step
+        motion[:, 2, pair, :, : 10 - step] = 1
+
+    def loss(motion):
+        batch = {"latents": clip, "generated": torch.ones(1, 4).bool(), "real": torch.ones(1, 4).bool()}
+        batch |= {"adjacent": torch.ones(1, 3).bool(), "motion": motion}
+        return script["between_frames"](config, None, batch, clip, torch.ones(1, 4)).item()
+
+    assert loss(motion) < 1e-5
+    back = torch.cat([-motion[:, :2], motion[:, 2:]], dim=1)
+    assert loss(motion.flip(2)) > 0.5 and loss(back) > 0.5
+
+
+def test_motion_goes_with_the_latents_of_a_window(text_run, long_latents):
+    options = {"windows": {"start": 1.0, "sink": 1.0, "anywhere": 1.0}, "known": {"leading": 1.0}}
+    later = 0
+    for clip, row in rows(text_run, long_latents, length=3, warping_weight=1.0, **options):
+        frames = [clip.latents[:, place].float() for place in range(5)]
+        places = [next(i for i in range(5) if torch.equal(frames[i], one)) for one in row["latents"].unbind(1)]
+        for pair, (place, following) in enumerate(itertools.pairwise(places)):
+            assert row["adjacent"][pair] == (following == place + 1)
+            if row["adjacent"][pair]:
+                assert torch.equal(row["motion"][:, pair], clip.motion[:, place].float())
+                later += places[0] > 0
+    assert later > 5
+
+
 def test_a_vae_trains_against_a_discriminator(tmp_path):
     options = {"--gan_weight": 0.1, "--gan_start": 3, "--max_steps": 5, "--sample_every": 9}
     train_vae(tmp_path / "once", **options)
@@ -685,9 +797,11 @@ def test_a_vae_trains_against_a_discriminator(tmp_path):
     assert [event.step for event in events] == [4, 5]  # after two steps of single images and one without it
     assert (tmp_path / "once/vae/config.json").is_file()
     train_vae(tmp_path / "again", **options)
-    found, expected = (load_file(tmp_path / name / "checkpoint-5/model.safetensors") for name in ("again", "once"))
-    assert any(name.startswith("discriminator.") for name in found)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert trained_alike(tmp_path / "again", tmp_path / "once", "checkpoint-5")
+    train_vae(tmp_path / "more", **options | {"--gan_weight": 0.2})
+    found, expected = (load_file(tmp_path / name / "checkpoint-5/model.safetensors") for name in ("more", "once"))
+    judged = {name for name in found if name.startswith("discriminator.")}
+    assert judged and any(not torch.equal(found[name], expected[name]) for name in found.keys() - judged)
 
 
 def test_a_vae_trains_with_lpips(vae_run, tmp_path, monkeypatch):
@@ -709,16 +823,15 @@ def test_a_vae_trains_with_lpips(vae_run, tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
     found, expected = ([event.value for event in events.Scalars(name)] for name in ("lpips", "l1"))
     assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
-    trained, without = (load_file(run / "checkpoint-4/model.safetensors") for run in (tmp_path / "run", vae_run))
-    assert trained.keys() == without.keys()
-    assert not all(torch.equal(trained[name], without[name]) for name in trained)
+    assert not trained_alike(tmp_path / "run", vae_run)
 
 
-def test_a_vae_trains_with_a_temporal_loss(tmp_path):
+def test_a_vae_trains_with_a_temporal_loss(vae_run, tmp_path):
     train_vae(tmp_path, **{"--warping_weight": 0.5, "--matched_weight": 0.5, "--sample_every": 9})
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     values = [event.value for event in events.Scalars("temporal")]
     assert values[:2] == [0, 0] and all(value > 0 for value in values[2:])  # two steps of single images come first
+    assert not trained_alike(tmp_path, vae_run)
 
 
 def mixture_of(text_run, latents_dir, **options):
