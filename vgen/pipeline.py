@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, Sched
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora_layers
 from diffusers.video_processor import VideoProcessor
 from einops import rearrange
 from torch import Tensor
@@ -257,7 +257,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
                 skip attention layers need one of `skip_layer_config` to do so by whole blocks.
             output_type: `np`, `pil`, `pt` or `latent`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
-            attention_kwargs: `{"scale": ...}` scales LoRA layers.
+            attention_kwargs: `{"scale": ...}` scales LoRA layers, the text encoder's too.
             callback_on_step_end: Called as `f(pipeline, step, timestep, tensors)`; what it returns replaces tensors.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets.
             max_sequence_length: Length of prompts, in tokens.
@@ -313,6 +313,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length,
             device,
             dtype,
+            (attention_kwargs or {}).get("scale"),
         )
         self.scheduler.set_timesteps(steps, device=device)
         latents = self.prepare_latents(
@@ -656,10 +657,11 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         max_sequence_length: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeds prompts and, for guidance, what to steer away from, `(b * num_videos_per_prompt, l, d)` each.
 
-        Warns of words that the checkpoint has never seen.
+        Warns of words that the checkpoint has never seen. `lora_scale` scales LoRA layers of the text encoder.
 
         Raises:
             ValueError: There are not as many negative prompts as prompts.
@@ -669,7 +671,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             self._warn_of_unknown_words(prompts)
-            prompt_embeds = self._embed(prompts, length, device, dtype)
+            prompt_embeds = self._embed(prompts, length, device, dtype, lora_scale)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             if self.text_encoder is None:
                 raise ValueError("without a text encoder, guidance needs negative_prompt_embeds (or guidance_scale=1)")
@@ -677,7 +679,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             negatives = [negative_prompt or ""] * count if not isinstance(negative_prompt, list) else negative_prompt
             if len(negatives) != count:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts: give one, or as many")
-            negative_prompt_embeds = self._embed(negatives, prompt_embeds.shape[1], device, dtype)
+            negative_prompt_embeds = self._embed(negatives, prompt_embeds.shape[1], device, dtype, lora_scale)
         negative = negative_prompt_embeds
         if do_classifier_free_guidance and negative is not None and negative.shape != prompt_embeds.shape:
             raise ValueError(
@@ -766,11 +768,14 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             num_known = known.placement.num_leading // p_t
             generated = torch.arange(latents.shape[2] // p_t, device=device) >= num_known
             latents = known.put_back(latents)
+        self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
         for timestep in self.scheduler.timesteps:
+            self._current_timestep = timestep
             latents = self.denoising_step(
                 latents, timestep, timestep * generated, *embeds, generator, known, **conditions
             )
             latents = latents if known is None else known.put_back(latents)
+        self._current_timestep = None
         return latents
 
     def predict_noise(
@@ -1000,10 +1005,22 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"num_frames={num_frames} is not possible: give {first} + {unit}*k; the nearest is {nearest}"
             )
 
-    def _embed(self, prompts: Sequence[str], length: int, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    def _embed(
+        self,
+        prompts: Sequence[str],
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        lora_scale: float | None,
+    ) -> Tensor:
         assert self.text_encoder is not None
         ids, mask = tokenize(self.tokenizer, prompts, length)
+        scaled = lora_scale is not None and getattr(self.text_encoder, "_hf_peft_config_loaded", False)
+        if scaled:
+            scale_lora_layers(self.text_encoder, lora_scale)
         embeds = embed(self.text_encoder, ids.to(device), mask.to(device))
+        if scaled:
+            unscale_lora_layers(self.text_encoder, lora_scale)
         return embeds.to(device=device, dtype=dtype)
 
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:

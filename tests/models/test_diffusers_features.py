@@ -1,8 +1,10 @@
 """What users of diffusers do with a model: files of every kind, offloading, casting, compilation, backends."""
 
+import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -38,23 +40,26 @@ class Transformer:
     """A tiny denoiser, what it maps, and the same piece by piece."""
 
     def __init__(self, make):
-        self.network = make(group_modes=["full", "causal"])
+        self.network = make(group_modes=["full", "causal"], keyframe_slots=1, frame_rate_embedding=True)
         generator = torch.Generator().manual_seed(0)
         self.input = torch.randn(1, 3, 4, 4, 4, generator=generator)
         self.prompt = torch.randn(1, 6, 5, generator=generator)
+        self.keyframes = torch.randn(1, 4, 4, 4, 4, generator=generator)
 
-    def _call(self, network, clip, **options):
-        dtype = network.dtype
+    def _call(self, network, clip, keyframes=None, **options):
+        like = {"device": clip.device, "dtype": network.dtype}
         level = torch.tensor([300.0], device=clip.device)
-        return network(clip.to(dtype), level, self.prompt.to(dtype), **options).sample.float()
+        keyframes = None if keyframes is None else keyframes.to(**like)
+        options |= {"frame_rate": 8.0, "keyframes": keyframes}
+        return network(clip.to(**like), level, self.prompt.to(**like), **options).sample.float()
 
     def whole(self, network):
-        return self._call(network, self.input, groups="causal")
+        return self._call(network, self.input, self.keyframes, groups="causal")
 
     def streamed(self, network):
         state = TemporalState(window=4)
-        pieces = [self._call(network, piece, state=state) for piece in self.input.split(1, dim=2)]
-        return torch.cat(pieces, dim=2)
+        pieces = zip(self.input.split(1, dim=2), self.keyframes.split(1, dim=2), strict=True)
+        return torch.cat([self._call(network, *piece, state=state) for piece in pieces], dim=2)
 
 
 class UNet(Transformer):
@@ -90,10 +95,16 @@ def close(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def num_offloaded(network):
-    """Modules that group offloading moves."""
-    hooks = (getattr(module, "_diffusers_hook", None) for module in network.modules())
-    return sum(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)
+@pytest.fixture
+def nothing_is_left(monkeypatch):
+    """Weights that group offloading has put on disk are not a number, rather than by luck what they were."""
+    empty_like = torch.empty_like
+
+    def spoilt(tensor, **options):
+        made = empty_like(tensor, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty_like", spoilt)
 
 
 def assert_same(case, network):
@@ -130,7 +141,7 @@ def test_a_variant_loads_by_its_name_and_a_missing_one_is_told(case, tmp_path):
 def test_a_device_map_places_the_network(case, tmp_path, device_map):
     case.network.save_pretrained(tmp_path)
     network = load(case, tmp_path, device_map=device_map)
-    assert network.device.type == "cpu"
+    assert list(map(str, network.hf_device_map.values())) == ["cpu"]
     close(case.whole(network), case.whole(case.network))
 
 
@@ -183,14 +194,27 @@ def test_layerwise_casting_keeps_streams_equal(case):
 
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
-def test_group_offloading_keeps_streams_equal(case, kind):
+def test_group_offloading_keeps_streams_equal(case, kind, tmp_path, nothing_is_left):
     exact = case.whole(case.network)
-    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    cpu = torch.device("cpu")
-    apply_group_offloading(case.network, onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
-    assert num_offloaded(case.network) > 1
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    options |= {"onload_device": torch.device("cpu"), "offload_to_disk_path": str(tmp_path)}
+    apply_group_offloading(case.network, offload_type=kind, **options)
     close(case.whole(case.network), exact)
     close(case.streamed(case.network), exact)
+    assert all(weight.isnan().all() for weight in case.network.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offloading_from_cuda_keeps_streams_equal(case, kind, use_stream):
+    exact = case.whole(case.network)
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    options |= {"onload_device": torch.device("cuda"), "use_stream": use_stream}
+    apply_group_offloading(case.network, offload_type=kind, **options)
+    case.input = case.input.cuda()
+    close(case.whole(case.network).cpu(), exact, atol=1e-3)
+    close(case.streamed(case.network).cpu(), exact, atol=1e-3)
 
 
 def test_weights_on_disk_keep_streams_equal(case, tmp_path):
@@ -308,6 +332,41 @@ def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_d
     changed[:, :, 2:] = 0
     before, after = (case._call(case.network, clip, **inputs) for clip in (case.input, changed))
     assert torch.equal(before[:, :, :2], after[:, :, :2]) and not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [{}, {"attention": "divided"}, {"non_local": True}])
+def test_xformers_gets_masks_whose_rows_lie_as_its_kernels_want(make_denoiser, parts, dtype, monkeypatch):
+    if parts.keys() - inspect.signature(type(make_denoiser()).__init__).parameters.keys():
+        pytest.skip("the other denoiser has this")
+    case = Transformer(partial(make_denoiser, **parts))
+    network, masks = case.network.to(dtype), []
+    inputs = {"groups": "causal", "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0]])}
+    exact = case._call(network, case.input, **inputs)
+    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+
+    def attend(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None:  # what diffusers makes of it, and what xformers' `_check_bias_alignment` looks at
+            attn_mask = attn_mask.expand(len(query), query.shape[2], query.shape[1], key.shape[1])
+            assert attn_mask.dtype == query.dtype and all(stride % 8 == 0 for stride in attn_mask.stride()[:-1])
+            masks.append(attn_mask.shape)
+        return native(query, key, value, attn_mask, **options)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName.XFORMERS, attend)
+    accepted = _AttentionBackendRegistry._supported_arg_names
+    monkeypatch.setitem(accepted, AttentionBackendName.XFORMERS, accepted[AttentionBackendName.NATIVE])
+    for module in network.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = AttentionBackendName.XFORMERS
+    close(case._call(network, case.input, **inputs), exact)
+    assert {6} < {shape[-1] for shape in masks}  # of prompts, and of frames or tokens
+
+
+def test_a_backend_without_masks_names_the_way_out(make_denoiser):
+    case = Transformer(make_denoiser)
+    case.network.set_attention_backend("_native_flash")
+    with pytest.raises(ValueError, match=r'takes no mask.*set_attention_backend\("native"\)'):
+        case._call(case.network, case.input, encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -84,9 +84,13 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         super().save_lora_weights(save_directory, transformer_lora_layers, **kwargs)
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Adds the adapters to the weights of the denoiser, or of the named components."""
-        super().fuse_lora(components or ["transformer" if self.unet is None else "unet"], **kwargs)
+        """Adds the adapters to the weights of denoiser and text encoder, or of the named components."""
+        super().fuse_lora(components or self._with_adapters, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Takes the adapters out of the weights again."""
-        super().unfuse_lora(components or ["transformer" if self.unet is None else "unet"], **kwargs)
+        super().unfuse_lora(components or self._with_adapters, **kwargs)
+
+    @property
+    def _with_adapters(self) -> list[str]:
+        return ["transformer" if self.unet is None else "unet", "text_encoder"]

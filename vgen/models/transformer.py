@@ -252,7 +252,9 @@ class SpacetimeTransformer(
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["patch_embedding", "keyframe_embedding", "condition_embedder", "norm"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embedding", "keyframe_embedding", "condition_embedder", "frame_rate", "norm",
+    ]  # fmt: skip
     _no_split_modules = ["SpacetimeBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "norm_time"]
     _repeated_blocks = ["SpacetimeBlock"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
+    DispatchedAttnProcessor,
     FrameCache,
     Groups,
     RotaryPositions,
@@ -49,11 +49,8 @@ DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
-class SpatialAttnProcessor:
-    """Attention of diffusers' 2D blocks through its dispatcher; frames of a video share the keys of their prompt."""
-
-    _attention_backend = None
-    _parallel_config = None
+class SpatialAttnProcessor(DispatchedAttnProcessor):
+    """Attention of diffusers' 2D blocks; frames of a video share the keys of their prompt."""
 
     def __call__(
         self,
@@ -77,14 +74,7 @@ class SpatialAttnProcessor:
             source = hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         query, key, value = (rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in (query, key, value))
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else attention_mask[:, None],
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        out = self.attend(query, key, value, None if attention_mask is None else attention_mask[:, None])
         out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
         for layer in attn.to_out:
             out = layer(out)
@@ -112,6 +102,18 @@ class Context:
     cache_rotary_emb: tuple[Tensor, Tensor] | None = None
     written: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of this call, by layer."""
+
+    def to(self, device: torch.device) -> Context:
+        """For a stage on another device; what is remembered lies where its layer is."""
+        if self.temb.device == device:
+            return self
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return replace(self, **{one.name: move(getattr(self, one.name)) for one in fields(self)})
 
 
 class TemporalConv(nn.Module):
@@ -231,6 +233,8 @@ class Stage(nn.Module):
         num_layers: int,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None  # diffusers sets both
         self.resnets = nn.ModuleList(settings.resnet(in_channels, out_channels) for in_channels in channels)
         self.temporal_convs = nn.ModuleList(
             TemporalConv(out_channels, settings.groups, settings.eps) for _ in channels
@@ -243,8 +247,32 @@ class Stage(nn.Module):
                 TemporalAttention(out_channels, settings.temporal_head_dim) for _ in range(count)
             )
 
-    def layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        """One residual block with what follows it, `((b n), c, h, w)` to `((b n), c', h, w)`."""
+    def forward(self, x: Tensor, context: Context, skips: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Maps `((b n), c, h, w)` to `((b n), c', h', w')`.
+
+        Args:
+            x: What the stage before gave.
+            context: Of the call.
+            skips: On the way up, what is joined to the input of each block, that of the last block first.
+
+        Returns:
+            The output, and what each part of it gave, which ends with the output.
+        """
+        context, made = context.to(x.device), []
+        for index in range(len(self.resnets)):
+            x = torch.cat([x, skips[-1 - index]], dim=1) if skips else x
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(self._layer, index, x, context)
+            else:
+                x = self._layer(index, x, context)
+            made.append(x)
+        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = resample(x)
+            made.append(x)
+        return x, made
+
+    def _layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        """One residual block with what follows it."""
         x = self.resnets[index](x, context.temb)
         x = self.temporal_convs[index](x, context)
         if self.attends[index]:
@@ -442,7 +470,6 @@ class UNet3D(
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
         self.conv_act = get_activation(act_fn)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
         register_state_keys(self)
         self.state_identity = network_identity(self)
 
@@ -534,21 +561,15 @@ class UNet3D(
         skips = [x]
         block: Any
         for block in self.down_blocks:
-            for index in range(len(block.resnets)):
-                x = self._layer(block, index, x, context)
-                skips.append(x)
-            for down in getattr(block, "downsamplers", ()):
-                x = down(x)
-                skips.append(x)
-        for index in range(2):
-            x = self._layer(self.mid_block, index, x, context)
+            x, made = block(x, context)
+            skips += made
+        x, _ = self.mid_block(x, context)
         if self.temporal_non_local is not None:
             x = self.temporal_non_local(x, context)
         for block in self.up_blocks:
-            for index in range(len(block.resnets)):
-                x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), context)
-            for up in getattr(block, "upsamplers", ()):
-                x = up(x)
+            first = len(skips) - len(block.resnets)
+            x, _ = block(x, context, skips[first:])
+            del skips[first:]
         x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
         if cache is not None and context.history is not None and cache.state.writable:
             cache.write(context.written)
@@ -584,11 +605,6 @@ class UNet3D(
             raise ValueError(f"this 2D U-Net does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
         nn.Module.to(target, source.device, source.dtype)  # diffusers' method warns of modules that there are not
         return target.train(source.training)
-
-    def _layer(self, block: Any, index: int, x: Tensor, context: Context) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block.layer, index, x, context)
-        return block.layer(index, x, context)
 
     def _embed_time(self, timestep: Tensor, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor) -> Tensor:
         """`((b n), d)`."""

@@ -223,11 +223,58 @@ class FrameCache:
         return torch.zeros((), dtype=torch.int64, device=device) if total is None else total.to(device)
 
 
-class SpacetimeAttnProcessor:
-    """Runs attention through diffusers' dispatcher, with additive masks, a cache, or group by group."""
+class DispatchedAttnProcessor:
+    """Runs attention through diffusers' dispatcher, with masks or, where a backend has none, group by group."""
 
     _attention_backend = None
     _parallel_config = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of `(b, n, h, d)` to `(b, m, h, d)` under an additive mask `(b | 1, 1, n | 1, m)`.
+
+        Raises:
+            ValueError: The backend takes no masks and this one cannot do without.
+        """
+        if mask is None or self._takes_mask():
+            return self._dispatch(query, key, value, mask)
+        return self._row_by_row(query, key, value, mask)
+
+    def _row_by_row(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Serves a backend without masks: tokens that see the same keys are asked together, with those keys only."""
+        if mask.shape[0] > 1 or mask.shape[2] != query.shape[1]:
+            raise ValueError(
+                f"the attention backend {self._backend_name()!r} takes no mask, which groups of their own for each "
+                'sample and masked prompts need: set_attention_backend("native")'
+            )
+        patterns, member = torch.unique(mask[0, 0] == 0, dim=0, return_inverse=True)
+        out = torch.empty_like(query)
+        for index, visible in enumerate(patterns):
+            rows = member == index
+            out[:, rows] = self._dispatch(query[:, rows], key[:, visible], value[:, visible], None)
+        return out
+
+    def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and self._backend_name() == "xformers":  # which wants rows that begin at multiples of 8
+            mask = nn.functional.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+    def _backend_name(self) -> str:
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        return getattr(backend, "value", backend)
+
+    def _takes_mask(self) -> bool:
+        return not self._backend_name().lstrip("_").startswith(_MASKLESS_BACKENDS)
+
+
+class SpacetimeAttnProcessor(DispatchedAttnProcessor):
+    """Attention of frames and tokens, with rotary positions and a cache."""
 
     def __call__(
         self,
@@ -250,48 +297,12 @@ class SpacetimeAttnProcessor:
         if cache is not None and cache_rotary_emb is not None:
             key = torch.cat([rotate(cache[0].to(key), cache_rotary_emb), key], dim=1)
             value = torch.cat([cache[1].to(value), value], dim=1)
-        out = self._attend(query, key, value, attention_mask)
+        out = self.attend(query, key, value, attention_mask)
         out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
         layer: Any
         for layer in attn.to_out:
             out = layer(out)
         return (out, *new) if return_key_value else out
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None or self._takes_mask():
-            return self._dispatch(query, key, value, mask)
-        return self._row_by_row(query, key, value, mask)
-
-    def _row_by_row(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Serves a backend without masks: tokens that see the same keys are asked together, with those keys only."""
-        if mask.shape[0] > 1 or mask.shape[2] != query.shape[1]:
-            raise ValueError(
-                f"the attention backend {self._backend_name()!r} takes no mask, which groups of their own for each "
-                'sample and masked prompts need: set_attention_backend("native")'
-            )
-        patterns, member = torch.unique(mask[0, 0] == 0, dim=0, return_inverse=True)
-        out = torch.empty_like(query)
-        for index, visible in enumerate(patterns):
-            rows = member == index
-            out[:, rows] = self._dispatch(query[:, rows], key[:, visible], value[:, visible], None)
-        return out
-
-    def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-
-    def _backend_name(self) -> str:
-        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        return getattr(backend, "value", backend)
-
-    def _takes_mask(self) -> bool:
-        return not self._backend_name().lstrip("_").startswith(_MASKLESS_BACKENDS)
 
 
 class SpacetimeAttention(nn.Module, AttentionModuleMixin):
