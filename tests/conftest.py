@@ -88,6 +88,30 @@ def make_transformer() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def counting_checkpoint() -> Any:
+    """What `enable_gradient_checkpointing` takes; its `count` says how often it was used."""
+
+    def checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
+        checkpoint.count += 1
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+
+    checkpoint.count = 0
+    return checkpoint
+
+
+@pytest.fixture
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that group offloading has put on disk are not a number, rather than by luck what they were."""
+    empty_like = torch.empty_like
+
+    def spoilt(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = empty_like(tensor, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty_like", spoilt)
+
+
+@pytest.fixture
 def video() -> np.ndarray:
     """Noise of 13 frames, uint8 `(f, h, w, 3)`."""
     return np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)

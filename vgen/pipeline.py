@@ -884,8 +884,15 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def denoiser(self) -> SpacetimeTransformer | UNet3D:
-        """The network that predicts."""
-        return self.transformer if self.unet is None else self.unet
+        """The network that predicts.
+
+        Raises:
+            ValueError: There is none.
+        """
+        found = self.transformer if self.unet is None else self.unet
+        if found is None:
+            raise ValueError("this pipeline has no denoiser: it can encode prompts and nothing else")
+        return found
 
     @property
     def guidance_scale(self) -> float:

@@ -502,16 +502,17 @@ def test_one_timestep_serves_all(make_transformer):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_gradient_checkpointing_gives_the_same_gradients(make_transformer, attention):
+def test_gradient_checkpointing_gives_the_same_gradients(make_transformer, attention, counting_checkpoint):
     gradients = []
     for checkpointed in (False, True):
         network = make_transformer(attention=attention, keyframe_slots=1, frame_rate_embedding=True).train()
         if checkpointed:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(counting_checkpoint)
         latents, levels, prompt = inputs()
         options = {"keyframes": draw(2, 4, 4, 4, 6), "frame_rate": 8.0, "groups": "causal"}
         network(latents, levels, prompt, **options).sample.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert counting_checkpoint.count == len(network.blocks)
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from vgen.models.unet import UNet3D
 from vgen.temporal.attention import FrameCache, make_groups
@@ -186,15 +187,17 @@ def test_after_eviction_a_stream_equals_a_replay_in_plain_lists(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_checkpointing_gives_the_same_gradients(randomize):
+def test_checkpointing_gives_the_same_gradients(randomize, counting_checkpoint):
     network = make(randomize).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(counting_checkpoint)
         network.zero_grad()
         network(*inputs(), groups="causal").sample.square().mean().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    blocks = sum(isinstance(module, ResnetBlock2D) for module in network.modules())
+    assert counting_checkpoint.count == blocks > 5
     assert len(gradients[0]) == len(gradients[1]) > 50
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

@@ -398,15 +398,16 @@ def test_failed_piece_leaves_the_state_as_it_was(make_vae):
     close(torch.cat([first, moments(vae, clip[:, :, 5:], state)], dim=2), moments(vae, clip))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make_vae):
+def test_gradient_checkpointing_gives_the_same_gradients(make_vae, counting_checkpoint):
     gradients = []
     for checkpointed in (False, True):
         vae = make_vae().train()
         if checkpointed:
-            vae.enable_gradient_checkpointing()
+            vae.enable_gradient_checkpointing(counting_checkpoint)
         output = vae(draw_clip(vae, 5), generator=torch.Generator().manual_seed(0))
         (output.sample.square().mean() + output.latent_dist.kl().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
+    assert counting_checkpoint.count == len(vae.encoder.down_blocks) + 1 + 1 + len(vae.decoder.up_blocks)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 

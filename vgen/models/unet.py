@@ -492,6 +492,12 @@ class UNet3D(
         """
         raise ValueError(f"{type(config).__name__} skips the blocks of transformers, and UNet3D has others")
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Transformer2DModel):
+                module.gradient_checkpointing = False  # a stage's layers are computed again as a whole
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
