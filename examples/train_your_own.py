@@ -98,9 +98,8 @@ for name, model in (("before", "vgen/shapes-64"), ("after", output / "model/pipe
         latents = pipe.vae.encode(to_clip(frames)[None]).latent_dist.mode()
         decoded = to_frames(pipe.vae.decode(latents).sample)[0]
     rows += [decoded, np.concatenate([given, new])]
-    print(
-        f"{name}: {psnr(new, true):.2f} dB on {NUM_NEW} frames; the VAE alone: {psnr(decoded[NUM_GIVEN:], true):.2f} dB"
-    )
+    alone = psnr(decoded[NUM_GIVEN:], true)
+    print(f"{name}: {psnr(new, true):.2f} dB on {NUM_NEW} frames; the VAE alone: {alone:.2f} dB")
 print(f"the last frame repeated: {psnr(np.repeat(given[-1:], NUM_NEW, axis=0), true):.2f} dB")
 Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(output / "strip.png")
 print(f"true; the VAE alone and the prediction, before; the same after: {output / 'strip.png'}")

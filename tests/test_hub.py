@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from vgen.models.unet import UNet3D
+from vgen.pipeline import VideoGenPipeline
 
 from .models.test_unet import TINY
 from .test_pipeline import make_pipeline
 
-REPO, COMMIT = "someone/something", "0" * 40
+REPO, WAN, COMMIT = "someone/something", "someone/wan", "0" * 40
 
 
 def make_unet():
@@ -25,14 +26,13 @@ def make_unet():
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    """A server with one repository: a tiny pipeline, its weights also as a variant."""
+def endpoint(tmp_path_factory, wan_folder):
+    """A server with two repositories: a tiny pipeline, its weights also as a variant, and a WanPipeline."""
     folder = tmp_path_factory.mktemp("repository")
     make_pipeline().save_pretrained(folder)
     make_pipeline(seed=1).save_pretrained(folder, variant="fp16")
     make_unet().save_pretrained(folder / "unet")
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": COMMIT} for n in names]
+    folders = {REPO: folder, WAN: wan_folder}
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):  # noqa: N802
@@ -43,19 +43,27 @@ def endpoint(tmp_path_factory):
 
         def answer(self, body):
             path, headers = self.path.split("?")[0].strip("/"), {}
-            if path.startswith(f"api/models/{REPO}/tree/"):
+            repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
+            folder = folders.get(repo)
+            files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [str(path.relative_to(folder)) for path in files]
+            if names and path.startswith(f"api/models/{repo}/tree/"):
+                sizes = [path.stat().st_size for path in files]
+                tree = [
+                    {"type": "file", "path": name, "size": size, "oid": COMMIT}
+                    for name, size in zip(names, sizes, strict=True)
+                ]
                 content, status = json.dumps(tree).encode(), 200
-            elif path.startswith(f"api/models/{REPO}"):
+            elif names and path.startswith(f"api/models/{repo}"):
                 siblings = [{"rfilename": name} for name in names]
-                info = {"id": REPO, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+                info = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
                 content, status = json.dumps(info).encode(), 200
-            elif path.startswith(f"{REPO}/resolve/") and path.split("/", 4)[4] in names:
+            elif names and path.startswith(f"{repo}/resolve/") and path.split("/", 4)[4] in names:
                 content, status = (folder / path.split("/", 4)[4]).read_bytes(), 200
                 headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
             else:
-                known = path.startswith(REPO)
                 content, status = b"", 404
-                headers["X-Error-Code"] = "EntryNotFound" if known else "RepoNotFound"
+                headers["X-Error-Code"] = "EntryNotFound" if names else "RepoNotFound"
             self.send_response(status)
             for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": len(content), **headers}.items():
                 self.send_header(name, str(value))
@@ -87,16 +95,22 @@ LOADS = {
     "transformer": "from vgen import SpacetimeTransformer as C; "
     f"p = C.from_pretrained({REPO!r}, subfolder='transformer')",
     "vae": f"from vgen import CausalVideoVAE as C; p = C.from_pretrained({REPO!r}, subfolder='vae', variant='fp16')",
+    "the VAE of a pipeline": f"from vgen.models.image_vae import load_vae; p = load_vae({REPO!r})",
+    "WanPipeline": f"from vgen import VideoGenPipeline as C; p = C.from_pretrained({WAN!r}).transformer",
     "unet": f"from vgen import UNet3D as C; p = C.from_pretrained({REPO!r}, subfolder='unet')",
 }
 
 
 @pytest.mark.parametrize("what", LOADS)
-def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, tmp_path):
+def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, wan_folder, tmp_path):
     count = "; print(sum(weight.double().sum().item() for weight in p.parameters()))"
-    network = make_unet()
-    if what != "unet":
-        network = getattr(make_pipeline(seed=what == "vae"), "vae" if what in ("diffusers", "vae") else "transformer")
+    if what == "unet":
+        network = make_unet()
+    elif what == "WanPipeline":
+        network = VideoGenPipeline.from_pretrained(wan_folder).transformer
+    else:
+        of_vae = what in ("diffusers", "vae", "the VAE of a pipeline")
+        network = getattr(make_pipeline(seed=what == "vae"), "vae" if of_vae else "transformer")
     expected = sum(weight.double().sum().item() for weight in network.parameters())
     done = fresh(LOADS[what] + count, endpoint, tmp_path)
     assert float(done.stdout.split()[-1]) == expected

@@ -12,17 +12,20 @@ from .test_unet_pipeline import build as make_unet_pipeline
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def write_adapter(folder, seed, transformer=None):
+def write_adapter(folder, seed, alpha=4):
     """Saves a random adapter the way training scripts do."""
-    transformer = transformer or make_pipeline().transformer
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS), "trained")
+    transformer = make_pipeline().transformer
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=TARGETS), "trained")
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in transformer.named_parameters():
             if "lora_" in name:
                 weight.copy_(0.3 * torch.randn(weight.shape))
     layers = get_peft_model_state_dict(transformer, adapter_name="trained")
-    VideoGenPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    metadata = transformer.peft_config["trained"].to_dict()
+    VideoGenPipeline.save_lora_weights(
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+    )
     return layers
 
 
@@ -66,7 +69,7 @@ def test_an_adapter_equals_the_sum_of_its_product_and_the_weight(adapters):
     with torch.no_grad():
         for name, module in merged.transformer.named_modules():
             if f"{name}.lora_A.weight" in layers:
-                module.weight += layers[f"{name}.lora_B.weight"] @ layers[f"{name}.lora_A.weight"]
+                module.weight += 4 / 2 * layers[f"{name}.lora_B.weight"] @ layers[f"{name}.lora_A.weight"]
     assert apart(latents(pipe), latents(merged)) < 1e-5
 
 
@@ -111,7 +114,7 @@ def test_adapters_in_the_public_format_of_wan_load(tmp_path):
     """Public Wan adapters come with the names of the original code, `diffusion_model.blocks.0.self_attn.q`."""
     from safetensors.torch import save_file
 
-    layers = write_adapter(tmp_path / "ours", 0)
+    layers = write_adapter(tmp_path / "ours", 0, alpha=2)
     names = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 
     def original(name):
@@ -142,16 +145,16 @@ def test_pickled_adapters_are_refused(tmp_path):
 
 
 def unet_adapter(folder, pipe, text=False, seed=0):
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS), "trained")
-    layers = {"unet_lora_layers": get_peft_model_state_dict(pipe.unet, adapter_name="trained")}
-    if text:
-        pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]), "trained")
-        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder, adapter_name="trained")
+    targets = {"unet": TARGETS} | ({"text_encoder": ["q_proj", "v_proj"]} if text else {})
+    saved = {}
     torch.manual_seed(seed)
-    for part in layers.values():
-        for name in part:
-            part[name] = 0.3 * torch.randn(part[name].shape)
-    VideoGenPipeline.save_lora_weights(folder, **layers)
+    for name, modules in targets.items():
+        network = getattr(pipe, name)
+        network.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=modules), "trained")
+        layers = get_peft_model_state_dict(network, adapter_name="trained")
+        saved[f"{name}_lora_layers"] = {key: 0.3 * torch.randn(layer.shape) for key, layer in layers.items()}
+        saved[f"{name}_lora_adapter_metadata"] = network.peft_config["trained"].to_dict()
+    VideoGenPipeline.save_lora_weights(folder, **saved)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -171,16 +174,18 @@ def test_adapters_of_a_unet_are_loaded_scaled_fused_and_unloaded(tmp_path, rando
     changed = latents(pipe)
     assert apart(plain, changed) > 1e-3 and pipe.get_active_adapters() == ["style"]
     assert pipe.get_list_adapters() == {"unet": ["style"]} | ({"text_encoder": ["style"]} if text else {})
-    if not text:
-        assert apart(plain, latents(pipe, attention_kwargs={"scale": 0.0})) < 1e-5
+    assert apart(plain, latents(pipe, attention_kwargs={"scale": 0.0})) < 1e-5
+    scaled = latents(pipe, attention_kwargs={"scale": 0.5})
+    assert apart(latents(pipe), changed) < 1e-5
     pipe.set_adapters("style", 0.5)
     half = latents(pipe)
-    assert apart(half, plain) > 1e-3 and apart(half, changed) > 1e-3
+    assert apart(half, plain) > 1e-3 and apart(half, changed) > 1e-3 and apart(half, scaled) < 1e-5
     pipe.set_adapters("style", 1.0)
-    pipe.fuse_lora(components=pipe.get_list_adapters())
+    pipe.fuse_lora()
     assert pipe.num_fused_loras == 1
     assert apart(latents(pipe), changed) < 1e-4
-    pipe.unfuse_lora(components=pipe.get_list_adapters())
+    assert apart(latents(pipe, attention_kwargs={"scale": 0.0}), changed) < 1e-4  # all of it, the text encoder's too
+    pipe.unfuse_lora()
     pipe.unload_lora_weights()
     assert apart(plain, latents(pipe)) < 1e-4  # taking out what was added rounds
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from diffusers import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -240,22 +241,17 @@ def test_group_offloading_gives_the_same_video_stream_and_rollout(make, kind, tm
     assert_long_videos_equal(pipe, exact)
 
 
-def test_weights_on_disk_give_the_same_rollout(make, tmp_path):
-    from accelerate import disk_offload
-
-    exact, pipe = make(**TASKS), make(**TASKS)
-    for name in (denoiser_name(pipe), "vae"):
-        disk_offload(getattr(pipe, name), tmp_path / name, execution_device=torch.device("cpu"))
-    assert all(weight.is_meta for weight in pipe.denoiser.parameters())
-    assert_long_videos_equal(pipe, exact)
-
-
-def test_sequential_offloading_gives_the_same_video_stream_and_rollout(make):
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_weights_that_come_layer_by_layer_give_the_same_video_stream_and_rollout(make, tmp_path, where):
+    """What `enable_sequential_cpu_offload` does of each component; itself it refuses to without a GPU."""
     exact, pipe = make(**TASKS), make(**TASKS)
     expected = latents(exact)
-    pipe._exclude_from_cpu_offload = ["text_encoder"]  # whose shared weights accelerate cannot move from CPU to CPU
-    pipe.enable_sequential_cpu_offload(device="cpu")
-    assert all(weight.is_meta for weight in pipe.denoiser.parameters())
+    for name in (denoiser_name(pipe), "vae"):
+        if where == "disk":
+            disk_offload(getattr(pipe, name), tmp_path / name, execution_device=torch.device("cpu"))
+        else:
+            cpu_offload(getattr(pipe, name), torch.device("cpu"), offload_buffers=True)
+        assert all(weight.is_meta for weight in getattr(pipe, name).parameters())
     assert torch.allclose(latents(pipe), expected, atol=1e-5)
     assert_streams_equal(pipe, exact, expected)
     assert_long_videos_equal(pipe, exact)
@@ -326,6 +322,26 @@ def test_a_callback_can_change_the_guidance(pipe, randomize):
     assert not torch.allclose(weak, latents(pipe, guidance_scale=9.0, num_inference_steps=4), atol=1e-2)
     with pytest.raises(ValueError, match="not both"):
         latents(pipe, guidance_scale=9.0, guider=ClassifierFreeGuidance())
+
+
+def test_a_callback_can_replace_what_is_told(pipe, randomize):
+    randomize(pipe.denoiser)
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    told, other = pipe.encode_prompt(PROMPT), pipe.encode_prompt("a blue square", "left")
+
+    def replace(pipe, step, timestep, tensors):
+        assert list(tensors) == names
+        return dict(zip(names, other, strict=True))
+
+    noise = torch.randn(1, 4, 3, 4, 4, generator=seeded())
+    settings = {"num_inference_steps": 2, "latents": noise}
+    plain = latents(pipe, **settings)
+    replaced = latents(pipe, callback_on_step_end=replace, callback_on_step_end_tensor_inputs=names, **settings)
+    pipe.scheduler.set_timesteps(2)
+    with torch.no_grad():
+        for timestep, embeds in zip(pipe.scheduler.timesteps, (told, other), strict=True):
+            noise = pipe.denoising_step(noise, timestep, timestep, *embeds, None, frame_rate=8.0)
+    assert (replaced - noise).abs().max() < 1e-5 and (replaced - plain).abs().max() > 1e-4
 
 
 def test_callbacks_of_diffusers_own_kind_run_with_the_tensors_that_they_name(pipe):

@@ -1,5 +1,6 @@
 """Step caches of diffusers: with thresholds that skip nothing they change nothing, with others they save work."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -103,6 +104,35 @@ def test_a_cache_that_skips_nothing_changes_nothing_and_one_that_skips_saves_wor
     assert torch.equal(again, cached)
     pipe.transformer.disable_cache()
     assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("how", ["rollout", "interpolation"])
+@pytest.mark.parametrize("name", CACHES)
+def test_long_videos_under_a_cache(name, how, rows, video):
+    pipe = make_pipeline(num_layers=LAYERS, tasks=["text", "leading", "keyframes"], window=2, sink=1, chunk_size=1)
+    pipe.transformer.register_to_config(trained_token_frames=4)  # several windows, of two lengths
+
+    def make():
+        settings = {"num_inference_steps": STEPS, "generator": seeded()}
+        if how == "interpolation":
+            return pipe.interpolate(video[:4], 7, PROMPT, **settings).frames
+        return np.concatenate(list(pipe.rollout(PROMPT, num_frames=21, **settings))) / 255
+
+    plain, work = make(), sum(rows)
+    if name == "FasterCache":
+        pipe.transformer.enable_cache(faster(pipe, 2))
+        with pytest.raises(ValueError, match="FasterCache leaves half of the batch out"):
+            make()
+        return
+    for cache, skips in zip(CACHES[name], (False, True), strict=True):
+        pipe.transformer.enable_cache(cache(pipe))
+        rows.clear()
+        cached = make()
+        assert (sum(rows) < 0.9 * work) == skips and np.isfinite(cached).all()
+        assert abs(cached - plain).max() > 1e-4 if skips else abs(cached - plain).max() <= 1.01 / 255
+        assert np.array_equal(make(), cached)
+        pipe.transformer.disable_cache()
+    assert pipe.current_timestep is None and np.array_equal(make(), plain)
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -843,7 +843,17 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _predict(
         self, name: str, latents: Tensor, timestep: Tensor, prompts: Tensor, conditions: dict[str, Any]
     ) -> Tensor:
-        """One evaluation; diffusers' step caches keep what they remember of one name apart from others."""
+        """One evaluation; diffusers' step caches keep what they remember of one name apart from others.
+
+        Raises:
+            ValueError: FasterCache is enabled with keyframes or a state, which it cannot take half of.
+        """
+        whole = [name for name in ("keyframes", "state") if conditions.get(name) is not None]
+        if whole and isinstance(self.denoiser._cache_config, FasterCacheConfig):
+            raise ValueError(
+                "FasterCache leaves half of the batch out, which keyframes, interpolation and rollouts do not allow: "
+                "disable_cache(), or enable another one"
+            )
         with self.denoiser.cache_context(name):
             out = self.denoiser(
                 hidden_states=latents.to(self.denoiser.dtype),

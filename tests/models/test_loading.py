@@ -4,16 +4,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-KEY = "encoder.conv_in.weight"
+KEYS = {"vae": "encoder.conv_in.weight", "transformer": "patch_embedding.weight", "unet": "conv_in.weight"}
+MORE = {"vae": {"num_res_blocks": 2}, "transformer": {"num_layers": 3}, "unet": {"layers_per_block": 2}}
+"""Settings that ask for more layers."""
 
 
-@pytest.fixture
-def folder(make_vae, tmp_path):
-    make_vae().save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
+@pytest.fixture(params=KEYS)
+def folder(request, tmp_path):
+    """A saved network, in a folder named after its kind."""
+    request.getfixturevalue(f"make_{request.param}")().save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def load(folder, **options):
+    return {"vae": CausalVideoVAE, "transformer": SpacetimeTransformer, "unet": UNet3D}[folder.name].from_pretrained(
+        folder, **options
+    )
 
 
 def change(folder, edit) -> None:
@@ -23,61 +34,66 @@ def change(folder, edit) -> None:
 
 
 def test_missing_key_is_named(folder):
-    change(folder, lambda weights: weights.pop(KEY))
-    with pytest.raises(ValueError, match=f"missing keys: {KEY}"):
-        CausalVideoVAE.from_pretrained(folder)
+    key = KEYS[folder.name]
+    change(folder, lambda weights: weights.pop(key))
+    with pytest.raises(ValueError, match=f"missing keys: {key}"):
+        load(folder)
 
 
 def test_unexpected_key_is_named(folder):
-    change(folder, lambda weights: weights.update({"encoder.extra": torch.ones(1)}))
-    with pytest.raises(ValueError, match="unexpected keys: encoder.extra"):
-        CausalVideoVAE.from_pretrained(folder)
+    change(folder, lambda weights: weights.update({"extra.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match="unexpected keys: extra.weight"):
+        load(folder)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_mismatched_shape_is_named(folder, low_cpu_mem_usage):
-    change(folder, lambda weights: weights.update({KEY: torch.ones(5, 3, 3, 3, 3)}))
-    with pytest.raises((ValueError, RuntimeError), match=KEY):
-        CausalVideoVAE.from_pretrained(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    if folder.name == "transformer" and not low_cpu_mem_usage:
+        pytest.skip("diffusers refuses this where a part stays in float32")
+    key = KEYS[folder.name]
+    change(folder, lambda weights: weights.update({key: torch.ones(5, 3, 3, 3, 3)}))
+    with pytest.raises((ValueError, RuntimeError), match=key):
+        load(folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_config_that_asks_for_more_layers_than_there_are_weights_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_res_blocks": 2}))
+    (folder / "config.json").write_text(json.dumps(config | MORE[folder.name]))
     with pytest.raises(ValueError, match="do not fit its config|expected shape"):
-        CausalVideoVAE.from_pretrained(folder)
+        load(folder)
 
 
 def test_many_keys_are_shortened(folder):
     change(folder, lambda weights: weights.update({f"extra{index}": torch.ones(1) for index in range(20)}))
     with pytest.raises(ValueError, match="and 12 more"):
-        CausalVideoVAE.from_pretrained(folder)
+        load(folder)
 
 
-@pytest.mark.parametrize("subfolder", [None, "vae"])
+@pytest.mark.parametrize("within_pipeline", [False, True])
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_folder_with_pickled_weights_only_is_refused_by_name(folder, subfolder, name):
+def test_folder_with_pickled_weights_only_is_refused_by_name(folder, within_pipeline, name):
+    loaded = load(folder)
     torch.save(load_file(folder / WEIGHTS), folder / name)
     (folder / WEIGHTS).unlink()
     for options in ({}, {"use_safetensors": False}):
         with pytest.raises(ValueError, match=f"{name} is a pickle"):
-            if subfolder:
-                CausalVideoVAE.from_pretrained(folder.parent, subfolder=subfolder, **options)
+            if within_pipeline:
+                type(loaded).from_pretrained(folder.parent, subfolder=folder.name, **options)
             else:
-                CausalVideoVAE.from_pretrained(folder, **options)
+                load(folder, **options)
 
 
 def test_pickle_beside_safetensors_is_never_read(folder):
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
-    CausalVideoVAE.from_pretrained(folder)
+    load(folder)
     with pytest.raises(ValueError, match="only safetensors are loaded"):
-        CausalVideoVAE.from_pretrained(folder, use_safetensors=False)
+        load(folder, use_safetensors=False)
 
 
 def test_loading_info_is_returned_when_asked_for(folder):
-    model, info = CausalVideoVAE.from_pretrained(folder, output_loading_info=True)
-    assert isinstance(model, CausalVideoVAE) and not info["missing_keys"]
+    model, info = load(folder, output_loading_info=True)
+    assert type(model) is type(load(folder)) and not info["missing_keys"]
 
 
 def test_loads_in_the_asked_precision(folder):
-    assert CausalVideoVAE.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16

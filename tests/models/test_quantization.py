@@ -36,9 +36,11 @@ def test_a_quantised_denoiser_is_close_and_its_streams_equal_one_pass(denoiser, 
 def test_a_pipeline_quantises_the_components_it_is_told_to(tmp_path):
     from ..test_pipeline import PROMPT, make_pipeline
 
-    make_pipeline().save_pretrained(tmp_path)
+    exact = make_pipeline()
+    exact.save_pretrained(tmp_path)
     config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
     pipe = VideoGenPipeline.from_pretrained(tmp_path, quantization_config=config)
     pipe.set_progress_bar_config(disable=True)
     assert quantized(pipe.transformer) and not quantized(pipe.vae)
-    assert pipe(PROMPT).frames.shape == (1, 9, 16, 16, 3)
+    frames, expected = (one(PROMPT, generator=torch.Generator().manual_seed(0)).frames for one in (pipe, exact))
+    assert frames.shape == (1, 9, 16, 16, 3) and 0 < abs(frames - expected).mean() < 0.02

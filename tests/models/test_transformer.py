@@ -538,6 +538,7 @@ def test_writable_state_under_gradient_checkpointing_is_refused(make_transformer
         ({"added_kv_proj_dim": 8}, "added_kv_proj_dim=8.*image-to-video"),
         ({"pos_embed_seq_len": 8}, "pos_embed_seq_len=8"),
         ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
+        ({"in_channels": 5}, "in_channels=5"),
         ({"attention": "axial"}, "attention='axial' is unknown: give one of joint, divided"),
     ],
 )
