@@ -106,6 +106,22 @@ def load(case, folder, **options):
     return type(case.network).from_pretrained(folder, **options).eval()
 
 
+def test_outputs_are_tuples_where_asked(case):
+    network = case.network
+    if isinstance(case, VAE):
+        posterior, *rest = network.encode(case.input, return_dict=False)
+        mean = posterior.mode()
+        assert not rest and torch.equal(mean, network.encode(case.input).latent_dist.mode())
+        (clip,) = network.decode(mean, return_dict=False)
+        assert torch.equal(clip, network.decode(mean).sample)
+        (clip,) = network(case.input, sample_posterior=False, return_dict=False)
+        assert torch.equal(clip, network(case.input, sample_posterior=False).sample)
+    else:
+        inputs = case.input, torch.tensor([300.0]), case.prompt
+        (prediction,) = network(*inputs, return_dict=False)
+        assert torch.equal(prediction, network(*inputs).sample)
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 def test_sharded_files_load_exactly(case, tmp_path, monkeypatch, parallel):
     case.network.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -316,6 +332,11 @@ def test_every_attention_backend_gives_the_native_result_and_stays_causal(make_d
     monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName(backend), counted)
     close(case._call(case.network, case.input, **inputs), exact)
     assert used
+    assert_causal(case, **inputs)
+
+
+def assert_causal(case, **inputs):
+    """Early frames do not depend on later ones."""
     changed = case.input.clone()
     changed[:, :, 2:] = 0
     before, after = (case._call(case.network, clip, **inputs) for clip in (case.input, changed))
@@ -383,18 +404,23 @@ def test_without_xformers_again_the_network_is_as_before(make_denoiser):
 def test_xformers_gives_the_native_result_with_cuda(make_denoiser, enable):
     pytest.importorskip("xformers")
     case = with_cuda(make_denoiser)
-    exact = case.whole(case.network)
+    inputs = {"groups": "causal", "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0]], device="cuda")}
+    exact = case._call(case.network, case.input, **inputs)
     getattr(case.network, enable)(*(["xformers"] if enable == "set_attention_backend" else []))
-    close(case.whole(case.network), exact, atol=3e-2)
+    close(case._call(case.network, case.input, **inputs), exact, atol=3e-2)
+    assert_causal(case, **inputs)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [*BACKENDS, "_native_cudnn", "_native_efficient"])
 def test_every_attention_backend_gives_the_native_result_with_cuda(make_denoiser, backend):
     case = with_cuda(make_denoiser)
-    exact = case.whole(case.network)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]], device="cuda")
+    inputs = {"groups": "causal"} | ({} if backend == "_native_flash" else {"encoder_attention_mask": mask})
+    exact = case._call(case.network, case.input, **inputs)
     case.network.set_attention_backend(backend)
-    close(case.whole(case.network), exact, atol=3e-2)
+    close(case._call(case.network, case.input, **inputs), exact, atol=3e-2)
+    assert_causal(case, **inputs)
 
 
 def with_cuda(make_denoiser):

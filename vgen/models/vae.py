@@ -340,18 +340,21 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         clip: Tensor,
         sample_posterior: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> VAEOutput:
+        return_dict: bool = True,
+    ) -> Any:
         """Encodes and decodes; the only call that training uses, since DDP and FSDP see no other.
 
         Args:
             clip: `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
             sample_posterior: Whether to draw the latents, or take the mode.
             generator: Source of the draw, one or one a sample.
+            return_dict: Whether to return a `VAEOutput` or a tuple of the reconstruction alone.
         """
         self._check_size(clip)
         posterior = DiagonalGaussianDistribution(self._encode(clip, None).float())  # bf16 is too coarse for the KL
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return VAEOutput(sample=self._decode(latents.to(self.dtype), None), latent_dist=posterior)
+        sample = self._decode(latents.to(self.dtype), None)
+        return VAEOutput(sample=sample, latent_dist=posterior) if return_dict else (sample,)
 
     @apply_forward_hook
     def encode(self, clip: Tensor, state: TemporalState | None = None, return_dict: bool = True) -> Any:
