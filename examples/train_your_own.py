@@ -68,7 +68,7 @@ shipped = Path(vgen.__file__).parent / "checkpoints/shapes-64"
 launch = ("accelerate.commands.launch", "--num_processes=1", "--mixed_precision=bf16")
 fine = ("--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine")
 flips = '{"flip": 0.5, "crop": 0.7}'
-run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE)
+run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE, "--hop", 2)
 run(
     *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rate", RATE, "--augment",
     flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,

@@ -339,8 +339,7 @@ class FolderClips:
         ]
         random.Random(config.seed).shuffle(self.clips)
         self.clips = self.clips[: config.num_clips]
-        names = [f"{listed.path.name} {number}" for folder in folders for listed, number, *_ in folder.clips]
-        self.digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        self.digest = hashlib.sha256("".join(folder.digest for folder in folders).encode()).hexdigest()
         """Of the videos and of how many clips each has, on which the clips' order depends."""
 
     def __len__(self) -> int:

@@ -194,7 +194,7 @@ def test_a_folder_of_videos_is_validated(tmp_path):
     done = run("data", "validate", tmp_path, *sizes)
     assert done.exit_code == 0, done.output
     assert "long.mp4: 40 frames of 48x32, legal length 37, 2 clips of 17x64x96" in done.output
-    assert "short.mp4: left out: 9 frames; the shortest clip needs 17" in done.output
+    assert "short.mp4: left out: 9 frames; the shortest clip needs 17; the nearest legal length is 9" in done.output
     assert "cut.mp4: left out: " in done.output
     assert "17x64x96: 2 clips, 2 batches of 1, 1.195 MiB of pixels each" in done.output
     assert "1 videos can be used, 2 cannot, 2 have no caption" in done.output
@@ -203,6 +203,15 @@ def test_a_folder_of_videos_is_validated(tmp_path):
         "long.mp4": 20
     }
     assert report["buckets"]["17x64x96"] == {"clips": 1, "batches": 1, "batch_mib": 1.195}
+    lengths = {Path(clip["path"]).name: clip["nearest_length"] for clip in report["clips"]}
+    assert lengths == {"long.mp4": 17, "short.mp4": 5, "cut.mp4": None}
+    for options, clips in (
+        (("--hop", 3), 8), (("--stride", 2), 1), (("--stride", 3), 0), (("--short", "pad"), 3),
+        (("--stride", 2, "--hop", 1), 8), (("--stride", 3, "--short", "pad"), 2),
+    ):  # fmt: skip
+        report = json.loads(run("data", "validate", tmp_path, *sizes, "--json", *options).stdout)
+        assert sum(one["clips"] for one in report["buckets"].values()) == clips, options
+    assert run("data", "validate", tmp_path, "--short", "loop").exit_code == 2
 
 
 def test_nothing_to_train_on_and_wrong_shapes_are_mistakes(tmp_path):

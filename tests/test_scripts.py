@@ -25,7 +25,7 @@ import pytest
 import torch
 import webdataset
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
@@ -437,6 +437,20 @@ def test_all_of_a_public_pipeline_is_fine_tuned(wan_folder, tmp_path):
     assert {"patch_embedding", "blocks", "proj_out"} <= moved
 
 
+@pytest.mark.parametrize("attention", ["joint", "divided"])
+def test_layers_for_time_alone_are_trained_where_there_are_some(runs, tmp_path, attention):
+    options = {"--train_only": "temporal", "--model": json.dumps(DENOISER | {"attention": attention})}
+    done = train_vdm(runs, tmp_path / "temporal", check=False, **options)
+    if attention == "joint":
+        assert done.returncode != 0 and "attention=divided have: train all of it, or train_only=lora" in done.stderr
+        return
+    assert done.returncode == 0
+    train_vdm(runs, tmp_path / "none", **options | {"--learning_rate": 0.0})
+    weights, before = (load_file(tmp_path / run / "checkpoint-4/model.safetensors") for run in ("temporal", "none"))
+    moved = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert moved and all("attn_time" in name for name in moved)
+
+
 def test_a_public_vae_is_trained_on(wan_folder, tmp_path):
     train_vae(tmp_path, **{"--init": wan_folder, "--image_steps": 0, "--max_steps": 3, "--sample_every": 9})
     vae = CausalVideoVAE.from_pretrained(tmp_path / "vae")
@@ -539,6 +553,33 @@ def test_a_loss_that_is_not_finite_names_the_clips(vae_run, text_run, latents_di
     stopped = train_vae(tmp_path / "vae", check=False, **{"--kl_weight": 1e39})
     assert stopped.returncode != 0 and not (tmp_path / "vae/vae").exists()
     assert "step 1 is not finite; it was that of scenes 0 to 3 of ShapesWorld(seed=0)" in stopped.stderr
+
+
+def test_a_killed_run_on_latents_ends_with_the_weights_of_an_uninterrupted_one(runs, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    train_vdm(runs, tmp_path / "whole", fresh=True)
+    script = (tmp_path / "killed.py", ROOT / "train/train_vdm.py")
+    killed = train_vdm(runs, tmp_path / "again", check=False, fresh=True, script=script)
+    assert killed.returncode != 0 and not (tmp_path / "again/pipeline").exists()
+    again = train_vdm(runs, tmp_path / "again", fresh=True)
+    assert "after 2 steps" in again.stdout and "does not go on exactly" not in again.stderr
+    assert trained_alike(tmp_path / "again", tmp_path / "whole")
+    assert logged(tmp_path / "again", "loss") == logged(tmp_path / "whole", "loss")
+    assert [step for step, _ in logged(tmp_path / "again", "loss")] == [1, 2, 3, 4]
+
+
+def test_a_video_more_is_told_to_a_run_that_goes_on(tmp_path, caplog):
+    frames = np.random.default_rng(0).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_video(frames, tmp_path / "videos" / name, frame_rate=8.0)
+    options = {"--data": tmp_path / "videos", "--frame_rate": 8.0, "--image_steps": 0, "--sample_every": 9}
+    train_vae(tmp_path / "run", **options)
+    train_vae(tmp_path / "run", **options)
+    assert "does not go on exactly" not in caplog.text
+    write_video(frames, tmp_path / "videos" / "c.mp4", frame_rate=8.0)
+    train_vae(tmp_path / "run", **options)
+    assert "does not go on exactly: data_sha256" in caplog.text
 
 
 def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_path):
@@ -997,6 +1038,17 @@ def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_the_example_goes_from_one_video_to_a_model_that_continues_it(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), dtype=np.uint8)
+    write_video(frames, tmp_path / "video.mp4", frame_rate=8.0)
+    few = ["--vae-steps=2", "--steps=2", "--caption=noise"]
+    command = [sys.executable, "examples/train_your_own.py", tmp_path / "video.mp4", tmp_path / "own", *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after: " in done.stdout and "the VAE alone: " in done.stdout and (tmp_path / "own/strip.png").is_file()
+
+
 @pytest.mark.parametrize("strategy", ["FSDP", "DEEPSPEED"])
 def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, monkeypatch, strategy):
     monkeypatch.setenv(f"ACCELERATE_USE_{strategy}", "true")
@@ -1029,6 +1081,10 @@ def test_configurations_of_accelerate_are_what_it_knows(path):
         "transformer_layer_cls_to_wrap",
     }
     if config.deepspeed_config:
+        launched = {"deepspeed_hostfile", "deepspeed_multinode_launcher", "deepspeed_config_file"}
+        renamed = {"offload_optimizer_device", "offload_param_device", "gradient_accumulation_steps", "zero_stage"}
+        fields = set(inspect.signature(DeepSpeedPlugin).parameters)
+        assert set(config.deepspeed_config) <= fields | launched | renamed
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
         assert path.stem[-1] == "2" or config.deepspeed_config["zero3_save_16bit_model"]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Sampling, stack_clips
+from vgen.data.clips import Sampling, VideoFolder, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
@@ -32,6 +33,8 @@ from vgen.training.adversarial import (
 )
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -135,7 +138,9 @@ def main(config: VAEConfig) -> None:
             torch._functorch.config.donated_buffer = False
     model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
-    run = Run(config, accelerator, model, lambda step: source.name(*batch_of(config, step)))
+    run = Run(config, accelerator, model, lambda step: source.name(*batch_of(config, step)), source.digest)
+    if run.step and source.streams:
+        logger.warning(f"{config.output_dir} does not go on exactly: a stream begins again")
 
     for step in run.steps():
         indices, frames = batch_of(config, step)
@@ -218,6 +223,8 @@ def counted(vae: CausalVideoVAE, clip: Tensor, judges: bool) -> tuple[int, int, 
 class World:
     """ShapesWorld, endless."""
 
+    digest, streams = None, False
+
     def __init__(self, config: VAEConfig, split: str, seed: int = 0):
         self.world = ShapesWorld(split=split, seed=config.seed + seed)
         self.size = {"height": config.height, "width": config.width}
@@ -259,9 +266,20 @@ class Videos:
         pixels, real = stack_clips(samples, device)
         return pixels, real.float()
 
+    @property
+    def streams(self) -> bool:
+        """Whether videos come one after another."""
+        return isinstance(self.clips[max(self.clips)], VideoStream)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the list of videos, if there is one."""
+        clips = self.clips[max(self.clips)]
+        return clips.digest if isinstance(clips, VideoFolder) else None
+
     def name(self, indices: range, num_frames: int) -> str:
         """The files that these numbers are cut from."""
-        if isinstance(self.clips[num_frames], VideoStream):
+        if self.streams:
             return "videos of a stream, which are not numbered"
         samples = [self.clips[num_frames].sample(index) for index in indices]
         return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in samples)

@@ -5,6 +5,7 @@ A CPU-sized try, after training a text encoder and a VAE and encoding clips with
     accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -199,7 +200,10 @@ def main(config: VDMConfig) -> None:
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
     check_made_with(pipe, sources, embedded)
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
-    run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step))
+    digest = hashlib.sha256("".join(source.data.digest for source in sources).encode()).hexdigest()
+    run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step), digest)
+    empty = sum(not any(captions) for source in sources for captions in source.data.captions)
+    accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
     pipe.text_encoder.train(config.train_text_encoder)
 
     for step in run.steps():
@@ -322,7 +326,10 @@ def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]
     """
     found = [weight for name, weight in denoiser.named_parameters() if any(part in name for part in denoiser.temporal)]
     if not found:
-        raise ValueError(f"train_only=temporal: this {type(denoiser).__name__} has no layers for time alone")
+        raise ValueError(
+            f"train_only=temporal: this {type(denoiser).__name__} has no layers for time alone, which a UNet3D and "
+            "attention=divided have: train all of it, or train_only=lora"
+        )
     return found
 
 

@@ -325,6 +325,9 @@ def validate(
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second to resample to.")] = None,
     compression: Annotated[int, typer.Option(help="Frames of a latent.", min=1)] = 4,
     batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=1)] = 8,
+    stride: Annotated[int, typer.Option(help="From one frame of a clip to the next.")] = 1,
+    hop: Annotated[int | None, typer.Option(help="From one clip of a video to the next.")] = None,
+    short: Annotated[str, typer.Option(help="What becomes of videos with too few frames: skip or pad.")] = "skip",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Decode a folder of videos and say which can be trained on, and why the others cannot."""
@@ -339,7 +342,7 @@ def validate(
             buckets.append(Bucket.parse(text))
             if (buckets[-1].num_frames - 1) % compression:
                 raise ValueError(f"--bucket {text}: clips have 1 + {compression} * k frames")
-        report = validate_folder(folder, buckets, frame_rate, compression, batch_size)
+        report = validate_folder(folder, buckets, frame_rate, compression, batch_size, stride, hop, short)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:

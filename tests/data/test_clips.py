@@ -69,6 +69,14 @@ def test_a_row_that_cannot_be_used_is_named(folder, line, message):
         list_videos(folder)
 
 
+def test_a_comma_that_is_not_quoted_is_named(folder):
+    (folder / "metadata.csv").write_text('file_name,text\na.mp4,"a cat, asleep"\nb.mp4,a cat, asleep\n')
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 3: more fields .* in double quotes"):
+        list_videos(folder)
+    (folder / "metadata.csv").write_text('file_name,text\na.mp4,"a cat, asleep"\n')
+    assert list_videos(folder)[0].captions == ("a cat, asleep",)
+
+
 def test_folders_without_videos_or_with_two_tables_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         list_videos(tmp_path / "nowhere")

@@ -125,12 +125,16 @@ def test_a_stream_is_shuffled_by_a_buffer_of_bounded_size():
     assert set(order) == set(listed) and order != listed
 
 
-def test_what_cannot_be_used_is_named(tmp_path, folder):
+def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
     with pytest.raises(ValueError, match="has no column of videos, only"):
         list_dataset(datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         open_clips(str(tmp_path / "nowhere"), SAMPLING, 16, 16)
     stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr("vgen.data.sources.place_among_processes", lambda: (1, 2))
+        with pytest.raises(ValueError, match="no clip to process 1 of 2, which share its videos out: it is empty"):
+            VideoStream(lambda epoch: iter(list_videos(folder)[:1]), SAMPLING, 16, 16).sample(0)
     with pytest.raises(ValueError, match="the stream gave no clip: it is empty"):
         stream.sample(0)
     long = Sampling(num_frames=50)

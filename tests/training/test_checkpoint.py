@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,19 @@ torch.set_num_threads(int(os.environ.get("THREADS", 1)))
 accelerator = start(config)
 torch.manual_seed(0)
 network = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 4))
-run = Run(config, accelerator, network, lambda step: f"the clips of step {step}")
+run = Run(config, accelerator, network, lambda step: f"the clips of step {step}", os.environ.get("DATA"))
 kill = os.environ.get("KILL", "")
+if os.environ.get("NO_NORM"):  # as DeepSpeed does
+    accelerator.clip_grad_norm_ = lambda *_: None
+if kill.startswith("write"):
+    def save_state(folder, save=accelerator.save_state):
+        if not folder.endswith(f"checkpoint-{kill[5:]}.partial"):
+            return save(folder)
+        os.mkdir(folder)
+        with open(f"{folder}/model.safetensors", "wb") as file:
+            file.write(bytes(99))
+        os.kill(os.getpid(), signal.SIGKILL)
+    accelerator.save_state = save_state
 if kill.startswith("save"):
     save = accelerator.save_state
     def save_state(folder):
@@ -44,7 +56,7 @@ for step in run.steps():
     run.update()
     run.log(loss=total)
     run.save()
-    if kill == f"term{run.step}":
+    if kill == f"term{run.step}" and accelerator.is_main_process:
         os.kill(os.getpid(), signal.SIGTERM)
     if kill == f"step{run.step}":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -52,12 +64,12 @@ run.end(lambda weights: torch.save(network.state_dict(), config.output_dir / "re
 """
 
 
-def train(folder, check=True, **environment):
+def train(folder, check=True, launcher=("-c", SCRIPT), **environment):
     options = {"max_steps": 12, "save_every": 4, "log_every": 1, "batch_size": 4, "mixed_precision": "no"}
     words = [f"--{name}={value}" for name, value in (options | {"output_dir": folder}).items()]
     names = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, env=os.environ | names, check=False
+        [sys.executable, *launcher, *words], capture_output=True, text=True, env=os.environ | names, check=False
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -86,7 +98,7 @@ def assert_same(folder, whole):
     assert [event.step for event in logged] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("moment", ["step3", "step6", "step8", "save4", "save8", "save12"])
+@pytest.mark.parametrize("moment", ["step3", "step6", "step8", "write4", "write8", "save4", "save8", "save12"])
 def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(whole, tmp_path, moment):
     killed = train(tmp_path, check=False, KILL=moment)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result.pt").exists()
@@ -102,6 +114,18 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path):
     again = train(tmp_path)
     assert "after 6 steps" in again.stdout
     assert_same(tmp_path, whole)
+
+
+def test_processes_of_which_one_is_told_to_stop_save_together_and_go_on(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    configuration = Path(__file__).parents[2] / "train/accelerate/ddp.yaml"
+    options = [f"--config_file={configuration}", "--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
+    launcher = ["-m", "accelerate.commands.launch", *options, str(tmp_path / "script.py")]
+    train(tmp_path / "whole", launcher=launcher)
+    stopped = train(tmp_path / "again", launcher=launcher, KILL="term6")
+    assert "stopped after 6 steps" in stopped.stdout and names(tmp_path / "again") == ["checkpoint-4", "checkpoint-6"]
+    assert "after 6 steps" in train(tmp_path / "again", launcher=launcher).stdout
+    assert_same(tmp_path / "again", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed", "no record"])
@@ -139,8 +163,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_batch(tmp_pat
 
 def test_a_loss_that_is_not_finite_stops_a_run_whose_steps_are_skipped(tmp_path):
     assert train(tmp_path / "finite", SKIPPED="1").returncode == 0
-    stopped = train(tmp_path, check=False, BAD="5", SKIPPED="1")
-    assert stopped.returncode != 0 and "the loss or gradient of step 6 is not finite" in stopped.stderr
+    for name in ("SKIPPED", "NO_NORM"):
+        stopped = train(tmp_path / name, check=False, BAD="5", **{name: "1"})
+        assert stopped.returncode != 0 and "the loss or gradient of step 6 is not finite" in stopped.stderr
 
 
 def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_path):
@@ -156,6 +181,6 @@ def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_
 
 def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):
     train(tmp_path, check=False, KILL="step6")
-    again = train(tmp_path, THREADS="2")
-    assert "does not go on exactly: threads 1 -> 2" in again.stderr
-    assert "does not go on exactly" not in train(tmp_path, THREADS="2").stderr
+    again = train(tmp_path, THREADS="2", DATA="a")
+    assert "does not go on exactly: threads 1 -> 2, data_sha256 None -> a" in again.stderr
+    assert "does not go on exactly" not in train(tmp_path, THREADS="2", DATA="a").stderr

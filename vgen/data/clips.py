@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import random
@@ -93,6 +94,11 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if table.suffix == ".csv":
             reader = csv.DictReader(file)
             for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{table}, line {reader.line_num}: more fields than the first line names: put text with "
+                        "commas in double quotes"
+                    )
                 yield reader.line_num, row
             return
         for number, line in enumerate(file, start=1):
@@ -377,6 +383,12 @@ class VideoFolder:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    @property
+    def digest(self) -> str:
+        """Of the videos' names and of how many clips each has, on which depends what a number stands for."""
+        names = [f"{listed.path.name} {number}" for listed, number, *_ in self.clips]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Clip | None:
         """A clip of epoch 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -119,6 +120,13 @@ class LatentSet(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def digest(self) -> str:
+        """Of all captions and rates, and of 64 clips spread over the folder."""
+        some = self.latents[torch.linspace(0, len(self) - 1, min(64, len(self))).long()]
+        told = json.dumps([self.captions, self.frame_rates.tolist(), list(self.latents.shape)]).encode()
+        return hashlib.sha256(told + some.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> EncodedClip:
         """One clip."""

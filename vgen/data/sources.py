@@ -71,7 +71,8 @@ class VideoStream:
                     yield clip
             if empty:
                 reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
-                raise ValueError(f"the stream gave no clip: {reasons or 'it is empty'}")
+                share = "" if count == 1 else f" to process {rank} of {count}, which share its videos out"
+                raise ValueError(f"the stream gave no clip{share}: {reasons or 'it is empty'}")
 
     def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
         """The clips of one of its videos."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vgen.data.clips import Bucket, Listed, choose_bucket, list_videos
+from vgen.data.clips import Bucket, Listed, Sampling, choose_bucket, list_videos
 from vgen.data.video_io import iter_video, video_info
 
 
@@ -17,6 +17,9 @@ def validate_folder(
     frame_rate: float | None = None,
     compression: int = 4,
     batch_size: int = 8,
+    stride: int = 1,
+    hop: int | None = None,
+    short: str = "skip",
 ) -> dict[str, Any]:
     """Decodes every video of a folder from start to end and says what comes of it.
 
@@ -26,18 +29,25 @@ def validate_folder(
         frame_rate: Frames per second that videos are resampled to; `None` takes their own.
         compression: Frames of a latent; legal lengths are `1 + compression * k`.
         batch_size: Clips of a step.
+        stride: As in `Sampling`, for every window of a video, like the two that follow.
+        hop: From one window to the next.
+        short: What becomes of videos with too few frames.
 
     Returns:
         Of JSON's kinds: `clips`, one entry for each listed video or part (`path`, `accepted`, `reason`, `num_frames`,
-        `height`, `width`, `nearest_length`, `bucket`, `num_clips`, `captions`); `accepted` and `refused`, their
-        numbers; `without_caption`; `buckets`, for each its clips, batches an epoch, and the memory of a batch of
-        pixels in float32, in MiB.
+        `height`, `width`, `nearest_length`, `bucket`, `num_clips`, `captions`; the nearest length is the longest legal
+        one that it has); `accepted` and `refused`, their numbers; `without_caption`; `buckets`, for each its clips,
+        batches an epoch, and the memory of a batch of pixels in float32, in MiB.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: It lists no videos.
+        ValueError: It lists no videos, or a setting is out of range.
     """
-    clips = [_entry(one, buckets, frame_rate, compression) for one in list_videos(folder)]
+    samplings = {
+        bucket: Sampling(num_frames=bucket.num_frames, kind="sliding", stride=stride, hop=hop, short=short)
+        for bucket in buckets
+    }
+    clips = [_entry(one, samplings, frame_rate, compression) for one in list_videos(folder)]
     numbers: Counter[str] = Counter()
     for clip in clips:
         if clip["accepted"]:
@@ -59,9 +69,12 @@ def validate_folder(
     }
 
 
-def _entry(listed: Listed, buckets: Sequence[Bucket], frame_rate: float | None, compression: int) -> dict[str, Any]:
+def _entry(
+    listed: Listed, samplings: dict[Bucket, Sampling], frame_rate: float | None, compression: int
+) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": str(listed.path), "start": listed.start, "end": listed.end}
     entry |= {"captions": list(listed.captions), "accepted": False, "reason": None, "num_frames": 0}
+    entry |= {"height": None, "width": None, "nearest_length": None, "bucket": None, "num_clips": 0}
     try:
         rate = frame_rate or video_info(listed.path).frame_rate
         for frame in iter_video(listed.path, start=listed.start, end=listed.end, frame_rate=rate):
@@ -71,8 +84,11 @@ def _entry(listed: Listed, buckets: Sequence[Bucket], frame_rate: float | None, 
         return entry | {"reason": str(error)}
     count = entry["num_frames"]
     entry["nearest_length"] = 1 + compression * ((count - 1) // compression)
-    bucket = choose_bucket(buckets, count, entry["height"], entry["width"])
+    usable = [bucket for bucket, sampling in samplings.items() if sampling.num_clips(count)]
+    longest = max((bucket.num_frames for bucket in usable), default=0)
+    bucket = choose_bucket(usable, longest, entry["height"], entry["width"])
     if bucket is None:
-        shortest = min(bucket.num_frames for bucket in buckets)
-        return entry | {"reason": f"{count} frames; the shortest clip needs {shortest}"}
-    return entry | {"accepted": True, "bucket": str(bucket), "num_clips": count // bucket.num_frames}
+        shortest = min(sampling.span for sampling in samplings.values())
+        told = f"{count} frames; the shortest clip needs {shortest}; the nearest legal length is "
+        return entry | {"reason": told + str(entry["nearest_length"])}
+    return entry | {"accepted": True, "bucket": str(bucket), "num_clips": samplings[bucket].num_clips(count)}

@@ -302,6 +302,7 @@ class Run:
         accelerator: What `start` made.
         model: Its trainable weights are trained; `forward` is all that is called of it.
         name_batch: Says what a step's batch was, for a step whose gradient is not finite.
+        data: Digest of what is trained on, which a continuation should agree on.
     """
 
     def __init__(
@@ -310,6 +311,7 @@ class Run:
         accelerator: Accelerator,
         model: nn.Module,
         name_batch: Callable[[int], str] = "batch {}".format,
+        data: str | None = None,
     ):
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
         optimizers, self.schedules = make_optimizers(config, model)
@@ -331,6 +333,8 @@ class Run:
             for name, value in yaml.safe_load(config_text(config)).items()
             if name not in ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run")
         }
+        if data is not None:
+            self._settings["data_sha256"] = data
         self.step = resume(accelerator, config.output_dir, self.average, self._settings)
         """Optimiser steps done."""
         # what an interrupted run logged after its last checkpoint comes again
@@ -387,13 +391,15 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if not self.accelerator.optimizer_step_was_skipped:
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if skipped or norm is None:  # in half precision, gradients overflow now and then; losses must not
+            bad = self.accelerator.reduce((~self._finite).float()) > 0
+        else:
             bad = ~torch.isfinite(self._norm)
+        if not skipped:
             for schedule in self.schedules:
                 schedule.step()
             self.average.step()
-        else:  # in half precision, gradients overflow now and then; losses must not
-            bad = self.accelerator.reduce((~self._finite).float()) > 0
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
         self._finite = torch.ones_like(self._finite)
         self.step += 1
