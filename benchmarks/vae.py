@@ -2,7 +2,8 @@
 
     python benchmarks/vae.py
 
-Median of interleaved pairs. Streamed decoding hands pieces of 8 frames on; diffusers decodes in one call.
+Median of interleaved pairs. Streamed decoding hands pieces of 8 frames on; diffusers decodes in one call, which works
+in pieces of 4 frames.
 """
 
 from functools import partial
@@ -15,13 +16,13 @@ from vgen.models.vae import CausalVideoVAE
 CONFIG = {"base_dim": 32, "z_dim": 8, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
 
 
-def build(kind: str, dtype: str, size: int, frames: int, ours: bool):
+def build(kind: str, dtype: str, size: int, frames: int, frames_per_piece: int, ours: bool):
     """The call of one case."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = CausalVideoVAE(**CONFIG).to(device, getattr(torch, dtype)).eval()
-    vae.frames_per_piece = 8
+    vae.frames_per_piece = frames_per_piece
     network = vae if ours else vae.to_diffusers().to(device, getattr(torch, dtype)).eval()
     clip = torch.rand(1, 3, frames, size, size, device=device).to(network.dtype)
     latents = torch.randn(1, 8, 1 + (frames - 1) // 4, size // 4, size // 4, device=device).to(network.dtype)
@@ -37,16 +38,22 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 65, 257], help="of streamed decoding")
+    parser.add_argument("--frames-per-piece", type=int, default=8, help="ours; the least is 4, one latent")
     args = parser.parse_args()
     cases = {}
     for dtype in args.dtypes:
         for size in args.sizes:
             for kind in ("encode", "decode"):
-                cases[f"{kind} 17 frames {size} {dtype}"] = partial(build, kind, dtype, size, 17)
+                cases[f"{kind} 17 frames {size} {dtype}"] = partial(
+                    build, kind, dtype, size, 17, args.frames_per_piece
+                )
         for frames in args.frames:
             size = args.sizes[0]
-            cases[f"stream {frames} frames {size} {dtype}"] = partial(build, "stream", dtype, size, frames)
+            cases[f"stream {frames} frames {size} {dtype}"] = partial(
+                build, "stream", dtype, size, frames, args.frames_per_piece
+            )
     passed_on = ["--dtypes", *args.dtypes, "--sizes", *map(str, args.sizes), "--frames", *map(str, args.frames)]
+    passed_on += ["--frames-per-piece", str(args.frames_per_piece)]
     compare(cases, args, passed_on)
 
 

@@ -56,6 +56,18 @@ def test_it_generates_and_is_saved_and_loaded(pipe, tmp_path):
         VideoGenPipeline(**pipe.components | {"transformer": make_pipeline().transformer})
 
 
+def test_batches_equal_singles_and_output_types_agree(pipe):
+    both = pipe([PROMPT, OTHER], generator=[seeded(0), seeded(1)], output_type="pt").frames
+    for index, prompt in enumerate((PROMPT, OTHER)):
+        array = pipe(prompt, generator=seeded(index)).frames
+        assert abs(both[index].movedim(1, -1).numpy() - array[0]).max() < 1e-4
+        assert np.array_equal(pipe(prompt, generator=seeded(index), return_dict=False)[0], array)
+        images = pipe(prompt, generator=seeded(index), output_type="pil").frames[0]
+        assert abs(np.stack([np.array(image) for image in images]) / 255 - array[0]).max() < 1 / 255
+    twice = pipe(PROMPT, num_videos_per_prompt=2, generator=[seeded(0), seeded(1)], output_type="pt").frames
+    assert (twice[0] - both[0]).abs().max() < 1e-4 and (twice[1] - both[0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("indices", [(0,), (0, 1, 2, 3, 4), (0, 8), (3, 6)])
 @pytest.mark.parametrize("groups", ["full", "causal"])
 def test_known_frames_come_back_and_the_rest_follows_from_them(pipe, video, indices, groups):

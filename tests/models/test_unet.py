@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from vgen.models.unet import UNet3D
+from vgen.models.unet import Context, UNet3D
 from vgen.temporal.attention import FrameCache, make_groups
 from vgen.temporal.state import TemporalState
 
@@ -219,3 +219,13 @@ def test_half_precision_gives_finite_numbers_close_to_full(make_unet):
     network = make_unet(window=3, keyframe_slots=1, frame_rate_embedding=True, non_local=True)
     keyframes = torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(1))
     check_half_precision(network, *inputs(), keyframes)
+
+
+def test_what_a_call_shares_follows_its_stages_to_another_device():
+    tensors = {name: torch.zeros(2) for name in ("temb", "prompt", "positions")}
+    rotary = torch.zeros(2), torch.ones(2)
+    context = Context(**tensors, prompt_mask=None, num_frames=2, past_positions=None, rotary_emb=rotary, mask=None)
+    assert context.to(torch.device("cpu")) is context
+    moved = context.to(torch.device("meta"))
+    assert all(getattr(moved, name).is_meta for name in tensors) and all(part.is_meta for part in moved.rotary_emb)
+    assert moved.written is context.written and moved.num_frames == 2 and moved.mask is None

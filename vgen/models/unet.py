@@ -256,19 +256,20 @@ class Stage(nn.Module):
             skips: On the way up, what is joined to the input of each block, that of the last block first.
 
         Returns:
-            The output, and what each part of it gave, which ends with the output.
+            The output, and on the way down what each part of it gave.
         """
         context, made = context.to(x.device), []
+        going_down = not skips
         for index in range(len(self.resnets)):
-            x = torch.cat([x, skips[-1 - index]], dim=1) if skips else x
+            x = x if going_down else torch.cat([x, skips[-1 - index]], dim=1)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(self._layer, index, x, context)
             else:
                 x = self._layer(index, x, context)
-            made.append(x)
+            made += [x] if going_down else []
         for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
             x = resample(x)
-            made.append(x)
+            made += [x] if going_down else []
         return x, made
 
     def _layer(self, index: int, x: Tensor, context: Context) -> Tensor:
