@@ -17,6 +17,8 @@ from vgen.temporal.recurrent import CellState, ConvLSTM
 class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
     """Predicts each next frame from those before it by a convolutional LSTM over patches of pixels.
 
+    The hidden states of all layers together give the frame.
+
     Args:
         patch_size: Pixels of a patch's side, which become channels.
         channels: Of each layer's states.
@@ -30,9 +32,7 @@ class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
         super().__init__()
         pixels = 3 * patch_size**2
         self.recurrent = ConvLSTM(pixels, tuple(channels), kernel_size)
-        self.to_pixels = nn.Conv2d(channels[-1], pixels, 1)
-        with torch.no_grad():
-            self.to_pixels.weight.mul_(0.1)  # begins near repeating the last frame
+        self.to_pixels = nn.Conv2d(sum(channels), pixels, 1)
 
     def forward(self, clip: Tensor, num_frames: int = 0) -> Tensor:
         """The frame behind each given one, then further ones from its own: `(b, 3, f + num_frames, h, w)`.
@@ -68,5 +68,5 @@ class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
     def _step(self, patches: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
         """What follows each of some frames of patches, and the states after them."""
         hidden, states = self.recurrent(patches, states)
-        change = self.to_pixels(rearrange(hidden, "b c f h w -> (b f) c h w"))
-        return patches + rearrange(change, "(b f) c h w -> b c f h w", b=len(patches)), states
+        made = self.to_pixels(rearrange(hidden, "b c f h w -> (b f) c h w"))
+        return rearrange(made, "(b f) c h w -> b c f h w", b=len(patches)), states

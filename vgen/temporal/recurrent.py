@@ -57,7 +57,7 @@ class ConvLSTM(nn.Module):
         )
 
     def forward(self, clip: Tensor, states: list[CellState | None] | None = None) -> tuple[Tensor, list[CellState]]:
-        """The last layer's hidden states `(b, c, f, h, w)` of a clip, and each layer's states after it.
+        """All layers' hidden states, `(b, sum(channels), f, h, w)`, of a clip, and each layer's states after it.
 
         Args:
             clip: `(b, c, f, h, w)`, or the next piece of a stream.
@@ -69,5 +69,5 @@ class ConvLSTM(nn.Module):
             for index, cell in enumerate(self.cells):
                 current[index] = cell(frame, current[index])
                 frame = current[index][0]  # type: ignore[index]
-            shown.append(frame)
+            shown.append(torch.cat([state[0] for state in current if state is not None], dim=1))
         return torch.stack(shown, dim=2), current  # type: ignore[return-value]
