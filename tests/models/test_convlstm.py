@@ -38,10 +38,10 @@ def test_it_saves_and_loads_and_learns(network, tmp_path):
     clip = draw()
     assert torch.equal(ConvLSTMPredictor.from_pretrained(tmp_path)(clip), network(clip))
     still = clip[:, :, :1].expand(-1, -1, 6, -1, -1)
-    fresh = ConvLSTMPredictor(patch_size=2, channels=(8,))
+    fresh = ConvLSTMPredictor(patch_size=2, channels=(16,))
     optimizer = torch.optim.Adam(fresh.parameters(), 1e-2)
     errors = []
-    for _ in range(30):
+    for _ in range(150):
         errors.append((fresh(still[:, :, :2], 3) - still[:, :, 1:]).square().mean())
         optimizer.zero_grad()
         errors[-1].backward()
