@@ -381,7 +381,9 @@ def open_source(
             short=config.short,
         )  # fmt: skip
         if bucket is not None:
-            listed = sorted_videos(config.data, tuple(map(Bucket.parse, config.buckets)), rate, config.short)[bucket]
+            buckets = map(Bucket.parse, config.buckets)
+            each = tuple((one, replace(sampling, num_frames=one.num_frames)) for one in buckets)
+            listed = sorted_videos(config.data, each)[bucket]
             if listed:
                 sources.append(VideoFolder(listed, sampling, *size, config.seed, augmentation))
             continue
@@ -395,9 +397,9 @@ def open_source(
 
 
 @lru_cache
-def sorted_videos(data: str, buckets: tuple[Bucket, ...], rate: float, short: str) -> dict[Bucket, list[Listed]]:
+def sorted_videos(data: str, samplings: tuple[tuple[Bucket, Sampling], ...]) -> dict[Bucket, list[Listed]]:
     """The videos of a folder in their buckets; each file is looked at once, not once for each bucket."""
-    return sort_into_buckets(list_videos(Path(data)), buckets, rate, short)
+    return sort_into_buckets(list_videos(Path(data)), dict(samplings))
 
 
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:

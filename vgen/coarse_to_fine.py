@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vgen.interpolation import Interpolator
 from vgen.known_frames import to_frames
-from vgen.models.prompts import untold_as
+from vgen.models.prompts import is_single, untold_as
 from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, start_rollout, whole_folder
 from vgen.temporal.state import TemporalState
 
@@ -150,7 +150,7 @@ def coarse_to_fine(
         clip = pipe.given_clip(list(video) if isinstance(video, Iterator) else video, prompt)
         last_given = clip[:, :, -1:].to(pipe._execution_device)
         given = [one.movedim(1, 0) / 2 + 0.5 for one in clip[:, :, (clip.shape[2] - 1) % stride :: stride]]
-        given = given[0] if prompt is None or isinstance(prompt, (str, Mapping)) else given
+        given = given[0] if is_single(prompt) else given
     if num_frames is not None and num_frames > 0:
         count = -(-num_frames // stride) if video is not None else 1 + -(-(num_frames - 1) // stride)
     changes = isinstance(prompt, Mapping) and all(isinstance(frame, int) for frame in prompt)

@@ -44,7 +44,7 @@ from vgen.metrics.suites import (
 from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference, statistics
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.loading import weights_digest
-from vgen.pipeline import VideoGenPipeline
+from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.processes import this_process
 
 TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
@@ -54,6 +54,9 @@ PAIRED = ("reconstruction", "prediction", "interpolation")
 """Tasks whose videos have a true one to be compared with."""
 STRIP = 9
 """Frames of a picture."""
+CONVLSTM = "vgen/shapes-64-convlstm"
+CONVLSTM_CLIPS = {"suite": "shapes", "height": 64, "width": 64, "frame_rate": 8.0}
+"""The packaged ConvLSTM, and the clips that it was trained on."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +73,8 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     rollout_frames: int = 128
     """Of a long video."""
     convlstm: str | None = None
-    """Folder or Hub id of a ConvLSTM that predicts beside the model (`train/train_convlstm.py`)."""
+    """Packaged checkpoint, folder or Hub id of a ConvLSTM that predicts beside the model (`train/train_convlstm.py`);
+    by default the packaged one for clips like those it was trained on."""
     lpips: bool = False
     """Whether LPIPS is measured, by the package of that name."""
     features: str | None = None
@@ -166,7 +170,7 @@ class Measurement:
                 self.tasks.remove("generation")
         self._check()
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
-        self.convlstm = open_convlstm(config, pipe.device)
+        self.convlstm = open_convlstm(config, pipe.device) if "prediction" in self.tasks else None
         self.features = open_features(config, pipe.device)
         if self.features is not None:
             count = feature_frames(config, self.features, self.tasks)
@@ -396,7 +400,9 @@ def check_evaluation(config: EvaluationConfig) -> None:
 def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> EvaluationConfig:
     """The settings with the checkpoint's defaults where they are 0."""
     names = ("num_frames", "height", "width", "frame_rate")
-    return replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
+    config = replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
+    known = config.convlstm is None and all(getattr(config, name) == one for name, one in CONVLSTM_CLIPS.items())
+    return replace(config, convlstm=CONVLSTM) if known else config
 
 
 def gather_results(
@@ -440,7 +446,7 @@ def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPre
     """The recurrent network that predicts beside the model, if there is one."""
     if config.convlstm is None:
         return None
-    return ConvLSTMPredictor.from_pretrained(config.convlstm).eval().to(device)
+    return ConvLSTMPredictor.from_pretrained(find_packaged(config.convlstm) or config.convlstm).eval().to(device)
 
 
 def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetwork | ScriptedFeatures | None:

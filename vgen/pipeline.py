@@ -30,7 +30,7 @@ from vgen.models.convert import from_wan_index
 from vgen.models.image_vae import FrameByFrame, as_codec
 from vgen.models.loading import refuse_pickles
 from vgen.models.lora import LoraLoaderMixin
-from vgen.models.prompts import embed, is_told, known_words, tokenize, unknown_words, untold_as
+from vgen.models.prompts import embed, is_single, is_told, known_words, tokenize, unknown_words, untold_as
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -940,7 +940,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: They are not as many as the prompts, or not of one length and size.
         """
-        single = prompt is None or isinstance(prompt, (str, Mapping))
+        single = is_single(prompt)
         count = 1 if single else len(prompt)
         videos = [video] if single and not is_batch(video) else list(video)
         if len(videos) != count:
@@ -1066,8 +1066,8 @@ def find_checkpoint(name: str | Path) -> Path | str:
         ValueError: The name can be neither, or its folder holds no pipeline.
     """
     text = str(name)
-    packaged = CHECKPOINTS / text.removeprefix(PREFIX)
-    if text.startswith(PREFIX) and packaged.is_dir():
+    packaged = find_packaged(text)
+    if packaged is not None and (packaged / "model_index.json").is_file():
         return packaged
     folder = Path(text).expanduser()
     if folder.is_dir():
@@ -1077,6 +1077,12 @@ def find_checkpoint(name: str | Path) -> Path | str:
     if text.count("/") != 1 or text.startswith((PREFIX, ".", "/", "~")):
         raise ValueError(_not_found(text))
     return text
+
+
+def find_packaged(name: str) -> Path | None:
+    """The folder of what ships with the package under a name that begins with `vgen/`."""
+    folder = CHECKPOINTS / name.removeprefix(PREFIX)
+    return folder if name.startswith(PREFIX) and folder.is_dir() else None
 
 
 def packaged_checkpoints() -> list[str]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames, to_pixels
-from vgen.models.prompts import is_told, untold_as
+from vgen.models.prompts import is_single, is_told, untold_as
 from vgen.temporal.state import TemporalState
 from vgen.training.objective import flow_sample
 
@@ -87,7 +87,7 @@ class Rollout:
         self.pipe = pipe
         schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
         self.schedule = {frame: untold_as(one, "") for frame, one in schedule.items()}
-        self.single = isinstance(prompt, (str, Mapping)) or prompt is None
+        self.single = is_single(prompt)
         self.negative_prompt = negative_prompt
         self.num_frames = num_frames
         self.size = (height, width)
@@ -360,11 +360,10 @@ def start_rollout(
     schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
     if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
         raise ValueError(f"a schedule of prompts begins at frame 0, not with frames {sorted(schedule)}")
-    count = 1 if prompt is None or isinstance(prompt, (str, Mapping)) else len(prompt)
+    count = 1 if prompt is None or is_single(prompt) else len(prompt)
     clips: Iterator[Tensor] = iter(())
     if video is not None:
-        single = prompt is None or isinstance(prompt, (str, Mapping))
-        streamed = single and isinstance(video, Iterator)
+        streamed = is_single(prompt) and isinstance(video, Iterator)
         clips = _one_by_one(video) if streamed else iter([pipe.given_clip(video, prompt)])
         clip = next(clips)
         clips = itertools.chain([clip], clips)

@@ -137,10 +137,18 @@ def test_unknown_samplings_are_refused(options):
 
 def test_the_nearest_shape_and_the_longest_that_is_filled():
     buckets = [Bucket(17, 64, 64), Bucket(33, 64, 64), Bucket(17, 48, 80), Bucket(17, 96, 96)]
-    assert choose_bucket(buckets, 40, 100, 100) == Bucket(33, 64, 64)
-    assert choose_bucket(buckets, 20, 100, 100) == Bucket(17, 96, 96)
-    assert choose_bucket(buckets, 40, 720, 1280) == Bucket(17, 48, 80)
-    assert choose_bucket(buckets, 16, 100, 100) is None
+    samplings = sampled(buckets)
+    assert choose_bucket(samplings, 40, 100, 100) == Bucket(33, 64, 64)
+    assert choose_bucket(samplings, 20, 100, 100) == Bucket(17, 96, 96)
+    assert choose_bucket(samplings, 40, 720, 1280) == Bucket(17, 48, 80)
+    assert choose_bucket(samplings, 16, 100, 100) is None
+    assert choose_bucket(sampled(buckets, short="pad"), 16, 100, 100) == Bucket(17, 96, 96)
+    assert choose_bucket(sampled(buckets, stride=2), 40, 100, 100) == Bucket(17, 96, 96)  # 33 need 65
+    assert choose_bucket(sampled(buckets, stride=2), 32, 100, 100) is None
+
+
+def sampled(buckets, **options):
+    return {bucket: Sampling(num_frames=bucket.num_frames, frame_rate=8.0, **options) for bucket in buckets}
 
 
 def test_clips_are_the_frames_that_were_asked_for(folder):
@@ -189,10 +197,10 @@ def test_videos_of_no_bucket_are_told_or_padded(tmp_path, caplog):
         write_video(np.zeros((length, 16, 16, 3), dtype=np.uint8), tmp_path / f"{name}.mp4", frame_rate=8.0)
     (tmp_path / "broken.mp4").write_bytes(b"")
     listed, bucket = list_videos(tmp_path), Bucket(5, 16, 16)
-    assert [one.path.stem for one in sort_into_buckets(listed, [bucket], 8.0)[bucket]] == ["long"]
+    assert [one.path.stem for one in sort_into_buckets(listed, sampled([bucket]))[bucket]] == ["long"]
     told = [message for message in caplog.messages if "left out" in message]
-    assert len(told) == 2 and "broken.mp4" in told[0] and "short.mp4: 3 frames; the shortest bucket has 5" in told[1]
-    padded = sort_into_buckets(listed, [bucket], 8.0, "pad")[bucket]
+    assert len(told) == 2 and "broken.mp4" in told[0] and "short.mp4: 3 frames; the shortest bucket needs 5" in told[1]
+    padded = sort_into_buckets(listed, sampled([bucket], short="pad"))[bucket]
     assert [one.path.stem for one in padded] == ["long", "short"]
 
 

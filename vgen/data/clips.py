@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -263,47 +263,49 @@ class Bucket(NamedTuple):
         return cls(*map(int, sides))
 
 
-def choose_bucket(buckets: Sequence[Bucket], num_frames: int, height: int, width: int) -> Bucket | None:
-    """The bucket of the nearest shape of frame, and of those the longest that a video fills; `None` if all are longer.
+def choose_bucket(samplings: Mapping[Bucket, Sampling], num_frames: int, height: int, width: int) -> Bucket | None:
+    """The bucket of the nearest shape of frame, and of those the one that takes the longest stretch of a video.
 
     Args:
-        buckets: What there is.
+        samplings: What there is, and how its clips are taken.
         num_frames: Of the video.
         height: Of its frames, in pixels; like `width` it counts as a ratio.
         width: Of its frames.
+
+    Returns:
+        `None` if all need more frames; where such a video may be padded, one that needs the fewest.
     """
-    fitting = [bucket for bucket in buckets if bucket.num_frames <= num_frames]
+    needed = {bucket: sampling.span for bucket, sampling in samplings.items()}
+    pads = any(sampling.short == "pad" for sampling in samplings.values())
+    available = max(num_frames, min(needed.values())) if pads else num_frames
+    fitting = [bucket for bucket, span in needed.items() if span <= available]
 
     def distance(bucket: Bucket) -> tuple[float, int, int]:
         ratio = (bucket.height / bucket.width) / (height / width)
-        return max(ratio, 1 / ratio), -bucket.num_frames, -bucket.height * bucket.width
+        return max(ratio, 1 / ratio), -needed[bucket], -bucket.height * bucket.width
 
     return min(fitting, key=distance, default=None)
 
 
-def sort_into_buckets(
-    listed: Iterable[Listed], buckets: Sequence[Bucket], frame_rate: float | None, short: str = "skip"
-) -> dict[Bucket, list[Listed]]:
+def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampling]) -> dict[Bucket, list[Listed]]:
     """The videos for which `choose_bucket` chooses each one; those that cannot be used are nobody's, and are told.
 
     Args:
         listed: As `list_videos` gives them.
-        buckets: What there is.
-        frame_rate: Frames per second that videos are resampled to; `None` takes their own.
-        short: `pad` takes videos that are shorter than all buckets for the shortest ones.
+        samplings: As there, all at one frame rate.
     """
-    found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in buckets}
-    shortest = min(bucket.num_frames for bucket in buckets)
+    found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in samplings}
+    rate = next(iter(samplings.values())).frame_rate
+    shortest = min(sampling.span for sampling in samplings.values())
     for one in listed:
         try:
-            info, available = video_info(one.path), count_frames(one, frame_rate)[0]
+            info, available = video_info(one.path), count_frames(one, rate)[0]
         except (ValueError, OSError) as error:
             tell_left_out(one, str(error))
             continue
-        length = max(available, shortest) if short == "pad" else available
-        bucket = choose_bucket(buckets, length, info.height, info.width)
+        bucket = choose_bucket(samplings, available, info.height, info.width)
         if bucket is None:
-            tell_left_out(one, f"{available} frames; the shortest bucket has {shortest}")
+            tell_left_out(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
             found[bucket].append(one)
     return found

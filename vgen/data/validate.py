@@ -84,9 +84,7 @@ def _entry(
         return entry | {"reason": str(error)}
     count = entry["num_frames"]
     entry["nearest_length"] = 1 + compression * ((count - 1) // compression)
-    usable = [bucket for bucket, sampling in samplings.items() if sampling.num_clips(count)]
-    longest = max((bucket.num_frames for bucket in usable), default=0)
-    bucket = choose_bucket(usable, longest, entry["height"], entry["width"])
+    bucket = choose_bucket(samplings, count, entry["height"], entry["width"])
     if bucket is None:
         shortest = min(sampling.span for sampling in samplings.values())
         told = f"{count} frames; the shortest clip needs {shortest}; the nearest legal length is "

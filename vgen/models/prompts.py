@@ -41,6 +41,11 @@ def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     return embeddings * mask[..., None].to(embeddings)
 
 
+def is_single(prompt: Any) -> bool:
+    """Whether a prompt is for one video: a text, a schedule of texts, or none, but no list."""
+    return prompt is None or isinstance(prompt, (str, Mapping))
+
+
 def is_told(prompt: Any) -> bool:
     """Whether a prompt says something: one of a list or of a schedule is enough."""
     if isinstance(prompt, Mapping):
