@@ -35,7 +35,7 @@ from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.temporal.flow import Motion, measure_motion
-from vgen.training.mixture import KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
+from vgen.training.mixture import KEYFRAMES, KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.objective import (
     Objective,
@@ -93,6 +93,10 @@ class VDMConfig(RunConfig, TemporalLossConfig):
     """Token frames of a sample, drawn for each step; empty takes whole clips."""
     known: dict[str, float] = field(default_factory=lambda: {"none": 1.0})
     """How often a sample has no known frames, leading ones, keyframes, or both."""
+    num_leading: list[int] = field(default_factory=list)
+    """Token frames that are known where leading ones are, drawn for each sample; empty takes any number."""
+    keyframes: dict[str, float] = field(default_factory=lambda: {"every": 1.0, "last": 1.0, "any": 1.0, "next": 1.0})
+    """How often keyframes are every n-th frame, the last one, any, or those next to the known beginning."""
     corrupted: float = 0.5
     """How often leading frames are not clean, but each noised at a level of its own."""
     corrupted_level: float = 1 / 3
@@ -139,10 +143,18 @@ class VDMConfig(RunConfig, TemporalLossConfig):
         super().check()
         if not self.init and not (self.vae and self.text_encoder):
             raise ValueError("a new pipeline needs vae and text_encoder; or give init, a pipeline that has them")
-        for name, legal in (("groups", GROUP_MODES), ("windows", WINDOWS), ("known", KNOWN), ("levels", KINDS)):
+        for name, legal in (
+            ("groups", GROUP_MODES),
+            ("windows", WINDOWS),
+            ("known", KNOWN),
+            ("keyframes", KEYFRAMES),
+            ("levels", KINDS),
+        ):
             given = getattr(self, name)
             if not given or set(given) - set(legal) or min(given.values()) < 0:
                 raise ValueError(f"{name}={given} must weigh some of {', '.join(legal)}")
+        if min(self.num_leading, default=1) < 1:
+            raise ValueError(f"num_leading={self.num_leading} must be at least 1")
         if min(self.more_latents.values(), default=0) < 0 or sum(self.more_latents.values()) > 1:
             raise ValueError(f"more_latents={self.more_latents} must be shares that sum to at most 1")
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
@@ -537,7 +549,7 @@ def draw_row(
     places = torch.tensor([frame * p_t + i for frame in window for i in range(p_t)])  # latents
     latents = clip.latents[:, places].float()
     known = choose(config.known, rng)
-    num_leading = draw_num_leading(known, length, least_known(window_kind, network.sink), rng)
+    num_leading = draw_num_leading(known, length, least_known(window_kind, network.sink), config.num_leading, rng)
     groups = torch.tensor(make_groups(mode, length, num_leading, network.chunk_size))
     real = clip.real[places].unflatten(0, (-1, p_t)).all(1)
     groups = torch.where(real, groups, groups.max() + 1)  # what was padded is seen by none but itself
@@ -569,7 +581,8 @@ def draw_row(
     images: dict[tuple[int, int], Tensor] = {}
     if known in ("keyframes", "both"):
         s, begin = network.keyframe_slots, max(num_leading * p_t, 1)
-        for frame in draw_keyframes(range(s * (begin - 1) + 1, s * (len(places) - 1) + 1), rng):
+        unknown = range(s * (begin - 1) + 1, s * (len(places) - 1) + 1)
+        for frame in draw_keyframes(choose(config.keyframes, rng), unknown, s, rng):
             latent, slot = 1 + (frame - 1) // s, (frame - 1) % s
             images[latent, slot] = clip.frames[s * (int(places[latent]) - 1) + slot][None].float()
     row["keyframes"] = fill_slots(images, len(places), network.keyframe_slots, latents[None, :, 0])[0]

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from vgen.training.mixture import KNOWN, draw_keyframes, draw_num_leading, draw_window, least_known
+from vgen.training.mixture import KEYFRAMES, KNOWN, draw_keyframes, draw_num_leading, draw_window, least_known
 
 
 def draws(draw, *args, count=300):
@@ -33,27 +33,40 @@ def test_a_window_that_does_not_fit_is_refused(kind, length, total, sink):
 def test_something_is_always_left_to_generate():
     for known in KNOWN:
         for least in (0, 2):
-            numbers = set(draws(draw_num_leading, known, 5, least))
+            numbers = set(draws(draw_num_leading, known, 5, least, []))
             first = max(least, int(known in ("leading", "both")))
             assert numbers == (set(range(first, 5)) if first else {0})
+
+
+def test_leading_frames_are_as_many_as_was_asked_for():
+    assert set(draws(draw_num_leading, "both", 5, 0, [2, 3])) == {2, 3}
+    assert set(draws(draw_num_leading, "leading", 5, 3, [2, 3])) == {3}
+    assert set(draws(draw_num_leading, "keyframes", 5, 0, [2, 3])) == {0}
+    assert set(draws(draw_num_leading, "none", 5, 1, [3])) == {1, 2, 3, 4}  # a window that is not the clip's start
+    with pytest.raises(ValueError, match="num_leading=.5.: a window of 5 token frames allows 1 to 4"):
+        draw_num_leading("leading", 5, 0, [5], random.Random(0))
 
 
 def test_only_the_start_of_a_clip_is_made_from_nothing():
     assert [least_known(kind, 2) for kind in ("start", "anywhere", "sink")] == [0, 1, 3]
 
 
-def test_keyframes_are_spaced_last_or_scattered():
+def test_keyframes_are_spaced_last_scattered_or_next():
     frames = range(5, 17)
-    chosen = draws(draw_keyframes, frames)
+    every, last, scattered, behind = (draws(draw_keyframes, kind, frames, 4) for kind in KEYFRAMES)
+    chosen = every + last + scattered + behind
     assert all(one and set(one) <= set(frames) and one == sorted(one) for one in chosen)
-    assert [16] in chosen
-    assert [8, 12, 16] in chosen and [6, 8, 10, 12, 14, 16] in chosen and [11] in chosen and [12] in chosen
-    assert len({tuple(one) for one in chosen}) > 50
-    assert all(one == [3] for one in draws(draw_keyframes, range(3, 4)))
+    assert last == [[16]] * len(last)
+    assert [8, 12, 16] in every and [6, 8, 10, 12, 14, 16] in every and [11] in every and [12] in every
+    assert len({tuple(one) for one in scattered}) > 50
+    assert {tuple(one) for one in behind} == {(5,), (5, 6), (5, 6, 7)}  # 4 would be a latent
+    assert all(one == [3] for kind in KEYFRAMES for one in draws(draw_keyframes, kind, range(3, 4), 4))
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="start, sink, anywhere"):
         draw_window("middle", 1, 1, 0, random.Random(0))
     with pytest.raises(ValueError, match="none, leading, keyframes"):
-        draw_num_leading("all", 2, 0, random.Random(0))
+        draw_num_leading("all", 2, 0, [], random.Random(0))
+    with pytest.raises(ValueError, match="every, last, any, next"):
+        draw_keyframes("first", range(3), 4, random.Random(0))

@@ -6,10 +6,11 @@ All draws come from a `random.Random` of the sample, and token frames count with
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 WINDOWS = ("start", "sink", "anywhere")
 KNOWN = ("none", "leading", "keyframes", "both")
+KEYFRAMES = ("every", "last", "any", "next")
 FACTORS = (2, 3, 4, 7, 8, 16)
 
 
@@ -50,33 +51,51 @@ def least_known(kind: str, sink: int) -> int:
     return {"start": 0, "anywhere": 1, "sink": sink + 1}[kind]
 
 
-def draw_num_leading(known: str, length: int, least: int, rng: random.Random) -> int:
+def draw_num_leading(known: str, length: int, least: int, legal: Collection[int], rng: random.Random) -> int:
     """How many token frames at the start of a window are known: at least `least`, and at least 1 where asked.
 
     Args:
         known: `none`, `leading`, `keyframes`, or `both` of the last.
         length: Token frames of the window.
         least: See `least_known`.
+        legal: Numbers to draw from where leading frames are asked for, as far as the window allows them; empty takes
+            any.
+        rng: Of this sample.
+
+    Raises:
+        ValueError: The kind is unknown, or no number is left.
+    """
+    if known not in KNOWN:
+        raise ValueError(f"known={known!r} is unknown: give one of {', '.join(KNOWN)}")
+    asked = known in ("leading", "both")
+    least = max(least, int(asked))
+    if not least:
+        return 0
+    numbers = [number for number in range(least, length) if not (asked and legal) or number in legal]
+    if not numbers:
+        raise ValueError(
+            f"num_leading={list(legal)}: a window of {length} token frames allows {least} to {length - 1}"
+        )
+    return rng.choice(numbers)
+
+
+def draw_keyframes(kind: str, frames: Sequence[int], compression: int, rng: random.Random) -> list[int]:
+    """Which of the pixel frames that could be keyframes are known.
+
+    Args:
+        kind: `every` n-th, the `last`, `any`, or those `next` to the known beginning that fill no latent.
+        frames: Consecutive pixel frames, counted from the frame before the first known gap: in slow motion by 4,
+            frames 4, 8, 12, ... are known.
+        compression: Pixel frames a latent.
         rng: Of this sample.
 
     Raises:
         ValueError: The kind is unknown.
     """
-    if known not in KNOWN:
-        raise ValueError(f"known={known!r} is unknown: give one of {', '.join(KNOWN)}")
-    least = max(least, int(known in ("leading", "both")))
-    return rng.randint(least, length - 1) if least else 0
-
-
-def draw_keyframes(frames: Sequence[int], rng: random.Random) -> list[int]:
-    """Which of the pixel frames that could be keyframes are known: every n-th, the last, or any.
-
-    Args:
-        frames: Consecutive pixel frames, counted from the frame before the first known gap: in slow motion by 4,
-            frames 4, 8, 12, ... are known.
-        rng: Of this sample.
-    """
-    kind = rng.choice(("every", "last", "any"))
+    if kind not in KEYFRAMES:
+        raise ValueError(f"keyframes={kind!r} are unknown: give one of {', '.join(KEYFRAMES)}")
+    if kind == "next":
+        return list(frames[: rng.randint(1, max(1, compression - 1))])
     if kind == "every":
         factor = rng.choice([factor for factor in FACTORS if factor <= len(frames)] or [1])
         return list(frames[factor - 1 :: factor])
