@@ -57,7 +57,7 @@ def main() -> None:
         settings = {
             "model": folder / name / "pipeline", "output_dir": folder / name / "evaluation", "suite": "moving-mnist",
             "data": f"{args.digits}:8000:10000", "tasks": '["prediction"]', "num_frames": 20, "given": 10,
-            "num_clips": args.num_clips, "num_samples": args.num_samples,
+            "num_clips": args.num_clips, "num_samples": args.num_samples, "dtype": "bfloat16",
             "convlstm": folder / "convlstm" / "convlstm",
         }  # fmt: skip
         launch("pipelines/evaluate.py", settings)
