@@ -60,7 +60,8 @@ def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
             "the VAE, of true clips", "true clips",
         ],
         "interpolation": [
-            "the model", "linear blend", "optical flow (DIS)", "the VAE, of true clips", "true clips",
+            "the model", "copy of the last keyframe", "linear blend", "optical flow (DIS)", "the VAE, of true clips",
+            "true clips",
         ],
         "generation": ["the model", "true clips", "the VAE, of true clips"],
     }  # fmt: skip

@@ -35,6 +35,7 @@ from vgen.metrics.suites import (
     copy_last,
     curves,
     flow_interpolation,
+    hold_keyframes,
     keyframes_of,
     linear_blend,
     open_suite,
@@ -296,6 +297,7 @@ class Measurement:
         counted = [index for index in range(keyframes[-1]) if index not in keyframes]
         ways = {
             OURS: self._interpolate(samples),
+            "copy of the last keyframe": hold_keyframes(samples.clips, keyframes),
             "linear blend": linear_blend(samples.clips, keyframes),
             "optical flow (DIS)": flow_interpolation(samples.clips, keyframes),
         }

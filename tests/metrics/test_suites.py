@@ -15,6 +15,7 @@ from vgen.metrics.suites import (
     copy_last,
     curves,
     flow_interpolation,
+    hold_keyframes,
     linear_blend,
     open_suite,
     quantize,
@@ -44,6 +45,8 @@ def test_simple_ways_keep_what_is_given_and_are_their_formulas(clips):
     assert torch.equal(copied[:, :, :3], clips[:, :, :3])
     assert all(torch.equal(copied[:, :, index], clips[:, :, 2]) for index in range(3, 9))
     assert torch.equal(blended[:, :, ::4], quantize(clips[:, :, ::4]))
+    held = hold_keyframes(clips, [0, 4, 8])
+    assert all(torch.equal(held[:, :, index], quantize(clips[:, :, index // 4 * 4])) for index in range(9))
     torch.testing.assert_close(blended[:, :, 1], 0.75 * clips[:, :, 0] + 0.25 * clips[:, :, 4], atol=1 / 127, rtol=0)
     assert linear_blend(clips, [0, 3, 6]).shape[2] == 7  # nothing is known behind the last keyframe
 

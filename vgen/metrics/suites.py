@@ -227,6 +227,11 @@ def copy_last(clip: Tensor, given: int) -> Tensor:
     return torch.cat([clip[:, :, :given], clip[:, :, given - 1 : given].expand(-1, -1, rest, -1, -1)], dim=2)
 
 
+def hold_keyframes(clip: Tensor, keyframes: Sequence[int]) -> Tensor:
+    """An interpolation in which each keyframe stands until the next."""
+    return _between(clip, keyframes, lambda a, _: lambda _: a)
+
+
 def linear_blend(clip: Tensor, keyframes: Sequence[int]) -> Tensor:
     """An interpolation in which each keyframe fades into the next."""
     return _between(clip, keyframes, lambda a, b: lambda t: (1 - t) * a + t * b)
