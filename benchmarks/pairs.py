@@ -83,11 +83,11 @@ def compare(
         print(peak_mebibytes() - loaded)
         return
     rows = {}
-    print(f"{'case':<40}{'ours':>10}{'diffusers':>12}{'time ratio':>12}{'memory ratio':>14}")
+    print(f"{'case':<40}{'ours':>10}{'theirs':>12}{'time ratio':>12}{'memory ratio':>14}")
     for name, build in cases.items():
         mine, other, ratio = time_ratio(build(True), build(False), args.num_pairs)
         memory = [memory_of([*passed_on, "--one", name, whose]) for whose in ("ours", "theirs")]
-        rows[name] = {"ours": mine, "diffusers": other, "time": ratio, "memory": memory[0] / memory[1]}
+        rows[name] = {"ours": mine, "theirs": other, "time": ratio, "memory": memory[0] / memory[1]}
         cells = f"{mine:>8.3f} s{other:>10.3f} s{ratio:>12.3f}{memory[0] / memory[1]:>14.3f}"
         print(f"{name:<40}{cells}", flush=True)
     if args.output:

@@ -62,3 +62,8 @@ def test_where_nothing_happens_nothing_stands_out():
 def test_impossible_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         find_anomalies(Repeats(), film(), **options)
+
+
+def test_values_other_than_bytes_are_refused():
+    with pytest.raises(ValueError, match="float64 values: give uint8"):
+        find_anomalies(Repeats(), film() / 255)

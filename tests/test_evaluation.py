@@ -1,6 +1,10 @@
 """Evaluation of a tiny checkpoint, by the command and by the script."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
 from vgen.data.clips import VideoFolder
 from vgen.data.video_io import write_video
-from vgen.evaluation import EvaluationConfig, evaluate
+from vgen.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
 
@@ -97,6 +101,10 @@ def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
     found = results["tasks"]["rollout"]["the model"]
     assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(found)
     assert all(np.isfinite(values).all() for values in found.values())
+    shapes = {"suite": "shapes", "data": None, "output_dir": tmp_path / "shapes"}
+    results = evaluate(EvaluationConfig(**options | shapes))
+    assert list(results["tasks"]["rollout"]) == ["the model", "true clips"]  # of which there is no end
+    assert results["tasks"]["rollout"]["true clips"].keys() == found.keys()
 
 
 def test_distances_between_distributions_carry_their_protocol(model, videos, tmp_path):
@@ -117,13 +125,46 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     found = results["distances"]["prediction"]
     assert set(found) == set(results["tasks"]["prediction"]) - {"true clips"}
     one = found["copy of the last frame"]["FVD"]
-    assert np.isfinite(one["value"]) and one["low"] <= one["high"]
+    assert np.isfinite(one["value"]) and one["low"] < one["value"] < one["high"]
     assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
     with pytest.raises(ValueError, match="takes 4 frames, and 3 are not given: make num_frames at least 10"):
         evaluate(EvaluationConfig(**options | {"given": 6, "output_dir": tmp_path / "other"}))
     path = tmp_path / "out" / "results.json"
     done = run("compare", path, path)
     assert done.exit_code == 0 and "FVD" in done.output and "differs" not in done.output
+    done = run(
+        "evaluate", model, "-o", tmp_path / "again", "--suite", "folder", "--data", videos, "--steps", 1,
+        "--task", "prediction", "--features", tmp_path / "features",
+    )  # fmt: skip
+    assert f"copy of the last frame: FVD {one['value']:.3f} [{one['low']:.3f}" in done.output
+    assert "known_frames_counted False, resize bilinear" in done.output
+
+
+def test_distances_of_a_task_do_not_depend_on_the_others():
+    config = EvaluationConfig(output_dir=Path(), num_frames=9, given=5)
+    network = SimpleNamespace(num_frames=None)
+    assert [feature_frames(config, network, task) for task in ("prediction", "generation")] == [4, 9]
+    counted = replace(config, count_known_frames=True)
+    assert feature_frames(counted, network, "prediction") == 9
+    assert feature_frames(replace(config, num_feature_frames=3), network, "generation") == 3
+
+
+def test_the_packaged_convlstm_stands_beside_what_it_was_trained_on():
+    pipe = SimpleNamespace(config={"num_frames": 17, "height": 64, "width": 64, "frame_rate": 8.0})
+    config = EvaluationConfig(output_dir=Path())
+    assert with_defaults(config, pipe).convlstm == "vgen/shapes-64-convlstm"
+    assert with_defaults(replace(config, convlstm="none"), pipe).convlstm == "none"
+    for other in ({"height": 32}, {"suite": "folder"}, {"frame_rate": 16.0}):
+        assert with_defaults(replace(config, **other), pipe).convlstm is None
+
+
+def test_clips_of_another_folder_are_refused_in_the_same_results(model, videos, tmp_path):
+    options = settings(model, videos, tmp_path / "out", tasks=["reconstruction"])
+    evaluate(EvaluationConfig(**options))
+    more = shutil.copytree(videos, tmp_path / "more")
+    shutil.copy(more / "0.mp4", more / "3.mp4")
+    with pytest.raises(ValueError, match="clips_sha256"):
+        evaluate(EvaluationConfig(**options | {"data": str(more)}))
 
 
 def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
@@ -148,6 +189,7 @@ def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
         ({"tasks": ["predict"]}, "reconstruction, prediction"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"features": "a", "torchscript": "b"}, "not both"),
+        ({"num_feature_frames": 0}, "num_feature_frames=0"),
         ({"suite": "folder"}, "need data"),
     ],
 )
@@ -171,6 +213,7 @@ def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tm
         ({"tasks": ["rollout"], "rollout_frames": 9}, "rollout_frames=9: give 10 or more"),
         ({"tasks": ["interpolation"], "factor": 1}, "factor=1"),
         ({"features": "somewhere", "num_clips": 1, "tasks": ["prediction"]}, "2 clips or more"),
+        ({"features": "somewhere", "tasks": ["reconstruction"]}, "one of the tasks prediction, generation"),
     ],
 )
 def test_what_would_fail_clip_by_clip_is_refused_before(model, videos, tmp_path, options, message):

@@ -28,7 +28,7 @@ import yaml
 from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -357,12 +357,16 @@ def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
         "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "attention_head_dim": 2,
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "temporal_head_dim": 8,
-        "group_modes": ["full", "causal"],
+        "group_modes": ["full", "causal"], "sink": 1,
     }  # fmt: skip
-    options = {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    options = {"--windows": json.dumps({"start": 1, "sink": 1}), "--window_lengths": "[2, 3]"}
+    options |= {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
     options["--more_latents"] = json.dumps({str(long_latents): 0.5})
+    options |= {"--prediction": "v_prediction", "--scheduler": "unipc", "--zero_terminal_snr": "true"}
     train_vdm(runs, tmp_path, **options)
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(pipe.scheduler, UniPCMultistepScheduler) and pipe.scheduler.config.rescale_betas_zero_snr
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.transformer is None and pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
     moved = [name for name, weight in pipe.unet.named_parameters() if name.endswith("conv.weight") and weight.any()]
     assert len([name for name in moved if "temporal" in name]) == 2 + 2 + 4  # they start as zeros
@@ -689,7 +693,7 @@ def test_padded_frames_carry_no_loss_and_are_seen_by_none(vae_run, text_run, tmp
     assert short.real.tolist() == [True, True, False, False, False] and whole.real.all()
 
     draw_row, config = mixture_of(text_run, tmp_path / "latents", known={"leading": 1.0})
-    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4)
+    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4, conv_history=0)
     for seed in range(10):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         row = draw_row(short, network, config, "causal", 5, rng, generator)
@@ -886,9 +890,9 @@ def mixture_of(text_run, latents_dir, **options):
     return script["draw_row"], config
 
 
-def rows(text_run, latents_dir, mode="full", length=5, count=60, **options):
+def rows(text_run, latents_dir, mode="full", length=5, count=60, conv_history=0, **options):
     draw_row, config = mixture_of(text_run, latents_dir, **options)
-    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4)
+    network = FrozenDict(patch_size=(1, 2, 2), sink=1, chunk_size=2, keyframe_slots=4, conv_history=conv_history)
     clip = LatentSet(latents_dir)[3]
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
@@ -937,6 +941,19 @@ def test_windows_behind_a_gap_begin_with_the_sink_and_know_what_a_rollout_knows(
         assert row["generated"].tolist() == [False, False, True]
         seen.add(first)
     assert seen == {2, 3}
+
+
+def test_convolutions_get_the_latents_before_what_follows_a_gap(text_run, long_latents):
+    windows, seen = {"start": 1.0, "sink": 1.0}, set()
+    for clip, row in rows(text_run, long_latents, length=3, windows=windows, conv_history=2):
+        later = next(i for i in range(1, 4) if torch.equal(row["latents"][:, 1], clip.latents[:, i].float()))
+        assert row["resumes"] == (3 if later == 1 else 1)
+        if later > 1:
+            assert torch.equal(row["unseen"], clip.latents[:, later - 2 : later].float())
+        seen.add(later)
+    assert seen == {1, 2, 3}
+    _, row = next(rows(text_run, long_latents, length=3, windows={"start": 1.0}, conv_history=2))
+    assert "unseen" not in row
 
 
 def test_known_frames_are_trained_and_then_served(vae_run, text_run, long_latents, tmp_path):

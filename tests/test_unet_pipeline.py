@@ -7,7 +7,9 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 
@@ -129,12 +131,31 @@ def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
         assert np.array_equal(next(loaded), next(rollout))
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler]
+)
 def test_frames_of_an_inflated_pipeline_are_stable_diffusions_under_equal_noise(stable_diffusion, scheduler):
     images = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
     videos = VideoGenPipeline.from_stable_diffusion(stable_diffusion)
     for pipe in (images, videos):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    check_frames(images, videos)
+
+
+def test_an_inflated_pipeline_may_have_the_layout_of_2_1(stable_diffusion, tmp_path):
+    images = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
+    layout = {"attention_head_dim": (1, 2), "use_linear_projection": True, "upcast_attention": True}
+    torch.manual_seed(1)
+    images.unet = UNet2DConditionModel.from_config(images.unet.config, **layout)
+    images.scheduler = DDIMScheduler.from_config(images.scheduler.config, prediction_type="v_prediction")
+    images.save_pretrained(tmp_path)
+    videos = VideoGenPipeline.from_stable_diffusion(tmp_path)
+    assert videos.scheduler.config.prediction_type == "v_prediction" and videos.config.height == 32
+    check_frames(images, videos)
+
+
+def check_frames(images, videos):
+    for pipe in (images, videos):
         pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 3, 16, 16, generator=seeded())
     settings = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "dark"}
@@ -162,5 +183,7 @@ def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(stable_
     known = np.repeat(np.repeat(video, 2, axis=1), 2, axis=2)
     rolled = frames_of(loaded.rollout(PROMPT, known[:3], num_frames=5, num_inference_steps=2))
     assert rolled.shape == (5, 32, 32, 3)
+    keyed = pipe(PROMPT, frames={2: known[0]}, generator=seeded(), num_inference_steps=2).frames[0]
+    assert abs(keyed[2] - known[0] / 255).max() < 1e-6 and not np.array_equal(keyed[1], frames[1])
     with pytest.raises(ValueError, match="holds a VideoGenPipeline"):
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")

@@ -227,11 +227,11 @@ def main(config: VDMConfig) -> None:
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             sample = objective(batch["latents"], batch["noise"], batch["levels"])
-            told = ("input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes")
+            told = ("input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "unseen", "resumes")
             conditions = {name: batch[name] for name in told if name in batch}
             prediction = run.network(sample.latents, sample.timestep, groups=shared, **conditions)
             tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
-            shape = (sample.latents.shape, "keyframes" in conditions, mode)
+            shape = (sample.latents.shape, *conditions, mode)
             run.count(
                 len(sample.latents),
                 tokens,
@@ -276,6 +276,11 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         for name, wanted, found in (
             ("prediction", config.prediction, prediction_of(pipe.scheduler)),
             ("level_shift", config.level_shift, shift_of(pipe.scheduler)),
+            (
+                "zero_terminal_snr",
+                config.zero_terminal_snr,
+                pipe.scheduler.config.get("rescale_betas_zero_snr", False),
+            ),
             ("max_sequence_length", config.max_sequence_length, pipe.config.max_sequence_length),
             ("frame_rate", config.frame_rate, pipe.config.frame_rate),
         ):
@@ -513,7 +518,8 @@ def draw(
     """A part of a step's batch; each sample is a function of the seed, the step and its index in the batch alone."""
     data, config = source
     first = step * config.batch_size
-    network = FrozenDict({**pipe.denoiser.config, "patch_size": pipe.denoiser.patch_size})
+    own = {"patch_size": pipe.denoiser.patch_size, "conv_history": getattr(pipe.denoiser, "conv_history", 0)}
+    network = FrozenDict({**pipe.denoiser.config, **own})
     rows: list[dict[str, Tensor]] = []
     prompts: list[str] = []
     for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
@@ -571,6 +577,10 @@ def draw_row(
         "real": real,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
+    if network.conv_history and network.sink and config.windows.get("sink"):
+        first = window[network.sink] if window_kind == "sink" else network.conv_history
+        row["unseen"] = clip.latents[:, first - network.conv_history : first].float()
+        row["resumes"] = torch.tensor(network.sink if window_kind == "sink" else length)
     if config.wants_temporal_loss:
         row["adjacent"] = places.diff() == 1
         if clip.motion is not None:

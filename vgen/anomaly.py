@@ -49,8 +49,10 @@ def find_anomalies(
         options: Further arguments of `VideoGenPipeline.predict`.
 
     Raises:
-        ValueError: The video is too short, or as `predict`.
+        ValueError: The video is not uint8 or too short, or as `predict`.
     """
+    if video.dtype != np.uint8:
+        raise ValueError(f"the video has {video.dtype} values: give uint8")
     if given < 1 or ahead < 1:
         raise ValueError(f"given={given} and ahead={ahead} must be at least 1")
     if len(video) <= given:

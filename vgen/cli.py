@@ -228,6 +228,10 @@ def evaluate(
     factor: Annotated[int, typer.Option(help="Every so many'th frame is given to an interpolation.")] = 4,
     prompted: Annotated[bool, typer.Option("--prompted", help="Predictions and interpolations get captions.")] = False,
     num_samples: Annotated[int, typer.Option(help="Predictions of each clip.", min=1)] = 1,
+    features: Annotated[
+        str | None, typer.Option(help="A video model of transformers, for distances between distributions.")
+    ] = None,
+    convlstm: Annotated[str | None, typer.Option(help="A ConvLSTM that predicts beside the model, or none.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -240,6 +244,7 @@ def evaluate(
         config = EvaluationConfig(
             output_dir=output, model=model, suite=suite, data=data, tasks=task or None, num_clips=num_clips,
             num_frames=num_frames, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
+            features=features, convlstm=convlstm,
             num_inference_steps=steps, guidance_scale=guidance, seed=seed,
         )  # fmt: skip
         results = run(config)
@@ -272,7 +277,9 @@ def compare(
             cells = (f"{scale * one.first:.4g}", f"{scale * one.second:.4g}", tell(one.metric, one.summary), sign)
             table.add_row(one.task, one.way, name_of(one.metric), *cells)
         for task, way, a, b in compare_distances(*told):
-            table.add_row(task, way, a.name, f"{a.value:.3f}", f"{b.value:.3f}", f"{b.minus(a):.3f}", "")
+            value, low, high = b.minus(a)
+            interval, sign = f"{value:.3f} [{low:.3f}, {high:.3f}]", "differs" if low > 0 or high < 0 else ""
+            table.add_row(task, way, a.name, f"{a.value:.3f}", f"{b.value:.3f}", interval, sign)
         _console().print(table)
 
 
@@ -412,6 +419,7 @@ def _table(*columns: str, title: str | None = None) -> Any:
 
 
 def _print_tables(results: dict[str, Any]) -> None:
+    from vgen.metrics.frechet import Distance
     from vgen.metrics.report import table as rows_of
 
     for task, ways in results["tasks"].items():
@@ -420,6 +428,10 @@ def _print_tables(results: dict[str, Any]) -> None:
         for way, cells in rows.items():
             table.add_row(way, *(cell.partition(" ")[0] for cell in cells))
         _console().print(table)
+    for task, ways in results["distances"].items():
+        for way, measured in ways.items():
+            for one in map(Distance.read, measured.values()):
+                typer.echo(f"{task}, {way}: {one}")
 
 
 def _load(model: str, device: str | None) -> VideoGenPipeline:

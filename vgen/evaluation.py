@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -48,11 +49,15 @@ from vgen.models.loading import weights_digest
 from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.processes import this_process
 
+logger = logging.get_logger(__name__)
+
 TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
 OURS = "the model"
 TRUE, CEILING = "true clips", "the VAE, of true clips"
 PAIRED = ("reconstruction", "prediction", "interpolation")
 """Tasks whose videos have a true one to be compared with."""
+FEATURED = ("prediction", "generation")
+"""Tasks whose videos have a distribution to be compared with."""
 STRIP = 9
 """Frames of a picture."""
 CONVLSTM = "vgen/shapes-64-convlstm"
@@ -75,7 +80,7 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     """Of a long video."""
     convlstm: str | None = None
     """Packaged checkpoint, folder or Hub id of a ConvLSTM that predicts beside the model (`train/train_convlstm.py`);
-    by default the packaged one for clips like those it was trained on."""
+    by default the packaged one for clips like those it was trained on, `none` for none."""
     lpips: bool = False
     """Whether LPIPS is measured, by the package of that name."""
     features: str | None = None
@@ -173,19 +178,21 @@ class Measurement:
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
         self.convlstm = open_convlstm(config, pipe.device) if "prediction" in self.tasks else None
         self.features = open_features(config, pipe.device)
-        if self.features is not None:
-            count = feature_frames(config, self.features, self.tasks)
-            given = config.num_frames - hidden_frames(config, self.tasks)
-            if given < count:
+        for task in set(FEATURED) & set(self.tasks):
+            if self.features is None:
+                break
+            count, shown = feature_frames(config, self.features, task), shown_frames(config, task)
+            if shown < count:
                 raise ValueError(
-                    f"{self.features.name} takes {count} frames, and {given} are not given: make num_frames at least "
-                    f"{config.num_frames + count - given}"
+                    f"{self.features.name} takes {count} frames, and {shown} are not given: make num_frames at least "
+                    f"{config.num_frames + count - shown}"
                 )
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the networks beside the pipeline's."""
-        found = {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
+        """Of the clips, and of the networks beside the pipeline's."""
+        found = {} if self.suite.digest is None else {"clips_sha256": self.suite.digest}
+        found |= {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
         return found if self.features is None else found | {"features_sha256": self.features.digest}
 
     def _needs(self, task: str) -> set[str]:
@@ -214,8 +221,13 @@ class Measurement:
         least = self._seam_unit + 2
         if "rollout" in self.tasks and config.rollout_frames < least:
             raise ValueError(f"rollout_frames={config.rollout_frames}: give {least} or more, which have a seam")
-        if (config.features or config.torchscript) and len(self.suite) < 2:
-            raise ValueError("distances between distributions need 2 clips or more")
+        if config.features or config.torchscript:
+            if not set(FEATURED) & set(self.tasks):
+                raise ValueError(f"distances between distributions need one of the tasks {', '.join(FEATURED)}")
+            if len(self.suite) < 2:
+                raise ValueError("distances between distributions need 2 clips or more")
+        if config.prompted and not self.suite.captioned:
+            raise ValueError("prompted=True needs clips that all have captions")
 
     @property
     def _seam_unit(self) -> int:
@@ -242,7 +254,7 @@ class Measurement:
                     found["frames"][task] = counted
                     true = samples.clips[:, :, : clips.shape[2]]
                     found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true, counted))
-                if self.features is not None and task in ("prediction", "generation"):
+                if self.features is not None and task in FEATURED:
                     found["features"].setdefault(task, {})[name] = self._features_of(task, clips)
             found["tasks"][task] = values
             self._draw(found["strips"], task, samples, ways)
@@ -320,7 +332,9 @@ class Measurement:
             frame_rate=config.frame_rate, generator=self._generators(samples),
         )  # fmt: skip
         frames = torch.from_numpy(np.concatenate(list(chunks), axis=1))
-        return {OURS: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}, []
+        ways = {OURS: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}
+        true = self.suite.long(samples.numbers, config.rollout_frames)
+        return ways if true is None else ways | {TRUE: true}, []
 
     def _predict(self, samples: Samples, generators: list[torch.Generator]) -> Tensor:
         """New frames behind the given ones, of each clip."""
@@ -371,7 +385,7 @@ class Measurement:
     def _features_of(self, task: str, clips: Tensor) -> list[list[float]]:
         """Of the frames that distances are taken of."""
         assert self.features is not None
-        count = feature_frames(self.config, self.features, self.tasks)
+        count = feature_frames(self.config, self.features, task)
         last = task == "prediction" and not self.config.count_known_frames
         part = clips[:, :, -count:] if last else clips[:, :, :count]
         return self.features(part.to(self.pipe.device)).double().cpu().tolist()
@@ -397,6 +411,8 @@ def check_evaluation(config: EvaluationConfig) -> None:
         raise ValueError(f"num_samples={config.num_samples}, batch_size={config.batch_size} must be at least 1")
     if config.features and config.torchscript:
         raise ValueError("give features or torchscript, not both")
+    if config.num_feature_frames is not None and config.num_feature_frames < 1:
+        raise ValueError(f"num_feature_frames={config.num_feature_frames} must be at least 1")
 
 
 def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> EvaluationConfig:
@@ -427,14 +443,18 @@ def gather_results(
     features = join([batch["features"] for batch in batches])
     for task, ways in features.items():
         real = torch.tensor(ways.pop(TRUE), dtype=torch.float64)
+        if len(real) < 2:
+            logger.warning(f"{task}: one clip only could be measured, too few for distances between distributions")
+            continue
         protocol = Protocol(
             num_clips=len(real),
-            num_frames=feature_frames(config, network, settings["tasks"]),
+            num_frames=feature_frames(config, network, task),
             stride=1,
             height=config.height,
             width=config.width,
             known_frames_counted=config.count_known_frames or task == "generation",
             resize=network.resize,
+            values=network.values,
             feature_network=network.digest,
         )
         for way, made in ways.items():
@@ -446,7 +466,7 @@ def gather_results(
 
 def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPredictor | None:
     """The recurrent network that predicts beside the model, if there is one."""
-    if config.convlstm is None:
+    if config.convlstm in (None, "none"):
         return None
     return ConvLSTMPredictor.from_pretrained(find_packaged(config.convlstm) or config.convlstm).eval().to(device)
 
@@ -471,14 +491,14 @@ def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetw
     return network.to(device)
 
 
-def hidden_frames(config: EvaluationConfig, tasks: list[str]) -> int:
-    """Frames of a clip that distances leave out, since they were given."""
-    return config.given if "prediction" in tasks and not config.count_known_frames else 0
+def shown_frames(config: EvaluationConfig, task: str) -> int:
+    """Frames of a clip that distances can be taken of: without those that were given, unless these count."""
+    return config.num_frames - (config.given if task == "prediction" and not config.count_known_frames else 0)
 
 
-def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, tasks: list[str]) -> int:
+def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, task: str) -> int:
     """Frames of a clip that distances are taken of."""
-    return network.num_frames or config.num_feature_frames or config.num_frames - hidden_frames(config, tasks)
+    return network.num_frames or config.num_feature_frames or shown_frames(config, task)
 
 
 def from_frames(frames: Tensor) -> Tensor:

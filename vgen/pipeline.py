@@ -27,7 +27,7 @@ from vgen.coarse_to_fine import coarse_to_fine
 from vgen.interpolation import UNTOLD_LIMIT, Interpolator, check_factor
 from vgen.known_frames import KnownFrames, encode_known_frames, is_batch, place, to_clip, to_frames, to_pixels
 from vgen.models.convert import from_wan_index
-from vgen.models.image_vae import FrameByFrame, as_codec
+from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
 from vgen.models.loading import refuse_pickles
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import embed, is_single, is_told, known_words, tokenize, unknown_words, untold_as
@@ -167,19 +167,22 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"{source} holds a {name}: only a StableDiffusionPipeline can be inflated")
         images: Any = source
         if not given:
-            images = DiffusionPipeline.from_pretrained(
-                str(source), use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
-        network = UNet3D.from_unet2d(images.unet, **unet)
-        size = network.config.sample_size * 2 ** (len(images.vae.config.block_out_channels) - 1)
+            parts = {"unet": None, "vae": load_vae(source), "safety_checker": None, "requires_safety_checker": False}
+            images = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, **parts)
+        network = UNet3D.from_unet2d(images.unet if given else source, None if given else "unet", **unet)
+        size = network.config.sample_size
+        sides = (size, size) if isinstance(size, int) else size
+        if sides is None:
+            raise ValueError("sample_size=None in this 2D U-Net: it does not tell what images it was trained on")
+        height, width = (side * 2 ** (len(images.vae.config.block_out_channels) - 1) for side in sides)
         return cls(
             scheduler=images.scheduler,
             vae=images.vae,
             unet=network,
             text_encoder=images.text_encoder,
             tokenizer=images.tokenizer,
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             num_frames=num_frames,
             frame_rate=frame_rate,
             num_inference_steps=50,
@@ -707,7 +710,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Noise `(b, c, t, h, w)`, drawn on the CPU unless a generator lives elsewhere.
+        """Noise `(b, c, t, h, w)`, drawn on the CPU unless a generator lives elsewhere, as the scheduler begins with.
 
         Raises:
             ValueError: The number of generators or the shape of `latents` does not fit.
@@ -718,10 +721,9 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit: these settings need {shape}")
-            return latents.to(device=device, dtype=dtype)
-        if isinstance(generator, list) and len(generator) != batch_size:
+        elif isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} videos: give one, or as many")
-        noise = draw_noise(shape, generator, dtype).to(device)
+        noise = (draw_noise(shape, generator, dtype) if latents is None else latents).to(device=device, dtype=dtype)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def denoising_step(

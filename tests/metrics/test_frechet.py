@@ -1,7 +1,9 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
+import scipy.linalg
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -63,6 +65,27 @@ def test_the_frechet_distance_of_gaussians_is_its_closed_form():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_frechet_distance_heeds_how_features_go_together():
+    mix = torch.tensor([[2.0, 0.3, 0.0], [0.5, 1.0, -0.7], [0.0, 0.2, 1.5]], dtype=torch.double)
+    x, y = whitened(50, 3), whitened(60, 3, seed=1) @ mix
+    root = scipy.linalg.sqrtm((mix.T @ mix).numpy())  # of the product with the identity
+    expected = 3 + (mix.T @ mix).trace().item() - 2 * root.trace()
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_kernel_distance_is_the_mean_over_pairs():
+    x, y = gaussian(7, [0.0] * 3, [1.0] * 3), gaussian(7, [0.5] * 3, [2.0] * 3, seed=1)
+
+    def kernel(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(7) for j in range(7)]
+    others = [kernel(z[i], z[j]) for z in (x, y) for i, j in pairs if i != j]
+    between = [kernel(x[i], y[j]) for i, j in pairs]
+    expected = sum(others) / 42 - 2 * sum(between) / 49
+    assert kernel_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_distances_are_those_of_torchmetrics_with_the_same_features():
     class Pixels(torch.nn.Module):
         num_features = 6
@@ -105,6 +128,30 @@ def test_video_models_of_transformers_give_features(tmp_path, kind):
         network(clips[:, :, :3])
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "expected"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.4, 0.5]}, [1.0, 0.25, 0.0]),
+        ("video_preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.1}, [2.0, 1.0, 0.0]),
+        ("preprocessor_config.json", {"rescale_factor": 2 / 255, "offset": True, "do_normalize": False}, [0.2] * 3),
+        (None, {}, [0.2] * 3),
+    ],
+)
+def test_a_network_sees_the_values_that_its_processor_makes(tmp_path, name, told, expected, monkeypatch, caplog):
+    logging.getLogger("diffusers").propagate = True
+    MODELS["videomae"]().save_pretrained(tmp_path)
+    if name is not None:
+        (tmp_path / name).write_text(json.dumps(told))
+    network, seen = FeatureNetwork(tmp_path), []
+    whole = network.network.forward
+    monkeypatch.setattr(network.network, "forward", lambda **options: seen.append(options) or whole(**options))
+    network(torch.full((1, 3, 4, 20, 24), 0.2))  # 0.6 of what is white
+    pixels = seen[0]["pixel_values"]
+    assert pixels.shape == (1, 4, 3, 32, 32)
+    torch.testing.assert_close(pixels, torch.tensor(expected)[None, None, :, None, None].expand_as(pixels))
+    assert ("no config of its processor" in caplog.text) == (name is None)
+
+
 def test_torchscript_needs_to_be_trusted(tmp_path):
     class I3D(torch.nn.Module):
         def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
@@ -121,7 +168,7 @@ def test_torchscript_needs_to_be_trusted(tmp_path):
 
 PROTOCOL = Protocol(
     num_clips=50, num_frames=4, stride=1, height=64, width=64, known_frames_counted=False, resize="none",
-    feature_network="a",
+    values="as they are", feature_network="a",
 )  # fmt: skip
 
 
@@ -129,7 +176,10 @@ def test_numbers_of_different_protocols_are_not_compared():
     real = whitened(50, 3)
     one = distances(real, whitened(50, 3, 1), PROTOCOL, num_resamples=20)["FVD"]
     other = distances(real, whitened(50, 3, 2) + 1, PROTOCOL, num_resamples=20)["FVD"]
-    assert other.minus(one) == pytest.approx(other.value - one.value) and other.value > one.value
+    value, low, high = other.minus(one)
+    assert value == pytest.approx(other.value - one.value) and 0 < low < value < high  # a mean that is off by 1
+    value, low, high = one.minus(one)
+    assert low < value == 0 < high
     assert "num_frames 4" in str(one) and "known_frames_counted False" in str(one)
     changed = Protocol(**{**vars(PROTOCOL), "stride": 2, "feature_network": "b"})
     far = distances(real, whitened(50, 3, 2), changed, num_resamples=20)
@@ -143,18 +193,33 @@ def test_intervals_hold_the_value_and_shrink_with_more_clips():
     real = gaussian(2000, [0.0, 0.0], [1.0, 1.0])
     widths = []
     for count in (50, 800):
-        found = distances(real, gaussian(count, [1.0, 0.0], [1.0, 1.0], seed=1), PROTOCOL, num_resamples=100)
-        assert all(one.low <= one.value <= one.high for one in found.values())
+        made, protocol = gaussian(count, [1.0, 0.0], [1.0, 1.0], seed=1), replace(PROTOCOL, num_clips=count)
+        found = distances(real, made, protocol, num_resamples=100)
         widths.append(found["FVD"].high - found["FVD"].low)
     assert widths[1] < 0.5 * widths[0]
-    again = distances(real, gaussian(800, [1.0, 0.0], [1.0, 1.0], seed=1), PROTOCOL, num_resamples=100)
-    assert again == found
+    assert distances(real, made, protocol, num_resamples=100) == found
+
+
+def test_most_intervals_hold_what_is_measured_on_average():
+    real = gaussian(400, [0.0, 0.0], [1.0, 1.0])
+    found = [
+        distances(real, gaussian(50, [1.0, 0.0], [1.0, 1.0], seed), PROTOCOL, num_resamples=60)["FVD"]
+        for seed in range(1, 41)
+    ]
+    usual = sum(one.value for one in found) / len(found)
+    assert 33 <= sum(one.low <= usual <= one.high for one in found) < 40  # 38 would be 95%
 
 
 def test_too_few_clips_are_told_with_the_rank(caplog):
     logging.getLogger("diffusers").propagate = True
-    distances(whitened(10, 4), whitened(10, 4)[:4], PROTOCOL, num_resamples=2)
-    assert "4 clips for features of 4 dimensions: their covariance has rank 3 only" in caplog.text
+    few, many = whitened(10, 4)[:4], whitened(10, 4)
+    told = "4 clips for features of 4 dimensions: their covariance has rank 3 only"
+    for real, made in ((many, few), (few, many)):
+        caplog.clear()
+        distances(real, made, replace(PROTOCOL, num_clips=len(made)), num_resamples=2)
+        assert told in caplog.text
+    with pytest.raises(ValueError, match="10 made clips, but the protocol says num_clips=50"):
+        distances(many, many, PROTOCOL)
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])

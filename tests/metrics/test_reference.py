@@ -60,8 +60,11 @@ def test_missing_lpips_is_named(monkeypatch):
         LPIPS()
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
-def test_what_cannot_be_compared_is_refused(metric, clips):
+@pytest.mark.parametrize("metric", [psnr, ssim, "lpips"])
+def test_what_cannot_be_compared_is_refused(metric, clips, monkeypatch):
+    if metric == "lpips":
+        monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: nn.Identity()))
+        metric = LPIPS()
     true, made = clips
     for wrong in (made[:1], made[:, :, :3], made[..., :16], made[0]):
         with pytest.raises(ValueError, match="both must be"):
@@ -69,3 +72,10 @@ def test_what_cannot_be_compared_is_refused(metric, clips):
     made[1, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="the made clips hold values that are not finite"):
         metric(made, true)
+
+
+def test_frames_too_small_for_ssim_are_refused():
+    small = torch.zeros(1, 3, 2, 5, 40)
+    with pytest.raises(ValueError, match="frames of 5x40: SSIM needs 6x6 or more"):
+        ssim(small, small)
+    assert ssim(torch.zeros(1, 3, 2, 6, 40), torch.zeros(1, 3, 2, 6, 40)).item() == pytest.approx(1)

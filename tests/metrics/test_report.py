@@ -3,11 +3,11 @@ import copy
 import numpy as np
 import pytest
 
-from vgen.metrics.report import FORMAT, compare, make_report, summarize, table, tell
+from vgen.metrics.report import FORMAT, compare, compare_distances, make_report, summarize, table, tell
 
 PROTOCOL = {
     "num_clips": 3, "num_frames": 9, "stride": 1, "height": 64, "width": 64, "known_frames_counted": False,
-    "resize": "bilinear", "feature_network": "abc",
+    "resize": "bilinear", "values": "as they are", "feature_network": "abc",
 }  # fmt: skip
 DISTANCE = {"name": "FVD", "value": 5.0, "low": 4.0, "high": 6.0, "protocol": PROTOCOL}
 
@@ -86,6 +86,33 @@ def test_results_of_other_protocols_are_refused(results, part, name, value):
     (other if part is None else other[part])[name] = value
     with pytest.raises(ValueError, match="cannot be compared|no results"):
         compare(results, other)
+
+
+def test_the_same_clips_may_lie_elsewhere_but_others_are_told_apart(results):
+    here, there = copy.deepcopy(results), copy.deepcopy(results)
+    for one, folder in ((here, "clips"), (there, "./clips")):
+        one["suite"]["data"], one["settings"]["clips_sha256"] = folder, "a"
+    assert compare(here, there)
+    there["settings"]["clips_sha256"] = "b"
+    with pytest.raises(ValueError, match="clips_sha256 a and b"):
+        compare(here, there)
+
+
+def test_what_is_no_record_is_no_result(results):
+    with pytest.raises(ValueError, match="no results"):
+        compare(results, [])
+
+
+def test_distances_are_compared_where_both_have_them_and_their_protocol_agrees(results):
+    other = copy.deepcopy(results)
+    other["distances"]["prediction"]["another"] = other["distances"]["prediction"]["the model"]
+    ((task, way, mine, theirs),) = compare_distances(results, other)
+    assert (task, way) == ("prediction", "the model") and mine == theirs
+    other["distances"]["prediction"]["the model"]["FVD"] = copy.deepcopy(DISTANCE)
+    other["distances"]["prediction"]["the model"]["FVD"]["protocol"]["num_frames"] += 1
+    ((_, _, mine, theirs),) = compare_distances(results, other)
+    with pytest.raises(ValueError, match="num_frames"):
+        theirs.minus(mine)
 
 
 def test_the_report_is_one_page_with_everything_in_it(results):

@@ -96,7 +96,13 @@ def test_seams_are_where_chunks_meet():
         seam_ratio(flat([0.1] * 8), chunk=2)
 
 
-@pytest.mark.parametrize("metric", [warping_error, motion_magnitude, flicker, drift_slopes, start_end_difference])
+def seams(clip):
+    return seam_ratio(clip, chunk=2)
+
+
+@pytest.mark.parametrize(
+    "metric", [warping_error, motion_magnitude, flicker, drift_slopes, start_end_difference, seams]
+)
 def test_what_says_nothing_about_time_is_refused(metric, moving):
     with pytest.raises(ValueError, match="1 frames: at least"):
         metric(moving[:, :, :1])
@@ -110,3 +116,10 @@ def test_what_says_nothing_about_time_is_refused(metric, moving):
 @pytest.mark.parametrize("metric", [warping_error, motion_magnitude, flicker])
 def test_a_constant_video_gives_zero(metric):
     assert metric(flat([0.3] * 4)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_constant_video_neither_drifts_nor_has_a_seam_ratio():
+    still = flat([0.3] * 33)
+    for measured in (drift_slopes(still), start_end_difference(still)):
+        assert all(value.item() == pytest.approx(0, abs=1e-5) for value in measured.values())
+    assert seams(still).isnan().all()  # nothing over nothing

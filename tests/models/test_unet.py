@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
 
 from vgen.models.unet import Context, UNet3D
 from vgen.temporal.attention import FrameCache, make_groups
@@ -58,12 +59,35 @@ def test_freshly_inflated_every_frame_is_that_of_the_2d_network(randomize, layou
 @torch.no_grad()
 def test_a_masked_prompt_is_that_of_the_2d_network(randomize):
     flat = randomize(UNet2DConditionModel(**TINY))
-    latents, levels, prompt = inputs(n=1)
+    latents, levels, prompt = inputs(n=3)
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
-    expected = flat(latents[:, :, 0], levels[:, 0], prompt, encoder_attention_mask=mask.bool()).sample
     video = UNet3D.from_unet2d(flat, temporal_head_dim=8)
-    out = video(latents, levels, prompt, encoder_attention_mask=mask).sample[:, :, 0]
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    out = video(latents, levels, prompt, encoder_attention_mask=mask).sample
+    for index in range(3):
+        expected = flat(latents[:, :, index], levels[:, index], prompt, encoder_attention_mask=mask.bool()).sample
+        torch.testing.assert_close(out[:, :, index], expected, atol=1e-5, rtol=0)
+    one = video(latents, 500, prompt).sample
+    torch.testing.assert_close(one, video(latents, torch.full((2,), 500.0), prompt).sample, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="3 prompts for 2 videos"):
+        video(latents, levels, prompt[[0, 1, 1]])
+
+
+def test_2d_weights_that_do_not_fit_are_refused_by_name(randomize, tmp_path):
+    flat = randomize(UNet2DConditionModel(**TINY))
+    flat.save_pretrained(tmp_path / "unet")
+    inflated = UNet3D.from_unet2d(tmp_path, subfolder="unet")
+    assert torch.equal(inflated.conv_in.weight, flat.conv_in.weight)
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight for name, weight in weights.items() if name != "conv_in.bias"}, path)
+    with pytest.raises(ValueError, match="missing keys: .*conv_in.bias"):
+        UNet3D.from_unet2d(tmp_path / "unet")
+    save_file(weights | {"conv_more.bias": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="unexpected keys: .*conv_more.bias"):
+        UNet3D.from_unet2d(str(tmp_path / "unet"))
+    flat.conv_more = torch.nn.Conv2d(1, 1, 1)
+    with pytest.raises(ValueError, match="unexpected .*conv_more"):
+        UNet3D.from_unet2d(flat)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +96,25 @@ def test_a_masked_prompt_is_that_of_the_2d_network(randomize):
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 1}, "addition_embed_type='text'"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 8,
+            },
+            "addition_embed_type='text_time'",
+        ),  # SDXL
+        ({"transformer_layers_per_block": (1, 2)}, "transformer_layers_per_block=.*only one number"),
     ],
 )
 def test_layouts_that_are_not_served_are_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         UNet3D.from_unet2d(UNet2DConditionModel(**TINY | config))
+
+
+def test_what_the_2d_network_tells_cannot_be_told_otherwise():
+    with pytest.raises(ValueError, match="attention_head_dim, norm_num_groups: the 2D U-Net has its own"):
+        UNet3D.from_unet2d(UNet2DConditionModel(**TINY), norm_num_groups=2, attention_head_dim=4, window=3)
 
 
 @pytest.mark.parametrize("non_local", [False, True])
@@ -94,6 +132,54 @@ def test_what_frames_see(randomize, groups, non_local):
         # attention reaches the frames of later or equal groups, convolutions those behind
         sees = [numbers[index] <= numbers[other] or index <= other for other in range(5)]
         assert moved.tolist() == sees
+
+
+def silence(network, *names):
+    """Zeroes the last layers of these parts in time."""
+    for name, weight in network.named_parameters():
+        if any(part in name for part in names):
+            weight.data.zero_()
+
+
+@torch.no_grad()
+def test_behind_a_gap_convolutions_see_what_attention_does_not(randomize):
+    network = make(randomize, non_local=True)
+    latents, levels, prompt = inputs()
+    unseen, resumes = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 5])
+
+    def run(**options):
+        return network(latents, levels, prompt, groups="causal", **options).sample
+
+    plain, out = run(), run(unseen=unseen, resumes=resumes)
+    torch.testing.assert_close(out[1], plain[1], atol=1e-5, rtol=0)  # it has no gap
+    torch.testing.assert_close(out[0, :, :2], plain[0, :, :2], atol=1e-5, rtol=0)
+    changed = run(unseen=unseen + 1, resumes=resumes) - out
+    assert (
+        changed[1].abs().max() < 1e-5
+        and (changed[0].abs().amax((0, 2, 3)) > 1e-4).tolist() == [False] * 2 + [True] * 3
+    )
+    silence(network, "temporal_convs", "temporal_conv.")
+    torch.testing.assert_close(run(unseen=unseen, resumes=resumes), run(), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="without a state"):
+        run(unseen=unseen, resumes=resumes, state=TemporalState(window=2, sink=1))
+
+
+@torch.no_grad()
+def test_the_convolution_behind_a_gap_is_that_of_the_whole_clip(randomize):
+    network = make(randomize)
+    silence(network, "temporal_attentions", "temporal_attention.")
+    convolutions = [name for name, _ in network.named_modules() if name.endswith(".conv") and "temporal" in name]
+    silence(network, *convolutions[1:])
+    latents, levels, prompt = inputs(n=7)
+    levels[:, 2:4] = 0
+    shown = [0, 4, 5, 6]
+    out = network(
+        latents[:, :, shown], levels[:, shown], prompt, unseen=latents[:, :, 2:4], resumes=torch.tensor([1, 1])
+    ).sample
+    whole = network(latents[:, :, 2:], levels[:, 2:], prompt).sample
+    torch.testing.assert_close(out[:, :, 1:], whole[:, :, 2:], atol=1e-5, rtol=0)
+    without = network(latents[:, :, shown], levels[:, shown], prompt).sample
+    assert not torch.allclose(without[:, :, 1:], whole[:, :, 2:], atol=1e-3)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,7 +28,8 @@ class FeatureNetwork(nn.Module):
     """A video model of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2, ...) as features of clips.
 
     A clip's feature is the mean over its tokens in the last layer. Frames are resized as bilinear interpolation with
-    antialiasing does and normalised by the mean and deviation in the model's `preprocessor_config.json`.
+    antialiasing does, the whole frame to the model's size, and their values are brought to what the model's processor
+    config says.
 
     Args:
         source: Folder or Hub id.
@@ -40,7 +42,7 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, source: str | Path):
         super().__init__()
-        from transformers import AutoModel, ImageProcessingMixin
+        from transformers import AutoModel
 
         self.name = str(source)
         self.network = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
@@ -49,17 +51,21 @@ class FeatureNetwork(nn.Module):
         self.image_size = getattr(config, "image_size", getattr(config, "crop_size", None))
         if self.num_frames is None or self.image_size is None:
             raise ValueError(f"{source} holds a {type(self.network).__name__}, which is no model of videos")
-        try:
-            told, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        except OSError:
-            told = {}
-        mean, std = (told.get(key, default) for key, default in (("image_mean", 0.5), ("image_std", 0.5)))
+        told = _read_processor(source)
+        mean, std = (told["image_mean"], told["image_std"]) if told["do_normalize"] else (0.0, 1.0)
         self.mean, self.std = ([float(x) for x in torch.tensor(one).expand(3)] for one in (mean, std))
+        self.scale, self.offset = 255 * told["rescale_factor"], float(told["offset"])
 
     @property
     def digest(self) -> str:
         """Of the weights."""
         return weights_digest(self.network)
+
+    @property
+    def values(self) -> str:
+        """How pixels in [0, 1] become what the network sees."""
+        mean, std = (" ".join(f"{x:.4g}" for x in one) for one in (self.mean, self.std))
+        return f"times {self.scale:.4g} less {self.offset:g}, mean {mean}, deviation {std}"
 
     @torch.no_grad()
     def forward(self, clip: Tensor) -> Tensor:
@@ -75,8 +81,25 @@ class FeatureNetwork(nn.Module):
         frames = rearrange(clip.float() / 2 + 0.5, "b c f h w -> (b f) c h w")
         frames = F.interpolate(frames, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
         mean, std = (frames.new_tensor(one)[:, None, None] for one in (self.mean, self.std))
+        frames = frames * self.scale - self.offset
         pixels = rearrange((frames - mean) / std, "(b f) c h w -> b f c h w", b=len(clip))
         return self.network(**{self.network.main_input_name: pixels}).last_hidden_state.mean(1)
+
+
+def _read_processor(source: str | Path) -> dict[str, Any]:
+    """What a model's processor does with values; with a warning, what most do, where it is not told."""
+    from transformers import ImageProcessingMixin
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    usual = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "rescale_factor": 1 / 255, "offset": False}
+    for read in (BaseVideoProcessor.get_video_processor_dict, ImageProcessingMixin.get_image_processor_dict):
+        try:
+            told, _ = read(source)
+        except OSError:
+            continue
+        return usual | {name: told[name] for name in usual if told.get(name) is not None}
+    logger.warning(f"{source} has no config of its processor: values are taken with mean and deviation 0.5")
+    return usual
 
 
 class ScriptedFeatures(nn.Module):
@@ -92,13 +115,13 @@ class ScriptedFeatures(nn.Module):
         ValueError: It was not said to be trusted.
     """
 
-    resize = "by the network"
+    resize = values = "by the network"
     num_frames = None
 
     def __init__(self, path: str | Path, trusted: bool = False):
         super().__init__()
         if not trusted:
-            raise ValueError(f"{path} is a program: say that you trust it (trusted=True, --trust-torchscript)")
+            raise ValueError(f"{path} is a program: say that you trust it (trusted=True, --trust_torchscript true)")
         self.name = str(path)
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         with warnings.catch_warnings():
@@ -128,6 +151,8 @@ class Protocol:
     """Whether frames that were given stand in the clips."""
     resize: str
     """How frames came to the network's size."""
+    values: str
+    """How their values came to what the network takes."""
     feature_network: str
     """Digest of its weights."""
 
@@ -152,8 +177,10 @@ class Distance:
         """From what `dataclasses.asdict` made of one."""
         return cls(**(record | {"protocol": Protocol(**record["protocol"])}))
 
-    def minus(self, other: Distance) -> float:
-        """The difference to another distance of the same kind.
+    def minus(self, other: Distance) -> tuple[float, float, float]:
+        """The difference to another distance of the same kind, and its 95% confidence interval.
+
+        The interval follows from those of the two, as if they were independent (Zou and Donner 2008).
 
         Raises:
             ValueError: Their protocols differ; what does is named.
@@ -164,7 +191,9 @@ class Distance:
             wrong.insert(0, f"{self.name} and {other.name}")
         if wrong:
             raise ValueError(f"these numbers cannot be compared: {', '.join(wrong)}")
-        return self.value - other.value
+        value = self.value - other.value
+        low = value - math.hypot(self.value - self.low, other.high - other.value)
+        return value, low, value + math.hypot(self.high - self.value, other.value - other.low)
 
 
 def extract(network: Callable[[Tensor], Tensor], clips: Iterable[Tensor]) -> Tensor:
@@ -192,6 +221,8 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
 def kernel_distance(real: Tensor, made: Tensor) -> float:
     """The squared maximum mean discrepancy, unbiased, with the kernel `(x y / d + 1)^3`; it may be below 0.
 
+    Of a larger set, the first ones are taken, as many as the smaller has.
+
     Raises:
         ValueError: Shapes do not fit, or there are fewer than 2 clips.
 
@@ -218,15 +249,17 @@ def distances(
         seed: Of them.
 
     Raises:
-        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+        ValueError: Shapes do not fit, there are fewer than 2 clips, or the protocol tells another number of them.
     """
     _check_features(real, made)
-    least = min(len(real), len(made))
-    if least <= real.shape[1]:
-        rank = int(torch.linalg.matrix_rank((made - made.mean(0)).double()))
+    if len(made) != protocol.num_clips:
+        raise ValueError(f"{len(made)} made clips, but the protocol says num_clips={protocol.num_clips}")
+    fewest = min(real, made, key=len)
+    if len(fewest) <= real.shape[1]:
+        rank = int(torch.linalg.matrix_rank((fewest - fewest.mean(0)).double()))
         logger.warning(
-            f"{least} clips for features of {real.shape[1]} dimensions: their covariance has rank {rank} only, and "
-            "the Frechet distance depends on the number of clips"
+            f"{len(fewest)} clips for features of {real.shape[1]} dimensions: their covariance has rank {rank} only, "
+            "and the Frechet distance depends on the number of clips"
         )
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randint(len(made), (len(made),), generator=generator) for _ in range(num_resamples)]

@@ -7,6 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+SSIM_LEAST = 6
+"""Pixels of a frame's side; its window of 11 is reflected at the border."""
+
 
 def psnr(made: Tensor, true: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each clip over all its frames, in dB; infinite where nothing differs.
@@ -39,8 +42,14 @@ def frame_psnr(made: Tensor, true: Tensor) -> Tensor:
 
 
 def frame_ssim(made: Tensor, true: Tensor) -> Tensor:
-    """As `ssim`, of each frame: `(b, f)`."""
+    """As `ssim`, of each frame: `(b, f)`.
+
+    Raises:
+        ValueError: As for `ssim`, or frames are smaller than half of its window.
+    """
     check_pair(made, true)
+    if min(made.shape[-2:]) < SSIM_LEAST:
+        raise ValueError(f"frames of {made.shape[-2]}x{made.shape[-1]}: SSIM needs {SSIM_LEAST}x{SSIM_LEAST} or more")
     a, b = (rearrange(x.float() / 2 + 0.5, "b c f h w -> (b f) c h w") for x in (made, true))  # which it depends on
     values = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)  # a tuple only if the whole map is asked for
@@ -67,7 +76,8 @@ class LPIPS(nn.Module):
         self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
     def forward(self, made: Tensor, true: Tensor) -> Tensor:
-        """The distance of each clip `(b, 3, f, h, w)` in [-1, 1], the mean over its frames."""
+        """The distance of each clip, the mean over its frames; arguments and errors as for `psnr`."""
+        check_pair(made, true)
         frames = (rearrange(x, "b c f h w -> (b f) c h w") for x in (made, true))
         return self.network(*frames).view(len(made), -1).mean(1)
 

@@ -52,7 +52,7 @@ class Difference(NamedTuple):
     first: float
     second: float
     summary: Summary
-    """Of the second minus the first, clip by clip; for distances, without an interval of their difference."""
+    """Of the second minus the first, clip by clip."""
 
     @property
     def is_told_apart(self) -> bool:
@@ -70,10 +70,14 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
     Raises:
         ValueError: They are no results, of other suites or clips, or were told other things; what differs is named.
     """
-    if not all(one.get("format") == FORMAT for one in (first, second)):
+    if not all(isinstance(one, dict) and one.get("format") == FORMAT for one in (first, second)):
         raise ValueError("these are no results of `vgen evaluate`, or of another version of it")
     told = ("prompted", "num_samples", "rollout_frames")
-    mine, theirs = (one["suite"] | {name: one["settings"][name] for name in told} for one in (first, second))
+    mine, theirs = (
+        one["suite"] | {name: one["settings"].get(name) for name in (*told, "clips_sha256")} for one in (first, second)
+    )
+    for one in (mine, theirs):
+        one.pop("data", None)  # the same clips may lie elsewhere
     wrong = [f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]]
     if first["numbers"] != second["numbers"]:
         wrong.append("the clips that could be measured")

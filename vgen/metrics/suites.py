@@ -5,6 +5,7 @@ Clips are `(b, 3, f, h, w)` in [-1, 1].
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,10 @@ class Suite(Protocol):
     """Whether every clip has a caption."""
 
     @property
+    def digest(self) -> str | None:
+        """Of what the clips are made from; `None` where the settings tell all."""
+
+    @property
     def left_out(self) -> Mapping[str, str]:
         """Files that turned out to be damaged, with the reasons."""
 
@@ -107,6 +112,9 @@ class Suite(Protocol):
 
     def samples(self, numbers: range) -> Samples:
         """Some of them."""
+
+    def long(self, numbers: Sequence[int], num_frames: int) -> Tensor | None:
+        """Some of the videos `(b, 3, num_frames, h, w)`; `None` where they have an end."""
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
         """Whether a clip `(3, f, h, w)` shows what the caption of this number says, where that can be checked."""
@@ -136,6 +144,7 @@ class Shapes:
     """ShapesWorld, with scenes that no training draws."""
 
     captioned = True
+    digest = None
     left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: SuiteConfig):
@@ -147,15 +156,19 @@ class Shapes:
 
     def samples(self, numbers: range) -> Samples:
         """Some of them."""
+        clips = self.long(numbers, self.config.num_frames)
+        return Samples(list(numbers), clips, [self.world.caption(number) for number in numbers])
+
+    def long(self, numbers: Sequence[int], num_frames: int) -> Tensor:
+        """Some of the videos."""
         config = self.config
-        clips = render(
+        return render(
             [self.world.scene(number) for number in numbers],
-            num_frames=config.num_frames,
+            num_frames=num_frames,
             height=config.height,
             width=config.width,
             frame_rate=config.frame_rate,
         )
-        return Samples(list(numbers), clips, [self.world.caption(number) for number in numbers])
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
         """1 if every object's colour, shape and motion are as the caption says."""
@@ -170,6 +183,7 @@ class Videos:
         random.Random(config.suite_seed).shuffle(self.numbers)
         del self.numbers[config.num_clips :]
         self.captioned = all(any(source.clips[number][0].captions) for number in self.numbers)
+        self.digest = source.digest
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -189,6 +203,9 @@ class Videos:
             [number for number, _ in whole], clips, [next(filter(None, clip.captions), None) for _, clip in whole]
         )
 
+    def long(self, numbers: Sequence[int], num_frames: int) -> None:
+        """None: files have an end."""
+
     @property
     def left_out(self) -> dict[str, str]:
         """Files that turned out to be damaged, with the reasons."""
@@ -207,6 +224,7 @@ class Digits:
 
     def __init__(self, config: SuiteConfig, source: MovingMNIST):
         self.config, self.source = config, source
+        self.digest = hashlib.sha256(source.digits.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return self.config.num_clips
@@ -215,6 +233,9 @@ class Digits:
         """Some of them."""
         clips, _ = stack_clips([self.source.sample(number) for number in numbers], torch.device("cpu"))
         return Samples(list(numbers), clips, [None] * len(numbers))
+
+    def long(self, numbers: Sequence[int], num_frames: int) -> None:
+        """None: without captions, long videos are not made."""
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
         """Nothing: the digits have no captions."""

@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from einops import rearrange
 from torch import Tensor
 
+from vgen.models.loading import load_strictly
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
 
@@ -67,15 +68,20 @@ class FrameByFrame:
 
 
 def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
-    """The VAE of a folder or Hub id, or of the pipeline there, by the class that its config names."""
+    """The VAE of a folder or Hub id, or of the pipeline there, by the class that its config names.
+
+    Raises:
+        ValueError: Its weights are pickled, or do not fit its config.
+    """
     options: dict[str, str] = {}
     try:
         config = CausalVideoVAE.load_config(str(source))
     except OSError:
         options = {"subfolder": "vae"}
         config = CausalVideoVAE.load_config(str(source), **options)
-    kind = AutoencoderKL if config["_class_name"] == "AutoencoderKL" else CausalVideoVAE
-    return kind.from_pretrained(source, **options)
+    if config["_class_name"] == "AutoencoderKL":
+        return load_strictly(AutoencoderKL.from_pretrained, "AutoencoderKL", source, **options)
+    return CausalVideoVAE.from_pretrained(source, **options)
 
 
 def as_codec(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | FrameByFrame:

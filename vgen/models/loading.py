@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,8 @@ class StrictLoading:
         """
         if kwargs.pop("parallel_config", None) is not None:
             raise ValueError(NO_PARALLELISM)
-        folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
-        refuse_pickles(folder)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
-        if not kwargs["use_safetensors"]:
-            raise ValueError(
-                "use_safetensors=False asks for a pickle, which can run code: only safetensors are loaded"
-            )
-        load: Any = super().from_pretrained  # type: ignore[misc]
-        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
-        if problems:
-            told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
-            raise ValueError(f"the weights of {cls.__name__} in {folder} do not fit its config: {told}")
-        return (model, info) if wants_info else model
+        load = super().from_pretrained  # type: ignore[misc]
+        return load_strictly(load, cls.__name__, pretrained_model_name_or_path, **kwargs)
 
     def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """Always raises: a video is not split between devices.
@@ -50,6 +37,27 @@ class StrictLoading:
             ValueError: Says why.
         """
         raise ValueError(NO_PARALLELISM)
+
+
+def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
+    """What `load`, diffusers' `from_pretrained` of a class of this name, makes of a folder or Hub id.
+
+    Raises:
+        ValueError: The weights are pickled, or keys of weights and config do not agree, which are named.
+    """
+    folder = Path(str(source)) / (kwargs.get("subfolder") or "")
+    refuse_pickles(folder)
+    wants_info = kwargs.pop("output_loading_info", False)
+    if kwargs.get("use_safetensors") is None:
+        kwargs["use_safetensors"] = True
+    if not kwargs["use_safetensors"]:
+        raise ValueError("use_safetensors=False asks for a pickle, which can run code: only safetensors are loaded")
+    model, info = load(source, output_loading_info=True, **kwargs)
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+    if problems:
+        told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
+        raise ValueError(f"the weights of {name} in {folder} do not fit its config: {told}")
+    return (model, info) if wants_info else model
 
 
 def weights_digest(network: Any, without: tuple[str, ...] = ()) -> str:

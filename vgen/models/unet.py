@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder
-from vgen.models.loading import StrictLoading
+from vgen.models.loading import StrictLoading, load_strictly
 from vgen.temporal.attention import (
     DispatchedAttnProcessor,
     FrameCache,
@@ -102,6 +103,10 @@ class Context:
     cache_rotary_emb: tuple[Tensor, Tensor] | None = None
     written: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of this call, by layer."""
+    order: Tensor | None = None
+    """Rows of `((b n), ...)` as convolutions over time are to have them; `None` leaves them."""
+    back: Tensor | None = None
+    """The rows of what these give in the order of the frames."""
 
     def to(self, device: torch.device) -> Context:
         """For a stage on another device; what is remembered lies where its layer is."""
@@ -135,8 +140,11 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Maps `((b n), c, h, w)` to the same shape."""
         n = context.num_frames
-        y = rearrange(F.silu(self.norm(x)), "(b n) c h w -> b c n h w", n=n)
-        return x + rearrange(self.conv(y, context.history), "b c n h w -> (b n) c h w")
+        y = F.silu(self.norm(x))
+        y = y if context.order is None else y[context.order]
+        y = self.conv(rearrange(y, "(b n) c h w -> b c n h w", n=n), context.history)
+        y = rearrange(y, "b c n h w -> (b n) c h w")
+        return x + (y if context.back is None else y[context.back])
 
 
 class TemporalAttention(nn.Module):
@@ -376,6 +384,8 @@ class UNet3D(
     _no_split_modules = ["Stage", "BasicTransformerBlock", "ResnetBlock2D"]
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_keys = ["state"]
+    conv_history = 2
+    """Latent frames that a convolution over time sees before each."""
     temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
     """In the names of all parameters that a 2D network does not have."""
 
@@ -503,7 +513,7 @@ class UNet3D(
     def forward(
         self,
         hidden_states: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | float,
         encoder_hidden_states: Tensor | None,
         *,
         encoder_attention_mask: Tensor | None = None,
@@ -511,6 +521,8 @@ class UNet3D(
         keyframes: Tensor | None = None,
         groups: Groups = "full",
         state: TemporalState | None = None,
+        unseen: Tensor | None = None,
+        resumes: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -518,13 +530,16 @@ class UNet3D(
 
         Args:
             hidden_states: Normalised latents `(b, c, n, h, w)`.
-            timestep: `(b,)`, or `(b, n)` with one noise level for each frame; in the scheduler's timesteps.
+            timestep: One, `(b,)`, or `(b, n)` with one noise level for each frame; in the scheduler's timesteps.
             encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 where a prompt token is to be seen.
             frame_rate: Pixel frames per second, one or `(b,)`; `None` or NaN adds nothing.
             keyframes: Slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
             groups: A mode, or integers `(n,)` or `(b, n)`, for attention over time.
             state: What the stream remembers. Written unless `state.frozen()`.
+            unseen: Clean latents `(b, c, k, h, w)` for training on a clip with a gap, as a stream's is when it has
+                forgotten frames: convolutions see them before frame `resumes`, attention does not.
+            resumes: Index of the first frame behind each video's gap, `(b,)`; `n` where it has none.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
             return_dict: Whether to return a `UNet3DConditionOutput` or a tuple.
 
@@ -535,16 +550,32 @@ class UNet3D(
             ValueError: A size cannot be halved often enough, or shapes do not fit one another.
         """
         b, _, n, height, width = hidden_states.shape
+        if encoder_hidden_states is not None and len(encoder_hidden_states) != b:
+            raise ValueError(f"{len(encoder_hidden_states)} prompts for {b} videos")
         unit = self.patch_size[1]
         if height % unit or width % unit:
             raise ValueError(f"latents of (h, w) = ({height}, {width}): each side must be a multiple of {unit}")
+        shown = n
+        if unseen is not None:
+            if state is not None or resumes is None:
+                raise ValueError("unseen latents are for whole clips, without a state, and need resumes")
+            n, k = n + unseen.shape[2], unseen.shape[2]
+            hidden_states = torch.cat([hidden_states, unseen.to(hidden_states)], dim=2)
+            levels = _levels(timestep, b, shown, hidden_states.device).expand(b, shown)
+            timestep = F.pad(levels, (0, k))
+            keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
         cache = None if state is None else FrameCache.opened(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         device = hidden_states.device
         positions, past = torch.arange(offset, offset + n, device=device), None
         if cache is not None and offset:
             past = cache.positions(device)
-        numbers = group_tensor(groups, n, self.config.chunk_size, device)
+        mask = group_mask(group_tensor(groups, shown, self.config.chunk_size, device), offset, hidden_states.dtype)
+        order = back = None
+        if unseen is not None and resumes is not None:
+            mask = _alone(mask, shown, n, hidden_states)
+            order = _behind_gaps(resumes.to(device), shown, n)
+            back = order.argsort()
         x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
         context = Context(
             temb=self._embed_time(timestep, frame_rate, b, n, x),
@@ -554,10 +585,12 @@ class UNet3D(
             positions=positions,
             past_positions=past,
             rotary_emb=self.rope(positions, 1, 1),
-            mask=group_mask(numbers, offset, x.dtype),
+            mask=mask,
             history=None if state is None else state.history(),
             cache=cache,
             cache_rotary_emb=None if past is None else self.rope(past, 1, 1),
+            order=order,
+            back=back,
         )
 
         x = self.conv_in(x)
@@ -581,26 +614,37 @@ class UNet3D(
         if cache is not None and context.history is not None and cache.state.writable:
             cache.write(context.written)
             cache.state.commit(context.history)
-        output = rearrange(x, "(b n) c h w -> b c n h w", n=n)
+        output = rearrange(x, "(b n) c h w -> b c n h w", n=n)[:, :, :shown]
         return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
     @classmethod
-    def from_unet2d(cls, source: UNet2DConditionModel | str, **config: Any) -> UNet3D:
+    def from_unet2d(
+        cls, source: UNet2DConditionModel | str | Path, subfolder: str | None = None, **config: Any
+    ) -> UNet3D:
         """Inflates a 2D U-Net of the Stable Diffusion family (the layouts of 1.5 and 2.1).
 
         Args:
-            source: The network, or the folder of one.
+            source: The network, or the folder or Hub id of one.
+            subfolder: Where it is in there, such as `unet`.
             config: What the 2D network does not have, such as `group_modes` or `keyframe_slots`. Temporal heads have
                 64 channels, or the largest divisor of 64 that divides the channels of every resolution.
 
         Raises:
-            ValueError: Its layout is not served; the part is named.
+            ValueError: Its layout is not served, its weights do not fit its config, or a part of `config` is its own;
+                what is wrong is named.
         """
-        if isinstance(source, str):
-            source = UNet2DConditionModel.from_pretrained(source, use_safetensors=True)
+        if isinstance(source, (str, Path)):
+            options = {} if subfolder is None else {"subfolder": subfolder}
+            source = load_strictly(UNet2DConditionModel.from_pretrained, "UNet2DConditionModel", source, **options)
         for name, served in _ONLY.items():
             if source.config.get(name, served[0]) not in served:
                 raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only {served[0]!r}")
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+            if not isinstance(source.config[name], int):
+                raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only one number")
+        own = sorted(set(config) & set(source.config))
+        if own:
+            raise ValueError(f"{', '.join(own)}: the 2D U-Net has its own; frames would no longer be those it gives")
         names = set(cls._get_init_keys(cls))
         shared = {name: value for name, value in source.config.items() if name in names}
         shared["temporal_head_dim"] = math.gcd(64, *source.config.block_out_channels)
@@ -613,13 +657,11 @@ class UNet3D(
         nn.Module.to(target, source.device, source.dtype)  # diffusers' method warns of modules that there are not
         return target.train(source.training)
 
-    def _embed_time(self, timestep: Tensor, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor) -> Tensor:
+    def _embed_time(
+        self, timestep: Tensor | float, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor
+    ) -> Tensor:
         """`((b n), d)`."""
-        if timestep.ndim == 0:
-            timestep = timestep.expand(b)
-        levels = timestep[:, None] if timestep.ndim == 1 else timestep
-        if levels.shape[0] != b or levels.shape[1] not in (1, n):
-            raise ValueError(f"timestep of shape {tuple(timestep.shape)}: give ({b},) or ({b}, {n})")
+        levels = _levels(timestep, b, n, like.device)
         temb = self.time_embedding(self.time_proj(levels.flatten()).to(like.dtype)).unflatten(0, levels.shape)
         if frame_rate is not None and self.frame_rate_embedder is None:
             logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
@@ -627,6 +669,37 @@ class UNet3D(
             rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=like.device)
             temb = temb + self.frame_rate_embedder(rates.expand(b)).to(temb)
         return temb.expand(b, n, -1).flatten(0, 1)
+
+
+def _levels(timestep: Tensor | float, b: int, n: int, device: torch.device) -> Tensor:
+    """Timesteps `(b, 1)` or `(b, n)`.
+
+    Raises:
+        ValueError: They have another shape.
+    """
+    timestep = torch.as_tensor(timestep, device=device)
+    levels = timestep.expand(b)[:, None] if timestep.ndim == 0 else timestep
+    levels = levels[:, None] if levels.ndim == 1 else levels
+    if levels.shape[0] != b or levels.shape[1] not in (1, n):
+        raise ValueError(f"timestep of shape {tuple(timestep.shape)}: give ({b},) or ({b}, {n})")
+    return levels
+
+
+def _alone(mask: Tensor | None, shown: int, n: int, like: Tensor) -> Tensor:
+    """An additive mask `(b | 1, 1, n, n)` of which frames from `shown` on see themselves alone, and none sees them."""
+    whole = like.new_full((1 if mask is None else len(mask), 1, n, n), float("-inf"))
+    whole[..., :shown, :shown] = 0 if mask is None else mask
+    whole.diagonal(dim1=-2, dim2=-1).fill_(0)
+    return whole
+
+
+def _behind_gaps(resumes: Tensor, shown: int, n: int) -> Tensor:
+    """Rows of `((b n), ...)` in the order in which frames from `shown` on come before frame `resumes` `(b,)`."""
+    frames = torch.arange(n, device=resumes.device)
+    # a frame's rank: its own index, and for those that follow the gap one behind all that precede it
+    rank = torch.where(frames < shown, 2 * frames, 2 * resumes[:, None] - 1).double()
+    rank = rank + frames / (2 * n)  # in their own order
+    return (rank.argsort(dim=1) + n * torch.arange(len(resumes), device=resumes.device)[:, None]).flatten()
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
