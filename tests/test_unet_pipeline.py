@@ -165,7 +165,7 @@ def check_frames(images, videos):
         assert abs(video[index] - image).max() < 1e-4
 
 
-def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(stable_diffusion, tmp_path, video):
+def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(randomize, stable_diffusion, tmp_path, video):
     pipe = VideoGenPipeline.from_stable_diffusion(
         stable_diffusion, num_frames=4, tasks=["text", "leading", "keyframes"], keyframe_slots=1, window=2,
         group_modes=["full", "causal", "chunk"], temporal_head_dim=8,
@@ -184,6 +184,12 @@ def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(stable_
     rolled = frames_of(loaded.rollout(PROMPT, known[:3], num_frames=5, num_inference_steps=2))
     assert rolled.shape == (5, 32, 32, 3)
     keyed = pipe(PROMPT, frames={2: known[0]}, generator=seeded(), num_inference_steps=2).frames[0]
-    assert abs(keyed[2] - known[0] / 255).max() < 1e-6 and not np.array_equal(keyed[1], frames[1])
+    assert abs(keyed[2] - known[0] / 255).max() < 1e-6
+    assert np.array_equal(keyed[1], frames[1])  # what it has beyond the 2D network starts as nothing
+    randomize(pipe.unet)
+    keyed, other = (
+        pipe(PROMPT, frames={2: one}, generator=seeded(), num_inference_steps=2).frames[0] for one in known[:2]
+    )
+    assert not np.array_equal(keyed[1], other[1])
     with pytest.raises(ValueError, match="holds a VideoGenPipeline"):
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")
