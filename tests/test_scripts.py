@@ -359,8 +359,9 @@ def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "temporal_head_dim": 8,
         "group_modes": ["full", "causal"], "sink": 1,
     }  # fmt: skip
-    options = {"--windows": json.dumps({"start": 1, "sink": 1}), "--window_lengths": "[2, 3]"}
-    options |= {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    options = {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    windows = {"--windows": json.dumps({"start": 1, "sink": 1}), "--window_lengths": "[3]"}
+    train_vdm((*runs[:2], long_latents), tmp_path / "windows", **options | windows)
     options["--more_latents"] = json.dumps({str(long_latents): 0.5})
     options |= {"--prediction": "v_prediction", "--scheduler": "unipc", "--zero_terminal_snr": "true"}
     train_vdm(runs, tmp_path, **options)
@@ -393,6 +394,8 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
     refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
     assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
+    refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--zero_terminal_snr": "true"})
+    assert refused.returncode != 0 and "zero_terminal_snr=True, but the pipeline" in refused.stderr
 
     train_vdm(runs, tmp_path / "adapter", **options | {"--train_only": "lora", "--lora_rank": 2, "--max_steps": 2})
     plain = pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames

@@ -154,6 +154,16 @@ def test_an_inflated_pipeline_may_have_the_layout_of_2_1(stable_diffusion, tmp_p
     check_frames(images, videos)
 
 
+def test_what_an_image_pipeline_tells_of_sizes_is_kept_or_missed(stable_diffusion):
+    images = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
+    images.unet.register_to_config(sample_size=(16, 24))
+    videos = VideoGenPipeline.from_stable_diffusion(images)
+    assert (videos.config.height, videos.config.width) == (32, 48)
+    images.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="sample_size=None"):
+        VideoGenPipeline.from_stable_diffusion(images)
+
+
 def check_frames(images, videos):
     for pipe in (images, videos):
         pipe.set_progress_bar_config(disable=True)

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from vgen.models.image_vae import load_vae
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -97,3 +99,17 @@ def test_loading_info_is_returned_when_asked_for(folder):
 
 def test_loads_in_the_asked_precision(folder):
     assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_public_image_vae_is_loaded_as_strictly(tmp_path):
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_vae(tmp_path / "pickled")
+    vae.save_pretrained(tmp_path / "cut")
+    path = tmp_path / "cut/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.conv_out.bias"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="AutoencoderKL .* missing keys: .*decoder.conv_out.bias"):
+        load_vae(tmp_path / "cut")
