@@ -5,21 +5,24 @@
 
 Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks see the same kind of clips; the denoisers
 share a VAE, whose time is its own. Steps are chosen so that training takes the minutes that were asked for on this
-machine, by a short run of the same command; encoding latents comes on top. What is done is not done again. Prints a
-table for each denoiser and draws the first clips into `OUTPUT_DIR/*.png`; `OUTPUT_DIR/*/evaluation/report.html` has
-more of both.
+machine, by a short run of the same command; encoding latents comes on top. What is done is not done again. Writes the
+tables and pictures of docs/moving_mnist.md; `OUTPUT_DIR/*/evaluation/report.html` has more of both.
 """
 
 import argparse
 import json
+import math
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from readme import put
+from safetensors import safe_open
 from scripts import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vgen.evaluation import OURS
 from vgen.metrics.report import summarize
 from vgen.pipeline import find_checkpoint
 
@@ -28,8 +31,10 @@ TRIAL, WARM = 60, 20
 """Steps of the short run, and of them those that are not timed."""
 LABEL, GAP = 160, 4
 """Pixels beside and between the rows of a picture."""
+DOCS = ROOT / "docs"
 METRICS = {"mse": PIXELS, "mae": PIXELS, "ssim": 1, "psnr": 1, "sharpness": 1}
 """Columns and their factors: errors are summed over the pixels of a frame, as the field does."""
+DENOISERS = {"transformer": "Transformer", "unet": "U-Net"}
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def main() -> None:
     launch("pipelines/encode_latents.py", latents | {"num_frames": 21, "keyframes": "true"})
     train("convlstm", folder / "convlstm", args.minutes, data=training)
     made = {"vae": vae, "text_encoder": text, "latents_dir": folder / "latents"}
-    for name in ("transformer", "unet"):
+    for name in DENOISERS:
         train(name, folder / name, args.minutes, **made)
         settings = {
             "model": folder / name / "pipeline", "output_dir": folder / name / "evaluation", "suite": "moving-mnist",
@@ -61,9 +66,12 @@ def main() -> None:
             "convlstm": folder / "convlstm" / "convlstm",
         }  # fmt: skip
         launch("pipelines/evaluate.py", settings)
-        print_table(name, json.loads((folder / name / "evaluation" / "results.json").read_text()))
+    text = (DOCS / "moving_mnist.md").read_text()
+    text = put(put(text, "results", results(folder)), "training", trainings(folder))
+    (DOCS / "moving_mnist.md").write_text(text)
+    for name in DENOISERS:
         first = json.loads((folder / name / "evaluation" / "clips" / "000000.json").read_text())
-        draw([shown["prediction"] for shown in first["strips"].values()]).save(folder / f"{name}.png")
+        draw([shown["prediction"] for shown in first["strips"].values()]).save(DOCS / f"moving_mnist-{name}.png")
 
 
 def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
@@ -93,17 +101,37 @@ def run(name: str, folder: Path, settings: dict) -> None:
     launch(f"train/train_{script}.py", {"config": recipe, "output_dir": folder} | settings)
 
 
-def print_table(name: str, results: dict) -> None:
-    """As Markdown."""
-    print(f"\n| {name} | {' | '.join(METRICS)} |\n|{' --- |' * (len(METRICS) + 1)}")
-    for way, values in results["tasks"]["prediction"].items():
-        cells = []
-        for metric, factor in METRICS.items():
-            mean, low, high = (factor * value for value in summarize(values[metric]))
-            cells.append(
-                f"{mean:.3f} [{low:.3f}, {high:.3f}]" if factor == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-            )
-        print(f"| {way} | {' | '.join(cells)} |", flush=True)
+def results(folder: Path) -> list[list[str]]:
+    """The table of all ways to predict, with half widths of 95% confidence intervals; simple ways once."""
+    rows: dict[str, list[str]] = {}
+    for name, title in DENOISERS.items():
+        measured = json.loads((folder / name / "evaluation" / "results.json").read_text())
+        for way, values in measured["tasks"]["prediction"].items():
+            cells = []
+            for metric, factor in METRICS.items():
+                summary = summarize(values[metric]) if metric in values else None
+                digits = 1 if factor > 1 else 2 if metric == "psnr" else 3
+                half = None if summary is None else factor * (summary.high - summary.low) / 2
+                cells.append("" if summary is None else f"{factor * summary.mean:.{digits}f} ± {half:.{digits}f}")
+            rows.setdefault(way.replace(OURS, title), cells)
+    ours = [way for way in rows if way.startswith(tuple(DENOISERS.values()))]
+    others = [way for way in rows if way not in ours]
+    header = ["", "MSE", "MAE", "SSIM", "PSNR, dB", "sharpness"]
+    return [header, *([way, *rows[way]] for way in ours + others)]
+
+
+def trainings(folder: Path) -> list[list[str]]:
+    """The table of networks: steps, and the minutes between the first and the last as they were logged."""
+    rows = [["network", "parameters", "steps", "minutes"]]
+    for name, title in {"vae": "VAE", "convlstm": "ConvLSTM", **DENOISERS}.items():
+        part = {"vae": "vae", "convlstm": "convlstm", "transformer": "pipeline/transformer", "unet": "pipeline/unet"}
+        with safe_open(folder / name / part[name] / "diffusion_pytorch_model.safetensors", "pt") as weights:
+            count = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        events = EventAccumulator(str(folder / name / "logs")).Reload()
+        logged = events.Scalars(events.Tags()["scalars"][0])
+        minutes = (logged[-1].wall_time - logged[0].wall_time) / 60
+        rows.append([title, f"{count / 1e6:.1f}M", f"{logged[-1].step:,}", f"{minutes:.0f}"])
+    return rows
 
 
 def draw(clips: list[dict[str, str]]) -> Image.Image:
