@@ -130,7 +130,8 @@ def trainings(folder: Path) -> list[list[str]]:
         events = EventAccumulator(str(folder / name / "logs")).Reload()
         logged = events.Scalars(events.Tags()["scalars"][0])
         minutes = (logged[-1].wall_time - logged[0].wall_time) / 60
-        rows.append([title, f"{count / 1e6:.1f}M", f"{logged[-1].step:,}", f"{minutes:.0f}"])
+        steps = json.loads((folder / name / "steps.json").read_text())["steps"]
+        rows.append([title, f"{count / 1e6:.1f}M", f"{steps:,}", f"{minutes:.0f}"])
     return rows
 
 

@@ -1,7 +1,11 @@
 import pytest
 import torch
 
+from vgen.data.shapes import ShapesWorld, render
+from vgen.metrics.reference import psnr
+from vgen.metrics.suites import copy_last
 from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.pipeline import find_packaged
 
 
 @pytest.fixture
@@ -52,3 +56,14 @@ def test_it_saves_and_loads_and_learns(network, tmp_path):
 def test_sides_must_be_multiples_of_the_patch(network):
     with pytest.raises(ValueError, match="multiples of 2"):
         network(draw(size=7))
+
+
+@torch.no_grad()
+def test_the_packaged_one_predicts_and_is_small():
+    folder = find_packaged("vgen/shapes-64-convlstm")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2e6
+    world = ShapesWorld(split="all", seed=123)
+    clips = render([world.scene(number) for number in range(8)], num_frames=17, height=64, width=64, frame_rate=8.0)
+    made = ConvLSTMPredictor.from_pretrained(folder).predict(clips[:, :, :5], 12).clamp(-1, 1)
+    repeated, true = copy_last(clips, 5)[:, :, 5:], clips[:, :, 5:]
+    assert psnr(made, true).median() > psnr(repeated, true).median() + 2
