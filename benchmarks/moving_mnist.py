@@ -124,8 +124,8 @@ def trainings(folder: Path) -> list[list[str]]:
     """The table of networks: steps, and the minutes between the first and the last as they were logged."""
     rows = [["network", "parameters", "steps", "minutes"]]
     for name, title in {"vae": "VAE", "convlstm": "ConvLSTM", **DENOISERS}.items():
-        part = {"vae": "vae", "convlstm": "convlstm", "transformer": "pipeline/transformer", "unet": "pipeline/unet"}
-        with safe_open(folder / name / part[name] / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        part = f"pipeline/{name}" if name in DENOISERS else name
+        with safe_open(folder / name / part / "diffusion_pytorch_model.safetensors", "pt") as weights:
             count = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
         events = EventAccumulator(str(folder / name / "logs")).Reload()
         logged = events.Scalars(events.Tags()["scalars"][0])

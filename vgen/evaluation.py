@@ -178,15 +178,8 @@ class Measurement:
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
         self.convlstm = open_convlstm(config, pipe.device) if "prediction" in self.tasks else None
         self.features = open_features(config, pipe.device)
-        for task in set(FEATURED) & set(self.tasks):
-            if self.features is None:
-                break
-            count, shown = feature_frames(config, self.features, task), shown_frames(config, task)
-            if shown < count:
-                raise ValueError(
-                    f"{self.features.name} takes {count} frames, and {shown} are not given: make num_frames at least "
-                    f"{config.num_frames + count - shown}"
-                )
+        if self.features is not None:
+            self._check_lengths(self.features)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -233,6 +226,16 @@ class Measurement:
     def _seam_unit(self) -> int:
         """Frames of a chunk."""
         return self.pipe.vae_scale_factor_temporal * self.pipe.denoiser.config.chunk_size
+
+    def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
+        """Refuses clips that are too short for the features of a task."""
+        for task in [task for task in FEATURED if task in self.tasks]:
+            count, shown = feature_frames(self.config, network, task), shown_frames(self.config, task)
+            if shown < count:
+                raise ValueError(
+                    f"{network.name} takes {count} frames, and {shown} are not given: make num_frames at least "
+                    f"{self.config.num_frames + count - shown}"
+                )
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Any]:

@@ -696,10 +696,10 @@ def _alone(mask: Tensor | None, shown: int, n: int, like: Tensor) -> Tensor:
 def _behind_gaps(resumes: Tensor, shown: int, n: int) -> Tensor:
     """Rows of `((b n), ...)` in the order in which frames from `shown` on come before frame `resumes` `(b,)`."""
     frames = torch.arange(n, device=resumes.device)
-    # a frame's rank: its own index, and for those that follow the gap one behind all that precede it
-    rank = torch.where(frames < shown, 2 * frames, 2 * resumes[:, None] - 1).double()
-    rank = rank + frames / (2 * n)  # in their own order
-    return (rank.argsort(dim=1) + n * torch.arange(len(resumes), device=resumes.device)[:, None]).flatten()
+    rank = torch.where(frames < shown, frames, resumes[:, None] - 0.5)
+    return (
+        rank.argsort(dim=1, stable=True) + n * torch.arange(len(resumes), device=resumes.device)[:, None]
+    ).flatten()
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
