@@ -65,6 +65,16 @@ def test_read_after_write_gives_the_same_frames_and_as_many(tmp_path, suffix, si
     assert listing(tmp_path) == [path.name]
 
 
+def test_the_same_frames_give_the_same_file_every_time(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    path, files = tmp_path / "clip.mp4", set()
+    for _ in range(40):
+        write_video(frames, path, overwrite=True)
+        files.add(path.read_bytes())
+        read_video(path)  # so that memory is not as it was
+    assert len(files) == 1
+
+
 def test_lower_crf_is_closer_to_the_original(tmp_path):
     frames, path = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8), tmp_path / "clip.mp4"
     errors = []

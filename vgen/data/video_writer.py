@@ -274,9 +274,12 @@ class _EncodedFile:
         # The conversion from RGB uses the BT.601 matrix; saying so makes every player invert just that.
         color = dict.fromkeys(("colorspace", "color_primaries", "color_trc"), "smpte170m") | {"color_range": "tv"}
         chroma = "yuv420p" if even else "yuv444p"
+        # x264's macroblock tree takes in undefined memory where the macroblocks are no multiple of its vectors, and
+        # the same frames then give another file now and then. Without it files are larger (1.7 times, 720p).
+        exact = {} if math.ceil(height / 16) * math.ceil(width / 16) % 16 == 0 else {"mbtree": "0"}
         fast = {"lossless": "1", "compression_level": "0", "quality": "20"}  # where lossless, this is the effort
         codec, pixel_format, options, container_options = {
-            ".mp4": ("libx264", chroma, color | {"crf": str(crf)}, {"movflags": "faststart"}),
+            ".mp4": ("libx264", chroma, color | exact | {"crf": str(crf)}, {"movflags": "faststart"}),
             ".webp": ("libwebp", "bgra", fast, {"loop": "0"}),
             ".gif": ("gif", "pal8", {}, {"loop": "0"}),
         }[path.suffix.lower()]
