@@ -112,6 +112,22 @@ def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
     torch.testing.assert_close(whole[:, :, known:], latents, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("chunk_size", "window"), [(1, 2), (2, 2), (3, 3)])
+def test_behind_a_gap_convolutions_go_on_as_in_the_stream_when_all_is_computed_again(randomize, chunk_size, window):
+    pipe = build(randomize, chunk_size=chunk_size, window=window)
+    for name, weight in pipe.unet.named_parameters():
+        first_conv = name.startswith("down_blocks.0.temporal_convs.0.")
+        last_attention = name.startswith("up_blocks.1.temporal_attentions.1.")
+        if ".attn2.to_out" in name or ("temporal" in name and not (first_conv or last_attention)):
+            weight.data.zero_()  # no prompt, and of time one convolution and, behind it, one attention
+    expected = frames_of(pipe.rollout(PROMPT, num_frames=60, generator=seeded()))
+    again = frames_of(pipe.rollout({0: PROMPT, 25: OTHER, 49: PROMPT}, num_frames=60, generator=seeded()))
+    assert abs(again - expected).max() < 1e-4
+    pipe.unet.conv_history = 0
+    without = frames_of(pipe.rollout({0: PROMPT, 25: OTHER, 49: PROMPT}, num_frames=60, generator=seeded()))
+    assert abs(without - expected).max() > 1e-3
+
+
 def noise_like(pipe, latents):
     generator = seeded()
     return torch.randn(latents.shape, generator=generator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ class Rollout:
         self.decoder_state = TemporalState()
         self.frames_done = 0
         """New frames yielded so far."""
-        self._history: list[tuple[Tensor, float]] = []  # clean latents of the token frames kept, and their level
+        self._history: list[tuple[Tensor, float]] = []  # clean latents of the last token frames and their level
         self._keyframes: dict[tuple[int, int], Tensor] = {}  # of the next chunk: given frames that filled no latent
         self._given_frames = 0  # how many frames of the next chunk these are
         self._prompt: str | Sequence[str] | None = None
@@ -289,6 +290,15 @@ class Rollout:
         """Token frames of the next chunk: the first of a video comes alone."""
         return self.chunk_size if self._history else 1
 
+    @property
+    def _num_unseen(self) -> int:
+        """Token frames kept beyond those that attention remembers: whole chunks of what convolutions see before them.
+
+        When all is computed again, these are forgotten on the way, and the convolutions go on from them as if nothing
+        were missing behind the sink.
+        """
+        return math.ceil(getattr(self.pipe.denoiser, "conv_history", 0) / self.chunk_size) * self.chunk_size
+
     def _finish(self, latents: Tensor, level: float) -> Tensor:
         """Remembers finished latents `(b, c, t, h, w)`, told to be at a noise level; returns their pixels."""
         p_t = self.pipe.denoiser.patch_size[0]
@@ -310,7 +320,7 @@ class Rollout:
             self._history += run
             assert self.state.window is not None
             sink = self.state.sink or 0
-            surplus = max(0, len(self._history) - sink - self.state.window)
+            surplus = max(0, len(self._history) - sink - self._num_unseen - self.state.window)
             del self._history[sink : sink + surplus]
 
     def _write(self, state: TemporalState, latents: Tensor, levels: Tensor) -> None:
