@@ -14,7 +14,9 @@ import json
 import math
 from base64 import b64decode
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from PIL import Image, ImageDraw, ImageFont
 from readme import put
@@ -121,7 +123,7 @@ def results(folder: Path) -> list[list[str]]:
 
 
 def trainings(folder: Path) -> list[list[str]]:
-    """The table of networks: steps, and the minutes between the first and the last as they were logged."""
+    """The table of networks: steps, and their minutes at the median pace that was logged; breaks do not count."""
     rows = [["network", "parameters", "steps", "minutes"]]
     for name, title in {"vae": "VAE", "convlstm": "ConvLSTM", **DENOISERS}.items():
         part = f"pipeline/{name}" if name in DENOISERS else name
@@ -129,9 +131,9 @@ def trainings(folder: Path) -> list[list[str]]:
             count = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
         events = EventAccumulator(str(folder / name / "logs")).Reload()
         logged = events.Scalars(events.Tags()["scalars"][0])
-        minutes = (logged[-1].wall_time - logged[0].wall_time) / 60
+        pace = median((new.wall_time - old.wall_time) / (new.step - old.step) for old, new in pairwise(logged))
         steps = json.loads((folder / name / "steps.json").read_text())["steps"]
-        rows.append([title, f"{count / 1e6:.1f}M", f"{steps:,}", f"{minutes:.0f}"])
+        rows.append([title, f"{count / 1e6:.1f}M", f"{steps:,}", f"{steps * pace / 60:.0f}"])
     return rows
 
 
