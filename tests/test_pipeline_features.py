@@ -90,37 +90,34 @@ def test_the_guider_of_classifier_free_guidance_equals_the_built_in(pipe):
     assert torch.equal(latents(pipe, guidance_scale=3.0), expected)
 
 
-@pytest.mark.parametrize(
-    "guider",
-    [
-        ClassifierFreeZeroStarGuidance(guidance_scale=3.0, zero_init_steps=0),
-        AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0),
-        SkipLayerGuidance(
-            guidance_scale=3.0,
-            skip_layer_config=LayerSkipConfig(indices=[1], fqn="blocks"),
-            skip_layer_guidance_start=0.0,
-            skip_layer_guidance_stop=1.0,
-        ),
-        SkipLayerGuidance(
-            guidance_scale=3.0,
-            skip_layer_config=LayerSkipConfig(indices=[1], fqn="blocks", skip_ff=False),
-            skip_layer_guidance_start=0.0,
-            skip_layer_guidance_stop=1.0,
-        ),
-        PerturbedAttentionGuidance(
-            guidance_scale=3.0,
-            perturbed_guidance_layers=[1],
-            perturbed_guidance_start=0.0,
-            perturbed_guidance_stop=1.0,
-        ),
-    ],
-    ids=lambda guider: type(guider).__name__,
-)
-def test_other_guiders_guide_otherwise_and_leave_no_trace(guider, randomize):
-    pipe = make_pipeline(num_layers=3)
-    randomize(pipe.transformer)
+STRENGTH = [("scale", 100.0), ("start", 0.0), ("stop", 1.0)]
+SKIP = {"guidance_scale": 3.0} | {f"skip_layer_guidance_{name}": value for name, value in STRENGTH}
+PERTURB = {"guidance_scale": 3.0} | {f"perturbed_guidance_{name}": value for name, value in STRENGTH}
+SCORES = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+GUIDERS = {
+    "zero-star": lambda blocks: ClassifierFreeZeroStarGuidance(guidance_scale=3.0, zero_init_steps=0),
+    "projected": lambda blocks: AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0),
+    "skip layer": lambda blocks: SkipLayerGuidance(**SKIP, skip_layer_config=LayerSkipConfig(**blocks)),
+    "skip attention": lambda blocks: SkipLayerGuidance(
+        **SKIP, skip_layer_config=LayerSkipConfig(**blocks, skip_ff=False)
+    ),
+    "perturbed": lambda blocks: PerturbedAttentionGuidance(
+        **PERTURB, perturbed_guidance_config=LayerSkipConfig(**blocks, **SCORES)
+    ),
+}
+BLOCKS = {
+    "transformer": {"indices": [1], "fqn": "blocks"},
+    "unet": {"indices": [0], "fqn": "up_blocks.1.attentions.1.transformer_blocks"},
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_other_guiders_guide_otherwise_and_leave_no_trace(name, denoiser, randomize):
+    pipe = build_unet_pipeline(randomize) if denoiser == "unet" else make_pipeline(num_layers=3)
+    randomize(pipe.denoiser)
     plain = latents(pipe)
-    guided = latents(pipe, guider=guider)
+    guided = latents(pipe, guider=GUIDERS[name](BLOCKS[denoiser]))
     assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, atol=1e-4)
     assert torch.equal(latents(pipe), plain)
 

@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import CacheMixin, ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    _skip_attention___ret___hidden_states,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
@@ -80,6 +85,12 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         for layer in attn.to_out:
             out = layer(out)
         return out.reshape(rows, -1, out.shape[-1])
+
+
+# diffusers' guiders that disturb attention look up what a processor returns
+AttentionProcessorRegistry.register(
+    SpatialAttnProcessor, AttentionProcessorMetadata(_skip_attention___ret___hidden_states)
+)
 
 
 @dataclass
