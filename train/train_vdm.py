@@ -214,6 +214,7 @@ def main(config: VDMConfig) -> None:
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
     digest = hashlib.sha256("".join(source.data.digest for source in sources).encode()).hexdigest()
     run = Run(config, accelerator, model, lambda step: name_batch(config, sources, shares, step), digest)
+    model.sharded = run.sharded
     empty = sum(not any(captions) for source in sources for captions in source.data.captions)
     accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
     pipe.text_encoder.train(config.train_text_encoder)

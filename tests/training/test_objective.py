@@ -3,7 +3,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from vgen.training.objective import Objective, denoising_loss, flow_sample, make_scheduler
+from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss, flow_sample, make_scheduler
+
+from ..models.test_unet import inputs, make
 
 DIFFUSION = ("v_prediction", "epsilon")
 
@@ -122,3 +124,23 @@ def test_known_frames_carry_no_loss():
     changed = prediction.clone()
     changed[0, :, :2] += 100
     assert torch.equal(denoising_loss(changed, target, weight), denoising_loss(prediction, target, weight))
+
+
+def test_only_clips_with_a_gap_are_computed_with_unseen_latents(randomize):
+    network, calls = make(randomize), []
+    network.register_forward_pre_hook(lambda _, __, told: calls.append(told), with_kwargs=True)
+    model = PromptedDenoiser(network, None)
+    latents, levels, prompt = inputs(4)
+    unseen = torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    told = {"prompt_embeds": prompt, "unseen": unseen, "resumes": torch.tensor([5, 2, 5, 1])}
+    for groups in ("causal", [0, 0, 1, 1, 2], torch.arange(4)[:, None] // 2 + torch.tensor([0, 0, 1, 1, 2])):
+        found, model.sharded = model(latents, levels, groups=groups, **told), True
+        expected, model.sharded = model(latents, levels, groups=groups, **told), False
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert [len(call["hidden_states"]) for call in calls] == [2, 2, 4]
+        assert torch.equal(calls[0]["unseen"], unseen[[1, 3]]) and calls[1]["unseen"] is None
+        calls.clear()
+    for resumes in (5, 2):
+        model(latents, levels, **told | {"resumes": torch.full((4,), resumes)})
+        assert [len(call["hidden_states"]) for call in calls] == [4]
+        calls.clear()

@@ -206,6 +206,8 @@ class PromptedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.text_encoder = text_encoder
+        self.sharded = False
+        """Whether each process holds a part of the weights; all then have to call the denoiser equally often."""
 
     def forward(
         self,
@@ -219,9 +221,21 @@ class PromptedDenoiser(nn.Module):
     ) -> Tensor:
         """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
 
-        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`.
+        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`. Unless `sharded`, only videos with a gap are
+        computed with their `unseen` latents.
         """
         if prompt_embeds is None:
             assert input_ids is not None and prompt_mask is not None
             prompt_embeds = embed(self.text_encoder, input_ids, prompt_mask)
-        return self.denoiser(latents, timestep, prompt_embeds, groups=groups, return_dict=False, **conditions)[0]
+        inputs = {
+            "hidden_states": latents, "timestep": timestep, "encoder_hidden_states": prompt_embeds, "groups": groups,
+        } | conditions  # fmt: skip
+        if "resumes" not in inputs or self.sharded:
+            return self.denoiser(**inputs, return_dict=False)[0]
+        gap, parts = inputs["resumes"] < latents.shape[2], []
+        for rows in (gap.nonzero()[:, 0], (~gap).nonzero()[:, 0]):
+            if len(rows):
+                part = {key: value[rows] if torch.is_tensor(value) else value for key, value in inputs.items()}
+                told = part if gap[rows[0]] else part | {"unseen": None, "resumes": None}
+                parts.append(self.denoiser(**told, return_dict=False)[0])
+        return torch.cat(parts)[gap.argsort(descending=True, stable=True).argsort()]
