@@ -90,10 +90,14 @@ def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
         seconds = (times[TRIAL] - times[WARM]) / (TRIAL - WARM)
         folder.mkdir(parents=True, exist_ok=True)
         told.write_text(json.dumps({"steps": max(TRIAL, round(60 * minutes / seconds)), "seconds": seconds}))
-    steps = json.loads(told.read_text())["steps"]
+    plan = json.loads(told.read_text())
+    steps = plan["steps"]
     print(f"{name}: {steps} steps", flush=True)
+    if "done" in plan:
+        return
     decay = {"decay_steps": steps // 3} if name in ("transformer", "unet") else {}
     run(name, folder, settings | decay | {"max_steps": steps, "sample_every": 10 * steps})
+    told.write_text(json.dumps(plan | {"done": True}))
 
 
 def run(name: str, folder: Path, settings: dict) -> None:
@@ -142,11 +146,11 @@ def draw(clips: list[dict[str, str]]) -> Image.Image:
     strips = {(number, way): data for number, rows in enumerate(clips) for way, data in rows.items()}
     rows = {key: Image.open(BytesIO(b64decode(data))) for key, data in strips.items()}
     width, height = next(iter(rows.values())).size
-    picture = Image.new("RGB", (LABEL + width, len(rows) * (height + GAP) + len(clips) * 4 * GAP), "white")
+    picture = Image.new("L", (LABEL + width, len(rows) * (height + GAP) + len(clips) * 4 * GAP), 255)
     pen = ImageDraw.Draw(picture)
     for row, ((number, way), strip) in enumerate(rows.items()):
         top = row * (height + GAP) + number * 4 * GAP
-        pen.text((4, top + height / 2), way, "black", ImageFont.load_default(12), anchor="lm")
+        pen.text((4, top + height / 2), way, 0, ImageFont.load_default(12), anchor="lm")
         picture.paste(strip, (LABEL, top))
     return picture
 

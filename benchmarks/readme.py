@@ -67,7 +67,10 @@ def put(text: str, name: str, rows: list[list[str]]) -> str:
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     table = "\n".join(lines)
     after, count = re.subn(
-        rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], text, flags=re.S
+        rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{table}\n{found[2]}",
+        text,
+        flags=re.S,
     )
     if count != 1:
         raise ValueError(f"{count} places for the table {name!r}")
