@@ -232,7 +232,8 @@ def main(config: VDMConfig) -> None:
             conditions = {name: batch[name] for name in told if name in batch}
             prediction = run.network(sample.latents, sample.timestep, groups=shared, **conditions)
             tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
-            shape = (sample.latents.shape, *conditions, mode)
+            gaps = int((batch["resumes"] < length).sum()) if "resumes" in batch else 0
+            shape = (sample.latents.shape, *conditions, mode, gaps)
             run.count(
                 len(sample.latents),
                 tokens,
