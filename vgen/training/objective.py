@@ -221,8 +221,8 @@ class PromptedDenoiser(nn.Module):
     ) -> Tensor:
         """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
 
-        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`. Unless `sharded`, only videos with a gap are
-        computed with their `unseen` latents.
+        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`; all tensors have a row for each video. Unless
+        `sharded`, only videos with a gap are computed with their `unseen` latents.
         """
         if prompt_embeds is None:
             assert input_ids is not None and prompt_mask is not None
@@ -233,9 +233,10 @@ class PromptedDenoiser(nn.Module):
         if "resumes" not in inputs or self.sharded:
             return self.denoiser(**inputs, return_dict=False)[0]
         gap, parts = inputs["resumes"] < latents.shape[2], []
-        for rows in (gap.nonzero()[:, 0], (~gap).nonzero()[:, 0]):
+        order = gap.nonzero()[:, 0], (~gap).nonzero()[:, 0]
+        for rows in order:
             if len(rows):
                 part = {key: value[rows] if torch.is_tensor(value) else value for key, value in inputs.items()}
                 told = part if gap[rows[0]] else part | {"unseen": None, "resumes": None}
                 parts.append(self.denoiser(**told, return_dict=False)[0])
-        return torch.cat(parts)[gap.argsort(descending=True, stable=True).argsort()]
+        return torch.cat(parts)[torch.cat(order).argsort()]
