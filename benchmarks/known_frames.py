@@ -20,10 +20,12 @@ import torch
 from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
+from vgen.evaluation import CONVLSTM
 from vgen.known_frames import to_frames
 from vgen.metrics.reference import psnr, ssim
 from vgen.metrics.suites import WORLD_SEED, copy_last, flow_interpolation, linear_blend
-from vgen.pipeline import VideoGenPipeline
+from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.pipeline import VideoGenPipeline, find_packaged
 
 NUM_FRAMES = 17
 TASKS = {
@@ -49,6 +51,7 @@ def main() -> None:
     pipe = VideoGenPipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
+    convlstm = ConvLSTMPredictor.from_pretrained(find_packaged(CONVLSTM)).eval().to(pipe.device)
     world = ShapesWorld(split="all", seed=WORLD_SEED)
     clips = to_frames(render([world.scene(index) for index in range(args.num_clips)], num_frames=NUM_FRAMES))
     results = {}
@@ -57,6 +60,7 @@ def main() -> None:
         ways: dict[str, Callable] = {"the model": lambda part, known: by_model(pipe, world, clips, part, known, args)}
         if task.startswith("prediction"):
             ways["copy of the last frame"] = lambda part, known: simply(copy_last, clips[part], len(known))
+            ways["ConvLSTM"] = lambda part, known: by_convlstm(convlstm, clips[part], len(known))
         else:
             ways["linear blend"] = lambda part, known: simply(linear_blend, clips[part], known)
             ways["optical flow (DIS)"] = lambda part, known: simply(flow_interpolation, clips[part], known)
@@ -123,6 +127,13 @@ def _make(
 def simply(way: Callable, clips: np.ndarray, known: Any) -> np.ndarray:
     """Whole clips by a simple way."""
     return to_frames(way(from_frames(clips), known))
+
+
+@torch.no_grad()
+def by_convlstm(network: ConvLSTMPredictor, clips: np.ndarray, given: int) -> np.ndarray:
+    """Whole clips from their first frames."""
+    known = from_frames(clips[:, :given]).to(network.device)
+    return to_frames(torch.cat([known, network.predict(known, NUM_FRAMES - given).clamp(-1, 1)], dim=2))
 
 
 @torch.no_grad()

@@ -92,8 +92,8 @@ def shapes(measured: dict[str, Any]) -> list[list[str]]:
 
 def known_frames(plain: dict[str, Any], prompted: dict[str, Any]) -> list[list[str]]:
     """Median PSNR and mean SSIM of each way."""
-    ways = ["copy of the last frame", "linear blend", "optical flow (DIS)", "ceiling: VAE alone"]
-    rows = [["task", "the model, no prompt", "with the caption", *ways[:3], "VAE alone (ceiling)"]]
+    ways = ["copy of the last frame", "ConvLSTM", "linear blend", "optical flow (DIS)", "ceiling: VAE alone"]
+    rows = [["task", "the model, no prompt", "with the caption", *ways[:-1], "VAE alone (ceiling)"]]
     for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
         found = [plain[f"{task}, the model"], prompted[f"{task}, the model"]]
         found += [plain.get(f"{task}, {way}") for way in ways]
