@@ -122,6 +122,17 @@ def test_other_guiders_guide_otherwise_and_leave_no_trace(name, denoiser, random
     assert torch.equal(latents(pipe), plain)
 
 
+def test_perturbed_attention_at_its_own_strength_takes_blocks_by_number(randomize):
+    pipe = make_pipeline(num_layers=3)
+    randomize(pipe.transformer)
+    guider = PerturbedAttentionGuidance(
+        guidance_scale=3.0, perturbed_guidance_layers=[1], perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0
+    )
+    plain, guided = latents(pipe), latents(pipe, guider=guider)
+    assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, atol=1e-4)
+    assert torch.equal(latents(pipe), plain)
+
+
 def test_diffusers_own_class_loads_a_folder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
