@@ -122,12 +122,33 @@ def test_other_guiders_guide_otherwise_and_leave_no_trace(name, denoiser, random
     assert torch.equal(latents(pipe), plain)
 
 
-def test_perturbed_attention_at_its_own_strength_takes_blocks_by_number(randomize):
+@pytest.mark.parametrize(
+    "guider",
+    [
+        SkipLayerGuidance(
+            guidance_scale=3.0,
+            skip_layer_config=LayerSkipConfig(indices=[1], fqn="blocks"),
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        ),
+        SkipLayerGuidance(
+            guidance_scale=3.0,
+            skip_layer_config=LayerSkipConfig(indices=[1], fqn="blocks", skip_ff=False),
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        ),
+        PerturbedAttentionGuidance(
+            guidance_scale=3.0,
+            perturbed_guidance_layers=[1],
+            perturbed_guidance_start=0.0,
+            perturbed_guidance_stop=1.0,
+        ),
+    ],
+    ids=["skip layer", "skip attention", "perturbed"],
+)
+def test_guiders_that_disturb_blocks_do_so_at_their_own_strength(guider, randomize):
     pipe = make_pipeline(num_layers=3)
     randomize(pipe.transformer)
-    guider = PerturbedAttentionGuidance(
-        guidance_scale=3.0, perturbed_guidance_layers=[1], perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0
-    )
     plain, guided = latents(pipe), latents(pipe, guider=guider)
     assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, atol=1e-4)
     assert torch.equal(latents(pipe), plain)
