@@ -56,6 +56,14 @@ DENOISER = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "freq_dim": 16,
     "ffn_dim": 32, "num_layers": 1, "group_modes": ["full", "causal"], "keyframe_slots": 4,
 }  # fmt: skip
+UNET = {
+    "--denoiser": "unet", "--groups": '{"full": 1, "causal": 1}', "--model": json.dumps({
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "attention_head_dim": 2,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "temporal_head_dim": 8,
+        "group_modes": ["full", "causal"], "sink": 1,
+    }),
+}  # fmt: skip
 TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "--log_every": 1, "--save_every": 2}
 
 
@@ -353,13 +361,7 @@ def test_a_trained_pipeline_generates(runs, tmp_path):
 
 
 def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
-    model = {
-        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "attention_head_dim": 2,
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "temporal_head_dim": 8,
-        "group_modes": ["full", "causal"], "sink": 1,
-    }  # fmt: skip
-    options = {"--denoiser": "unet", "--model": json.dumps(model), "--groups": '{"full": 1, "causal": 1}'}
+    options = UNET.copy()
     windows = {"--windows": json.dumps({"start": 1, "sink": 1}), "--window_lengths": "[3]"}
     train_vdm((*runs[:2], long_latents), tmp_path / "windows", **options | windows)
     options["--more_latents"] = json.dumps({str(long_latents): 0.5})
@@ -1045,8 +1047,9 @@ def test_a_pipeline_to_start_from_must_agree_with_the_settings(runs, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_with_muon_resumes_exactly(runs, tmp_path):
-    options = {"--optimizer": "muon", "--lr_schedule": "constant"}
+@pytest.mark.parametrize("network", [{}, UNET | {"--muon_kernels": "true"}], ids=["transformer", "unet"])
+def test_a_run_with_muon_resumes_exactly(runs, network, tmp_path):
+    options = {"--optimizer": "muon", "--lr_schedule": "constant"} | network
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         train_vdm(runs, tmp_path / folder, **options | {"--max_steps": steps})
     parts, whole = (load_file(tmp_path / f"{folder}/checkpoint-4/model.safetensors") for folder in ("parts", "whole"))

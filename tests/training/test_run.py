@@ -15,24 +15,27 @@ def take_a_step(network, tmp_path, **settings):
     return {name: weight.detach() - before[name] for name, weight in network.named_parameters()}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_trainable_weight_is_updated_once(optimizer, tmp_path):
+@pytest.mark.parametrize(("optimizer", "kernels"), [("adamw", False), ("muon", False), ("muon", True)])
+def test_every_trainable_weight_is_updated_once(optimizer, kernels, tmp_path):
     torch.manual_seed(0)
     network = nn.ModuleDict({"embed": nn.Embedding(5, 6), "linear": nn.Linear(6, 4), "frozen": nn.Linear(3, 3)})
+    network["conv"] = nn.Conv2d(2, 4, (1, 3))
     network["frozen"].requires_grad_(False)
     for weight in network.parameters():
         weight.grad = torch.randn(weight.shape) if weight.requires_grad else None
-    gradient = network["linear"].weight.grad.clone()
-    change = take_a_step(network, tmp_path, optimizer=optimizer)
+    orthogonal = ["linear.weight"] if optimizer == "muon" else []
+    orthogonal += ["conv.weight"] if kernels else []
+    gradients = {name: network.get_parameter(name).grad.flatten(1).clone() for name in orthogonal}
+    change = take_a_step(network, tmp_path, optimizer=optimizer, muon_kernels=kernels)
 
     assert not any(change[name].any() for name in ("frozen.weight", "frozen.bias"))
     signs = {name: -weight.grad.sign() for name, weight in network.named_parameters() if weight.requires_grad}
-    for name in ("embed.weight", "linear.bias", *(["linear.weight"] if optimizer == "adamw" else [])):
+    for name in signs.keys() - set(orthogonal):
         torch.testing.assert_close(change[name], 0.1 * signs[name])
-    if optimizer == "muon":
+    for name, gradient in gradients.items():
         # the nearest orthogonal matrix, at the root mean square 0.2 of AdamW's updates; five Newton-Schulz steps bring
         # the singular values near 1
-        u, s, v = torch.linalg.svd(-change["linear.weight"], full_matrices=False)
+        u, s, v = torch.linalg.svd(-change[name].flatten(1), full_matrices=False)
         expected_u, _, expected_v = torch.linalg.svd(gradient, full_matrices=False)
         assert ((u @ v) * (expected_u @ expected_v)).sum() > 0.98 * 4
         scaled = s / (0.1 * 0.2 * 6**0.5)
@@ -44,6 +47,7 @@ def test_every_trainable_weight_is_updated_once(optimizer, tmp_path):
     [
         ({"optimizer": "sgd"}, "optimizer='sgd' must be adamw or muon"),
         ({"optimizer": "muon", "mixed_precision": "fp16"}, "does not go with fp16"),
+        ({"muon_kernels": True}, "muon_kernels goes with optimizer=muon, not adamw"),
     ],
 )
 def test_optimizers_that_do_not_work_are_refused(tmp_path, settings, message):

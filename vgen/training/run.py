@@ -22,6 +22,7 @@ from transformers import get_scheduler
 
 from vgen.processes import check_processes, let_threads_finish, on_cpus
 from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
+from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
 
@@ -57,6 +58,8 @@ class RunConfig:
     """Optimiser steps until the peak."""
     optimizer: str = "adamw"
     """`adamw`, or `muon` for the matrices of linear layers with AdamW for the rest."""
+    muon_kernels: bool = False
+    """Whether `muon` also takes the kernels of convolutions, as matrices of output channels by all the rest."""
     weight_decay: float = 0.0
     """Of matrices, by either optimiser."""
     adam_beta2: float = 0.99
@@ -104,6 +107,8 @@ class RunConfig:
             raise ValueError(
                 "optimizer=muon does not go with fp16, whose loss scale knows one optimiser only: use bf16"
             )
+        if self.muon_kernels and self.optimizer != "muon":
+            raise ValueError(f"muon_kernels goes with optimizer=muon, not {self.optimizer}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
@@ -205,15 +210,16 @@ def copy_of(network: Any, weights: dict[str, Tensor]) -> Any:
 def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
     """The optimisers of all trainable weights, decaying matrices only, and their schedules.
 
-    With `optimizer="muon"`, Muon takes the matrices of linear layers and AdamW the rest, at the same rate: Muon's
-    updates are scaled to the size that AdamW's have.
+    With `optimizer="muon"`, Muon takes the matrices of linear layers (and, with `muon_kernels`, the kernels of
+    convolutions) and AdamW the rest, at the same rate: Muon's updates are scaled to the size that AdamW's have.
 
     Source: Muon is scalable for LLM training, arXiv 2502.16982.
     """
+    kinds = (nn.Linear, *([nn.Conv1d, nn.Conv2d, nn.Conv3d] if config.muon_kernels else []))
     layers = network.modules() if config.optimizer == "muon" else ()
-    linear = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    orthogonal = {id(layer.weight) for layer in layers if isinstance(layer, kinds)}
     weights = [p for p in network.parameters() if p.requires_grad]
-    rest = [p for p in weights if id(p) not in linear]
+    rest = [p for p in weights if id(p) not in orthogonal]
     groups = [
         {"params": [p for p in rest if _is_matrix(p)], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if not _is_matrix(p)], "weight_decay": 0.0},
@@ -222,9 +228,9 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     ]
-    matrices = [p for p in weights if id(p) in linear]
+    matrices = [p for p in weights if id(p) in orthogonal]
     if matrices:
-        muon = torch.optim.Muon(
+        muon = KernelMuon(
             matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimizers.append(muon)
@@ -314,7 +320,6 @@ class Run:
         data: str | None = None,
     ):
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
-        optimizers, self.schedules = make_optimizers(config, model)
         strategy = accelerator.distributed_type.name
         self.sharded = strategy in ("FSDP", "DEEPSPEED")
         """Whether each process holds a part of the weights."""
@@ -325,6 +330,7 @@ class Run:
             settings["train_micro_batch_size_per_gpu"] = max(1, config.batch_size // accelerator.num_processes)
             settings["gradient_clipping"] = config.max_grad_norm
         model.to(accelerator.device)
+        optimizers, self.schedules = make_optimizers(config, model)
         self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else LastWeights()
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
