@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vgen.data.captions import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS
 from vgen.data.shapes import Scene, ShapesWorld, vocabulary
+from vgen.folders import whole_folder
 from vgen.models.prompts import embed, make_text_encoder, make_word_tokenizer, tokenize
 from vgen.training.run import Run, RunConfig, config_text, parse_config, start
 
@@ -98,8 +99,9 @@ def main(config: TextEncoderConfig) -> None:
         run.save()
 
     def save_result(_: object) -> None:
-        text_encoder.save_pretrained(config.output_dir / "text_encoder")
-        tokenizer.save_pretrained(config.output_dir / "tokenizer")
+        for name, part in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
+            with whole_folder(config.output_dir / name) as folder:
+                part.save_pretrained(folder)
 
     run.end(save_result)
 

@@ -20,6 +20,7 @@ from vgen.data.clips import Sampling, VideoFolder, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
+from vgen.folders import whole_folder
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
 from vgen.models.image_vae import load_vae
@@ -192,7 +193,8 @@ def main(config: VAEConfig) -> None:
         result = vae if weights is None else copy_of(vae, weights).to(accelerator.device)
         if not config.freeze_encoder:
             calibrate(result, source, config, accelerator.device)
-        result.save_pretrained(config.output_dir / "vae")
+        with whole_folder(config.output_dir / "vae") as folder:
+            result.save_pretrained(folder)
 
     run.end(save_result)
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
+from vgen.folders import whole_folder
 from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
 from vgen.models.image_vae import load_vae
@@ -265,7 +266,8 @@ def main(config: VDMConfig) -> None:
         if config.train_only == "lora":
             save_adapter(pipe, config)
             return
-        pipe.to(getattr(torch, config.save_dtype)).save_pretrained(config.output_dir / "pipeline")
+        with whole_folder(config.output_dir / "pipeline") as folder:
+            pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
 
     run.end(save_result)
 
@@ -334,7 +336,8 @@ def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
     layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(pipe.denoiser).items()}
     metadata = pipe.denoiser.peft_config["default"].to_dict()
     options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
-    pipe.save_lora_weights(config.output_dir / "lora", **options)
+    with whole_folder(config.output_dir / "lora") as folder:
+        pipe.save_lora_weights(folder, **options)
 
 
 def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]:

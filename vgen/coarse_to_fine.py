@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from vgen.interpolation import Interpolator
 from vgen.known_frames import to_frames
 from vgen.models.prompts import is_single, untold_as
-from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, start_rollout, whole_folder
+from vgen.rollout import COARSE_TO_FINE, Rollout, due_prompt, read_record, saved_rollout, start_rollout
 from vgen.temporal.state import TemporalState
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class CoarseToFine:
 
     def save(self, folder: str | Path) -> None:
         """Writes all that the continuation needs but the weights, as `Rollout.save` does."""
-        with whole_folder(Path(folder)) as partial:
+        with saved_rollout(Path(folder)) as partial:
             self.coarse.save(partial / "coarse")
             tensors = {f"given.{index}": frame for index, frame in self.fill.given.items()}
             tensors |= {f"finished.{index}": latent for index, latent in self.fill.finished.items()}

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vgen.folders import older, whole_folder
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames, to_pixels
 from vgen.models.prompts import is_single, is_told, untold_as
 from vgen.temporal.state import TemporalState
@@ -138,7 +138,7 @@ class Rollout:
         Raises:
             ValueError: There is something else of that name.
         """
-        with whole_folder(Path(folder)) as partial:
+        with saved_rollout(Path(folder)) as partial:
             self._save(partial)
 
     def _save(self, folder: Path) -> None:
@@ -455,7 +455,7 @@ def due_prompt(schedule: Mapping[int, Any], frame: int) -> Any:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def saved_rollout(folder: Path) -> Iterator[Path]:
     """A folder to write a rollout into, that then appears whole in the place of an older one.
 
     Raises:
@@ -463,29 +463,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / "rollout.json").is_file():
         raise ValueError(f"{folder} exists and is no saved rollout: choose another name")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        old = _older(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        folder.replace(old)
-        partial.replace(folder)
-        shutil.rmtree(old)
-    else:
-        partial.replace(folder)
+    with whole_folder(folder) as partial:
+        yield partial
 
 
 def is_saved(folder: Path) -> bool:
     """Whether a rollout was saved there; takes the older one back where replacing it was cut short."""
-    if not folder.exists() and _older(folder).exists():
-        _older(folder).replace(folder)
+    if not folder.exists() and older(folder).exists():
+        older(folder).replace(folder)
     return (folder / "rollout.json").is_file()
-
-
-def _older(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
