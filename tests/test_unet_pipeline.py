@@ -13,8 +13,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from vgen.data.shapes import ShapesWorld
+from vgen.metrics.prompt import adherence
+from vgen.models.loading import weights_digest
 from vgen.models.unet import UNet3D
-from vgen.pipeline import VideoGenPipeline
+from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.rollout import Rollout
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
@@ -219,3 +222,17 @@ def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(randomi
     assert not np.array_equal(keyed[1], other[1])
     with pytest.raises(ValueError, match="holds a VideoGenPipeline"):
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")
+
+
+def test_the_shipped_one_has_the_transformers_vae_and_draws_what_it_is_told():
+    folder = find_packaged("vgen/shapes-64-unet")
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 20e6
+    pipe, other = (VideoGenPipeline.from_pretrained(name) for name in ("vgen/shapes-64-unet", "vgen/shapes-64"))
+    assert isinstance(pipe.denoiser, UNet3D) and weights_digest(pipe.vae) == weights_digest(other.vae)
+    pipe.set_progress_bar_config(disable=True)
+    world = ShapesWorld(split="train", num_objects=(1,), seed=123)
+    captions = [world.caption(number) for number in range(8)]
+    generators = [torch.Generator().manual_seed(number) for number in range(8)]
+    made = pipe(captions, num_inference_steps=10, generator=generators, output_type="pt").frames
+    clips = [2 * video.movedim(1, 0) - 1 for video in made]
+    assert adherence(clips, [world.scene(number) for number in range(8)])["right"] >= 0.75
