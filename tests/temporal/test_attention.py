@@ -8,6 +8,7 @@ from torch import Tensor
 
 import vgen.temporal.attention
 from vgen.temporal.attention import (
+    DispatchedAttnProcessor,
     FrameCache,
     RotaryPositions,
     SpacetimeAttention,
@@ -165,6 +166,46 @@ def test_backend_without_masks_gives_the_same(randomize, monkeypatch, groups, nu
     monkeypatch.setattr(attn.processor, "_dispatch", lambda *args: asked.append(args[3]) or dispatch(*args))
     torch.testing.assert_close(attn(x, **options), masked, atol=1e-5, rtol=1e-5)
     assert len(asked) == len(set(groups)) and all(mask is None for mask in asked)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "trains", "keys", "chosen", "expected"),
+    [
+        (torch.bfloat16, False, True, 128, None, "_native_math"),
+        (torch.float32, True, True, 5, None, "_native_math"),
+        (torch.float32, False, True, 5, None, None),
+        (torch.bfloat16, False, True, 129, None, None),
+        (torch.bfloat16, False, False, 5, None, None),
+        (torch.bfloat16, False, True, 5, "native", "native"),
+    ],
+)
+def test_short_rows_in_half_precision_train_by_math_on_cpus(
+    monkeypatch, dtype, autocast, trains, keys, chosen, expected
+):
+    backends, dispatch = [], vgen.temporal.attention.dispatch_attention_fn
+
+    def counted(*args, backend, **options):
+        backends.append(backend)
+        return dispatch(*args, backend=backend, **options)
+
+    monkeypatch.setattr(vgen.temporal.attention, "dispatch_attention_fn", counted)
+    processor = DispatchedAttnProcessor()
+    processor._attention_backend = chosen
+    exact = [draw(2, n, 4, 16, seed=n).to(dtype).double().requires_grad_() for n in (7, keys, keys)]
+    given = [x.detach().to(dtype).requires_grad_(trains) for x in exact]
+    mask = torch.zeros(1, 1, 7, keys)
+    mask[..., 3:, 0] = -torch.inf
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = processor.attend(*given, mask.to(dtype))
+    scores = torch.einsum("bnhd,bmhd->bhnm", *exact[:2]) / 16**0.5 + mask
+    reference = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), exact[2])
+    torch.testing.assert_close(out.double(), reference, atol=2e-2, rtol=2e-2)
+    assert backends == [expected]
+    if trains:
+        out.float().square().sum().backward()
+        reference.square().sum().backward()
+        for one, other in zip(given, exact, strict=True):
+            torch.testing.assert_close(one.grad.double(), other.grad, atol=5e-2, rtol=5e-2)
 
 
 def test_backend_without_masks_refuses_masks_of_their_own_by_name(randomize, monkeypatch):

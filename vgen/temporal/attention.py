@@ -223,6 +223,17 @@ class FrameCache:
         return torch.zeros((), dtype=torch.int64, device=device) if total is None else total.to(device)
 
 
+def _trains_short_rows_on_cpu(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's math beats the fused kernel that it would choose: in half precision, forward and backward.
+
+    The numbers are in docs/experiments.md.
+    """
+    if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()) or key.shape[1] > 128:
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    return (torch.get_autocast_dtype("cpu") if autocast else query.dtype) in (torch.bfloat16, torch.float16)
+
+
 class DispatchedAttnProcessor:
     """Runs attention through diffusers' dispatcher, with masks or, where a backend has none, group by group."""
 
@@ -256,12 +267,15 @@ class DispatchedAttnProcessor:
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and self._backend_name() == "xformers":  # which wants rows that begin at multiples of 8
             mask = nn.functional.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
+        backend = self._attention_backend
+        if backend is None and self._backend_name() == "native" and _trains_short_rows_on_cpu(query, key):
+            backend = "_native_math"
         return dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=mask,
-            backend=self._attention_backend,
+            backend=backend,
             parallel_config=self._parallel_config,
         )
 
