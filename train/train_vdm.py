@@ -83,7 +83,7 @@ class VDMConfig(RunConfig, TemporalLossConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; `--init` ignores them."""
     attention_backend: str | None = None
-    """Any name of diffusers' attention dispatcher; `None` chooses what is fast."""
+    """Any name of diffusers' attention dispatcher; `None` is its own, but `_native_math` for short rows on CPUs."""
     max_sequence_length: int = 32
     """Tokens of a prompt."""
     groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
