@@ -184,3 +184,15 @@ def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):
     again = train(tmp_path, THREADS="2", DATA="a")
     assert "does not go on exactly: threads 1 -> 2, data_sha256 None -> a" in again.stderr
     assert "does not go on exactly" not in train(tmp_path, THREADS="2", DATA="a").stderr
+
+
+def test_a_continuation_has_the_hyperparameters_that_it_is_asked_for(tmp_path):
+    train(tmp_path, check=False, KILL="step6")
+    options = ("--keep_last=9", "--learning_rate=0", "--weight_decay=0.3", "--adam_beta2=0.5")
+    again = train(tmp_path, launcher=("-c", SCRIPT, *options))
+    assert "learning_rate 0.001 -> 0.0" in again.stderr
+    before, after = (load_file(tmp_path / f"checkpoint-{step}/model.safetensors") for step in (4, 12))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved = torch.load(tmp_path / "checkpoint-12/optimizer.bin")["param_groups"]
+    assert [group["weight_decay"] for group in saved] == [0.3, 0.0]
+    assert all((group["lr"], group["initial_lr"], group["betas"]) == (0, 0, (0.9, 0.5)) for group in saved)

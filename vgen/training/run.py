@@ -247,6 +247,22 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
     return optimizers, schedules
 
 
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of a group of weights; its rate follows from `initial_lr` and the schedule."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+
+
+def _ask_for(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
+    """Puts hyperparameters in force in place of a checkpoint's, which may be those of another configuration."""
+    for group, asked in zip(schedule.optimizer.param_groups, groups, strict=True):
+        group.update(asked)
+    schedule.base_lrs = [asked["initial_lr"] for asked in groups]
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
 def _is_matrix(weight: nn.Parameter) -> bool:
     """Whether a weight maps channels to channels, unlike gains, biases and modulation tables."""
     return weight.ndim >= 2 and weight.shape[0] > 1 and weight.numel() > max(weight.shape)
@@ -341,8 +357,11 @@ class Run:
         }
         if data is not None:
             self._settings["data_sha256"] = data
+        asked = [[_hyperparameters(group) for group in one.optimizer.param_groups] for one in self.schedules]
         self.step = resume(accelerator, config.output_dir, self.average, self._settings)
         """Optimiser steps done."""
+        for schedule, groups in zip(self.schedules, asked, strict=True):
+            _ask_for(schedule, groups)
         # what an interrupted run logged after its last checkpoint comes again
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
