@@ -1,6 +1,6 @@
 """Two shipped denoisers side by side: parameters, arithmetic of one evaluation, seconds of an evaluation and a video.
 
-    python benchmarks/denoisers.py vgen/shapes-64 vgen/shapes-64-unet
+    python benchmarks/denoisers.py
 
 A video is what each checkpoint makes by default (17 frames of 64x64, 20 guided steps, decoded), an evaluation is one
 of its steps without guidance; the medians over pairs that take turns, in float32. FLOPs are those of matrix products,
@@ -25,7 +25,7 @@ PROMPT = "a red circle moves right"
 def main() -> None:
     """Measures both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs=2)
+    parser.add_argument("--models", nargs=2, default=["vgen/shapes-64", "vgen/shapes-64-unet"])
     parser.add_argument("--num-pairs", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()

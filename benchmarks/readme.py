@@ -16,11 +16,17 @@ from scripts import ROOT, launch
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
+UNET = "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shapes": ("benchmarks/shapes.py", {}),
     "known_frames": ("benchmarks/known_frames.py", {}),
     "known_frames_prompted": ("benchmarks/known_frames.py", {"prompted": None}),
     "rollout": ("benchmarks/rollout.py", {}),
+    "shapes_unet": ("benchmarks/shapes.py", {"model": UNET}),
+    "known_frames_unet": ("benchmarks/known_frames.py", {"model": UNET}),
+    "known_frames_prompted_unet": ("benchmarks/known_frames.py", {"model": UNET, "prompted": None}),
+    "rollout_unet": ("benchmarks/rollout.py", {"model": UNET, "measures": None, "quality-only": None}),
+    "denoisers": ("benchmarks/denoisers.py", {}),
     "cold_start": ("benchmarks/cold_start.py", {}),
     "streaming_decode": ("benchmarks/streaming_decode.py", {}),
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"mmap-threshold": 0}),
@@ -46,9 +52,10 @@ def main() -> None:
     before = README.read_text()
     after = before
     for name, table in (
-        ("shapes", shapes(measured["shapes"])),
-        ("known frames", known_frames(measured["known_frames"], measured["known_frames_prompted"])),
-        ("rollout", rollout(measured["rollout"])),
+        ("shapes", shapes(measured)),
+        ("known frames", known_frames(measured)),
+        ("rollout", rollout(measured["rollout"], measured["rollout_unet"])),
+        ("denoisers", denoisers(measured["denoisers"])),
         ("costs", costs(measured)),
     ):
         after = put(after, name, table)
@@ -79,36 +86,59 @@ def put(text: str, name: str, rows: list[list[str]]) -> str:
 
 def shapes(measured: dict[str, Any]) -> list[list[str]]:
     """How often videos show what their prompts say."""
-    rows = [["combinations", "objects", "VAE reconstruction (ceiling)", "full groups", "causal groups", "target"]]
-    for split, name, target in (("train", "seen in training", "90%"), ("held_out", "never seen", "75%")):
+    ways = {
+        "VAE (ceiling)": ("shapes", "VAE reconstruction"),
+        "Transformer": ("shapes", "generated, full"),
+        "causal": ("shapes", "generated, causal"),
+        "U-Net": ("shapes_unet", "generated, full"),
+        "U-Net, causal": ("shapes_unet", "generated, causal"),
+    }
+    rows = [["combinations", "objects", *ways, "target"]]
+    for split, name, target in (("train", "seen in training", "90%, U-Net 85%"), ("held_out", "never seen", "75%")):
         for count in (2, 1):
             right = [
-                f"{100 * measured[f'{split}, {count} object(s), {made}']['right']:.1f}%"
-                for made in ("VAE reconstruction", "generated, full", "generated, causal")
+                f"{100 * measured[results][f'{split}, {count} object(s), {made}']['right']:.1f}%"
+                for results, made in ways.values()
             ]
             rows.append([name, "1 or 2" if count == 2 else "1", *right, target if count == 2 else ""])
     return rows
 
 
-def known_frames(plain: dict[str, Any], prompted: dict[str, Any]) -> list[list[str]]:
+def known_frames(measured: dict[str, Any]) -> list[list[str]]:
     """Median PSNR and mean SSIM of each way."""
+    plain = measured["known_frames"]
     ways = ["copy of the last frame", "ConvLSTM", "linear blend", "optical flow (DIS)", "ceiling: VAE alone"]
-    rows = [["task", "the model, no prompt", "with the caption", *ways[:-1], "VAE alone (ceiling)"]]
+    models = {
+        "known_frames": "Transformer",
+        "known_frames_prompted": "with the caption",
+        "known_frames_unet": "U-Net",
+        "known_frames_prompted_unet": "U-Net, with the caption",
+    }
+    rows = [["task", *models.values(), *ways[:-1], "VAE alone (ceiling)"]]
     for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
-        found = [plain[f"{task}, the model"], prompted[f"{task}, the model"]]
+        found = [measured[name][f"{task}, the model"] for name in models]
         found += [plain.get(f"{task}, {way}") for way in ways]
         rows.append([task, *("" if one is None else f"{one['median psnr']:.2f} / {one['ssim']:.3f}" for one in found)])
     return rows
 
 
-def rollout(measured: dict[str, Any]) -> list[list[str]]:
+def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
     """What becomes of long rollouts."""
     rows = [["", "prompts", "right at the start", "at the end", "still right", "brightness", "contrast", "seam ratio"]]
-    for name, row in measured.items():
+    for name, row in [*measured.items(), ("U-Net, defaults", unet["defaults"])]:
         if isinstance(row, dict) and "right at start" in row:
             right = [f"{100 * row[part]:.0f}%" for part in ("right at start", "right at end", "still right")]
             slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
-            rows.append([name, str(row["prompts"]), *right, *slopes, f"{row['seam ratio']:.2f}"])
+            rows.append([name, f"{row['prompts']:.0f}", *right, *slopes, f"{row['seam ratio']:.2f}"])
+    return rows
+
+
+def denoisers(measured: dict[str, Any]) -> list[list[str]]:
+    """What the shipped denoisers cost."""
+    rows = [["", "parameters", "FLOPs of an evaluation", "seconds of an evaluation", "of a video"]]
+    for name, row in measured.items():
+        cost = [f"{row['parameters'] / 1e6:.1f}M", f"{row['flops'] / 1e9:.1f}G"]
+        rows.append([f"`{name}`", *cost, f"{row['step seconds']:.3f}", f"{row['video seconds']:.2f}"])
     return rows
 
 
