@@ -254,13 +254,11 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def _ask_for(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
     """Puts hyperparameters in force in place of a checkpoint's, which may be those of another configuration."""
-    for group, asked in zip(schedule.optimizer.param_groups, groups, strict=True):
-        group.update(asked)
+    own = schedule.optimizer.param_groups
+    for group, asked, factor in zip(own, groups, schedule.lr_lambdas, strict=True):
+        group.update(asked, lr=asked["initial_lr"] * factor(schedule.last_epoch))
     schedule.base_lrs = [asked["initial_lr"] for asked in groups]
-    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
-        group["lr"] = rate
+    schedule._last_lr = [group["lr"] for group in own]
 
 
 def _is_matrix(weight: nn.Parameter) -> bool:
