@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from pairs import forget_peak, peak_mebibytes, seconds
+from shapes import reconstructions
 from tqdm import tqdm
 
 from vgen.data.captions import caption
@@ -74,7 +75,9 @@ def main() -> None:
     results["true clips"] = judge(list(to_frames(truth)), scenes, pipe)
     print(f"{'':<24}" + "".join(f"{name:>16}" for name in results["true clips"]))
     show("true clips", results)
-    results["VAE alone (ceiling)"] = judge(reconstructed(pipe, scenes), scenes, pipe)
+    # one frame more, as the VAE takes a multiple of its compression and one
+    clips = reconstructions(pipe, scenes, num_frames=NUM_FRAMES + 1, batch_size=1)
+    results["VAE alone (ceiling)"] = judge([to_frames(clip[None])[0, :NUM_FRAMES] for clip in clips], scenes, pipe)
     show("VAE alone (ceiling)", results)
     for name in ("defaults", *args.measures):
         some = scenes if name == "defaults" else scenes[: args.num_prompts_measures]
@@ -110,17 +113,6 @@ def choose_scenes(count: int) -> list:
     for scene in every:
         (bouncing if scene.objects[0].motion == "bounce" else others).append(scene)
     return [scene for pair in zip(bouncing[: count // 2], others[: count // 2], strict=True) for scene in pair]
-
-
-@torch.no_grad()
-def reconstructed(pipe: VideoGenPipeline, scenes: list) -> list[np.ndarray]:
-    """Videos `(f, h, w, 3)` of the scenes, encoded and decoded."""
-    videos: list[np.ndarray] = []
-    for scene in scenes:
-        clip = render([scene], num_frames=NUM_FRAMES + 1, device=pipe.device)  # a multiple of s and one, as it must be
-        decoded = pipe.vae.decode(pipe.vae.encode(clip).latent_dist.mode()).sample
-        videos.extend(to_frames(decoded)[:, :NUM_FRAMES])
-    return videos
 
 
 def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options: Any) -> list[np.ndarray]:

@@ -74,11 +74,13 @@ def vae_psnr(pipe: VideoGenPipeline, num_clips: int) -> float:
 
 
 @torch.no_grad()
-def reconstructions(pipe: VideoGenPipeline, scenes: list) -> list[torch.Tensor]:
+def reconstructions(
+    pipe: VideoGenPipeline, scenes: list, num_frames: int = 17, batch_size: int = 8
+) -> list[torch.Tensor]:
     """Clips `(c, f, h, w)` of the scenes, encoded and decoded."""
     clips: list[torch.Tensor] = []
-    for begin in range(0, len(scenes), 8):
-        clip = render(scenes[begin : begin + 8], device=pipe.device)
+    for begin in range(0, len(scenes), batch_size):
+        clip = render(scenes[begin : begin + batch_size], num_frames=num_frames, device=pipe.device)
         clips.extend(pipe.vae.decode(pipe.vae.encode(clip).latent_dist.mode()).sample.cpu())
     return clips
 
