@@ -228,6 +228,18 @@ def test_images_come_first_and_then_among_the_clips():
         assert len(numbers) == len(set(numbers)) == size * sum(frames == length for _, frames in batches)
 
 
+def test_every_second_step_shows_clips_that_begin_late():
+    script = runpy.run_path(str(ROOT / "train/train_vae.py"))
+    never, late = (script["VAEConfig"](output_dir="any", latest_moment=latest) for latest in (0.0, 34.0))
+    assert all(script["moment_of"](never, step, False) == 0 for step in range(200))
+    moments = [script["moment_of"](late, step, False) for step in range(200)]
+    assert set(moments[::2]) == {0.0}
+    assert len(set(moments[1::2])) == 100 and 0 < min(moments[1::2]) < 4 and 30 < max(moments) < 34
+    for wrong, data in ((-1.0, None), (4.0, "videos")):
+        with pytest.raises(ValueError, match="latest_moment"):
+            script["VAEConfig"](output_dir="any", latest_moment=wrong, data=data).check()
+
+
 def test_an_interrupted_run_equals_an_uninterrupted_one(vae_run, tmp_path):
     # the same command with an earlier end would decay the learning rate earlier, so the end comes as a crash
     done = train_vae(tmp_path, check=False, **{"--sample_every": 3, "--num_score_clips": -1})

@@ -72,6 +72,9 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     """Share of the later steps that train on single frames, too, between those on clips."""
     image_batch_size: int = 32
     """Samples a step while training on single frames."""
+    latest_moment: float = 0.0
+    """ShapesWorld's clips begin as late as this in seconds, at random, in every second step: long after a scene's start
+    shapes cross the frame's border, where clips from its start never show any."""
     mse_weight: float = 1.0
     """Weight of the squared error, beside the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
@@ -105,6 +108,10 @@ class VAEConfig(RunConfig, TemporalLossConfig):
             raise ValueError(f"image_share={self.image_share} must lie in [0, 1)")
         if self.augment and not self.data:
             raise ValueError("augment is for videos of --data, ShapesWorld is endless")
+        if self.latest_moment < 0:
+            raise ValueError(f"latest_moment={self.latest_moment} must not be negative")
+        if self.latest_moment and self.data:
+            raise ValueError("latest_moment is for ShapesWorld, clips of --data begin as sampling says")
         if (self.gan_weight or self.lpips_weight) and self.short == "pad":
             raise ValueError("short=pad would show LPIPS or the discriminator videos that freeze: give short=skip")
         if self.freeze_encoder and not self.init:
@@ -146,7 +153,7 @@ def main(config: VAEConfig) -> None:
     for step in run.steps():
         indices, frames = batch_of(config, step)
         images, size = frames == 1, len(indices)
-        moment = random.Random(config.seed * 1_000_003 + step).uniform(0, 4) if images else 0.0
+        moment = moment_of(config, step, images)
         judges = config.gan_weight > 0 and step >= config.gan_start and not images
         total: dict[str, Tensor] = {}
         for part in run.parts(size):
@@ -207,6 +214,14 @@ def batch_of(config: VAEConfig, step: int) -> tuple[range, int]:
         return range(step * config.image_batch_size, (step + 1) * config.image_batch_size), 1
     first = images * config.image_batch_size + (step - images) * config.batch_size
     return range(first, first + config.batch_size), config.num_frames
+
+
+def moment_of(config: VAEConfig, step: int, images: bool) -> float:
+    """When a step's samples begin, in seconds after the start of their scenes."""
+    rng = random.Random(config.seed * 1_000_003 + step)
+    if images:
+        return rng.uniform(0, 4)
+    return rng.uniform(0, config.latest_moment) if step % 2 else 0.0
 
 
 def over_frames(error: Tensor, real: Tensor) -> Tensor:
