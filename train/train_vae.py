@@ -73,8 +73,8 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     image_batch_size: int = 32
     """Samples a step while training on single frames."""
     latest_moment: float = 0.0
-    """ShapesWorld's clips begin as late as this in seconds, at random, in every second step: long after a scene's start
-    shapes cross the frame's border, where clips from its start never show any."""
+    """In every second step ShapesWorld's clips begin at a random moment up to this one, in seconds: long after
+    a scene's start shapes cross the frame's border, which they do not before."""
     mse_weight: float = 1.0
     """Weight of the squared error, beside the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
