@@ -25,7 +25,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shapes_unet": ("benchmarks/shapes.py", {"model": UNET}),
     "known_frames_unet": ("benchmarks/known_frames.py", {"model": UNET}),
     "known_frames_prompted_unet": ("benchmarks/known_frames.py", {"model": UNET, "prompted": None}),
-    "rollout_unet": ("benchmarks/rollout.py", {"model": UNET, "measures": None, "quality-only": None}),
+    "rollout_unet": ("benchmarks/rollout.py", {"model": UNET, "measures": "defaults", "quality-only": None}),
     "denoisers": ("benchmarks/denoisers.py", {}),
     "cold_start": ("benchmarks/cold_start.py", {}),
     "streaming_decode": ("benchmarks/streaming_decode.py", {}),
@@ -124,10 +124,17 @@ def known_frames(measured: dict[str, Any]) -> list[list[str]]:
 
 def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
     """What becomes of long rollouts."""
-    rows = [["", "prompts", "right at the start", "at the end", "still right", "brightness", "contrast", "seam ratio"]]
+    shares = {
+        "right at start": "right at the start",
+        "motion at start": "its motion",
+        "right windows": "all the time",
+        "right at end": "at the end",
+        "still right": "still right",
+    }
+    rows = [["", "prompts", *shares.values(), "brightness", "contrast", "seam ratio"]]
     for name, row in [*measured.items(), ("U-Net, defaults", unet["defaults"])]:
         if isinstance(row, dict) and "right at start" in row:
-            right = [f"{100 * row[part]:.0f}%" for part in ("right at start", "right at end", "still right")]
+            right = [f"{100 * row[part]:.0f}%" if part in row else "" for part in shares]
             slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
             rows.append([name, f"{row['prompts']:.0f}", *right, *slopes, f"{row['seam ratio']:.2f}"])
     return rows

@@ -3,10 +3,12 @@
     python benchmarks/rollout.py --model vgen/shapes-64
 
 Videos of 272 frames of one object from nothing, at the checkpoint's defaults; half of the prompts bounce. An object is
-right if its colour and shape are: in the first 17 frames, in the last 8, and in the last 8 of those that began right.
+right if its colour and shape are: in the first 17 frames (where its motion is judged too), in the last 8, in the last
+8 of those that began right, and in each of the 34 windows of 8 frames.
 Slopes are of a line through each video's mean (brightness) and standard deviation (contrast) against time, in units of
 the value range per 100 frames. The seam ratio is the mean difference of neighbouring frames across borders of chunks,
-over that across other borders of latents.
+over that across other borders of latents; in chunks of one latent, which leave none, over that inside latents. The
+first two rows are as chunks of the defaults' length would be.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,19 @@ from tqdm import tqdm
 from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, render
 from vgen.known_frames import to_frames
-from vgen.metrics.prompt import check
+from vgen.metrics.prompt import ObjectVerdict, check
 from vgen.metrics.suites import WORLD_SEED
 from vgen.metrics.temporal import border_differences, drift_slopes
 from vgen.pipeline import VideoGenPipeline
+from vgen.rollout import default_settings
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
 
 NUM_FRAMES = 272
-LAST = 8
+WINDOW = 8
 MEASURES = {
     "defaults": {},
+    "chunks of 2": {"chunk_size": 2},
     "sink off": {"sink": 0},
     "window 2": {"window": 2},
     "history noise 0.1": {"history_noise": 0.1},
@@ -47,6 +52,19 @@ MEASURES = {
     "history guidance 1.5": {"history_guidance_scale": 1.5},
     "coarse to fine, 4": {"stride": 4},
 }
+COLUMNS = (
+    "prompts",
+    "right at start",
+    "motion at start",
+    "right windows",
+    "right at end",
+    "still right",
+    "brightness",
+    "|brightness|",
+    "contrast",
+    "|contrast|",
+    "seam ratio",
+)
 
 
 def main() -> None:
@@ -55,9 +73,10 @@ def main() -> None:
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--num-prompts", type=int, default=100)
     parser.add_argument("--num-prompts-measures", type=int, default=24)
-    parser.add_argument("--measures", nargs="*", default=list(MEASURES)[1:], choices=list(MEASURES))
+    parser.add_argument("--measures", nargs="*", default=list(MEASURES), choices=list(MEASURES), metavar="NAME")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep what the output has and this call does not measure")
     parser.add_argument("--mmap-threshold", type=int, default=65536, help="of glibc's malloc; 0 leaves it alone")
     parser.add_argument("--quality-only", action="store_true", help="measure neither time nor memory")
     parser.add_argument("--memory-of", type=int, help="only tell the peak memory of so many chunks")
@@ -70,23 +89,27 @@ def main() -> None:
         return
 
     scenes = choose_scenes(args.num_prompts)
-    results: dict[str, Any] = {}
-    truth = render(scenes, num_frames=NUM_FRAMES)
-    results["true clips"] = judge(list(to_frames(truth)), scenes, pipe)
-    print(f"{'':<24}" + "".join(f"{name:>16}" for name in results["true clips"]))
-    show("true clips", results)
-    # one frame more, as the VAE takes a multiple of its compression and one
-    clips = reconstructions(pipe, scenes, num_frames=NUM_FRAMES + 1, batch_size=1)
-    results["VAE alone (ceiling)"] = judge([to_frames(clip[None])[0, :NUM_FRAMES] for clip in clips], scenes, pipe)
-    show("VAE alone (ceiling)", results)
-    for name in ("defaults", *args.measures):
+    defaults, s = default_settings(pipe), pipe.vae_scale_factor_temporal
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.keep and args.output.exists() else {}
+    print(f"{'':<24}" + "".join(f"{name:>16}" for name in COLUMNS))
+    if "defaults" in args.measures:
+        truth = render(scenes, num_frames=NUM_FRAMES)
+        results["true clips"] = judge(list(to_frames(truth)), scenes, s, defaults["chunk_size"])
+        show("true clips", results)
+        # one frame more, as the VAE takes a multiple of its compression and one
+        clips = reconstructions(pipe, scenes, num_frames=NUM_FRAMES + 1, batch_size=1)
+        decoded = [to_frames(clip[None])[0, :NUM_FRAMES] for clip in clips]
+        results["VAE alone (ceiling)"] = judge(decoded, scenes, s, defaults["chunk_size"])
+        show("VAE alone (ceiling)", results)
+    for name in args.measures:
         some = scenes if name == "defaults" else scenes[: args.num_prompts_measures]
         videos = rolled_out(pipe, some, args.batch_size, **MEASURES[name])
-        results[name] = judge(videos, some, pipe)
+        chunk_size = (defaults | MEASURES[name])["chunk_size"]
+        results[name] = judge(videos, some, s, chunk_size)
         show(name, results)
         if name == "defaults":
             few = slice(args.num_prompts_measures)
-            results["defaults, these prompts"] = judge(videos[few], scenes[few], pipe)
+            results["defaults, these prompts"] = judge(videos[few], scenes[few], s, chunk_size)
             show("defaults, these prompts", results)
         if args.output:
             args.output.write_text(json.dumps(results, indent=1))
@@ -127,37 +150,47 @@ def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options:
     return videos
 
 
-def judge(videos: list[np.ndarray], scenes: list, pipe: VideoGenPipeline) -> dict[str, float]:
+def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> dict[str, float]:
     """What is still right at the end, and how brightness, contrast and seams behave."""
-    starts, ends, slopes, seams = [], [], [], []
-    s, size = pipe.vae_scale_factor_temporal, pipe.denoiser.config.chunk_size
+    starts, motions, windows, slopes, seams = [], [], [], [], []
     for video, scene in zip(videos, scenes, strict=True):
-        for verdicts, frames in ((starts, video[:17]), (ends, video[-LAST:])):
-            verdicts.append(all(one.color_right and one.shape_right for one in check(frames, scene).objects))
+        begun = check(video[:17], scene).objects
+        starts.append(is_right(begun))
+        motions.append(all(one.motion_right for one in begun))
+        windows.append([is_right(check(part, scene).objects) for part in np.split(video, len(video) // WINDOW)])
         clip = torch.from_numpy(video).movedim(-1, 0)[None] / 127.5 - 1
         found = drift_slopes(clip)
         slopes.append([found[name].item() for name in ("brightness", "contrast")])
-        seams.append([one.item() for one in border_differences(clip, size, s)])
-    began, ended, table = np.array(starts), np.array(ends), np.array(slopes)
+        seams.append([one.item() for one in border_differences(clip, chunk_size, s)])
+    began, right, table = np.array(starts), np.array(windows), np.array(slopes)
+    ended = right[:, -1]
     at_chunks, elsewhere = np.mean(seams, axis=0)  # the ratio of the means: a video at rest has none of its own
-    measured = {
-        "prompts": len(scenes),
-        "right at start": began.mean(),
-        "right at end": ended.mean(),
-        "still right": ended[began].mean(),
-        "brightness": table[:, 0].mean(),
-        "|brightness|": np.abs(table[:, 0]).mean(),
-        "contrast": table[:, 1].mean(),
-        "|contrast|": np.abs(table[:, 1]).mean(),
-        "seam ratio": at_chunks / elsewhere,
-    }
-    return {name: float(value) for name, value in measured.items()}
+    measured = (
+        len(scenes),
+        began.mean(),
+        np.mean(motions),
+        right.mean(),
+        ended.mean(),
+        ended[began].mean(),
+        table[:, 0].mean(),
+        np.abs(table[:, 0]).mean(),
+        table[:, 1].mean(),
+        np.abs(table[:, 1]).mean(),
+        at_chunks / elsewhere,
+    )
+    return {name: float(value) for name, value in zip(COLUMNS, measured, strict=True)}
+
+
+def is_right(objects: Iterable[ObjectVerdict]) -> bool:
+    """Whether colours and shapes are."""
+    return all(one.color_right and one.shape_right for one in objects)
 
 
 def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
     """Seconds of a chunk just after the window was filled and much later, and of the cache against none."""
-    config = pipe.denoiser.config
-    filled = 2 + (config.window + config.sink) // config.chunk_size
+    defaults = default_settings(pipe)
+    window, sink, chunk_size = defaults["window"], defaults["sink"], defaults["chunk_size"]
+    filled = 2 + (window + sink) // chunk_size
     rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), num_inference_steps=2)
     spent = []
     for _ in range(filled + 50 + 200):
@@ -166,14 +199,16 @@ def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
         spent.append(time.perf_counter() - begin)
     early, late = (statistics.median(part) for part in (spent[filled : filled + 50], spent[-50:]))
 
-    n = config.sink + config.window + config.chunk_size
+    n = sink + window + chunk_size
     embeds = torch.cat(list(pipe.encode_prompt("a red circle bounces")))
-    latents = torch.randn(2, config.in_channels, n, pipe.config.height // 8, pipe.config.width // 8).to(pipe.device)
+    latents = torch.randn(2, pipe.denoiser.config.in_channels, n, pipe.config.height // 8, pipe.config.width // 8).to(
+        pipe.device
+    )
     levels = torch.zeros(2, n, device=pipe.device)
-    groups = make_groups("chunk", n, n - config.chunk_size, config.chunk_size)
+    groups = make_groups("chunk", n, n - chunk_size, chunk_size)
     state = TemporalState()
     with torch.no_grad():
-        history = n - config.chunk_size
+        history = n - chunk_size
         pipe.denoiser(latents[:, :, :history], levels[:, :history], embeds, groups=groups[:history], state=state)
         view, part = state.frozen(), slice(history, n)
         cached, whole = [], []

@@ -26,8 +26,8 @@ class PredictConfig(JobConfig):
     """What happens in all of them; may be left out."""
     with_input: bool = False
     """Whether the given frames are written too."""
-    history_noise: float = 0.0
-    """Noise level that generated frames are told to have."""
+    history_noise: float | None = None
+    """Noise level that generated frames are told to have; the checkpoint's own by default."""
 
 
 def main(config: PredictConfig) -> int:

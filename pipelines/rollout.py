@@ -29,10 +29,10 @@ class RolloutConfig(JobConfig):
     """Frames after which a video is safe from being stopped."""
     stride: int = 1
     """Coarse to fine: only every so many'th frame is rolled out, the others are interpolated."""
-    history_noise: float = 0.0
-    """Noise level that generated frames are told to have."""
-    history_guidance_scale: float = 1.0
-    """Weight of what is remembered."""
+    history_noise: float | None = None
+    """Noise level that generated frames are told to have; the checkpoint's own by default."""
+    history_guidance_scale: float | None = None
+    """Weight of what is remembered, off at 1; the checkpoint's own by default."""
 
 
 def main(config: RolloutConfig) -> int:

@@ -181,6 +181,14 @@ def test_info_tells_defaults_abilities_and_sizes(model):
     assert done.exit_code == 0
     for word in ("num_frames 9", "full, causal, chunk", "CausalVideoVAE", "M parameters"):
         assert word in done.output
+    assert "of rollouts" not in done.output
+
+
+def test_info_tells_defaults_of_rollouts(tmp_path):
+    pipe = make_pipeline()
+    pipe.register_to_config(rollout_defaults={"history_noise": 0.25})
+    pipe.save_pretrained(tmp_path)
+    assert "history_noise 0.25" in run("info", str(tmp_path)).output
 
 
 def test_a_folder_of_videos_is_validated(tmp_path):

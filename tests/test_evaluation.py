@@ -107,6 +107,22 @@ def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
     assert results["tasks"]["rollout"]["true clips"].keys() == found.keys()
 
 
+def test_seams_are_where_the_chunks_of_rollouts_meet(videos, tmp_path):
+    found = {}
+    for size in (1, 2):
+        pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=4, sink=1, chunk_size=2)
+        pipe.register_to_config(rollout_defaults={"chunk_size": size})
+        pipe.save_pretrained(tmp_path / f"model-{size}")
+        options = settings(
+            str(tmp_path / f"model-{size}"), videos, tmp_path / str(size), tasks=["rollout"], num_clips=2
+        )
+        with pytest.raises(ValueError, match=f"give {4 * size + 2} or more"):
+            evaluate(EvaluationConfig(**options, rollout_frames=4 * size + 1))
+        results = evaluate(EvaluationConfig(**options, rollout_frames=17))
+        found[size] = results["tasks"]["rollout"]["the model"]["seam ratio"]
+    assert np.isfinite(found[1]).all() and not np.allclose(found[1], found[2], rtol=1e-3)
+
+
 def test_distances_between_distributions_carry_their_protocol(model, videos, tmp_path):
     torch.manual_seed(0)
     VideoMAEModel(

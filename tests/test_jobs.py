@@ -13,7 +13,17 @@ import pytest
 
 from vgen.data.video_io import VideoWriter, read_video, write_video
 from vgen.files import rollout_in_segments
-from vgen.jobs import Job, JobConfig, check_settings, prompt_jobs, read_manifest, run_jobs, video_jobs
+from vgen.jobs import (
+    Job,
+    JobConfig,
+    ModelConfig,
+    check_settings,
+    prompt_jobs,
+    read_manifest,
+    run_jobs,
+    run_settings,
+    video_jobs,
+)
 
 from .test_pipeline import make_pipeline, seeded
 
@@ -220,6 +230,18 @@ def test_segments_go_on_from_the_state_and_join_once(tmp_path, monkeypatch, stri
     assert np.array_equal(read_video(output)[0], frames)
     with pytest.raises(ValueError, match="mp4 files"):
         record(num_frames=None)
+
+
+def test_a_checkpoint_with_other_defaults_makes_other_files(tmp_path):
+    pipe, config = make_pipeline(), ModelConfig(output_dir=tmp_path)
+    one = run_settings(config, pipe)
+    assert one["defaults"]["num_frames"] == 9 and json.loads(json.dumps(one["defaults"])) == one["defaults"]
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "settings.json").write_text(json.dumps(one, default=str))
+    check_settings(tmp_path, run_settings(config, make_pipeline()), ["*.mp4"])
+    pipe.register_to_config(rollout_defaults={"chunk_size": 1})
+    with pytest.raises(ValueError, match="another defaults: choose"):
+        check_settings(tmp_path, run_settings(config, pipe), ["*.mp4"])
 
 
 def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from vgen import VideoGenPipeline
 from vgen.known_frames import encode_clip, encode_slots, fill_slots, to_clip
 from vgen.rollout import Rollout
 from vgen.temporal.state import TemporalState
@@ -393,6 +394,32 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
         Rollout.load(tmp_path / "saved", pipe)
     with pytest.raises(ValueError, match="holds no saved rollout"):
         Rollout.load(tmp_path, pipe)
+
+
+def test_a_checkpoint_may_have_defaults_for_rollouts(randomize, video, tmp_path):
+    own = {
+        "guidance_scale": 1.5, "chunk_size": 2, "window": 3, "sink": 2, "history_noise": 0.25,
+        "history_guidance_scale": 1.25, "num_inference_steps": 3,
+    }  # fmt: skip
+    pipe = build(randomize)
+    told = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded(), **own))
+    clip = pipe(PROMPT, generator=seeded()).frames
+    untold = pipe.predict(video[:5], 8, generator=seeded(), **own | {"guidance_scale": 1.0}).frames
+    pipe.register_to_config(rollout_defaults=own)
+    pipe.save_pretrained(tmp_path)
+    loaded = VideoGenPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded())), told)
+    assert np.array_equal(loaded(PROMPT, generator=seeded()).frames, clip)
+    assert np.array_equal(loaded.predict(video[:5], 8, generator=seeded()).frames, untold)
+    plain = {"guidance_scale": 3.0, "chunk_size": 1, "window": 2, "sink": 1, "history_noise": 0.0,
+             "history_guidance_scale": 1.0, "num_inference_steps": 2}  # fmt: skip
+    told = frames_of(build(randomize).rollout(PROMPT, num_frames=17, generator=seeded()))
+    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded(), **plain)), told)
+
+
+def test_defaults_that_rollouts_do_not_have_are_refused(pipe):
+    with pytest.raises(ValueError, match=r"rollout_defaults has \['stride'\]: possible are num_inference_steps"):
+        VideoGenPipeline(pipe.scheduler, transformer=pipe.transformer, rollout_defaults={"stride": 2})
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,10 @@ def rollout(
     steps: Steps = None,
     guidance: Guidance = None,
     stride: Annotated[int, typer.Option(help="Coarse to fine: only every so many'th frame is rolled out.")] = 1,
-    history_noise: Annotated[float, typer.Option(help="Noise level that generated frames are told to have.")] = 0.0,
-    history_guidance: Annotated[float, typer.Option(help="Weight of what is remembered; off at 1.")] = 1.0,
+    history_noise: Annotated[
+        float | None, typer.Option(help="Noise level that generated frames are told to have.")
+    ] = None,
+    history_guidance: Annotated[float | None, typer.Option(help="Weight of what is remembered; off at 1.")] = None,
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
@@ -201,6 +203,9 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
         table = Table(show_header=False, title=model)
         defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
         table.add_row("defaults", ", ".join(f"{name} {pipe.config[name]}" for name in defaults))
+        own = pipe.config.rollout_defaults
+        if own:
+            table.add_row("defaults of rollouts", ", ".join(f"{name} {value}" for name, value in own.items()))
         abilities = ("tasks", "group_modes", "trained_token_frames", "chunk_size", "window", "sink")
         for name in abilities:
             value = pipe.denoiser.config[name]

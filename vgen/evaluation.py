@@ -48,6 +48,7 @@ from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.loading import weights_digest
 from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.processes import this_process
+from vgen.rollout import default_settings
 
 logger = logging.get_logger(__name__)
 
@@ -225,7 +226,7 @@ class Measurement:
     @property
     def _seam_unit(self) -> int:
         """Frames of a chunk."""
-        return self.pipe.vae_scale_factor_temporal * self.pipe.denoiser.config.chunk_size
+        return self.pipe.vae_scale_factor_temporal * default_settings(self.pipe)["chunk_size"]
 
     def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
         """Refuses clips that are too short for the features of a task."""
@@ -268,9 +269,9 @@ class Measurement:
         if task == "rollout":
             slopes = {f"{name} drift": value for name, value in drift_slopes(clips).items()}
             ends = {f"{name}, end from start": value for name, value in start_end_difference(clips).items()}
-            chunk, patch = self.pipe.denoiser.config.chunk_size, self.pipe.denoiser.patch_size[0]
-            if chunk == 1 or patch > 1:  # all borders of latents are seams, or the first chunk has another length
-                return slopes | ends
+            if self._seam_unit == 1 or self.pipe.denoiser.patch_size[0] > 1:
+                return slopes | ends  # all borders of frames are seams, or the first chunk has another length
+            chunk = default_settings(self.pipe)["chunk_size"]
             # at rest there are no seams; and one that moves at seams only has a ratio beyond all others
             seams = seam_ratio(clips, chunk, self.pipe.vae_scale_factor_temporal).nan_to_num(1.0, posinf=100.0)
             return slopes | ends | {"seam ratio": seams}

@@ -96,9 +96,14 @@ def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
 
 
 def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> dict[str, Any]:
-    """What all files of a run have in common: its settings and the networks, but not where it reads and writes."""
+    """What all files of a run have in common: its settings, the networks, and what they take for what is not set.
+
+    Where it reads and writes is left out.
+    """
     skipped = ("output_dir", "model", "seed", *inputs)
-    return {name: value for name, value in vars(config).items() if name not in skipped} | {"model": fingerprint(pipe)}
+    settings = {name: value for name, value in vars(config).items() if name not in skipped}
+    defaults = {name: pipe.config[name] for name in pipe.config if name[0] != "_" and name not in pipe.components}
+    return settings | {"model": fingerprint(pipe), "defaults": defaults}
 
 
 def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:

@@ -34,7 +34,7 @@ from vgen.models.prompts import embed, is_single, is_told, known_words, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
-from vgen.rollout import draw_noise, start_rollout
+from vgen.rollout import SETTINGS_WITH_DEFAULTS, draw_noise, start_rollout
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
 
@@ -68,6 +68,9 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_inference_steps: Default number of denoising steps.
         guidance_scale: Default weight of classifier-free guidance.
         max_sequence_length: Default length of prompts, in tokens.
+        rollout_defaults: Defaults of `rollout` and `predict` that differ from those of single clips and of the
+            denoiser: any of `num_inference_steps`, `guidance_scale`, `chunk_size`, `window`, `sink`, `history_noise`
+            and `history_guidance_scale`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
@@ -89,10 +92,14 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         max_sequence_length: int = 512,
+        rollout_defaults: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
             raise ValueError("a pipeline has one denoiser: give transformer or unet, not both")
+        unknown = sorted(set(rollout_defaults or ()) - set(SETTINGS_WITH_DEFAULTS))
+        if unknown:
+            raise ValueError(f"rollout_defaults has {unknown}: possible are {', '.join(SETTINGS_WITH_DEFAULTS)}")
         self.register_modules(
             scheduler=scheduler,
             vae=vae,
@@ -109,6 +116,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
+            rollout_defaults=rollout_defaults or {},
         )
         codec = self.codec
         self.vae_scale_factor_temporal = 1 if codec is None else codec.temporal_compression_ratio
@@ -386,12 +394,14 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         chunk_size: int | None = None,
         window: int | None = None,
         sink: int | None = None,
-        history_noise: float = 0.0,
-        history_guidance_scale: float = 1.0,
+        history_noise: float | None = None,
+        history_guidance_scale: float | None = None,
         stride: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Any:
         """Continues a video, or begins one, chunk after chunk, in memory that does not grow.
+
+        Whatever is `None` takes the checkpoint's default for rollouts (`rollout_defaults`), or else its own.
 
         Args:
             prompt: What to show; `{0: "...", 64: "..."}` changes it with the first chunk that begins at or behind new

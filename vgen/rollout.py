@@ -38,6 +38,16 @@ _FORMAT = "vgen.Rollout/1"
 WEAK_LEVEL = 1 / 3
 """Noise level of the history that history guidance leads away from: the highest that training shows."""
 COARSE_TO_FINE = "vgen.CoarseToFine/1"
+SETTINGS_WITH_DEFAULTS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "chunk_size",
+    "window",
+    "sink",
+    "history_noise",
+    "history_guidance_scale",
+)
+"""Settings of a rollout for which a checkpoint may have defaults of its own."""
 _SETTINGS = (
     "single",
     "negative_prompt",
@@ -361,8 +371,8 @@ def start_rollout(
     chunk_size: int | None,
     window: int | None,
     sink: int | None,
-    history_noise: float,
-    history_guidance_scale: float,
+    history_noise: float | None,
+    history_guidance_scale: float | None,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> Rollout:
     """Fills in the checkpoint's defaults and refuses what cannot be; see `VideoGenPipeline.rollout`."""
@@ -383,9 +393,16 @@ def start_rollout(
     height = pipe.config.height if height is None else height
     width = pipe.config.width if width is None else width
     frame_rate = pipe.config.frame_rate if frame_rate is None else frame_rate
-    steps = pipe.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+    defaults = default_settings(pipe)
+    steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     if guidance_scale is None:
-        guidance_scale = pipe.config.guidance_scale if is_told(prompt) else 1.0
+        guidance_scale = defaults["guidance_scale"] if is_told(prompt) else 1.0
+    chunk_size = defaults["chunk_size"] if chunk_size is None else chunk_size
+    window = defaults["window"] if window is None else window
+    sink = defaults["sink"] if sink is None else sink
+    history_noise = defaults["history_noise"] if history_noise is None else history_noise
+    if history_guidance_scale is None:
+        history_guidance_scale = defaults["history_guidance_scale"]
     for one in schedule.values():
         texts = untold_as(one, "a video")
         pipe.check_inputs(texts, negative_prompt, height, width, pipe.first_frames, frame_rate, steps, groups=(0,))
@@ -399,9 +416,6 @@ def start_rollout(
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
     pipe.check_tasks({"leading"})
-    chunk_size = config.chunk_size if chunk_size is None else chunk_size
-    window = config.window if window is None else window
-    sink = config.sink if sink is None else sink
     if window is None or window < 1 or sink < 0 or chunk_size < 1:
         raise ValueError(f"window={window}, sink={sink}, chunk_size={chunk_size}: give at least 1, 0 and 1")
     if "chunk" not in config.group_modes and not ("causal" in config.group_modes and chunk_size == 1):
@@ -433,6 +447,20 @@ def start_rollout(
         history_guidance_scale=history_guidance_scale,
         generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
     )
+
+
+def default_settings(pipe: VideoGenPipeline) -> dict[str, Any]:
+    """What a rollout takes for what it is not told: the checkpoint's own for rollouts, or else for all it makes."""
+    model = pipe.denoiser.config
+    return {
+        "num_inference_steps": pipe.config.num_inference_steps,
+        "guidance_scale": pipe.config.guidance_scale,
+        "chunk_size": model.chunk_size,
+        "window": model.window,
+        "sink": model.sink,
+        "history_noise": 0.0,
+        "history_guidance_scale": 1.0,
+    } | pipe.config.rollout_defaults
 
 
 def _one_by_one(images: Iterator[Any]) -> Iterator[Tensor]:

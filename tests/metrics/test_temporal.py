@@ -96,6 +96,16 @@ def test_seams_are_where_chunks_meet():
         seam_ratio(flat([0.1] * 8), chunk=2)
 
 
+def test_seams_of_chunks_of_one_latent_are_against_the_inside_of_latents():
+    frames = np.arange(33)
+    values = 0.005 * frames + 0.01 * ((frames + 3) // 4)  # 0.005 everywhere, and 0.015 across borders of latents
+    assert seam_ratio(flat(values), chunk=1).item() == pytest.approx(3.0, rel=1e-3)
+    assert seam_ratio(flat(frames / 40), chunk=1).item() == pytest.approx(1.0, rel=1e-3)
+    for compression, count in ((1, 33), (4, 5)):  # nothing inside, or no border
+        with pytest.raises(ValueError, match="no border of each kind"):
+            seam_ratio(flat([0.1] * count), chunk=1, compression=compression)
+
+
 def seams(clip):
     return seam_ratio(clip, chunk=2)
 

@@ -107,7 +107,7 @@ def start_end_difference(clip: Tensor, share: float = 0.15) -> dict[str, Tensor]
 
 
 def seam_ratio(clip: Tensor, chunk: int, compression: int = 4) -> Tensor:
-    """How much more frames differ across borders of chunks than across other borders of latents, `(b,)`.
+    """How much more frames differ across borders of chunks than elsewhere, `(b,)`.
 
     Arguments and errors as for `border_differences`; a video at rest has no ratio, but NaN.
     """
@@ -116,11 +116,14 @@ def seam_ratio(clip: Tensor, chunk: int, compression: int = 4) -> Tensor:
 
 
 def border_differences(clip: Tensor, chunk: int, compression: int = 4) -> tuple[Tensor, Tensor]:
-    """How much neighbouring frames differ across borders of chunks, and across other borders of latents, `(b,)` each.
+    """How much neighbouring frames differ across borders of chunks, and elsewhere, `(b,)` each.
+
+    Elsewhere is across other borders of latents; in chunks of one, which leave none, it is inside latents, so that
+    what the VAE does at the borders of its latents counts too.
 
     Args:
         clip: With the video's first frame, which is a latent alone.
-        chunk: Latents of a chunk, 2 or more; the first frame is no part of one.
+        chunk: Latents of a chunk; the first frame is no part of one.
         compression: Frames of a latent.
 
     Raises:
@@ -128,7 +131,9 @@ def border_differences(clip: Tensor, chunk: int, compression: int = 4) -> tuple[
     """
     check_clip(clip, 2)
     change = (clip[:, :, 1:].float() - clip[:, :, :-1].float()).abs().mean((1, 3, 4)) / 2  # from frame i to i + 1
-    last = torch.arange(compression, change.shape[1], compression, device=clip.device)  # last frames of latents
+    last = torch.arange(1, change.shape[1], device=clip.device)
+    if chunk > 1:
+        last = last[last % compression == 0]  # last frames of latents
     is_chunk = last % (compression * chunk) == 0
     if not is_chunk.any() or is_chunk.all():
         raise ValueError(
