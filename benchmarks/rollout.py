@@ -90,7 +90,9 @@ def main() -> None:
 
     scenes = choose_scenes(args.num_prompts)
     defaults, s = default_settings(pipe), pipe.vae_scale_factor_temporal
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.keep and args.output.exists() else {}
+    results: dict[str, Any] = {}
+    if args.keep and args.output and args.output.exists():
+        results = json.loads(args.output.read_text())
     print(f"{'':<24}" + "".join(f"{name:>16}" for name in COLUMNS))
     if "defaults" in args.measures:
         truth = render(scenes, num_frames=NUM_FRAMES)
@@ -201,9 +203,8 @@ def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
 
     n = sink + window + chunk_size
     embeds = torch.cat(list(pipe.encode_prompt("a red circle bounces")))
-    latents = torch.randn(2, pipe.denoiser.config.in_channels, n, pipe.config.height // 8, pipe.config.width // 8).to(
-        pipe.device
-    )
+    channels, height, width = pipe.denoiser.config.in_channels, pipe.config.height, pipe.config.width
+    latents = torch.randn(2, channels, n, height // 8, width // 8).to(pipe.device)
     levels = torch.zeros(2, n, device=pipe.device)
     groups = make_groups("chunk", n, n - chunk_size, chunk_size)
     state = TemporalState()
