@@ -271,9 +271,9 @@ class Measurement:
             ends = {f"{name}, end from start": value for name, value in start_end_difference(clips).items()}
             if self._seam_unit == 1 or self.pipe.denoiser.patch_size[0] > 1:
                 return slopes | ends  # all borders of frames are seams, or the first chunk has another length
-            chunk = default_settings(self.pipe)["chunk_size"]
+            s = self.pipe.vae_scale_factor_temporal
             # at rest there are no seams; and one that moves at seams only has a ratio beyond all others
-            seams = seam_ratio(clips, chunk, self.pipe.vae_scale_factor_temporal).nan_to_num(1.0, posinf=100.0)
+            seams = seam_ratio(clips, self._seam_unit // s, s).nan_to_num(1.0, posinf=100.0)
             return slopes | ends | {"seam ratio": seams}
         found = {}
         if way == TRUE and task in PAIRED:

@@ -366,16 +366,13 @@ def start_rollout(
     height: int | None,
     width: int | None,
     frame_rate: float | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    chunk_size: int | None,
-    window: int | None,
-    sink: int | None,
-    history_noise: float | None,
-    history_guidance_scale: float | None,
     generator: torch.Generator | list[torch.Generator] | None,
+    **settings: Any,
 ) -> Rollout:
-    """Fills in the checkpoint's defaults and refuses what cannot be; see `VideoGenPipeline.rollout`."""
+    """Fills in the checkpoint's defaults, in `settings` too, and refuses what cannot be.
+
+    See `VideoGenPipeline.rollout`.
+    """
     config = pipe.denoiser.config
     schedule = dict(prompt) if isinstance(prompt, Mapping) else {0: prompt}
     if not schedule or min(schedule) != 0 or not all(isinstance(frame, int) for frame in schedule):
@@ -394,24 +391,20 @@ def start_rollout(
     width = pipe.config.width if width is None else width
     frame_rate = pipe.config.frame_rate if frame_rate is None else frame_rate
     defaults = default_settings(pipe)
-    steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-    if guidance_scale is None:
-        guidance_scale = defaults["guidance_scale"] if is_told(prompt) else 1.0
-    chunk_size = defaults["chunk_size"] if chunk_size is None else chunk_size
-    window = defaults["window"] if window is None else window
-    sink = defaults["sink"] if sink is None else sink
-    history_noise = defaults["history_noise"] if history_noise is None else history_noise
-    if history_guidance_scale is None:
-        history_guidance_scale = defaults["history_guidance_scale"]
+    if not is_told(prompt):
+        defaults["guidance_scale"] = 1.0
+    settings = defaults | {name: value for name, value in settings.items() if value is not None}
+    steps, noise = settings["num_inference_steps"], settings["history_noise"]
+    chunk_size, window, sink = (settings[name] for name in ("chunk_size", "window", "sink"))
     for one in schedule.values():
         texts = untold_as(one, "a video")
         pipe.check_inputs(texts, negative_prompt, height, width, pipe.first_frames, frame_rate, steps, groups=(0,))
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames={num_frames} is not possible: give 1 or more new frames, or None for no end")
-    if not 0 <= history_noise < 1:
-        raise ValueError(f"history_noise={history_noise} must be at least 0 and below 1")
+    if not 0 <= noise < 1:
+        raise ValueError(f"history_noise={noise} must be at least 0 and below 1")
     flow = "shift" in pipe.scheduler.config or pipe.scheduler.config.get("use_flow_sigmas")
-    if history_guidance_scale != 1 and not flow:
+    if settings["history_guidance_scale"] != 1 and not flow:
         raise ValueError(f"history guidance needs a flow-matching scheduler, not {type(pipe.scheduler).__name__}")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"{len(generator)} generators for {count} videos: give one, or as many")
@@ -438,29 +431,16 @@ def start_rollout(
         height=height,
         width=width,
         frame_rate=frame_rate,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        chunk_size=chunk_size,
-        window=window,
-        sink=sink,
-        history_noise=history_noise,
-        history_guidance_scale=history_guidance_scale,
         generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator,
+        **settings,
     )
 
 
 def default_settings(pipe: VideoGenPipeline) -> dict[str, Any]:
     """What a rollout takes for what it is not told: the checkpoint's own for rollouts, or else for all it makes."""
-    model = pipe.denoiser.config
-    return {
-        "num_inference_steps": pipe.config.num_inference_steps,
-        "guidance_scale": pipe.config.guidance_scale,
-        "chunk_size": model.chunk_size,
-        "window": model.window,
-        "sink": model.sink,
-        "history_noise": 0.0,
-        "history_guidance_scale": 1.0,
-    } | pipe.config.rollout_defaults
+    settings: dict[str, Any] = {"history_noise": 0.0, "history_guidance_scale": 1.0}
+    settings |= {**pipe.denoiser.config, **pipe.config, **pipe.config.rollout_defaults}
+    return {name: settings[name] for name in SETTINGS_WITH_DEFAULTS}
 
 
 def _one_by_one(images: Iterator[Any]) -> Iterator[Tensor]:
