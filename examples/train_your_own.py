@@ -81,7 +81,7 @@ run(
 run(
     *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",
     "--output_dir", output / "model", "--max_steps", args.steps, "--batch_size", 32, "--learning_rate", 1e-3,
-    "--known", '{"leading": 0.9, "none": 0.1}', "--level_shift", 1.5, "--attention_backend", "_native_math",
+    "--known", '{"leading": 0.9, "none": 0.1}', "--level_shift", 1.5,
     "--sample_prompts", json.dumps([args.caption]), *fine,
 )  # fmt: skip
 

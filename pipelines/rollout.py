@@ -29,6 +29,12 @@ class RolloutConfig(JobConfig):
     """Frames after which a video is safe from being stopped."""
     stride: int = 1
     """Coarse to fine: only every so many'th frame is rolled out, the others are interpolated."""
+    chunk_size: int | None = None
+    """Token frames at once; the checkpoint's own by default."""
+    window: int | None = None
+    """Recent token frames that are remembered; the checkpoint's own by default."""
+    sink: int | None = None
+    """Token frames from the start that are never forgotten; the checkpoint's own by default."""
     history_noise: float | None = None
     """Noise level that generated frames are told to have; the checkpoint's own by default."""
     history_guidance_scale: float | None = None
@@ -61,6 +67,9 @@ def main(config: RolloutConfig) -> int:
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             stride=config.stride,
+            chunk_size=config.chunk_size,
+            window=config.window,
+            sink=config.sink,
             history_noise=config.history_noise,
             history_guidance_scale=config.history_guidance_scale,
         )

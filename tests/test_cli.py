@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_pipeline import make_pipeline
 from vgen.cli import app
 from vgen.data.video_io import read_video, write_video
+from vgen.pipeline import VideoGenPipeline
 
 PROMPT = "a red circle moves right"
 
@@ -102,6 +104,21 @@ def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):
     plain, guided = (read_video(tmp_path / name)[0] for name in ("plain", "guided"))
     assert plain.shape == (12, 24, 24, 3) and not np.array_equal(plain, guided)
     assert np.array_equal(plain[:6], clip[:, :, 8:32])
+
+
+def test_rollout_is_told_how_much_to_remember(able, tmp_path):
+    options = {"chunk_size": 1, "window": 3, "sink": 0}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = run("rollout", PROMPT, "--num-frames", 25, "--model", able, "--steps", 1, *words, "-o", tmp_path / "v")
+    assert done.exit_code == 0, done.output
+    pipe = VideoGenPipeline.from_pretrained(able)
+    settings = {"num_frames": 25, "num_inference_steps": 1}
+    told, untold = (
+        np.concatenate(list(pipe.rollout(PROMPT, generator=torch.Generator().manual_seed(0), **settings, **some)))
+        for some in (options, {})
+    )
+    written, _ = read_video(tmp_path / "v")
+    assert np.array_equal(written, told) and not np.array_equal(told, untold)
 
 
 def test_animate_begins_with_the_image(able, tmp_path, clip):

@@ -248,14 +248,14 @@ def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):
     rows = [{"prompt": {"0": "a red circle", "40": "a blue square"}, "name": "long"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]))
     options = {"prompts": tmp_path / "prompts.jsonl", "num_frames": 120, "segment_frames": 16,
-               "num_inference_steps": 2, "guidance_scale": 2.0}  # fmt: skip
+               "num_inference_steps": 2, "guidance_scale": 2.0, "chunk_size": 1}  # fmt: skip
     killed, plain = tmp_path / "killed", tmp_path / "plain"
     process = start("rollout.py", model, killed, **options)
     kill_when(process, lambda: len(list(killed.glob(".long.*/*.mp4"))) >= 3)
     assert not (killed / "long.mp4").exists()
     [state] = killed.glob(".long.*/state/rollout.json")
-    done = json.loads(state.read_text())["settings"]["frames_done"]
-    assert 0 < done < 120
+    settings = json.loads(state.read_text())["settings"]
+    assert 0 < settings["frames_done"] < 120 and settings["chunk_size"] == 1
     finish("rollout.py", model, killed, **options)
     finish("rollout.py", model, plain, **options | {"segment_frames": 16})
     assert np.array_equal(frames_in(killed)["long.mp4"], frames_in(plain)["long.mp4"])

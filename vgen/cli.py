@@ -159,6 +159,9 @@ def rollout(
     steps: Steps = None,
     guidance: Guidance = None,
     stride: Annotated[int, typer.Option(help="Coarse to fine: only every so many'th frame is rolled out.")] = 1,
+    chunk_size: Annotated[int | None, typer.Option(help="Token frames at once.")] = None,
+    window: Annotated[int | None, typer.Option(help="Recent token frames that are remembered.")] = None,
+    sink: Annotated[int | None, typer.Option(help="Token frames from the start that are never forgotten.")] = None,
     history_noise: Annotated[
         float | None, typer.Option(help="Noise level that generated frames are told to have.")
     ] = None,
@@ -183,8 +186,8 @@ def rollout(
         pipe = _load(model, device)
         settings: dict[str, Any] = {
             "seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames, "stride": stride,
-            "num_inference_steps": steps, "guidance_scale": guidance, "history_noise": history_noise,
-            "history_guidance_scale": history_guidance,
+            "num_inference_steps": steps, "guidance_scale": guidance, "chunk_size": chunk_size, "window": window,
+            "sink": sink, "history_noise": history_noise, "history_guidance_scale": history_guidance,
         }  # fmt: skip
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
