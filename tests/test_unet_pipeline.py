@@ -15,7 +15,7 @@ from diffusers import (
 
 from vgen.data.shapes import ShapesWorld
 from vgen.metrics.prompt import adherence
-from vgen.models.loading import encoder_digest
+from vgen.models.loading import weights_digest
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.rollout import Rollout
@@ -228,7 +228,7 @@ def test_the_shipped_one_has_the_transformers_latents_and_draws_what_it_is_told(
     folder = find_packaged("vgen/shapes-64-unet")
     assert sum(path.stat().st_size for path in folder.rglob("*")) <= 20e6
     pipe, other = (VideoGenPipeline.from_pretrained(name) for name in ("vgen/shapes-64-unet", "vgen/shapes-64"))
-    assert isinstance(pipe.denoiser, UNet3D) and encoder_digest(pipe.vae) == encoder_digest(other.vae)
+    assert isinstance(pipe.denoiser, UNet3D) and weights_digest(pipe.vae) == weights_digest(other.vae)
     pipe.set_progress_bar_config(disable=True)
     world = ShapesWorld(split="train", num_objects=(1,), seed=123)
     captions = [world.caption(number) for number in range(8)]
