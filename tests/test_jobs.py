@@ -133,6 +133,28 @@ def test_inputs_become_jobs(tmp_path):
         video_jobs(folder / "frames", config)
 
 
+def test_a_video_is_another_job_when_it_is_replaced_and_the_same_beside_others(tmp_path):
+    def jobs(**options):
+        return {job.name: job for job in video_jobs(tmp_path, JobConfig(output_dir=tmp_path, **options))}
+
+    (tmp_path / "b.mp4").write_bytes(b"as it was")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "0.png").write_bytes(b"as it was")
+    before = jobs()
+    assert (
+        before["b.mp4"].inputs["seed"]
+        != before["frames.mp4"].inputs["seed"]
+        != jobs(seed=1)["frames.mp4"].inputs["seed"]
+    )
+    (tmp_path / "a.mp4").touch()
+    assert {name: job for name, job in jobs().items() if name != "a.mp4"} == before
+    (tmp_path / "frames" / "1.png").write_bytes(b"new")
+    assert jobs()["frames.mp4"] != before["frames.mp4"] and jobs()["b.mp4"] == before["b.mp4"]
+    (tmp_path / "b.mp4").write_bytes(b"as it is.")
+    os.utime(tmp_path / "b.mp4", (1, 1))
+    assert jobs()["b.mp4"] != before["b.mp4"]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class JobConfig(ModelConfig):
-    """Settings of every job that writes videos; the n-th input, from 0, has `seed + n` unless it brings its own."""
+    """Settings of every job that writes videos.
+
+    The n-th prompt, from 0, has `seed + n` unless it brings its own; a video has one by its name, wherever it stands.
+    """
 
     suffix: str = ".mp4"
     """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
@@ -144,9 +148,18 @@ def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
     if not videos:
         raise ValueError(f"{folder} holds no videos: {', '.join(VIDEO_SUFFIXES)}, or folders of frames")
     return [
-        Job(video.stem + config.suffix, {"video": str(video), "seed": config.seed + index})
-        for index, video in enumerate(videos)
+        Job(
+            video.stem + config.suffix,
+            {"video": str(video), **_version(video), "seed": config.seed + zlib.crc32(video.stem.encode())},
+        )
+        for video in videos
     ]
+
+
+def _version(video: Path) -> dict[str, Any]:
+    """Tells a file, or a folder of frames, from what may once take its place."""
+    found = [file.stat() for file in (video.iterdir() if video.is_dir() else [video])]
+    return {"bytes": sum(one.st_size for one in found), "modified": max((one.st_mtime for one in found), default=0)}
 
 
 def run_jobs(
