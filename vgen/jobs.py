@@ -150,15 +150,15 @@ def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
     return [
         Job(
             video.stem + config.suffix,
-            {"video": str(video), **_version(video), "seed": config.seed + zlib.crc32(video.stem.encode())},
+            {"video": str(video), **_version(video), "seed": config.seed + zlib.crc32(os.fsencode(video.stem))},
         )
         for video in videos
     ]
 
 
 def _version(video: Path) -> dict[str, Any]:
-    """Tells a file, or a folder of frames, from what may once take its place."""
-    found = [file.stat() for file in (video.iterdir() if video.is_dir() else [video])]
+    """Tells a file, or a folder of frames, from what may once take its place; of a broken link there is nothing."""
+    found = [file.stat() for file in (video.iterdir() if video.is_dir() else [video]) if file.exists()]
     return {"bytes": sum(one.st_size for one in found), "modified": max((one.st_mtime for one in found), default=0)}
 
 
