@@ -81,6 +81,25 @@ def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe,
 
 
 @pytest.mark.parametrize("factor", [3, 8])
+def test_given_frames_may_come_as_they_are_decoded_among_the_others(pipe, video, monkeypatch, factor):
+    latents, decode_next = [], pipe.decode_next
+    monkeypatch.setattr(pipe, "decode_next", lambda made, state: latents.append(made) or decode_next(made, state))
+    given, results = to_clip(video[:6])[None], []
+    for keep_given in (True, False):
+        latents.clear()
+        make = pipe.interpolator(factor, PROMPT, size=(16, 16), generator=seeded(), keep_given=keep_given)
+        results.append(torch.cat(list(make.stream([given])), dim=2))
+    kept, decoded = results
+    assert torch.equal(kept[:, :, ::factor], given)
+    others = [index for index in range(kept.shape[2]) if index % factor]
+    assert torch.equal(kept[:, :, others], decoded[:, :, others])
+    with torch.no_grad():
+        whole = pipe.vae.decode(pipe.vae.denormalize(torch.cat(latents, dim=2))).sample[:, :, : decoded.shape[2]]
+    assert abs(whole - decoded).max() < 1e-4
+    assert abs(decoded - kept)[:, :, ::factor].amax((0, 1, 3, 4)).min() > 0.01
+
+
+@pytest.mark.parametrize("factor", [3, 8])
 def test_frames_that_come_one_after_another_give_the_same_video_in_bounded_memory(pipe, video, factor):
     settings = {"num_inference_steps": 2, "frame_rate": 8.0}
     frames = np.concatenate([video, video[::-1]] * 2)

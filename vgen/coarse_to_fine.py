@@ -28,7 +28,8 @@ class CoarseToFine:
     """Yields the new frames of a video as a `Rollout` does, piece by piece.
 
     A rollout at a lower frame rate makes every `stride`-th frame, so that what it remembers reaches `stride` times as
-    far back; its frames become keyframes, and what lies between them is interpolated.
+    far back; its frames become keyframes, and what lies between them is interpolated. All frames come out of one
+    decoder: the coarse ones are shown as it decodes them among the others.
 
     Made by `VideoGenPipeline.rollout(..., stride=...)`, which describes the arguments.
 
@@ -166,9 +167,12 @@ def coarse_to_fine(
         num_inference_steps=coarse.num_inference_steps,
         guidance_scale=coarse.guidance_scale,
         generator=coarse.generator,
+        keep_given=False,
     )
     prompts = {frame: untold_as(text, "") for frame, text in schedule.items()}
     return CoarseToFine(coarse, fill, prompts, num_frames, last_given)
 
 
-_FILL_SETTINGS = ("factor", "guidance_scale", "frame_rate", "num_inference_steps", "num_given", "num_made")
+_FILL_SETTINGS = (
+    "factor", "guidance_scale", "frame_rate", "num_inference_steps", "keep_given", "num_given", "num_made",
+)  # fmt: skip

@@ -86,6 +86,7 @@ class Interpolator:
         frame_rate: Of the result, in frames per second.
         num_inference_steps: Denoising steps a window.
         generator: Source of the noise.
+        keep_given: Whether given frames come back as they are, or else as the VAE decodes them among the others.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Interpolator:
         frame_rate: float,
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
+        keep_given: bool,
     ):
         self.pipe, self.factor, self.embeds = pipe, factor, embeds
         self.guidance_scale = guidance_scale
         self.frame_rate = frame_rate
         self.num_inference_steps = num_inference_steps
         self.generator = generator
+        self.keep_given = keep_given
         self.decoder_state = TemporalState()
         self.num_given = 0
         """Given frames so far."""
@@ -154,9 +157,9 @@ class Interpolator:
     def _begin(self, frame: Tensor) -> Tensor:
         clip = frame.unsqueeze(2)
         self.finished[0] = encode_clip(self.pipe.codec, clip)
-        self.pipe.decode_next(self.finished[0], self.decoder_state)
+        decoded = self.pipe.decode_next(self.finished[0], self.decoder_state).float()
         self.num_made = 1
-        return clip
+        return clip if self.keep_given else decoded
 
     def _known(self, latent: int) -> range:
         """Frames of a latent that are given."""
@@ -193,7 +196,7 @@ class Interpolator:
         self.finished = {k: one for k, one in self.finished.items() if k < config.sink or k >= oldest}
         begin = 1 + s * (first - 1)
         pixels = pipe.decode_next(made, self.decoder_state).float()[:, :, : end + 1 - begin].clone()
-        for frame in frames:
+        for frame in frames if self.keep_given else ():
             pixels[:, :, frame - begin] = self.given[frame].to(pixels)
         self.num_made = new[-1] + 1
         self.given = {frame: one for frame, one in self.given.items() if frame > s * new[-1]}

@@ -552,6 +552,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        keep_given: bool = True,
     ) -> Interpolator:
         """What `interpolate` runs, for given frames that come one after another; it takes them when called.
 
@@ -564,6 +565,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             num_inference_steps: Denoising steps a window.
             guidance_scale: Weight of classifier-free guidance.
             generator: Source of the noise.
+            keep_given: Whether given frames come back as they are. Otherwise they come as the VAE decodes them: no
+                longer exact, but nothing jumps between them and their neighbours.
 
         Raises:
             ValueError: As `interpolate` does.
@@ -594,6 +597,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             frame_rate=frame_rate * factor,
             num_inference_steps=steps,
             generator=generator,
+            keep_given=keep_given,
         )
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:

@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 _FORMAT = "vgen.Rollout/1"
 WEAK_LEVEL = 1 / 3
 """Noise level of the history that history guidance leads away from: the highest that training shows."""
-COARSE_TO_FINE = "vgen.CoarseToFine/1"
+COARSE_TO_FINE = "vgen.CoarseToFine/2"
 SETTINGS_WITH_DEFAULTS = (
     "num_inference_steps",
     "guidance_scale",
@@ -492,7 +492,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no saved rollout: it has no rollout.json")
     record = json.loads((folder / "rollout.json").read_text())
     if record.get("format") not in (_FORMAT, COARSE_TO_FINE):
-        raise ValueError(f"{folder} is not a saved rollout of this version ({_FORMAT}), but {record.get('format')}")
+        known = f"{_FORMAT} or {COARSE_TO_FINE}"
+        raise ValueError(f"{folder} is not a saved rollout of this version ({known}), but {record.get('format')}")
     return record
 
 
