@@ -240,6 +240,31 @@ def test_every_second_step_shows_clips_that_begin_late():
             script["VAEConfig"](output_dir="any", latest_moment=wrong, data=data).check()
 
 
+def test_each_clip_of_a_vae_has_one_of_the_frame_rates(tmp_path):
+    script = runpy.run_path(str(ROOT / "train/train_vae.py"))
+    settings = {"output_dir": "any", "height": 16, "width": 16, "num_frames": 5, "image_share": 0.1}
+    config = script["VAEConfig"](**settings, frame_rates=[8.0, 2.0])
+    numbers, cpu, size = range(7, 39), torch.device("cpu"), {"num_frames": 5, "height": 16, "width": 16}
+    rates = script["rates_of"](config, config.frame_rates, numbers)
+    assert 8 < rates.count(2.0) < 24 and rates[5:9] == script["rates_of"](config, config.frame_rates, range(12, 16))
+    source = script["World"](config, "train", config.frame_rates)
+    scenes = [source.world.scene(index) for index in numbers]
+    clips, _ = source.draw(numbers, cpu, 5, 3.0)
+    assert torch.equal(clips, render(scenes, **size, frame_rate=torch.tensor(rates), start=3.0))
+    usual, _ = script["World"](config, "train").draw(numbers, cpu, 5)  # as scores are taken
+    assert torch.equal(usual, render(scenes, **size))
+
+    frames = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 16 * 16 * 3).reshape(30, 16, 16, 3)
+    write_video(frames, tmp_path / "video.mp4", frame_rate=8.0)
+    videos = script["Videos"](config, str(tmp_path))
+    clips, _ = videos.draw(numbers, cpu, 5)
+    steps = clips.mean(dim=(1, 3, 4)).diff(dim=1).mean(dim=1) * 127.5  # the file's are 8
+    assert [round(step / 8) for step in steps.tolist()] == [8 / rate for rate in rates]
+    assert videos.draw(numbers, cpu, 1)[0].shape == (32, 3, 1, 16, 16)
+    with pytest.raises(ValueError, match="frame_rates"):
+        script["VAEConfig"](**settings, frame_rates=[8.0, 0.0]).check()
+
+
 def test_an_interrupted_run_equals_an_uninterrupted_one(vae_run, tmp_path):
     # the same command with an earlier end would decay the learning rate earlier, so the end comes as a crash
     done = train_vae(tmp_path, check=False, **{"--sample_every": 3, "--num_score_clips": -1})
@@ -491,7 +516,7 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
         (videos / f"{index}.txt").write_text(f"a red circle\nnumber {index}")
     (videos / "broken.mp4").write_bytes((videos / "0.mp4").read_bytes()[:900])
     options = {"--data": videos, "--frame_rates": "[8.0, 4.0]"}
-    train_vae(tmp_path / "vae", **{"--data": videos, "--frame_rate": 4.0, "--init": vae_run / "vae"})
+    train_vae(tmp_path / "vae", **options, **{"--init": vae_run / "vae"})
     assert read_video(tmp_path / "vae/samples.mp4")[0].shape == (5, 32, 8 * 16, 3)
     latents = tmp_path / "latents"
     encode(tmp_path / "vae", latents, **options, **{"--num_clips": None})
@@ -532,7 +557,7 @@ def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tm
     videos = tmp_path / "videos"
     videos.mkdir()
     for index in range(4):
-        frames = np.random.default_rng(index).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+        frames = np.random.default_rng(index).integers(0, 256, (12, 24, 32, 3), dtype=np.uint8)
         write_video(frames, videos / f"{index}.mp4", frame_rate=8.0)
     data = str(videos)
     if kind == "dataset":
@@ -542,7 +567,7 @@ def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tm
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table/train.parquet")
         data = f"hf:{tmp_path}/table"
     (tmp_path / "killed.py").write_text(KILLED)
-    options = {"--data": data, "--frame_rate": 8.0, "--image_share": 0.3, "--augment": '{"flip": 0.5}'}
+    options = {"--data": data, "--frame_rates": "[8.0, 4.0]", "--image_share": 0.3, "--augment": '{"flip": 0.5}'}
     train_vae(tmp_path / "whole", fresh=True, **options)  # with as many threads as the others
     script = (tmp_path / "killed.py", ROOT / "train/train_vae.py")
     killed = train_vae(tmp_path / "again", check=False, fresh=True, script=script, **options)
@@ -592,11 +617,11 @@ def test_a_killed_run_on_latents_ends_with_the_weights_of_an_uninterrupted_one(r
 
 
 def test_a_video_more_is_told_to_a_run_that_goes_on(tmp_path, caplog):
-    frames = np.random.default_rng(0).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (12, 24, 32, 3), dtype=np.uint8)
     (tmp_path / "videos").mkdir()
     for name in ("a.mp4", "b.mp4"):
         write_video(frames, tmp_path / "videos" / name, frame_rate=8.0)
-    options = {"--data": tmp_path / "videos", "--frame_rate": 8.0, "--image_steps": 0, "--sample_every": 9}
+    options = {"--data": tmp_path / "videos", "--frame_rates": "[8.0, 4.0]", "--image_steps": 0, "--sample_every": 9}
     train_vae(tmp_path / "run", **options)
     train_vae(tmp_path / "run", **options)
     assert "does not go on exactly" not in caplog.text

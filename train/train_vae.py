@@ -7,6 +7,7 @@ A CPU-sized try:
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Sampling, VideoFolder, stack_clips
+from vgen.data.clips import Clip, Sampling, VideoFolder, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
@@ -57,9 +58,10 @@ class VAEConfig(RunConfig, TemporalLossConfig):
     sampling: str = "random"
     """Which frames of a video make a clip: a `kind` of `vgen.data.clips.Sampling`."""
     stride: int = 1
-    """From one frame of a `random` or `sliding` clip to the next, at `frame_rate`."""
-    frame_rate: float | None = None
-    """Frames per second that videos are resampled to; `None` takes their own."""
+    """From one frame of a `random` or `sliding` clip to the next, at `frame_rates`."""
+    frame_rates: list[float] = field(default_factory=list)
+    """Frames per second; each clip has one of them, drawn evenly. Videos are resampled to it. With none, videos keep
+    their own and ShapesWorld's clips have 8. What is to be shown at lower rates, too, must be learned at them."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -106,6 +108,8 @@ class VAEConfig(RunConfig, TemporalLossConfig):
             )
         if not 0 <= self.image_share < 1:
             raise ValueError(f"image_share={self.image_share} must lie in [0, 1)")
+        if any(rate <= 0 for rate in self.frame_rates):
+            raise ValueError(f"frame_rates={self.frame_rates} must all be positive")
         if self.augment and not self.data:
             raise ValueError("augment is for videos of --data, ShapesWorld is endless")
         if self.latest_moment < 0:
@@ -131,7 +135,7 @@ def main(config: VAEConfig) -> None:
         source = Videos(config, config.data, augmentation=Augmentation(**config.augment))
         fresh = Videos(config, config.score_data or config.data, seed=1)
     else:
-        source, fresh = World(config, "train"), World(config, "all", seed=1)
+        source, fresh = World(config, "train", config.frame_rates), World(config, "all", seed=1)
     vae = load_vae(config.init) if config.init else CausalVideoVAE(**config.model)
     if not isinstance(vae, CausalVideoVAE):
         raise ValueError(f"{config.init} holds a {type(vae).__name__}: a causal video VAE is trained here")
@@ -224,6 +228,11 @@ def moment_of(config: VAEConfig, step: int, images: bool) -> float:
     return rng.uniform(0, config.latest_moment) if step % 2 else 0.0
 
 
+def rates_of(config: VAEConfig, frame_rates: list[Any], indices: range) -> list[Any]:
+    """The frame rates of a step's samples, which their numbers decide."""
+    return [random.Random(config.seed * 1_000_003 + index).choice(frame_rates) for index in indices]
+
+
 def over_frames(error: Tensor, real: Tensor) -> Tensor:
     """The mean over clips of the mean over each one's real frames, of errors `(b, c, f, h, w)`."""
     frames = error.mean(dim=(1, 3, 4))
@@ -238,11 +247,12 @@ def counted(vae: CausalVideoVAE, clip: Tensor, judges: bool) -> tuple[int, int, 
 
 
 class World:
-    """ShapesWorld, endless."""
+    """ShapesWorld, endless; where no frame rate is given, at the one that the checker reads."""
 
     digest, streams = None, False
 
-    def __init__(self, config: VAEConfig, split: str, seed: int = 0):
+    def __init__(self, config: VAEConfig, split: str, frame_rates: Sequence[float] = (), seed: int = 0):
+        self.config, self.frame_rates = config, list(frame_rates) or [8.0]
         self.world = ShapesWorld(split=split, seed=config.seed + seed)
         self.size = {"height": config.height, "width": config.width}
 
@@ -251,7 +261,8 @@ class World:
     ) -> tuple[Tensor, Tensor]:
         """Clips `(b, 3, f, h, w)` of these numbers, from a moment on, and 1 for each real frame, `(b, f)`."""
         scenes = [self.world.scene(index) for index in indices]
-        clip = render(scenes, num_frames=num_frames, start=moment, device=device, **self.size)
+        rates = torch.tensor(rates_of(self.config, self.frame_rates, indices))
+        clip = render(scenes, num_frames=num_frames, frame_rate=rates, start=moment, device=device, **self.size)
         return clip, torch.ones(len(clip), num_frames, device=device)
 
     def name(self, indices: range, num_frames: int) -> str:
@@ -268,37 +279,44 @@ class Videos:
     """Real videos, again and again."""
 
     def __init__(self, config: VAEConfig, data: str, seed: int = 0, augmentation: Augmentation | None = None):
+        self.config, self.frame_rates = config, config.frame_rates or [None]
         rest = (config.height, config.width, config.seed + seed, augmentation)
-        options = {"frame_rate": config.frame_rate, "short": config.short}
         clips = {"kind": config.sampling, "stride": config.stride, "num_frames": config.num_frames}
-        self.clips = {config.num_frames: open_clips(data, Sampling(**clips, **options), *rest)}
-        if config.image_steps or config.image_share:
-            self.clips[1] = open_clips(data, Sampling(num_frames=1, **options), *rest)
+        images = config.image_steps or config.image_share
+        self.clips: dict[tuple[int, float | None], Any] = {}
+        """By number of frames and frame rate."""
+        for rate in dict.fromkeys(self.frame_rates):
+            for kind in [clips, {"num_frames": 1}] if images else [clips]:
+                sampling = Sampling(**kind, frame_rate=rate, short=config.short)
+                self.clips[sampling.num_frames, rate] = open_clips(data, sampling, *rest)
+
+    def _samples(self, indices: range, num_frames: int) -> list[Clip]:
+        rates = rates_of(self.config, self.frame_rates, indices)
+        return [self.clips[num_frames, rate].sample(index) for index, rate in zip(indices, rates, strict=True)]
 
     def draw(
         self, indices: range, device: torch.device, num_frames: int, moment: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Clips `(b, 3, f, h, w)` of these numbers, from any moment, and 1 for each real frame, `(b, f)`."""
-        samples = [self.clips[num_frames].sample(index) for index in indices]
-        pixels, real = stack_clips(samples, device)
+        pixels, real = stack_clips(self._samples(indices, num_frames), device)
         return pixels, real.float()
 
     @property
     def streams(self) -> bool:
         """Whether videos come one after another."""
-        return isinstance(self.clips[max(self.clips)], VideoStream)
+        return any(isinstance(clips, VideoStream) for clips in self.clips.values())
 
     @property
     def digest(self) -> str | None:
-        """Of the list of videos, if there is one."""
-        clips = self.clips[max(self.clips)]
-        return clips.digest if isinstance(clips, VideoFolder) else None
+        """Of the lists of videos, one a frame rate, if there are any."""
+        longest = [clips for (num_frames, _), clips in self.clips.items() if num_frames == self.config.num_frames]
+        return " ".join(clips.digest for clips in longest if isinstance(clips, VideoFolder)) or None
 
     def name(self, indices: range, num_frames: int) -> str:
         """The files that these numbers are cut from."""
         if self.streams:
             return "videos of a stream, which are not numbered"
-        samples = [self.clips[num_frames].sample(index) for index in indices]
+        samples = self._samples(indices, num_frames)
         return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in samples)
 
     def readable(self, reconstructions: list[Tensor]) -> dict[str, float]:
