@@ -28,7 +28,17 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Bucket, Clip, Listed, Sampling, VideoFolder, list_videos, sort_into_buckets, stack_clips
+from vgen.data.clips import (
+    Bucket,
+    Clip,
+    Listed,
+    Sampling,
+    VideoFolder,
+    draw_frame_rates,
+    list_videos,
+    sort_into_buckets,
+    stack_clips,
+)
 from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
@@ -303,7 +313,7 @@ class WorldClips:
     def batch(self, indices: range, device: torch.device) -> Batch:
         """Some of them."""
         config = self.config
-        rates = [random.Random(config.seed * 1_000_003 + index).choice(config.frame_rates) for index in indices]
+        rates = draw_frame_rates(config.frame_rates, config.seed, indices)
         size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
         scenes = [self.world.scene(index) for index in indices]
         clip = render(scenes, frame_rate=torch.tensor(rates), device=device, **size)

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Sampling, VideoFolder, stack_clips
+from vgen.data.clips import Clip, Sampling, VideoFolder, draw_frame_rates, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
@@ -228,11 +228,6 @@ def moment_of(config: VAEConfig, step: int, images: bool) -> float:
     return rng.uniform(0, config.latest_moment) if step % 2 else 0.0
 
 
-def rates_of(config: VAEConfig, frame_rates: list[Any], indices: range) -> list[Any]:
-    """The frame rates of a step's samples, which their numbers decide."""
-    return [random.Random(config.seed * 1_000_003 + index).choice(frame_rates) for index in indices]
-
-
 def over_frames(error: Tensor, real: Tensor) -> Tensor:
     """The mean over clips of the mean over each one's real frames, of errors `(b, c, f, h, w)`."""
     frames = error.mean(dim=(1, 3, 4))
@@ -252,7 +247,7 @@ class World:
     digest, streams = None, False
 
     def __init__(self, config: VAEConfig, split: str, frame_rates: Sequence[float] = (), seed: int = 0):
-        self.config, self.frame_rates = config, list(frame_rates) or [8.0]
+        self.seed, self.frame_rates = config.seed, list(frame_rates) or [8.0]
         self.world = ShapesWorld(split=split, seed=config.seed + seed)
         self.size = {"height": config.height, "width": config.width}
 
@@ -261,7 +256,7 @@ class World:
     ) -> tuple[Tensor, Tensor]:
         """Clips `(b, 3, f, h, w)` of these numbers, from a moment on, and 1 for each real frame, `(b, f)`."""
         scenes = [self.world.scene(index) for index in indices]
-        rates = torch.tensor(rates_of(self.config, self.frame_rates, indices))
+        rates = torch.tensor(draw_frame_rates(self.frame_rates, self.seed, indices))
         clip = render(scenes, num_frames=num_frames, frame_rate=rates, start=moment, device=device, **self.size)
         return clip, torch.ones(len(clip), num_frames, device=device)
 
@@ -279,7 +274,8 @@ class Videos:
     """Real videos, again and again."""
 
     def __init__(self, config: VAEConfig, data: str, seed: int = 0, augmentation: Augmentation | None = None):
-        self.config, self.frame_rates = config, config.frame_rates or [None]
+        self.config = config
+        self.frame_rates: Sequence[float | None] = config.frame_rates or [None]
         rest = (config.height, config.width, config.seed + seed, augmentation)
         clips = {"kind": config.sampling, "stride": config.stride, "num_frames": config.num_frames}
         images = config.image_steps or config.image_share
@@ -291,7 +287,7 @@ class Videos:
                 self.clips[sampling.num_frames, rate] = open_clips(data, sampling, *rest)
 
     def _samples(self, indices: range, num_frames: int) -> list[Clip]:
-        rates = rates_of(self.config, self.frame_rates, indices)
+        rates = draw_frame_rates(self.frame_rates, self.config.seed, indices)
         return [self.clips[num_frames, rate].sample(index) for index, rate in zip(indices, rates, strict=True)]
 
     def draw(

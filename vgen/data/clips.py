@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from vgen.data.video_io import VIDEO_SUFFIXES, iter_video, video_info
 
 logger = logging.get_logger(__name__)
 _left_out: set[tuple[Path, str]] = set()
+Rate = TypeVar("Rate")
 SAMPLINGS = ("random", "uniform", "segments", "sliding")
 
 
@@ -448,6 +449,11 @@ class VideoFolder:
 @lru_cache(maxsize=4)
 def _order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def draw_frame_rates(frame_rates: Sequence[Rate], seed: int, indices: Iterable[int]) -> list[Rate]:
+    """One of the frame rates for each clip, drawn evenly; its number decides."""
+    return [random.Random(seed * 1_000_003 + index).choice(frame_rates) for index in indices]
 
 
 def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
