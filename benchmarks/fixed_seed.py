@@ -84,9 +84,13 @@ def outputs(name: str) -> dict[str, str]:
         "history guidance": lambda seed: list(
             pipe.rollout(PROMPT, num_frames=30, history_guidance_scale=1.5, generator=seed, **steps)
         ),
-        "coarse to fine": lambda seed: list(pipe.rollout(PROMPT, num_frames=60, stride=4, generator=seed, **steps)),
+        "coarse to fine": lambda seed: list(
+            pipe.rollout(PROMPT, num_frames=60, keyframe_interval=4, generator=seed, **steps)
+        ),
         "coarse to fine, given": lambda seed: list(
-            pipe.rollout([None, PROMPT], [frames, frames[::-1]], num_frames=30, stride=2, generator=seed, **steps)
+            pipe.rollout(
+                [None, PROMPT], [frames, frames[::-1]], num_frames=30, keyframe_interval=2, generator=seed, **steps
+            )
         ),
     }  # fmt: skip
     return {f"{name}: {task}": digest(list(call(torch.Generator().manual_seed(1)))) for task, call in calls.items()}

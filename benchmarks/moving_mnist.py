@@ -24,9 +24,9 @@ from safetensors import safe_open
 from scripts import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vgen.evaluation import OURS
 from vgen.metrics.report import summarize
 from vgen.pipeline import find_checkpoint
+from vgen.tasks.evaluation import OURS
 
 PIXELS = 64 * 64
 TRIAL, WARM = 60, 20

@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, render
-from vgen.known_frames import to_frames
+from vgen.io.pixels import to_frames
 from vgen.metrics.prompt import ObjectVerdict, check
 from vgen.metrics.suites import WORLD_SEED
 from vgen.metrics.temporal import border_differences, drift_slopes
 from vgen.pipeline import VideoGenPipeline
-from vgen.rollout import default_settings
+from vgen.sampling.options import RolloutOptions
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
 
@@ -50,7 +50,7 @@ MEASURES = {
     "history noise 0.1": {"history_noise": 0.1},
     "history noise 0.2": {"history_noise": 0.2},
     "history guidance 1.5": {"history_guidance_scale": 1.5},
-    "coarse to fine, 4": {"stride": 4},
+    "coarse to fine, 4": {"keyframe_interval": 4},
 }
 COLUMNS = (
     "prompts",
@@ -89,7 +89,10 @@ def main() -> None:
         return
 
     scenes = choose_scenes(args.num_prompts)
-    defaults, s = default_settings(pipe), pipe.vae_scale_factor_temporal
+    defaults, s = (
+        RolloutOptions().resolve(pipe.config, pipe.denoiser.config, prompted=True).to_json(),
+        pipe.vae_scale_factor_temporal,
+    )
     results: dict[str, Any] = {}
     if args.keep and args.output and args.output.exists():
         results = json.loads(args.output.read_text())
@@ -190,7 +193,7 @@ def is_right(objects: Iterable[ObjectVerdict]) -> bool:
 
 def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
     """Seconds of a chunk just after the window was filled and much later, and of the cache against none."""
-    defaults = default_settings(pipe)
+    defaults = RolloutOptions().resolve(pipe.config, pipe.denoiser.config, prompted=True).to_json()
     window, sink, chunk_size = defaults["window"], defaults["sink"], defaults["chunk_size"]
     filled = 2 + (window + sink) // chunk_size
     rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), num_inference_steps=2)

@@ -19,7 +19,7 @@ import vgen
 from vgen import VideoGenPipeline
 from vgen.data.resize import Fit
 from vgen.data.video_io import iter_video, video_info, write_video
-from vgen.known_frames import to_clip, to_frames
+from vgen.io.pixels import to_clip, to_frames
 
 RATE, SIZE = 8.0, (64, 64)
 NUM_GIVEN, NUM_NEW = 9, 8

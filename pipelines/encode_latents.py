@@ -43,12 +43,12 @@ from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
-from vgen.jobs import check_settings
-from vgen.models.image_vae import FrameByFrame, as_codec, load_vae
-from vgen.models.loading import encoder_digest, weights_digest
+from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import this_process
+from vgen.tasks.jobs import check_settings
 from vgen.temporal.flow import measure_motion
 from vgen.training.run import compile_blocks
 
@@ -127,7 +127,7 @@ def main(config: EncodeConfig) -> None:
     """Encodes the shards that are missing, shared out over processes."""
     process = this_process()
     vae = load_vae(config.vae).to(process.device).eval()
-    codec = as_codec(vae)
+    codec = as_video_vae(vae)
     if config.compile:
         compile_blocks(vae)
     text = TextEncoder(config, process.device) if config.text_encoder else None
@@ -169,7 +169,7 @@ def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | No
 
 def encode_listed(
     config: EncodeConfig,
-    codec: CausalVideoVAE | FrameByFrame,
+    codec: CausalVideoVAE | PerFrameVAE,
     text: TextEncoder | None,
     clips: WorldClips | DigitClips | FolderClips,
     process: PartialState,
@@ -191,7 +191,7 @@ def encode_listed(
 
 def encode_stream(
     config: EncodeConfig,
-    codec: CausalVideoVAE | FrameByFrame,
+    codec: CausalVideoVAE | PerFrameVAE,
     text: TextEncoder | None,
     clips: StreamClips,
     process: PartialState,
@@ -237,7 +237,7 @@ def encode_stream(
 class Shard:
     """Clips of one file, encoded batch by batch."""
 
-    def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | FrameByFrame, text: TextEncoder | None):
+    def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | PerFrameVAE, text: TextEncoder | None):
         self.config, self.codec, self.text = config, codec, text
         self.latents: list[Tensor] = []
         self.frames: list[Tensor] = []
@@ -420,7 +420,7 @@ def to_batch(clips: list[Clip], device: torch.device) -> Batch:
     return Batch(pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips], real)
 
 
-def encode(vae: CausalVideoVAE | FrameByFrame, clip: Tensor) -> Tensor:
+def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor) -> Tensor:
     """Normalised latents of clips, on the CPU in half precision."""
     with torch.autocast(clip.device.type, torch.bfloat16):
         posterior = vae.encode(clip).latent_dist

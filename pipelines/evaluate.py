@@ -5,9 +5,8 @@ accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --
 
 import sys
 
-from jsonargparse import auto_cli
-
-from vgen.evaluation import EvaluationConfig, evaluate
+from vgen.tasks.evaluation import EvaluationConfig, evaluate
+from vgen.tasks.jobs import parse_job
 
 
 def main(config: EvaluationConfig) -> int:
@@ -17,4 +16,4 @@ def main(config: EvaluationConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(auto_cli(EvaluationConfig))))
+    sys.exit(min(1, main(parse_job(EvaluationConfig, __doc__))))

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from vgen.files import interpolate_file
-from vgen.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.sampling.options import InterpolationOptions
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, run_jobs, run_settings, video_jobs
+from vgen.tasks.video_files import interpolate_file
 
 
 @dataclass(kw_only=True)
-class InterpolateConfig(JobConfig):
+class InterpolateConfig(InterpolationOptions, JobConfig):
     """What to interpolate."""
 
     videos: Path
     """Folder of videos: files, or folders of frames."""
-    factor: int = 2
-    """Given frames become every `factor`-th."""
     prompt: str | None = None
     """What happens in all of them; may be left out."""
 
@@ -36,17 +33,15 @@ def main(config: InterpolateConfig) -> int:
             pipe,
             Path(job.inputs["video"]),
             path,
-            config.factor,
-            config.prompt,
+            prompt=config.prompt,
             seed=job.inputs["seed"],
             fps=config.fps,
             overwrite=True,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
+            **InterpolationOptions.of(config).given(),
         )
 
     return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "videos"), make)
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(auto_cli(InterpolateConfig))))
+    sys.exit(min(1, main(parse_job(InterpolateConfig, __doc__))))

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from vgen.files import predict_file
-from vgen.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.sampling.options import RolloutOptions
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, run_jobs, run_settings, video_jobs
+from vgen.tasks.video_files import predict_file
 
 
 @dataclass(kw_only=True)
-class PredictConfig(JobConfig):
+class PredictConfig(RolloutOptions, JobConfig):
     """What to continue."""
 
     videos: Path
@@ -26,8 +25,6 @@ class PredictConfig(JobConfig):
     """What happens in all of them; may be left out."""
     with_input: bool = False
     """Whether the given frames are written too."""
-    history_noise: float | None = None
-    """Noise level that generated frames are told to have; the checkpoint's own by default."""
 
 
 def main(config: PredictConfig) -> int:
@@ -46,13 +43,11 @@ def main(config: PredictConfig) -> int:
             fps=config.fps,
             overwrite=True,
             num_frames=config.num_frames,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            history_noise=config.history_noise,
+            **RolloutOptions.of(config).given(),
         )
 
     return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "videos"), make)
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(auto_cli(PredictConfig))))
+    sys.exit(min(1, main(parse_job(PredictConfig, __doc__))))

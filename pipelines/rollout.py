@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from vgen.files import rollout_in_segments
-from vgen.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.sampling.options import RolloutOptions
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.video_files import rollout_in_segments
 
 
 @dataclass(kw_only=True)
-class RolloutConfig(JobConfig):
+class RolloutConfig(RolloutOptions, JobConfig):
     """What to roll out."""
 
     prompts: Path
@@ -27,18 +26,6 @@ class RolloutConfig(JobConfig):
     """Frames of each video."""
     segment_frames: int = 256
     """Frames after which a video is safe from being stopped."""
-    stride: int = 1
-    """Coarse to fine: only every so many'th frame is rolled out, the others are interpolated."""
-    chunk_size: int | None = None
-    """Token frames at once; the checkpoint's own by default."""
-    window: int | None = None
-    """Recent token frames that are remembered; the checkpoint's own by default."""
-    sink: int | None = None
-    """Token frames from the start that are never forgotten; the checkpoint's own by default."""
-    history_noise: float | None = None
-    """Noise level that generated frames are told to have; the checkpoint's own by default."""
-    history_guidance_scale: float | None = None
-    """Weight of what is remembered, off at 1; the checkpoint's own by default."""
 
 
 def main(config: RolloutConfig) -> int:
@@ -64,18 +51,11 @@ def main(config: RolloutConfig) -> int:
             segment_frames=config.segment_frames,
             fps=config.fps,
             num_frames=config.num_frames,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            stride=config.stride,
-            chunk_size=config.chunk_size,
-            window=config.window,
-            sink=config.sink,
-            history_noise=config.history_noise,
-            history_guidance_scale=config.history_guidance_scale,
+            **RolloutOptions.of(config).given(),
         )
 
     return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "prompts"), make)
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(auto_cli(RolloutConfig))))
+    sys.exit(min(1, main(parse_job(RolloutConfig, __doc__))))

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from vgen.files import generate_file
-from vgen.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.video_files import generate_file
 
 
 @dataclass(kw_only=True)
@@ -58,4 +56,4 @@ def main(config: TextToVideoConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(auto_cli(TextToVideoConfig))))
+    sys.exit(min(1, main(parse_job(TextToVideoConfig, __doc__))))

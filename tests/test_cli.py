@@ -97,7 +97,17 @@ def test_rollout_writes_any_number_of_frames_and_changes_the_prompt(able, tmp_pa
 
 
 def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):
-    arguments = ("--video", tmp_path / "clip", "--num-frames", 6, "--model", able, "--stride", 2, "--with-input")
+    arguments = (
+        "--video",
+        tmp_path / "clip",
+        "--num-frames",
+        6,
+        "--model",
+        able,
+        "--keyframe-interval",
+        2,
+        "--with-input",
+    )
     for name, extra in (("plain", []), ("guided", ["--history-guidance", 2])):
         done = run("rollout", PROMPT, *arguments, *extra, "-o", tmp_path / name)
         assert done.exit_code == 0, done.output
@@ -134,8 +144,8 @@ def test_animate_begins_with_the_image(able, tmp_path, clip):
     [
         (["predict", "clip", "--model", "poor"], "trained for leading"),
         (["predict", "nothing.mp4"], "nothing.mp4"),
-        (["predict", "clip", "--num-frames", 0], "num_frames=0"),
-        (["interpolate", "clip", "--factor", 1], "factor=1"),
+        (["predict", "clip", "--num-frames", 0], "num_frames must be at least 1"),
+        (["interpolate", "clip", "--factor", 1], "factor must be at least 2, got 1"),
         (["interpolate", "clip", "--model", "poor"], "trained for keyframes and leading"),
         (["rollout", PROMPT, "--at", "soon"], "FRAME=PROMPT"),
         (["rollout", PROMPT, "--with-input"], "--with-input needs --video"),
@@ -157,7 +167,7 @@ def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-frames", 8], "nearest is 9"),
+        (["--num-frames", 8], "nearest: 9"),
         (["--model", "vgen/nothing"], "no model"),
         (["--steps", 0], "num_inference_steps"),
         (["--fps", 0], "frame"),

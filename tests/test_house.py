@@ -14,26 +14,105 @@ SCRIPTS = [
     path for folder in ("train", "pipelines", "examples", "benchmarks") for path in (ROOT / folder).glob("*.py")
 ]
 
-# floors, from the ground up; data stands beside them
-FLOORS = {"temporal": 0, "models": 1, "training": 2, "metrics": 2, "pipeline": 4, "cli": 5}
+# layers from the bottom up; a module may import its own layer's package and lower layers
+LAYERS = [
+    ["checks", "io"],
+    ["processes"],
+    ["temporal"],
+    ["models", "diffusion", "data"],
+    ["sampling", "training", "metrics", "recognition"],
+    ["hub"],
+    ["pipeline"],
+    ["tasks"],
+    ["serve"],
+    ["cli"],
+]
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def imported(path):
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path, known):
+    """Modules of the package that a file imports anywhere: at its top, in functions, for type checkers alone."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they lead"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in known else node.module
         elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_import_goes_up(path):
-    place = path.relative_to(ROOT / "vgen").with_suffix("").parts[0]
-    for name in imported(path):
-        if name.startswith("vgen.") and place in FLOORS:
-            target = name.split(".")[1]
-            assert target not in FLOORS or FLOORS[target] <= FLOORS[place], f"{path.name} imports {name}"
-            assert place != "temporal" or target == "temporal"
+def package_of(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def import_graph(root):
+    known = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files(root)}
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): {
+            name for name in imports_of(path, known) if name in known
+        }
+        for path in files(root)
+    }
+
+
+def files(root):
+    return sorted((root / "vgen").rglob("*.py"))
+
+
+def upward(graph):
+    """Imports that do not lead down: to a higher layer, or to another package of the same one."""
+    for module, targets in graph.items():
+        for target in targets:
+            here, there = package_of(module), package_of(target)
+            if here is None or there is None or here == there:
+                continue  # the package itself loads public names lazily
+            if LEVELS[there] >= LEVELS[here]:
+                yield f"{module} imports {target}"
+
+
+def cycles(graph):
+    """Modules that import themselves by way of others."""
+    reach = {module: set(targets) for module, targets in graph.items()}
+    for _ in graph:
+        grown = {module: targets.union(*(reach[one] for one in targets)) for module, targets in reach.items()}
+        if grown == reach:
+            break
+        reach = grown
+    return sorted(module for module, targets in reach.items() if module in targets)
+
+
+def test_every_module_belongs_to_a_layer():
+    packages = {package_of(name_of(path)) for path in MODULES} - {None}
+    assert packages <= set(LEVELS), packages - set(LEVELS)
+
+
+def test_every_import_leads_to_a_lower_layer():
+    graph = import_graph(ROOT)
+    graph["vgen"] = set()  # its lazy names and their annotations
+    assert len(graph) == len(MODULES) and sum(map(len, graph.values())) > 100
+    assert not list(upward(graph)), list(upward(graph))
+    assert not cycles(graph), cycles(graph)
+
+
+def test_the_rule_sees_imports_in_functions_and_for_type_checkers(tmp_path):
+    (tmp_path / "vgen/temporal").mkdir(parents=True)
+    (tmp_path / "vgen/models").mkdir()
+    for name, text in {
+        "vgen/__init__.py": "",
+        "vgen/temporal/state.py": "def f():\n    from vgen.models.vae import VAE\n",
+        "vgen/models/vae.py": "from vgen.models import unet\n",
+        "vgen/models/unet.py": "if TYPE_CHECKING:\n    from vgen.models.vae import VAE\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    graph = import_graph(tmp_path)
+    assert list(upward(graph)) == ["vgen.temporal.state imports vgen.models.vae"]
+    assert cycles(graph) == ["vgen.models.unet", "vgen.models.vae"]
 
 
 def test_scripts_are_not_named_like_a_dependency():

@@ -24,6 +24,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import LayerSkipConfig
 
 from vgen.pipeline import VideoGenPipeline
+from vgen.sampling.conditions import Conditions, Guidance
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
 from .test_unet_pipeline import build as build_unet_pipeline
@@ -367,9 +368,12 @@ def test_a_callback_can_replace_what_is_told(pipe, randomize):
     plain = latents(pipe, **settings)
     replaced = latents(pipe, callback_on_step_end=replace, callback_on_step_end_tensor_inputs=names, **settings)
     pipe.scheduler.set_timesteps(2)
+    sampler = pipe.sampler(Guidance(scale=pipe.config.guidance_scale))
     with torch.no_grad():
         for timestep, embeds in zip(pipe.scheduler.timesteps, (told, other), strict=True):
-            noise = pipe.denoising_step(noise, timestep, timestep, *embeds, None, frame_rate=8.0)
+            conditions = Conditions(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], frame_rate=8.0)
+            prediction = sampler.predict(noise, timestep, conditions)
+            noise = pipe.scheduler.step(prediction, timestep, noise, return_dict=False)[0]
     assert (replaced - noise).abs().max() < 1e-5 and (replaced - plain).abs().max() > 1e-4
 
 

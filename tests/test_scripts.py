@@ -40,11 +40,11 @@ from vgen.data.clips import draw_frame_rates
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video, write_video
-from vgen.known_frames import encode_known_frames
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
+from vgen.sampling.known_frames import encode_known_frames
 from vgen.temporal.flow import measure_motion
 from vgen.training.run import RunConfig
 

@@ -14,14 +14,14 @@ from diffusers import (
 )
 
 from vgen.data.shapes import ShapesWorld
+from vgen.hub import find_packaged
+from vgen.io.fingerprint import weights_digest
 from vgen.metrics.prompt import adherence
-from vgen.models.loading import weights_digest
 from vgen.models.unet import UNet3D
-from vgen.pipeline import VideoGenPipeline, find_packaged
-from vgen.rollout import Rollout
+from vgen.pipeline import VideoGenPipeline, load_rollout
 
+from .sampling.test_rollout import OTHER, frames_of, latents_of
 from .test_pipeline import PROMPT, make_pipeline, seeded
-from .test_rollout import OTHER, frames_of, latents_of
 
 
 def build(randomize, **config):
@@ -93,7 +93,7 @@ def test_interpolation_and_coarse_to_fine(randomize, video):
     pipe = build(randomize, trained_token_frames=5)
     frames = pipe.interpolate(video[:4], 7, PROMPT, generator=seeded()).frames[0]
     assert np.array_equal((frames[::7] * 255).round().astype(np.uint8), video[:4])
-    assert len(frames_of(pipe.rollout(PROMPT, stride=4, num_frames=22, generator=seeded()))) == 22
+    assert len(frames_of(pipe.rollout(PROMPT, keyframe_interval=4, num_frames=22, generator=seeded()))) == 22
 
 
 @pytest.mark.parametrize("given", [1, 5, 9])
@@ -105,7 +105,7 @@ def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
     rollout = pipe.rollout(PROMPT, video[:given], num_frames=4 * chunk_size, generator=seeded(), guidance_scale=1.0)
     latents, _ = latents_of(rollout, monkeypatch)
     known = (given - 1) // 4 + 1
-    history = rollout._history[:known]
+    history = rollout.state.history[:known]
     clean = torch.cat([frame for frame, _ in history], dim=2)
     whole = pipe(
         PROMPT, frames=dict(enumerate(video[:given])), num_frames=given + 4 * chunk_size, groups="chunk",
@@ -142,10 +142,10 @@ def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
     for chunk in range(30):
         next(rollout)
         if chunk >= 5:
-            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes))
+            sizes.add((rollout.state.denoiser.num_bytes, rollout.state.decoder.num_bytes))
     assert len(sizes) == 1
     rollout.save(tmp_path / "saved")
-    loaded = Rollout.load(tmp_path / "saved", pipe)
+    loaded = load_rollout(tmp_path / "saved", pipe)
     for _ in range(3):
         assert np.array_equal(next(loaded), next(rollout))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vgen.data.clips import Sampling, stack_clips
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import open_clips
-from vgen.folders import whole_folder
+from vgen.io.atomic import atomic_directory
 from vgen.metrics.reference import psnr
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.training.run import Run, RunConfig, config_text, copy_of, parse_config, start
@@ -88,7 +88,7 @@ def main(config: ConvLSTMConfig) -> None:
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
         result = model if weights is None else copy_of(model, weights)
-        with whole_folder(config.output_dir / "convlstm") as folder:
+        with atomic_directory(config.output_dir / "convlstm") as folder:
             result.to(torch.float16).save_pretrained(folder)
 
     run.end(save_result)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vgen.data.captions import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS
 from vgen.data.shapes import Scene, ShapesWorld, vocabulary
-from vgen.folders import whole_folder
+from vgen.io.atomic import atomic_directory
 from vgen.models.prompts import embed, make_text_encoder, make_word_tokenizer, tokenize
 from vgen.training.run import Run, RunConfig, config_text, parse_config, start
 
@@ -100,7 +100,7 @@ def main(config: TextEncoderConfig) -> None:
 
     def save_result(_: object) -> None:
         for name, part in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
-            with whole_folder(config.output_dir / name) as folder:
+            with atomic_directory(config.output_dir / name) as folder:
                 part.save_pretrained(folder)
 
     run.end(save_result)

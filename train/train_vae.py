@@ -21,7 +21,7 @@ from vgen.data.clips import Clip, Sampling, VideoFolder, draw_frame_rates, stack
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.data.video_io import write_video
-from vgen.folders import whole_folder
+from vgen.io.atomic import atomic_directory
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
 from vgen.models.image_vae import load_vae
@@ -204,7 +204,7 @@ def main(config: VAEConfig) -> None:
         result = vae if weights is None else copy_of(vae, weights).to(accelerator.device)
         if not config.freeze_encoder:
             calibrate(result, source, config, accelerator.device)
-        with whole_folder(config.output_dir / "vae") as folder:
+        with atomic_directory(config.output_dir / "vae") as folder:
             result.save_pretrained(folder)
 
     run.end(save_result)

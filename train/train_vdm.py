@@ -26,11 +26,11 @@ from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.diffusion import make_scheduler, prediction_of, shift_of
-from vgen.folders import whole_folder
+from vgen.io.atomic import atomic_directory
+from vgen.io.fingerprint import encoder_digest, weights_digest
 from vgen.metrics.prompt import adherence
 from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import load_vae
-from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import load_text_encoder, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
@@ -264,7 +264,7 @@ def main(config: VDMConfig) -> None:
         if config.train_only == "lora":
             save_adapter(pipe, config)
             return
-        with whole_folder(config.output_dir / "pipeline") as folder:
+        with atomic_directory(config.output_dir / "pipeline") as folder:
             pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
 
     run.end(save_result)
@@ -334,7 +334,7 @@ def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
     layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(pipe.denoiser).items()}
     metadata = pipe.denoiser.peft_config["default"].to_dict()
     options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
-    with whole_folder(config.output_dir / "lora") as folder:
+    with atomic_directory(config.output_dir / "lora") as folder:
         pipe.save_lora_weights(folder, **options)
 
 
@@ -472,7 +472,7 @@ def between_frames(
     signal = torch.where(generated, signal, 1.0)
     motion = None
     if config.temporal_space == "pixel":
-        codec = pipe.codec
+        codec = pipe.video_vae
         assert codec is not None  # latents come from one
         clean = codec.decode(codec.denormalize(clean), clamp=False).sample
         with torch.no_grad():

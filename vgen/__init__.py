@@ -8,18 +8,24 @@ if TYPE_CHECKING:
     from vgen.models.unet import UNet3D as UNet3D
     from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
     from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
-    from vgen.rollout import Rollout as Rollout
+    from vgen.pipeline import load_rollout as load_rollout
+    from vgen.sampling.options import InterpolationOptions as InterpolationOptions
+    from vgen.sampling.options import RolloutOptions as RolloutOptions
+    from vgen.sampling.rollout import Rollout as Rollout
     from vgen.temporal.state import TemporalState as TemporalState
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CausalVideoVAE": "vgen.models.vae",
-    "Rollout": "vgen.rollout",
+    "InterpolationOptions": "vgen.sampling.options",
+    "Rollout": "vgen.sampling.rollout",
+    "RolloutOptions": "vgen.sampling.options",
     "SpacetimeTransformer": "vgen.models.transformer",
     "TemporalState": "vgen.temporal.state",
     "UNet3D": "vgen.models.unet",
     "VideoGenPipeline": "vgen.pipeline",
+    "load_rollout": "vgen.pipeline",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from vgen.pipeline import VideoGenPipeline
+from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 
 DEFAULT_MODEL = "vgen/shapes-64"
 
@@ -32,6 +32,32 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed giv
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+FLAGS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "history_guidance_scale": "--history-guidance",
+}
+"""Short names of options; the long ones are those of the fields."""
+
+
+def _with_options(options: type[SamplingOptions]) -> Callable[[Callable], Callable]:
+    """Gives a command with `**options` one option for each field of a dataclass."""
+
+    def decorate(command: Callable) -> Callable:
+        own = inspect.signature(command, eval_str=True)
+        kept = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        texts, added = help_of(options), []
+        for one in parameters_of(options):
+            flags = [*([FLAGS[one.name]] if one.name in FLAGS else []), f"--{one.name.replace('_', '-')}"]
+            option = typer.Option(*flags, help=texts[one.name])
+            added.append(one.replace(annotation=Annotated[one.annotation, option]))
+        kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in kept]
+        command.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 @app.callback()
@@ -57,7 +83,7 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    groups: Annotated[str, typer.Option(help="Which frames see which: full, causal or chunk.")] = "full",
+    groups: Annotated[Literal["full", "causal", "chunk"], typer.Option(help="Which frames attend to which.")] = "full",
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
@@ -65,7 +91,7 @@ def generate(
 ) -> None:
     """Turn a sentence into a video."""
     with _writing(output, overwrite) as done:
-        from vgen.files import generate_file
+        from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
             _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite,
@@ -90,7 +116,7 @@ def animate(
 ) -> None:
     """Turn an image and a sentence into a video."""
     with _writing(output, overwrite) as done:
-        from vgen.files import generate_file
+        from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
             _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite, image=image,
@@ -99,6 +125,7 @@ def animate(
 
 
 @app.command()
+@_with_options(RolloutOptions)
 def predict(
     clip: Annotated[Path, typer.Argument(help="The video to continue: a file or a folder of frames.")],
     output: Output,
@@ -106,89 +133,74 @@ def predict(
     prompt: Annotated[str | None, typer.Option(help="What happens; may be left out.")] = None,
     with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
     model: Model = DEFAULT_MODEL,
-    steps: Steps = None,
-    guidance: Guidance = None,
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    **options: Any,
 ) -> None:
     """Continue a video."""
     with _writing(output, overwrite) as done:
-        from vgen.files import predict_file
+        from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
             _load(model, device), clip, output, prompt, seed=seed, fps=fps, overwrite=overwrite,
-            with_input=with_input, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
+            with_input=with_input, num_frames=num_frames, **options,
         )  # fmt: skip
 
 
 @app.command()
+@_with_options(InterpolationOptions)
 def interpolate(
     clip: Annotated[Path, typer.Argument(help="The video: a file or a folder of frames.")],
     output: Output,
-    factor: Annotated[int, typer.Option(help="Given frames become every so many'th.")] = 2,
-    prompt: Annotated[str | None, typer.Option(help="What happens; may be left out.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What happens; may be omitted.")] = None,
     model: Model = DEFAULT_MODEL,
-    steps: Steps = None,
-    guidance: Guidance = None,
     seed: Seed = 0,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file; the input's by default.")] = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    **options: Any,
 ) -> None:
     """Make the frames between those of a video: slow motion at its own frame rate, or smoother with --fps."""
     with _writing(output, overwrite) as done:
-        from vgen.files import interpolate_file
+        from vgen.tasks.video_files import interpolate_file
 
         done |= interpolate_file(
-            _load(model, device), clip, output, factor, prompt, seed=seed, fps=fps, overwrite=overwrite,
-            num_inference_steps=steps, guidance_scale=guidance,
+            _load(model, device), clip, output, prompt=prompt, seed=seed, fps=fps, overwrite=overwrite, **options
         )  # fmt: skip
 
 
 @app.command()
+@_with_options(RolloutOptions)
 def rollout(
-    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
     output: Output,
     num_frames: Annotated[int, typer.Option(help="New frames, any number.")] = 64,
-    at: Annotated[list[str] | None, typer.Option(help="FRAME=PROMPT: another prompt from there on.")] = None,
+    at: Annotated[list[str] | None, typer.Option(help="FRAME=PROMPT: another prompt from this new frame on.")] = None,
     video: Annotated[Path | None, typer.Option(help="A video to continue.")] = None,
     with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
     model: Model = DEFAULT_MODEL,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    stride: Annotated[int, typer.Option(help="Coarse to fine: only every so many'th frame is rolled out.")] = 1,
-    chunk_size: Annotated[int | None, typer.Option(help="Token frames at once.")] = None,
-    window: Annotated[int | None, typer.Option(help="Recent token frames that are remembered.")] = None,
-    sink: Annotated[int | None, typer.Option(help="Token frames from the start that are never forgotten.")] = None,
-    history_noise: Annotated[
-        float | None, typer.Option(help="Noise level that generated frames are told to have.")
-    ] = None,
-    history_guidance: Annotated[float | None, typer.Option(help="Weight of what is remembered; off at 1.")] = None,
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    **options: Any,
 ) -> None:
-    """Make a video as long as you like, chunk after chunk."""
+    """Make a video of any length, chunk after chunk."""
     with _writing(output, overwrite) as done:
-        from vgen.files import predict_file, rollout_file
+        from vgen.tasks.video_files import predict_file, rollout_file
 
         schedule = {0: prompt}
         for word in at or ():
             frame, _, text = word.partition("=")
             if not frame.strip().isdigit() or not text:
-                raise ValueError(f"--at {word!r}: give FRAME=PROMPT, such as --at '64=a blue square moves up'")
+                raise ValueError(f"--at must be FRAME=PROMPT, such as '64=a blue square moves up', got {word!r}")
             schedule[int(frame)] = text
         if with_input and video is None:
             raise ValueError("--with-input needs --video")
         pipe = _load(model, device)
-        settings: dict[str, Any] = {
-            "seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames, "stride": stride,
-            "num_inference_steps": steps, "guidance_scale": guidance, "chunk_size": chunk_size, "window": window,
-            "sink": sink, "history_noise": history_noise, "history_guidance_scale": history_guidance,
-        }  # fmt: skip
+        settings = {"seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames} | options
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
         else:
@@ -246,8 +258,8 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint beside simple ways; pipelines/evaluate.py has all settings and several processes."""
     with _one_line_errors():
-        from vgen.evaluation import EvaluationConfig
-        from vgen.evaluation import evaluate as run
+        from vgen.tasks.evaluation import EvaluationConfig
+        from vgen.tasks.evaluation import evaluate as run
 
         config = EvaluationConfig(
             output_dir=output, model=model, suite=suite, data=data, tasks=task or None, num_clips=num_clips,
@@ -310,9 +322,9 @@ def anomaly(
 
     with _one_line_errors():
         _check_output(output, overwrite)
-        from vgen.anomaly import find_anomalies
-        from vgen.files import read_given
         from vgen.metrics.report import check_installed, plot_scores
+        from vgen.tasks.anomaly import find_anomalies
+        from vgen.tasks.video_files import read_given
 
         check_installed()
         if output.suffix not in (".png", ".svg", ".pdf"):
@@ -442,7 +454,8 @@ def _print_tables(results: dict[str, Any]) -> None:
                 typer.echo(f"{task}, {way}: {one}")
 
 
-def _load(model: str, device: str | None) -> VideoGenPipeline:
+def _load(model: str, device: str | None) -> Any:
+    """The pipeline, on a device."""
     import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

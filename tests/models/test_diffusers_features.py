@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from vgen.models.loading import weights_digest
+from vgen.io.fingerprint import weights_digest
 from vgen.temporal.state import TemporalState
 
 
@@ -175,7 +175,7 @@ def test_a_fresh_process_loads_it(case, tmp_path):
     case.network.save_pretrained(tmp_path)
     name, module = type(case.network).__name__, type(case.network).__module__
     loaded = f"__import__({module!r}, fromlist=['x']).{name}.from_pretrained({str(tmp_path)!r})"
-    code = f"from vgen.models.loading import weights_digest; print(weights_digest({loaded}))"
+    code = f"from vgen.io.fingerprint import weights_digest; print(weights_digest({loaded}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [weights_digest(case.network)]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from vgen.io.fingerprint import weights_digest
 from vgen.metrics.temporal import check_clip
-from vgen.models.loading import weights_digest
 
 logger = logging.get_logger(__name__)
 

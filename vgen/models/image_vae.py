@@ -23,7 +23,7 @@ PIECE = 8
 """Frames that are decoded at once in a stream."""
 
 
-class FrameByFrame:
+class PerFrameVAE:
     """What `VideoGenPipeline` asks of a VAE, by a 2D one that it does not change.
 
     Args:
@@ -84,6 +84,6 @@ def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
     return CausalVideoVAE.from_pretrained(source, **options)
 
 
-def as_codec(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | FrameByFrame:
+def as_video_vae(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | PerFrameVAE:
     """What encodes and decodes videos with a VAE's weights."""
-    return FrameByFrame(vae) if isinstance(vae, AutoencoderKL) else vae
+    return PerFrameVAE(vae) if isinstance(vae, AutoencoderKL) else vae

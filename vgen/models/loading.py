@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,30 +57,6 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
         told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
         raise ValueError(f"the weights of {name} in {folder} do not fit its config: {told}")
     return (model, info) if wants_info else model
-
-
-def weights_digest(network: Any, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a network's weights, rounded to half precision as pipelines are saved, and of their names.
-
-    Args:
-        network: Any.
-        without: Beginnings of names that do not count.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        if not name.startswith(without):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().half().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def encoder_digest(vae: Any) -> str:
-    """The digest of what of a VAE its latents depend on, statistics included."""
-    statistics = [
-        str(vae.config.get(key)) for key in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-    ]
-    digest = weights_digest(vae, without=("decoder.", "post_quant_conv."))
-    return hashlib.sha256("".join([digest, *statistics]).encode()).hexdigest()
 
 
 def refuse_pickles(folder: Path) -> None:

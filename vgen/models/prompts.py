@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from vgen.models.locks import lock_of
+
+logger = logging.get_logger(__name__)
 
 
 def load_text_encoder(source: str) -> Any:
@@ -41,23 +46,44 @@ def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     return embeddings * mask[..., None].to(embeddings)
 
 
-def is_single(prompt: Any) -> bool:
-    """Whether a prompt is for one video: a text, a schedule of texts, or none, but no list."""
-    return prompt is None or isinstance(prompt, (str, Mapping))
+def encode_texts(
+    text_encoder: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int,
+    device: torch.device,
+    lora_scale: float | None = None,
+) -> Tensor:
+    """Embeddings `(b, l, d)` of texts.
+
+    Args:
+        text_encoder: Of transformers.
+        tokenizer: Of the text encoder.
+        texts: `b` of them.
+        max_length: `l`, tokens of each.
+        device: Where the text encoder computes.
+        lora_scale: Scales the text encoder's LoRA layers; `None` leaves them alone.
+    """
+    scaled = lora_scale is not None and getattr(text_encoder, "_hf_peft_config_loaded", False)
+    with lock_of(text_encoder):
+        ids, mask = tokenize(tokenizer, texts, max_length)
+        if scaled:
+            scale_lora_layers(text_encoder, lora_scale)
+        try:
+            return embed(text_encoder, ids.to(device), mask.to(device))
+        finally:
+            if scaled:
+                unscale_lora_layers(text_encoder, lora_scale)
 
 
-def is_told(prompt: Any) -> bool:
-    """Whether a prompt says something: one of a list or of a schedule is enough."""
-    if isinstance(prompt, Mapping):
-        prompt = list(prompt.values())
-    return prompt is not None and (isinstance(prompt, str) or any(one is not None for one in prompt))
-
-
-def untold_as(prompt: str | Sequence[str | None] | None, text: str) -> str | list[str]:
-    """A prompt or a list of them, with a text in the place of `None`."""
-    if prompt is None or isinstance(prompt, str):
-        return text if prompt is None else prompt
-    return [text if one is None else one for one in prompt]
+def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Warns of words that a whole-word tokenizer does not know; silent for other tokenizers."""
+    words = dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text))
+    if words:
+        logger.warning(
+            f"this checkpoint was not trained with the words: {', '.join(words)}. "
+            f"It knows: {' '.join(known_words(tokenizer))}"
+        )
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vgen.io.atomic import atomic_file
+
 _FORMAT = "vgen.TemporalState/1"
 _HEADER = ("window", "sink", "identity", "num_frames")
 _NOT_ARCHITECTURE = ("latents_mean", "latents_std")  # a calibrated VAE continues the streams that it began
@@ -163,6 +165,10 @@ class TemporalState:
         copy._branches = {name: branch.copy() for name, branch in self._branches.items()}
         return copy
 
+    def has_branch(self, name: str) -> bool:
+        """Whether `branch` was called with this name."""
+        return name in self._branches
+
     def branch(self, name: str) -> TemporalState:
         """An independent part of this state, made at first use: another guidance history or a spatial tile."""
         if name not in self._branches:
@@ -191,13 +197,8 @@ class TemporalState:
         for number, (names, state) in enumerate(self._walk(())):
             headers.append({"branch": names} | {name: getattr(state, name) for name in _HEADER})
             tensors.update((f"{number}/{key}", tensor.contiguous()) for key, tensor in state._tensors.items())
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
+        with atomic_file(Path(path)) as partial:
             save_file(tensors, partial, metadata={"format": _FORMAT, "branches": json.dumps(headers)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> TemporalState:

@@ -16,9 +16,9 @@ from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
 from vgen.data.clips import VideoFolder
 from vgen.data.video_io import write_video
-from vgen.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
+from vgen.tasks.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vgen.data.resize import Fit
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
-from vgen.known_frames import to_clip, to_frames
-from vgen.pipeline import VideoGenPipeline
-from vgen.rollout import Rollout, is_saved
+from vgen.io.pixels import to_clip, to_frames
+from vgen.pipeline import VideoGenPipeline, load_rollout
+from vgen.sampling.rollout import is_saved
 
 PIECE = 16
 """Frames of a video that are handled at once."""
@@ -110,7 +110,8 @@ def predict_file(
                 yield fit.to_target(frame[None])[0]
 
         generator = torch.Generator().manual_seed(seed)
-        for chunk in pipe.rollout(prompt, given(), generator=generator, **{"frame_rate": rate} | options):
+        options["frame_rate"] = options.get("frame_rate") or rate
+        for chunk in pipe.rollout(prompt, given(), generator=generator, **options):
             writer.append(fit.back(chunk))
     return _facts(writer, fit)
 
@@ -155,10 +156,10 @@ def interpolate_file(
     """
     fit, frames, rate = _open(pipe, video)
     generator = torch.Generator().manual_seed(seed)
-    options = {"frame_rate": rate} | options
+    options["frame_rate"] = options.get("frame_rate") or rate
     make = pipe.interpolator(factor, prompt, size=fit.target, generator=generator, **options)
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
-        for piece in make.stream(_clips(pipe, fit, frames)):
+        for piece in make.stream(_clips(fit, frames)):
             writer.append(fit.back(to_frames(piece)[0]))
     return _facts(writer, fit)
 
@@ -208,12 +209,12 @@ def rollout_in_segments(
         options: Arguments of `VideoGenPipeline.rollout`.
 
     Raises:
-        ValueError: The output is no mp4 file, the video has no end, or as `rollout` and `Rollout.load`.
+        ValueError: The output is no mp4 file, the video has no end, or as `rollout` and `load_rollout`.
     """
     if output.suffix.lower() != ".mp4" or options.get("num_frames") is None:
         raise ValueError(f"{output}: segments join in .mp4 files of a given num_frames only")
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    rollout = Rollout.load(work / "state", pipe) if is_saved(work / "state") else None
+    rollout = load_rollout(work / "state", pipe) if is_saved(work / "state") else None
     if rollout is None or not _has_segments(work, rollout.frames_done):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -250,9 +251,9 @@ def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray
     return _fit(pipe, first), itertools.chain([first], frames), rate
 
 
-def _clips(pipe: VideoGenPipeline, fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
+def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
     while piece := list(itertools.islice(frames, PIECE)):
-        yield to_clip(fit.to_target(np.stack(piece)))[None].to(pipe._execution_device)
+        yield to_clip(fit.to_target(np.stack(piece)))[None]
 
 
 def _fit(pipe: VideoGenPipeline, frame: np.ndarray) -> Fit:

@@ -9,13 +9,13 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from vgen import VideoGenPipeline
-from vgen.known_frames import encode_clip, encode_slots, to_clip
+from vgen import VideoGenPipeline, load_rollout
+from vgen.io.pixels import to_clip
 from vgen.models.denoiser import pack_keyframes
-from vgen.rollout import Rollout
+from vgen.sampling.known_frames import encode_clip, encode_slots
 from vgen.temporal.state import TemporalState
 
-from .test_pipeline import PROMPT, make_pipeline, seeded
+from ..test_pipeline import PROMPT, make_pipeline, seeded
 
 OTHER = "a blue square"
 
@@ -40,13 +40,13 @@ def frames_of(rollout):
 
 def latents_of(rollout, monkeypatch):
     """All latents that a rollout finishes, and its pixels."""
-    found, finish = [], rollout._finish
+    found, denoise = [], rollout.sampler.denoise
 
-    def listen(latents, level):
-        found.append(latents)
-        return finish(latents, level)
+    def listen(*args, **kwargs):
+        found.append(denoise(*args, **kwargs))
+        return found[-1]
 
-    monkeypatch.setattr(rollout, "_finish", listen)
+    monkeypatch.setattr(rollout.sampler, "denoise", listen)
     pixels = frames_of(rollout)
     return torch.cat(found, dim=2), pixels
 
@@ -171,7 +171,11 @@ def test_several_videos_need_no_prompts(pipe, video):
         assert abs(alone[0] - told[i]).max() <= 1.01 / 255
     assert abs(told[1] - both[1]).max() > 2 / 255
     rollouts = [pipe.rollout(prompt, clips) for prompt in (None, [None, None], [None, OTHER])]
-    assert [rollout.guidance_scale for rollout in rollouts] == [1.0, 1.0, pipe.config.guidance_scale]
+    assert [rollout.sampler.guidance.scale for rollout in rollouts] == [1.0, 1.0, pipe.config.guidance_scale]
+
+
+def sizes_of(state):
+    return state.denoiser.num_bytes, state.decoder.num_bytes, len(state.history)
 
 
 def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
@@ -181,10 +185,10 @@ def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
     sizes = set()
     for chunk in range(40):
         assert np.array_equal(next(rollout), expected[chunk])
-        assert not any(latents.requires_grad for latents, _ in rollout._history)
+        assert not any(latents.requires_grad for latents, _ in rollout.state.history)
         pipe(OTHER, guidance_scale=1.0, num_inference_steps=3)
         if chunk >= 5:
-            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes, len(rollout._history)))
+            sizes.add(sizes_of(rollout.state))
     assert len(sizes) == 1
 
 
@@ -194,7 +198,7 @@ def test_nothing_grows_over_a_thousand_chunks(randomize):
     for chunk in range(1000):
         next(rollout)
         if chunk >= 5:
-            sizes.add((rollout.state.num_bytes, rollout.decoder_state.num_bytes, len(rollout._history)))
+            sizes.add(sizes_of(rollout.state))
     assert len(sizes) == 1 and rollout.frames_done == 1 + 4 * 999
 
 
@@ -211,18 +215,18 @@ def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe)
     rollout = pipe.rollout({0: PROMPT, 17: OTHER}, generator=seeded())
     for _ in range(5):
         next(rollout)
-    history = list(rollout._history)
+    history = list(rollout.state.history)
     next(rollout)
     with torch.no_grad():
         for latents, level in history:
             pipe.transformer(
                 latents.repeat(2, 1, 1, 1, 1), torch.full((2,), level), embeds, frame_rate=8.0, state=state
             )
-        latents = rollout._history[-1][0]
+        latents = rollout.state.history[-1][0]
         level = torch.zeros(2)
         pipe.transformer(latents.repeat(2, 1, 1, 1, 1), level, embeds, frame_rate=8.0, state=state)
     for key, value in state._tensors.items():
-        torch.testing.assert_close(rollout.state._tensors[key], value, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rollout.state.denoiser.get(key), value, atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_prompt_it_continues_unguided(pipe, video):
@@ -230,8 +234,9 @@ def test_without_a_prompt_it_continues_unguided(pipe, video):
     assert pixels.shape == (4, 16, 16, 3)
     halfway = frames_of(pipe.rollout({0: None, 8: PROMPT}, video[:5], num_frames=9, generator=seeded()))
     assert halfway.shape == (9, 16, 16, 3)
-    rows = pipe.rollout(None, video[:5])._embeds
-    assert rows[1] is None and torch.equal(rows[0], pipe.encode_prompt([""], do_classifier_free_guidance=False)[0])
+    state = pipe.rollout(None, video[:5]).state
+    assert state.negative_prompt_embeds is None
+    assert torch.equal(state.prompt_embeds, pipe.encode_prompt([""], do_classifier_free_guidance=False)[0])
 
 
 def test_a_prediction_is_a_rollout_gathered(pipe, video):
@@ -263,12 +268,12 @@ def test_half_precision(pipe, video):
     pipe.to(torch.bfloat16)
     settings = {"num_inference_steps": 2, "generator": seeded()}
     for frames in (
-        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, **settings)),
-        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, stride=2, **settings)),
+        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, output_type="np", **settings)),
+        frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, keyframe_interval=2, output_type="np", **settings)),
         pipe.interpolate(video[:3], 3, PROMPT, **settings).frames[0],
         pipe(PROMPT, frames={0: video[0], 6: video[1]}, **settings).frames[0],
     ):
-        assert len(frames) >= 6 and np.isfinite(frames).all() and frames.std() > 0
+        assert frames.dtype == np.float32 and len(frames) >= 6 and np.isfinite(frames).all() and frames.std() > 0
 
 
 def test_every_given_frame_matters(pipe, video):
@@ -284,28 +289,36 @@ def test_every_given_frame_matters(pipe, video):
 
 def test_history_guidance_leads_away_from_a_noisy_history(pipe, video, monkeypatch):
     settings = {"num_frames": 8, "num_inference_steps": 1, "guidance_scale": 2.0}
-    results, predictions, guided = {}, [], pipe._guided
+    results, predictions = {}, []
 
-    def listen(latents, timestep, *args, **kwargs):
-        predictions.append((guided(latents, timestep, *args, **kwargs), timestep))
-        return predictions[-1][0]
+    def listen(network, args, kwargs, output):
+        negative, positive = output[0].chunk(2)
+        predictions.append((negative + 2.0 * (positive - negative), kwargs["timestep"][0]))
 
-    monkeypatch.setattr(pipe, "_guided", listen)
+    pipe.transformer.register_forward_hook(listen, with_kwargs=True)
     for scale in (1.0, 1.5, 3.0):
         predictions.clear()
         rollout = pipe.rollout(PROMPT, video[:5], history_guidance_scale=scale, generator=seeded(), **settings)
-        latents, results[scale] = rollout._denoise(), rollout
+        (latents,), results[scale] = denoised(rollout, monkeypatch), rollout
         levels = [time.tolist() for _, time in predictions]
         if scale == 1:
-            assert levels == [[0], [0], 1000]  # two frames remembered, one step
+            assert levels == [[0], [0], 1000, [0]]  # two frames written, one step, its frame written
             continue
         third = pytest.approx([1000 / 3])
-        assert levels == [[0], third, [0], third, 1000, 1000]
-        clean, weak = (prediction for prediction, _ in predictions[-2:])
+        assert levels == [[0], third, [0], third, 1000, 1000, [0], third]
+        clean, weak = (prediction for prediction, _ in predictions[-4:-2])
         assert not torch.allclose(clean, weak, atol=1e-3)
         noise = randn_tensor(latents.shape, after_draws(latents.shape, 2))
         torch.testing.assert_close(latents, noise - (weak + scale * (clean - weak)))
-    assert results[1.5].state.num_bytes == 2 * results[1.0].state.num_bytes
+    assert results[1.5].state.denoiser.num_bytes == 2 * results[1.0].state.denoiser.num_bytes
+
+
+def denoised(rollout, monkeypatch):
+    """The latents of the next chunk."""
+    found, denoise = [], rollout.sampler.denoise
+    monkeypatch.setattr(rollout.sampler, "denoise", lambda *a, **k: found.append(denoise(*a, **k)) or found[-1])
+    rollout.step()
+    return found
 
 
 def after_draws(shape, count):
@@ -327,9 +340,9 @@ def test_step_caches_stay_off_where_the_state_is_written(pipe):
 CONTINUE = """
 import sys
 import numpy as np
-from vgen import Rollout, VideoGenPipeline
+from vgen import VideoGenPipeline, load_rollout
 pipe = VideoGenPipeline.from_pretrained(sys.argv[1])
-rollout = Rollout.load(sys.argv[2], pipe)
+rollout = load_rollout(sys.argv[2], pipe)
 np.save(sys.argv[3], np.concatenate(list(rollout), axis=-4))
 """
 
@@ -367,7 +380,7 @@ def test_a_rollout_whose_replacement_was_cut_short_is_taken_back(pipe, tmp_path)
     rollout.save(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / ".saved.old")
     (tmp_path / "saved.partial").mkdir()
-    loaded = Rollout.load(tmp_path / "saved", pipe)
+    loaded = load_rollout(tmp_path / "saved", pipe)
     assert np.array_equal(next(loaded), next(rollout))
 
 
@@ -378,23 +391,23 @@ def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, 
         rollout.save(tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     (tmp_path / "precious").mkdir()
-    with pytest.raises(ValueError, match="is no saved rollout"):
+    with pytest.raises(ValueError, match="is not a saved rollout"):
         rollout.save(tmp_path / "precious")
-    assert Rollout.load(tmp_path / "saved", pipe).frames_done == rollout.frames_done == 5
+    assert load_rollout(tmp_path / "saved", pipe).frames_done == rollout.frames_done == 5
     other = build(randomize)
     with torch.no_grad():
         other.transformer.proj_out.bias += 1
     with pytest.raises(ValueError, match="another denoiser than"):
-        Rollout.load(tmp_path / "saved", other)
+        load_rollout(tmp_path / "saved", other)
     calibrated = build(randomize)
     calibrated.vae.calibrate(torch.randn(2, 4, 2, 2, 2))
     with pytest.raises(ValueError, match="another vae than"):
-        Rollout.load(tmp_path / "saved", calibrated)
+        load_rollout(tmp_path / "saved", calibrated)
     pipe.scheduler = type(pipe.scheduler)(shift=3.0)
     with pytest.raises(ValueError, match="another scheduler than"):
-        Rollout.load(tmp_path / "saved", pipe)
-    with pytest.raises(ValueError, match="holds no saved rollout"):
-        Rollout.load(tmp_path, pipe)
+        load_rollout(tmp_path / "saved", pipe)
+    with pytest.raises(ValueError, match="is not a saved rollout"):
+        load_rollout(tmp_path, pipe)
 
 
 def test_a_checkpoint_may_have_defaults_for_rollouts(randomize, video, tmp_path):
@@ -419,29 +432,39 @@ def test_a_checkpoint_may_have_defaults_for_rollouts(randomize, video, tmp_path)
 
 
 def test_defaults_that_rollouts_do_not_have_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"rollout_defaults has \['stride'\]: possible are num_inference_steps"):
+    with pytest.raises(ValueError, match="rollout_defaults must be some of num_inference_steps, .*, got stride"):
         VideoGenPipeline(pipe.scheduler, transformer=pipe.transformer, rollout_defaults={"stride": 2})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_frames": 0}, "num_frames=0"),
-        ({"generator": [seeded(), seeded()]}, "2 generators for 1 videos"),
-        ({"prompt": {4: PROMPT}}, "begins at frame 0"),
-        ({"prompt": ""}, "says something"),
-        ({"prompt": {0: PROMPT, 8: " "}}, "says something"),
-        ({"window": 0}, "window=0"),
-        ({"history_noise": 1.0}, "history_noise=1.0"),
-        ({"history_guidance_scale": 2.0, "scheduler": DDIMScheduler()}, "flow-matching scheduler, not DDIM"),
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"num_frames": 2.0}, "num_frames must be a whole number, got 2.0"),
+        ({"generator": [seeded(), seeded()]}, "expected one generator or 1, one per video, got 2"),
+        ({"prompt": {4: PROMPT}}, "must begin at frame 0"),
+        ({"prompt": {0: PROMPT, "8": OTHER}}, "a frame of a prompt schedule must be a whole number, got '8'"),
+        ({"prompt": (PROMPT, OTHER)}, "prompt must be a string, a list, .*, got tuple"),
+        ({"prompt": ""}, "non-empty text, got ''"),
+        ({"prompt": {0: PROMPT, 8: " "}}, "non-empty text, got ' '"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 1.5}, "window must be a whole number, got 1.5"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number, got '3'"),
+        ({"history_noise": float("nan")}, "history_noise must be a finite number, got nan"),
+        ({"history_noise": 1.0}, "history_noise must be at least 0 and below 1, got 1.0"),
+        ({"keyframe_interval": 0}, "keyframe_interval must be at least 1, got 0"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be at least 1, got 0"),
+        ({"attention_kwargs": {"sale": 1.0}}, "attention_kwargs must be one of scale, got 'sale'"),
+        ({"output_type": "latent"}, "output_type must be one of uint8, np, pil, pt, got 'latent'"),
+        ({"history_guidance_scale": 2.0, "scheduler": DDIMScheduler()}, "flow-matching scheduler, got DDIM"),
         ({"video": []}, "no frames"),
         ({"video": iter([])}, "no frames"),
         ({"video": iter([np.zeros((8, 8, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)])}, "different sizes: 8x8"),
-        ({"video": 3}, "no video"),
-        ({"prompt": [PROMPT, OTHER], "video": [np.zeros((5, 16, 16, 3), np.uint8)]}, "1 videos for 2 prompts"),
-        ({"video": [np.zeros((5, 16, 16, 3), np.uint8)] * 2}, "2 videos for 1 prompt"),
-        ({"video": np.zeros((5, 16, 16, 3), np.uint8), "height": 32}, "cannot become one of 32x16"),
-        ({"video": np.zeros((5, 12, 16, 3), np.uint8)}, "height=12"),
+        ({"video": 3}, "expected a video .*, got int"),
+        ({"prompt": [PROMPT, OTHER], "video": [np.zeros((5, 16, 16, 3), np.uint8)]}, "got 1 videos for 2 prompts"),
+        ({"video": [np.zeros((5, 16, 16, 3), np.uint8)] * 2}, "got 2 videos for 1 prompt"),
+        ({"video": np.zeros((5, 16, 16, 3), np.uint8), "height": 32}, "must have the size 32x16, got 16x16"),
+        ({"video": np.zeros((5, 12, 16, 3), np.uint8)}, "height must be a multiple of 8, got 12"),
         ({"video": [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes: 8x16, 8x8"),
     ],
 )
@@ -453,15 +476,15 @@ def test_what_cannot_be_is_refused(pipe, arguments, message):
 
 
 def test_a_checkpoint_that_cannot_says_so(randomize, video):
-    with pytest.raises(ValueError, match="trained for leading: this one was trained for text"):
+    with pytest.raises(ValueError, match="trained for leading; this one was trained for text"):
         build(randomize, tasks=["text"]).rollout(PROMPT)
     only = build(randomize, tasks=["text", "leading"])
     assert len(next(only.rollout(PROMPT, video[:5]))) == 4
     with pytest.raises(ValueError, match="trained for keyframes"):
         only.rollout(PROMPT, video[:6])
-    with pytest.raises(ValueError, match="chunks of 2 needs a checkpoint trained with groups chunk"):
+    with pytest.raises(ValueError, match="chunk_size=2 needs a checkpoint trained with groups chunk"):
         build(randomize, group_modes=["full", "causal"]).rollout(PROMPT, chunk_size=2)
-    with pytest.raises(ValueError, match="window=None"):
+    with pytest.raises(ValueError, match="window must be a whole number, got None"):
         build(randomize, window=None).rollout(PROMPT)
-    with pytest.raises(ValueError, match="exceed the 3"):
+    with pytest.raises(ValueError, match="must be at most 3 token frames, as in training; got 1 . 2 . 1 = 4"):
         build(randomize, trained_token_frames=3).rollout(PROMPT)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vgen.known_frames import to_clip
-from vgen.rollout import Rollout
+from vgen import load_rollout
+from vgen.io.pixels import to_clip, to_frames
+from vgen.sampling.rollout import Rollout
 
-from .test_pipeline import PROMPT, make_pipeline, seeded
+from ..test_pipeline import PROMPT, make_pipeline, seeded
 from .test_rollout import OTHER, build, frames_of
 
 
@@ -18,14 +19,15 @@ def pipe(randomize):
 
 @pytest.fixture
 def coarse(monkeypatch):
-    """Chunks of the rollouts inside, as they come."""
-    chunks, make = [], Rollout.__next__
+    """Frames of the rollouts inside, as they come."""
+    chunks, make = [], Rollout.step
 
-    def listen(self):
-        chunks.append(make(self))
-        return chunks[-1]
+    def listen(self, *args):
+        chunk = make(self, *args)
+        chunks.append(to_frames(chunk)[0])
+        return chunk
 
-    monkeypatch.setattr(Rollout, "__next__", listen)
+    monkeypatch.setattr(Rollout, "step", listen)
     return chunks
 
 
@@ -41,9 +43,11 @@ def filled(pipe, given, factor, **settings):
 
 @pytest.mark.parametrize(("stride", "num_frames"), [(2, 18), (4, 1), (4, 22), (7, 30)])
 def test_it_is_a_rollout_at_a_lower_rate_and_its_interpolation(pipe, coarse, monkeypatch, stride, num_frames):
-    monkeypatch.setattr("vgen.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
+    monkeypatch.setattr("vgen.sampling.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    frames = frames_of(pipe.rollout(PROMPT, stride=stride, num_frames=num_frames, generator=seeded(), **settings))
+    frames = frames_of(
+        pipe.rollout(PROMPT, keyframe_interval=stride, num_frames=num_frames, generator=seeded(), **settings)
+    )
     assert len(frames) == num_frames
     given = np.concatenate(coarse)
     rate = pipe.config.frame_rate / stride
@@ -53,8 +57,8 @@ def test_it_is_a_rollout_at_a_lower_rate_and_its_interpolation(pipe, coarse, mon
 
 
 def test_it_leads_away_from_the_last_given_frame(pipe, coarse, video, monkeypatch):
-    monkeypatch.setattr("vgen.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
-    settings = {"stride": 4, "num_frames": 10, "num_inference_steps": 2}
+    monkeypatch.setattr("vgen.sampling.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
+    settings = {"keyframe_interval": 4, "num_frames": 10, "num_inference_steps": 2}
     frames = frames_of(pipe.rollout(PROMPT, video, generator=seeded(), **settings))
     assert len(frames) == 10
     given = np.concatenate([video[-1:], *coarse])
@@ -68,35 +72,36 @@ def test_it_leads_away_from_the_last_given_frame(pipe, coarse, video, monkeypatc
 
 def test_it_is_bounded_and_goes_on_bit_for_bit_after_saving(pipe, tmp_path):
     schedule = {0: PROMPT, 20: OTHER}
-    rollout = pipe.rollout(schedule, stride=4, num_frames=90, num_inference_steps=1, generator=seeded())
+    rollout = pipe.rollout(schedule, keyframe_interval=4, num_frames=90, num_inference_steps=1, generator=seeded())
     pieces, held = [], []
     while len(pieces) < 3:
         pieces.append(next(rollout))
     rollout.save(tmp_path / "saved")
-    loaded = Rollout.load(tmp_path / "saved", pipe)
+    loaded = load_rollout(tmp_path / "saved", pipe)
     for piece in rollout:
         pieces.append(piece)
-        held.append(len(rollout.fill.given) + len(rollout.fill.finished))
+        held.append(len(rollout.fill.state.given) + len(rollout.fill.state.finished))
     assert np.array_equal(np.concatenate(list(loaded)), np.concatenate(pieces[3:]))
     assert sum(map(len, pieces)) == 90
     assert max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
 
 
 def test_prompts_change_where_they_are_due_and_may_be_left_out(pipe, tmp_path):
-    settings = {"stride": 4, "num_frames": 30, "num_inference_steps": 1}
+    settings = {"keyframe_interval": 4, "num_frames": 30, "num_inference_steps": 1}
     told = {9: OTHER, 12: "a green star", 0: None}  # 9 and 12 are due with the same coarse frame
     rollout = pipe.rollout(told, generator=seeded(), **settings)
-    assert rollout.coarse.schedule == {0: "", 3: "a green star"}
-    assert rollout.fill.guidance_scale == rollout.coarse.guidance_scale == pipe.config.guidance_scale
+    assert rollout.coarse.state.schedule.prompts == {0: None, 3: "a green star"}
+    scales = [part.sampler.guidance.scale for part in (rollout.fill, rollout.coarse)]
+    assert scales == [pipe.config.guidance_scale] * 2
     frames = [next(rollout)]
     rollout.save(tmp_path / "saved")
     frames += list(rollout)
-    again = Rollout.load(tmp_path / "saved", pipe)
+    again = load_rollout(tmp_path / "saved", pipe)
     assert np.array_equal(np.concatenate(frames[1:]), np.concatenate(list(again)))
 
 
 def test_a_batch_equals_singles(pipe, video):
-    settings = {"stride": 3, "num_frames": 7, "num_inference_steps": 2}
+    settings = {"keyframe_interval": 3, "num_frames": 7, "num_inference_steps": 2}
     clips = [video[:5], video[5:10]]
     for prompts in ([PROMPT, OTHER], None):
         both = frames_of(pipe.rollout(prompts, clips, generator=[seeded(0), seeded(1)], **settings))
@@ -108,15 +113,16 @@ def test_a_batch_equals_singles(pipe, video):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"stride": 0}, "stride=0"), ({"stride": 1.5}, "stride=1.5"), ({"num_frames": 0}, "num_frames=0"),
-     ({"prompt": {}}, "begins at frame 0"), ({"prompt": {"0": PROMPT}}, "begins at frame 0"),
-     ({"height": 12}, "height=12"), ({"stride": 40}, "give a smaller factor, up to 16")],
+    [({"keyframe_interval": 0}, "at least 1, got 0"), ({"keyframe_interval": 1.5}, "whole number, got 1.5"),
+     ({"num_frames": 0}, "num_frames must be at least 1"), ({"prompt": {}}, "must begin at frame 0"),
+     ({"prompt": {"0": PROMPT}}, "whole number, got '0'"), ({"height": 12}, "height must be a multiple of 8"),
+     ({"keyframe_interval": 40}, "must be at most 16")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
-        pipe.rollout(**{"prompt": PROMPT, "stride": 2} | arguments)
+        pipe.rollout(**{"prompt": PROMPT, "keyframe_interval": 2} | arguments)
 
 
 def test_a_checkpoint_that_cannot_says_so():
     with pytest.raises(ValueError, match="keyframes"):
-        make_pipeline(tasks=["text", "leading"], window=2).rollout(PROMPT, stride=2)
+        make_pipeline(tasks=["text", "leading"], window=2).rollout(PROMPT, keyframe_interval=2)

@@ -9,7 +9,6 @@ its own; the last act of a run gathers them.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -20,17 +19,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from vgen.data.video_io import VIDEO_SUFFIXES
+from vgen.io.atomic import write_text
+from vgen.io.fingerprint import digest_json
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
-from vgen.rollout import fingerprint
+
+ConfigT = TypeVar("ConfigT", bound="ModelConfig")
 
 MANIFEST = "manifest.jsonl"
 PATIENCE = timedelta(days=30)
@@ -49,7 +52,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Of the inputs."""
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_json(self.inputs)[:12]
 
 
 @dataclass(kw_only=True)
@@ -83,6 +86,17 @@ class JobConfig(ModelConfig):
     """Frames per second of the files; those of the content by default."""
 
 
+def parse_job(config_class: type[ConfigT], description: str, args: list[str] | None = None) -> ConfigT:
+    """Reads `--config settings.yaml` and `--name value` overrides into a dataclass; `--help` shows its fields."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
+    parser.add_class_arguments(config_class)
+    values = parser.parse_args(args).as_dict()
+    values.pop("config")
+    return config_class(**values)
+
+
 def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
     """The pipeline of a run, on the device of this process.
 
@@ -107,7 +121,7 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
     skipped = ("output_dir", "model", "seed", *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
     defaults = {name: pipe.config[name] for name in pipe.config if name[0] != "_" and name not in pipe.components}
-    return settings | {"model": fingerprint(pipe), "defaults": defaults}
+    return settings | {"model": pipe.fingerprint(), "defaults": defaults}
 
 
 def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
@@ -239,7 +253,7 @@ def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[st
     differing = [] if found is None else [name for name in settings if found.get(name) != settings[name]]
     if differing:
         raise ValueError(f"{folder} holds files made with another {', '.join(differing)}: choose another folder")
-    write_whole(path, json.dumps(settings, indent=1))
+    write_text(path, json.dumps(settings, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -275,7 +289,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def gather(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
     """Writes one manifest, in the order of names, and removes those of processes."""
-    write_whole(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
+    write_text(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
     for path in folder.glob("manifest-*.jsonl"):
         path.unlink()
 
@@ -294,10 +308,3 @@ def _parse_row(path: Path, line: str, kinds: tuple[type, ...]) -> dict[str, Any]
     ):
         raise ValueError(f"{path}: {line!r} must have text for its prompt and name, and a whole number for its seed")
     return row
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -23,7 +23,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vgen.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings, write_whole
+from vgen.hub import find_packaged
+from vgen.io.atomic import write_text
+from vgen.io.fingerprint import weights_digest
+from vgen.io.pixels import to_uint8
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
 from vgen.metrics.report import FORMAT, check_installed, make_report
@@ -45,10 +48,11 @@ from vgen.metrics.suites import (
 )
 from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference, statistics
 from vgen.models.convlstm import ConvLSTMPredictor
-from vgen.models.loading import weights_digest
-from vgen.pipeline import VideoGenPipeline, find_packaged
+from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
-from vgen.rollout import default_settings
+from vgen.sampling.known_frames import check_tasks
+from vgen.sampling.options import RolloutOptions
+from vgen.tasks.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +129,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     def make(job: Job, path: Path) -> dict[str, Any]:
         first, count = job.inputs["first"], job.inputs["count"]
         found = measure(suite.samples(range(first, first + count)))
-        write_whole(path, json.dumps(found))
+        write_text(path, json.dumps(found))
         return {"num_clips": len(found["numbers"])} | ({"left_out": dict(suite.left_out)} if suite.left_out else {})
 
     settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
@@ -148,8 +152,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         for number, shown in batch["strips"].items()
         for task, rows in shown.items()
     }
-    write_whole(config.output_dir / "results.json", json.dumps(results, indent=1))
-    write_whole(config.output_dir / "report.html", make_report(results, strips))
+    write_text(config.output_dir / "results.json", json.dumps(results, indent=1))
+    write_text(config.output_dir / "report.html", make_report(results, strips))
     return results
 
 
@@ -171,7 +175,7 @@ class Measurement:
         if config.tasks is None:
             able = set(pipe.denoiser.config.tasks)
             self.tasks = [task for task in self.tasks if self._needs(task) <= able]
-            if pipe.codec is None:
+            if pipe.video_vae is None:
                 self.tasks.remove("reconstruction")
             if (not suite.captioned or pipe.text_encoder is None) and "generation" in self.tasks:
                 self.tasks.remove("generation")
@@ -191,9 +195,8 @@ class Measurement:
 
     def _needs(self, task: str) -> set[str]:
         """What a checkpoint must have been trained for."""
-        unit = self.pipe.vae_scale_factor_temporal * self.pipe.denoiser.patch_size[0]
         both = {"leading", "keyframes"}
-        given = both if (self.config.given - self.pipe.first_frames) % unit else {"leading"}
+        given = {"leading"} if self.pipe.grid.is_valid(self.config.given) else both
         return {"prediction": given, "interpolation": both, "rollout": {"leading"}}.get(task, set())
 
     def _check(self) -> None:
@@ -201,14 +204,14 @@ class Measurement:
         config, pipe = self.config, self.pipe
         size = (config.height, config.width)
         for task in self.tasks:
-            pipe.check_tasks(self._needs(task))
-        if "reconstruction" in self.tasks and pipe.codec is None:
+            check_tasks(pipe.denoiser.config, pipe.grid, self._needs(task))
+        if "reconstruction" in self.tasks and pipe.video_vae is None:
             raise ValueError("a pipeline without a VAE reconstructs nothing: leave out the task")
         steps = config.num_inference_steps or pipe.config.num_inference_steps
         if {"generation", "rollout"} & set(self.tasks):
             if not self.suite.captioned:
                 raise ValueError("generation and rollout need clips that all have captions")
-            frames = config.num_frames if "generation" in self.tasks else pipe.first_frames
+            frames = config.num_frames if "generation" in self.tasks else pipe.grid.first
             pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps)
         if "interpolation" in self.tasks:
             pipe.interpolator(config.factor, size=size, frame_rate=config.frame_rate, num_inference_steps=steps)
@@ -226,7 +229,9 @@ class Measurement:
     @property
     def _seam_unit(self) -> int:
         """Frames of a chunk."""
-        return self.pipe.vae_scale_factor_temporal * default_settings(self.pipe)["chunk_size"]
+        options = RolloutOptions().resolve(self.pipe.config, self.pipe.denoiser.config, prompted=True)
+        assert options.chunk_size is not None
+        return self.pipe.grid.compression * options.chunk_size
 
     def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
         """Refuses clips that are too short for the features of a task."""
@@ -359,7 +364,7 @@ class Measurement:
     ) -> Tensor:
         """Frames `(b, f, 3, h, w)` in [0, 1] that the pipeline makes of these ones of each clip."""
         frames = rearrange(samples.clips[:, :, list(known)], "b c f h w -> b f h w c")
-        given = list(frames.add(1).mul(127.5).round().byte().numpy())
+        given = list(to_uint8(frames).numpy())
         options |= {"num_inference_steps": self.config.num_inference_steps, "output_type": "pt"}
         if self.config.prompted:
             options |= {"prompt": self._captions(samples), "guidance_scale": self.config.guidance_scale}
@@ -378,7 +383,7 @@ class Measurement:
 
     def _reconstruct(self, samples: Samples) -> Tensor | None:
         """The clips, encoded and decoded; where their length cannot be, with the last frame repeated for that."""
-        codec = self.pipe.codec
+        codec = self.pipe.video_vae
         if codec is None:
             return None
         clips, count = samples.clips.to(self.pipe.device, codec.dtype), self.config.num_frames

@@ -1,10 +1,10 @@
 import pytest
 
-from vgen.folders import older, whole_folder
+from vgen.io.atomic import atomic_directory, backup_path
 
 
 def write(folder, text):
-    with whole_folder(folder) as partial:
+    with atomic_directory(folder) as partial:
         (partial / "a.txt").write_text(text)
 
 
@@ -20,7 +20,7 @@ def test_a_folder_appears_whole_and_replaces_the_older_one(tmp_path):
 def test_what_is_cut_short_leaves_the_older_one_and_does_not_disturb_the_next(tmp_path):
     folder = tmp_path / "result"
     write(folder, "first")
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(folder) as partial:
         (partial / "b.txt").write_text("half")
         raise KeyboardInterrupt
     assert [path.name for path in folder.iterdir()] == ["a.txt"] and (folder / "a.txt").read_text() == "first"
@@ -41,7 +41,7 @@ def test_between_the_two_renamings_the_older_one_is_put_by(tmp_path, monkeypatch
     monkeypatch.setattr(type(folder), "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write(folder, "second")
-    assert not folder.exists() and (older(folder) / "a.txt").read_text() == "first"
+    assert not folder.exists() and (backup_path(folder) / "a.txt").read_text() == "first"
     monkeypatch.undo()
     write(folder, "third")
     assert (folder / "a.txt").read_text() == "third" and list(tmp_path.iterdir()) == [folder]

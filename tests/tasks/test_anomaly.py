@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from vgen.anomaly import find_anomalies
 from vgen.data.shapes import ShapesWorld, render
-from vgen.known_frames import to_frames
+from vgen.io.pixels import to_frames
 from vgen.pipeline import VideoGenPipeline
+from vgen.tasks.anomaly import find_anomalies
 
 
 class Repeats:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from vgen.interpolation import next_window
-from vgen.known_frames import encode_clip, to_clip, to_frames
+from vgen.io.pixels import to_clip, to_frames
+from vgen.sampling.interpolation import next_window
+from vgen.sampling.known_frames import encode_clip
+from vgen.sampling.sampler import Sampler
 
-from .test_pipeline import PROMPT, make_pipeline, seeded
+from ..test_pipeline import PROMPT, make_pipeline, seeded
 from .test_rollout import OTHER, build
 
 
@@ -58,22 +60,21 @@ def test_a_single_window_is_the_pipelines_own_call(pipe, video):
 
 
 def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe, video, monkeypatch):
-    windows_seen, step = [], pipe.denoising_step
+    windows_seen, denoise = [], Sampler.denoise
 
-    def listen(latents, timestep, levels, *args, **kwargs):
-        out = step(latents, timestep, levels, *args, **kwargs)
-        num_known = int((levels == 0).sum())
-        windows_seen.append((latents[:, :, :num_known].clone(), out[:, :, num_known:].clone()))
+    def listen(self, *args, known, **kwargs):
+        out = denoise(self, *args, known=known, **kwargs)
+        windows_seen.append((known.leading, out[:, :, known.layout.num_leading :]))
         return out
 
-    monkeypatch.setattr(pipe, "denoising_step", listen)
+    monkeypatch.setattr(Sampler, "denoise", listen)
     frames = pipe.interpolate(video[:6], 8, PROMPT, generator=seeded(), num_inference_steps=2).frames[0]
     finished = encode_clip(pipe.vae, to_clip(video[:1])[None])
-    for leading, made in windows_seen[1::2]:
+    for leading, made in windows_seen:
         assert torch.equal(leading[:, :, -1], finished[:, :, -1])
         assert torch.equal(leading[:, :, 0], finished[:, :, 0])
         finished = torch.cat([finished, made], dim=2)
-    assert len(windows_seen) > 2
+    assert len(windows_seen) > 1
     with torch.no_grad():
         whole = pipe.vae.decode(pipe.vae.denormalize(finished)).sample[0].movedim(0, -1)[: len(frames)]
     others = [index for index in range(len(frames)) if index % 8]
@@ -82,8 +83,8 @@ def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe,
 
 @pytest.mark.parametrize("factor", [3, 8])
 def test_given_frames_may_come_as_they_are_decoded_among_the_others(pipe, video, monkeypatch, factor):
-    latents, decode_next = [], pipe.decode_next
-    monkeypatch.setattr(pipe, "decode_next", lambda made, state: latents.append(made) or decode_next(made, state))
+    latents, decode = [], Sampler.decode
+    monkeypatch.setattr(Sampler, "decode", lambda *args: latents.append(args[1]) or decode(*args))
     given, results = to_clip(video[:6])[None], []
     for keep_given in (True, False):
         latents.clear()
@@ -108,7 +109,7 @@ def test_frames_that_come_one_after_another_give_the_same_video_in_bounded_memor
     clip, pieces, held = to_clip(frames)[None], [], []
     for piece in make.stream(clip.split(1, dim=2)):
         pieces.append(piece)
-        held.append(len(make.given) + len(make.finished))
+        held.append(len(make.state.given) + len(make.state.finished))
     assert abs(to_frames(torch.cat(pieces, dim=2))[0] / 255 - expected).max() < 1 / 255
     assert len(held) > 8 and max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
 
@@ -127,15 +128,15 @@ def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factor": 1}, "factor=1"),
-        ({"factor": 2.5}, "factor=2.5"),
-        ({"factor": 40}, "give a smaller factor"),
+        ({"factor": 1}, "factor must be at least 2, got 1"),
+        ({"factor": 2.5}, "factor must be a whole number, got 2.5"),
+        ({"factor": 40}, "factor must be at most 16 for this checkpoint"),
         ({"video": np.zeros((1, 16, 16, 3), np.uint8)}, "at least 2 frames"),
         ({"video": []}, "no frames"),
         ({"video": [np.zeros((16, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes"),
-        ({"video": np.zeros((2, 12, 16, 3), np.uint8)}, "height=12"),
+        ({"video": np.zeros((2, 12, 16, 3), np.uint8)}, "height must be a multiple of 8, got 12"),
         ({"output_type": "latent"}, "output_type"),
-        ({"prompt": " "}, "says something"),
+        ({"prompt": " "}, "non-empty text"),
     ],
 )
 def test_what_cannot_be_is_refused(pipe, video, arguments, message):

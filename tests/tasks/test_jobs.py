@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from vgen.data.video_io import VideoWriter, read_video, write_video
-from vgen.files import rollout_in_segments
-from vgen.jobs import (
+from vgen.tasks.jobs import (
     Job,
     JobConfig,
     ModelConfig,
@@ -24,10 +23,11 @@ from vgen.jobs import (
     run_settings,
     video_jobs,
 )
+from vgen.tasks.video_files import rollout_in_segments
 
-from .test_pipeline import make_pipeline, seeded
+from ..test_pipeline import make_pipeline, seeded
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOBS = [Job(f"{index}.txt", {"prompt": f"number {index}", "seed": index}) for index in range(4)]
 
 
@@ -210,21 +210,21 @@ def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(mode
 def test_segments_go_on_from_the_state_and_join_once(tmp_path, monkeypatch, stride):
     pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=2, sink=1, trained_token_frames=5)
     work, output = tmp_path / ".v.1", tmp_path / "v.mp4"
-    settings = {"num_frames": 60, "num_inference_steps": 1, "segment_frames": 16, "stride": stride}
+    settings = {"num_frames": 60, "num_inference_steps": 1, "segment_frames": 16, "keyframe_interval": stride}
 
     def record(**options):
         return rollout_in_segments(pipe, "a red circle", output, work, **settings | options)
 
     expected = np.concatenate(list(pipe.rollout("a red circle", generator=seeded(), num_frames=60,
-                                                num_inference_steps=1, stride=stride)))  # fmt: skip
-    kind = type(pipe.rollout("a red circle", stride=stride))
+                                                num_inference_steps=1, keyframe_interval=stride)))  # fmt: skip
+    kind = type(pipe.rollout("a red circle", keyframe_interval=stride))
     save, saved, append, written = kind.save, [], VideoWriter.append, []
 
     def listen(self, frames):
         written.append(frames)
         append(self, frames)
 
-    monkeypatch.setattr("vgen.files.VideoWriter.append", listen)
+    monkeypatch.setattr("vgen.tasks.video_files.VideoWriter.append", listen)
 
     def save_and_stop(self, folder):
         save(self, folder)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vgen.known_frames import encode_known_frames, place, to_pixels
+from vgen.io.pixels import to_pixels
+from vgen.sampling.known_frames import encode_known_frames, lay_out
+from vgen.temporal.grid import LatentGrid
 
-from .test_pipeline import PROMPT, make_pipeline, seeded
+from ..test_pipeline import PROMPT, make_pipeline, seeded
 from .test_rollout import build
 
 
@@ -23,9 +25,9 @@ def test_every_given_frame_has_exactly_one_place(s, p_t):
         whole = [n for n in range(5) if (1 + s * (n * p_t - 1) if n else 0) <= run]
         if run == num_frames or (run and not whole[-1]):
             with pytest.raises(ValueError, match="nothing is left" if run == num_frames else "frame 0"):
-                place(given, num_frames, s, p_t)
+                lay_out(given, num_frames, LatentGrid(s, p_t))
             continue
-        placement = place(given, num_frames, s, p_t)
+        placement = lay_out(given, num_frames, LatentGrid(s, p_t))
         assert placement.num_leading == whole[-1] * p_t
         assert placement.leading_frames == (1 + s * (placement.num_leading - 1) if placement.num_leading else 0)
         assert set(placement.slots) == {index for index in given if index >= placement.leading_frames}
@@ -35,14 +37,14 @@ def test_every_given_frame_has_exactly_one_place(s, p_t):
 
 def test_indices_out_of_range_are_told():
     for index in (-1, 9):
-        with pytest.raises(ValueError, match="frames 0 to 8"):
-            place({0, index}, 9)
+        with pytest.raises(ValueError, match="index from 0 to 8"):
+            lay_out({0, index}, 9, LatentGrid())
 
 
 def test_leading_latents_are_those_of_the_whole_clip_and_slots_hold_frames_alone(make_vae):
     vae = make_vae()
     clip = torch.rand(2, 3, 9, 16, 16) * 2 - 1
-    known = encode_known_frames({i: clip[:, :, i] for i in (0, 1, 2, 3, 4, 5, 8)}, 9, vae, compression=4)
+    known = encode_known_frames({i: clip[:, :, i] for i in (0, 1, 2, 3, 4, 5, 8)}, 9, LatentGrid(4), vae)
     latents = vae.normalize(vae.encode(clip).latent_dist.mode())
     torch.testing.assert_close(known.leading, latents[:, :, :2], atol=1e-5, rtol=0)
     slots = known.keyframes.unflatten(1, (4, -1))
@@ -61,9 +63,9 @@ def test_images_of_every_kind_are_the_same_pixels():
     tensor = torch.from_numpy(array).movedim(-1, 0)
     for image in (array, Image.fromarray(array), array / np.float32(255), tensor, tensor / 255):
         torch.testing.assert_close(to_pixels(image), tensor / 127.5 - 1)
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(ValueError, match="expected an image .*, got shape"):
         to_pixels(array[0])
-    with pytest.raises(ValueError, match="values from"):
+    with pytest.raises(ValueError, match="must be uint8 or floats in .0, 1., got values from"):
         to_pixels(array.astype(np.float32))
 
 
@@ -146,13 +148,14 @@ def test_known_frames_without_a_prompt_are_refused(pipe, video):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"frames": {9: 0}}, "frames 0 to 8"),
-        ({"frames": {}}, "frames is empty"),
+        ({"frames": {9: 0}}, "index from 0 to 8, got 9"),
+        ({"frames": {"0": 0}}, "a frame index in frames must be a whole number, got '0'"),
+        ({"frames": {}}, "frames must be a non-empty dict"),
         ({"image": 0, "frames": {0: 1}}, "given twice"),
-        ({"image": [0, 1]}, "2 images of frame 0 for 1 prompts"),
+        ({"image": [0, 1]}, "expected 1 or 1 images of frame 0 for 1 prompts, got 2"),
         ({"frames": dict.fromkeys(range(9), 0)}, "nothing is left"),
-        ({"image": 0, "height": 32}, "does not fit a video of 32x16"),
-        ({"image": "a.png"}, "no image"),
+        ({"image": 0, "height": 32}, "must have the size of the video, 32x16, got 16x16"),
+        ({"image": "a.png"}, "expected an image .*, got str"),
     ],
 )
 def test_what_cannot_be_given_is_refused(pipe, video, arguments, message):
@@ -170,7 +173,7 @@ def test_what_cannot_be_given_is_refused(pipe, video, arguments, message):
 
 
 def test_frames_of_different_sizes_are_refused(pipe, video):
-    with pytest.raises(ValueError, match="8x8 pixels does not fit a video of 16x16"):
+    with pytest.raises(ValueError, match="must have the size of the video, 16x16, got 8x8"):
         pipe(PROMPT, frames={0: video[0], 4: video[1, :8, :8]})
     with pytest.raises(ValueError, match="different sizes: 16x16, 8x8"):
         pipe([PROMPT, PROMPT], image=[video[0], video[1, :8, :8]])
@@ -180,5 +183,5 @@ def test_frames_of_different_sizes_are_refused(pipe, video):
     ("tasks", "indices", "needed"), [(["text"], (0,), "leading"), (["text", "leading"], (3,), "keyframes")]
 )
 def test_a_checkpoint_that_was_not_trained_for_it_says_so(video, tasks, indices, needed):
-    with pytest.raises(ValueError, match=f"trained for {needed}: this one was trained for {', '.join(tasks)}"):
+    with pytest.raises(ValueError, match=f"trained for {needed}; this one was trained for {', '.join(tasks)}"):
         generate(make_pipeline(tasks=tasks), indices, video)

@@ -1,0 +1,61 @@
+"""Where pipelines are found: packaged names, folders and Hub ids; and their registration with diffusers."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+CHECKPOINTS = Path(str(resources.files("vgen"))) / "checkpoints"
+PREFIX = "vgen/"
+
+
+def find_checkpoint(name: str | Path) -> Path | str:
+    """The folder of a packaged checkpoint or of a path, or the Hub id.
+
+    Raises:
+        ValueError: The name can be neither, or its folder holds no pipeline.
+    """
+    text = str(name)
+    packaged = find_packaged(text)
+    if packaged is not None and (packaged / "model_index.json").is_file():
+        return packaged
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} holds no pipeline: it has no model_index.json")
+        return folder
+    if text.count("/") != 1 or text.startswith((PREFIX, ".", "/", "~")):
+        raise ValueError(not_found(text))
+    return text
+
+
+def find_packaged(name: str) -> Path | None:
+    """The folder of what ships with the package under a name that begins with `vgen/`."""
+    folder = CHECKPOINTS / name.removeprefix(PREFIX)
+    return folder if name.startswith(PREFIX) and folder.is_dir() else None
+
+
+def packaged_checkpoints() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(PREFIX + path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
+
+
+def not_found(name: str) -> str:
+    """The error for a checkpoint that is nowhere."""
+    packaged = ", ".join(packaged_checkpoints()) or "none"
+    return f"no model {name!r}: it is not a packaged checkpoint ({packaged}), and not a folder in {Path.cwd()}"
+
+
+def register(pipeline: type, components: tuple[type[Any], ...]) -> None:
+    """Lets diffusers load a pipeline class and its components by name.
+
+    `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module, and downloads from the
+    Hub only what it knows how to load.
+    """
+    setattr(diffusers, pipeline.__name__, pipeline)
+    for component in components:
+        LOADABLE_CLASSES[component.__module__] = {component.__name__: ["save_pretrained", "from_pretrained"]}

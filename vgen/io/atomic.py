@@ -1,0 +1,48 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a path next to `path` to write to; what was written there replaces `path` if nothing was raised."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that appears whole."""
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def atomic_directory(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write into, which replaces `folder` if nothing was raised.
+
+    Replacing takes two renames. If the process stops between them, the old folder is at `backup_path(folder)`.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    backup = backup_path(folder)
+    if folder.exists():
+        shutil.rmtree(backup, ignore_errors=True)
+        folder.replace(backup)
+    partial.replace(folder)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def backup_path(folder: Path) -> Path:
+    """Where the old folder is while `atomic_directory` replaces it."""
+    return folder.with_name(f".{folder.name}.old")

@@ -1,0 +1,191 @@
+"""Coarse to fine: a rollout of frames far apart feeds an interpolation of those between them, for very long videos.
+
+Axes: `b` videos, `t h w` latent frames, rows and columns.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.io.pixels import from_uint8, to_uint8
+from vgen.sampling.conditions import Conditions
+from vgen.sampling.interpolation import InterpolationState, Interpolator
+from vgen.sampling.options import InterpolationOptions
+from vgen.sampling.prompts import PromptSchedule
+from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, VideoStream, read_record, saved_rollout
+from vgen.sampling.sampler import Sampler
+
+FORMAT = "vgen.CoarseToFine/3"
+
+
+@dataclass(kw_only=True)
+class CoarseToFineState:
+    """What the continuation needs besides the states of the rollout and of the interpolation."""
+
+    schedule: PromptSchedule
+    """By new frame of the result."""
+    single: bool
+    num_frames: int | None
+    """New frames in all; `None` has no end."""
+    frames_done: int = 0
+    """New frames so far."""
+    prompt: Any = None
+    """The prompt that the interpolation is conditioned on."""
+    num_skipped: int = 0
+    """Frames of the next chunk that are not new: the last one of a given video."""
+
+    def copy(self) -> CoarseToFineState:
+        """An independent state that continues the same videos."""
+        return replace(self, schedule=PromptSchedule(dict(self.schedule.prompts)))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, of JSON's kinds."""
+        return vars(self) | {"schedule": list(self.schedule.prompts.items())}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> CoarseToFineState:
+        """The inverse of `to_json`."""
+        return cls(**record | {"schedule": PromptSchedule({frame: prompt for frame, prompt in record["schedule"]})})
+
+
+class CoarseToFine(VideoStream):
+    """Continues a video as a `Rollout` does.
+
+    A rollout at a lower frame rate makes every `keyframe_interval`-th frame, so that its KV cache reaches as many
+    times further back; its frames become keyframes, and those between them are interpolated. All frames come out of
+    one decoder: the coarse ones are shown as it decodes them among the others.
+
+    Made by `VideoGenPipeline.rollout(..., keyframe_interval=...)`, which describes the arguments.
+
+    Args:
+        coarse: Makes the frames far apart.
+        fill: Makes those between; it takes frames at the rate of `coarse`.
+        state: To continue from.
+        frame_type: What iterating yields.
+    """
+
+    def __init__(self, coarse: Rollout, fill: Interpolator, state: CoarseToFineState, frame_type: FrameType = "uint8"):
+        self.coarse, self.fill, self.state, self.frame_type = coarse, fill, state, frame_type
+        self.hooks = coarse.hooks
+
+    @torch.no_grad()
+    def step(self, prompt: Any = None, actions: Any = None) -> Tensor:
+        """The next frames; arguments, result and errors are those of `Rollout.step`.
+
+        A prompt applies to the frames between and, from its next chunk on, to the coarse frames.
+        """
+        self._check_step(prompt, actions)
+        state = self.state
+        if prompt is not None:
+            state.schedule.prompts[state.frames_done] = prompt
+            self.coarse.state.schedule.prompts[self.coarse.frames_done] = prompt
+        self.set_prompt()
+        new = self._next()
+        while not new.shape[2]:  # the given frame alone
+            new = self._next()
+        state.frames_done += new.shape[2]
+        return new
+
+    def _next(self) -> Tensor:
+        state = self.state
+        while (clip := self.fill.next(last=self.coarse.is_done)) is None:
+            self.fill.take(from_uint8(to_uint8(self.coarse.step())))
+        left = None if state.num_frames is None else state.num_frames - state.frames_done
+        new = clip[:, :, state.num_skipped :][:, :, :left]
+        state.num_skipped = 0
+        return new
+
+    def set_prompt(self) -> None:
+        """Encodes the prompt that is due for the frames between."""
+        due = self.state.schedule.due(self.state.frames_done)
+        if due != self.state.prompt:
+            self.state.prompt = due
+            positive, negative = self.hooks.encode(due)
+            self.fill.conditions = replace(
+                self.fill.conditions, prompt_embeds=positive, negative_prompt_embeds=negative
+            )
+
+    def fork(self) -> CoarseToFine:
+        """An independent rollout that continues the same video; both continue as this one alone would."""
+        coarse, fill = self.coarse.fork(), self.fill
+        fill = Interpolator(
+            fill.sampler.copy(), fill.options, fill.conditions, coarse.state.generator, keep_given=fill.keep_given,
+            state=fill.state.copy(),
+        )  # fmt: skip
+        return CoarseToFine(coarse, fill, self.state.copy(), self.frame_type)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all that the continuation needs but the weights, as `Rollout.save` does."""
+        with saved_rollout(Path(folder)) as partial:
+            for name in ("coarse", "fill"):
+                (partial / name).mkdir()
+            self.coarse.state.save(partial / "coarse", self.hooks.fingerprint())
+            self.fill.state.save(partial / "fill")
+            record = {"format": FORMAT, "state": self.state.to_json()}
+            (partial / "rollout.json").write_text(json.dumps(record, indent=1))
+
+
+def load_states(folder: Path, device: torch.device) -> tuple[CoarseToFineState, InterpolationState]:
+    """Reads what `CoarseToFine.save` wrote besides the rollout's own state, which is in the subfolder `coarse`."""
+    record = read_record(folder, (FORMAT,))
+    return CoarseToFineState.from_json(record["state"]), InterpolationState.load(folder / "fill", device)
+
+
+def begin_coarse_to_fine(
+    sampler: Sampler, state: RolloutState, hooks: Hooks, frame_type: FrameType, clip: Tensor | None
+) -> CoarseToFine:
+    """Begins both parts.
+
+    Args:
+        sampler: Denoises and decodes.
+        state: With the settings of all frames, which has not begun.
+        hooks: Of the pipeline.
+        frame_type: What iterating yields.
+        clip: What is continued, `(b, 3, f, h, w)` in [-1, 1]; `None` begins a video.
+    """
+    interval, num_frames = state.options.keyframe_interval, state.num_frames
+    assert interval is not None and state.options.frame_rate is not None
+    options = replace(state.options, frame_rate=state.options.frame_rate / interval)
+    count = num_frames
+    if num_frames is not None:
+        count = -(-num_frames // interval) if clip is not None else 1 + -(-(num_frames - 1) // interval)
+    schedule = state.schedule.coarse(interval)
+    coarse = Rollout(sampler, replace(state, options=options, schedule=schedule, num_frames=count), hooks, frame_type)
+    # coarse frames are counted back from the last given one
+    coarse.take([] if clip is None else [clip[:, :, (clip.shape[2] - 1) % interval :: interval]])
+    fine = CoarseToFineState(
+        schedule=state.schedule,
+        single=state.single,
+        num_frames=num_frames,
+        prompt=coarse.state.prompt,
+        num_skipped=0 if clip is None else 1,
+    )
+    rollout = CoarseToFine(coarse, interpolator_for(coarse), fine, frame_type)
+    if clip is not None:
+        rollout.fill.take(clip[:, :, -1:])
+    return rollout
+
+
+def interpolator_for(coarse: Rollout) -> Interpolator:
+    """What makes the frames between those of a rollout, under its current prompt."""
+    options, state = coarse.state.options, coarse.state
+    assert state.prompt_embeds is not None and options.keyframe_interval is not None
+    filling = InterpolationOptions(
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        negative_prompt=options.negative_prompt,
+        frame_rate=options.frame_rate,
+        factor=options.keyframe_interval,
+    )
+    conditions = Conditions(
+        prompt_embeds=state.prompt_embeds,
+        negative_prompt_embeds=state.negative_prompt_embeds,
+        attention_kwargs=state.attention_kwargs,
+    )
+    return Interpolator(coarse.sampler.copy(), filling, conditions, state.generator, keep_given=False)

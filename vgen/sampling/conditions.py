@@ -1,0 +1,74 @@
+"""What a prediction depends on besides the noisy latents: conditions and guidance, passed as arguments.
+
+Axes: `b` videos, `l` tokens of a prompt, `d` channels, `t h w` latent frames, rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.guiders import BaseGuidance
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How predictions are guided."""
+
+    scale: float = 1.0
+    """Weight of classifier-free guidance; off up to 1."""
+    guider: BaseGuidance | None = None
+    """One of diffusers' guiders instead of classifier-free guidance with `scale`."""
+    history_scale: float = 1.0
+    """Weight of history guidance; off at 1."""
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether negative prompts are needed."""
+        return self.guider is not None or self.scale > 1
+
+    @property
+    def uses_weak_history(self) -> bool:
+        """Whether a noisier copy of the history is needed."""
+        return self.history_scale != 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What the denoiser is conditioned on, for all videos of a batch."""
+
+    prompt_embeds: Tensor
+    """`(b, l, d)`."""
+    negative_prompt_embeds: Tensor | None = None
+    """`(b, l, d)`; needed for guidance."""
+    frame_rate: float | None = None
+    """Pixel frames per second; `None` for denoisers without a frame rate embedding."""
+    keyframes: Tensor | None = None
+    """Keyframe slots `(b, s * (c + 1), t, h, w)`."""
+    groups: str | Sequence[int] = "full"
+    """Frame groups, see `vgen.temporal.attention.make_groups`."""
+    attention_kwargs: dict[str, Any] | None = None
+    """Passed to the attention processors; `{"scale": ...}` scales LoRA layers."""
+
+    def without_keyframes(self) -> Conditions:
+        """The same, for chunks that have no keyframes and for those that are already clean."""
+        return replace(self, keyframes=None)
+
+    def for_denoiser(self) -> dict[str, Any]:
+        """Keyword arguments of a denoiser, except for the prompt."""
+        return {
+            "frame_rate": self.frame_rate,
+            "keyframes": self.keyframes,
+            "groups": self.groups,
+            "attention_kwargs": self.attention_kwargs,
+        }
+
+    def doubled(self) -> Conditions:
+        """Negative and positive prompts in one batch `(2b, l, d)`, for classifier-free guidance."""
+        assert self.negative_prompt_embeds is not None
+        keyframes = None if self.keyframes is None else torch.cat([self.keyframes, self.keyframes])
+        prompts = torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
+        return replace(self, prompt_embeds=prompts, negative_prompt_embeds=None, keyframes=keyframes)

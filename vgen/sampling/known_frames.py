@@ -1,0 +1,188 @@
+"""Given frames, and what a denoiser gets of them: leading latents at noise level 0, and keyframe slots.
+
+Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns. Pixel frame 0 is latent 0; latent k >= 1 holds
+frames `s*(k-1)+1 .. s*k`, and its slot j is for frame `s*(k-1) + 1 + j`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.checks import check_integer
+from vgen.io.pixels import size_text, to_pixels
+from vgen.models.denoiser import pack_keyframes
+from vgen.models.image_vae import PerFrameVAE
+from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.grid import LatentGrid
+from vgen.temporal.state import TemporalState
+
+
+@dataclass(frozen=True)
+class KnownFrameLayout:
+    """Where given frames go."""
+
+    num_leading: int
+    """Leading latents, a multiple of the latents of a token frame."""
+    leading_frames: int
+    """Pixel frames that these hold: the first ones of the video."""
+    slots: dict[int, tuple[int, int]]
+    """Latent and slot of each other given pixel frame."""
+
+
+def lay_out(given: Collection[int], num_frames: int, grid: LatentGrid) -> KnownFrameLayout:
+    """Splits given frames into a leading run that fills whole token frames, and keyframes.
+
+    Args:
+        given: Indices of pixel frames.
+        num_frames: Length of the video, `1 + s*k`.
+        grid: Of the model.
+
+    Raises:
+        ValueError: An index is out of range, frame 0 has no place, or nothing is left to generate.
+    """
+    wrong = sorted(index for index in given if not 0 <= index < num_frames)
+    if wrong:
+        raise ValueError(f"a known frame must have an index from 0 to {num_frames - 1}, got {wrong[0]}")
+    if len(given) == num_frames:
+        raise ValueError(f"all {num_frames} frames are given: nothing is left to generate")
+    run = next(index for index in range(num_frames) if index not in given)
+    latents = grid.num_latents(run) // grid.patch_frames * grid.patch_frames
+    frames = grid.num_frames(latents) if latents else 0
+    rest = sorted(index for index in given if index >= frames)
+    if rest and rest[0] == 0:
+        raise ValueError(
+            f"frame 0 is given, but this denoiser takes known beginnings in runs of {grid.first} frames: pass frames "
+            f"0 to {grid.first - 1}, or omit frame 0"
+        )
+    return KnownFrameLayout(latents, frames, {index: grid.slot(index) for index in rest})
+
+
+@dataclass(frozen=True)
+class KnownFrames:
+    """What a denoiser gets of the given frames of a batch."""
+
+    layout: KnownFrameLayout
+    leading: Tensor | None
+    """Normalised latents `(b, c, num_leading, h, w)`; `None` if there are none."""
+    keyframes: Tensor | None
+    """Slots `(b, s * (c + 1), t, h, w)`."""
+    pixels: dict[int, Tensor]
+    """The given frames `(b, 3, h, w)` in [-1, 1]."""
+
+    def overwrite_latents(self, latents: Tensor) -> Tensor:
+        """Latents `(b, c, t, h, w)` with the known ones in their places."""
+        if self.leading is None:
+            return latents
+        return torch.cat([self.leading.to(latents), latents[:, :, self.layout.num_leading :]], dim=2)
+
+    def overwrite_frames(self, clip: Tensor) -> Tensor:
+        """A decoded clip `(b, 3, f, h, w)` with the given frames in their places."""
+        clip = clip.clone()
+        for index, frame in self.pixels.items():
+            clip[:, :, index] = frame.to(clip)
+        return clip
+
+
+def check_tasks(denoiser: Mapping[str, Any], grid: LatentGrid, tasks: set[str]) -> None:
+    """Checks that a denoiser was trained for some tasks.
+
+    Args:
+        denoiser: Its config.
+        grid: Of the model.
+        tasks: Of `text`, `leading` and `keyframes`.
+
+    Raises:
+        ValueError: It was not, or has another number of keyframe slots than the VAE needs.
+    """
+    missing, slots = sorted(tasks - set(denoiser["tasks"])), denoiser["keyframe_slots"]
+    if missing or ("keyframes" in tasks and slots != grid.compression):
+        raise ValueError(
+            f"this needs a checkpoint trained for {' and '.join(missing or ['keyframes'])}; this one was trained for "
+            f"{', '.join(denoiser['tasks'])} and has {slots} keyframe slots"
+        )
+
+
+@torch.no_grad()
+def encode_known_frames(
+    frames: Mapping[int, Tensor],
+    num_frames: int,
+    grid: LatentGrid,
+    vae: CausalVideoVAE | PerFrameVAE | None = None,
+) -> KnownFrames:
+    """Encodes given frames: the leading run as a clip, every other frame alone.
+
+    Args:
+        frames: Pixel frames `(b, 3, h, w)` in [-1, 1] by index.
+        num_frames: Length of the video.
+        grid: Of the model.
+        vae: Encodes; without one, latents are pixels.
+
+    Raises:
+        ValueError: See `lay_out`.
+    """
+    layout = lay_out(frames.keys(), num_frames, grid)
+    leading = keyframes = None
+    if layout.num_leading:
+        leading = encode_clip(vae, torch.stack([frames[index] for index in range(layout.leading_frames)], dim=2))
+    if layout.slots:
+        images = encode_slots(vae, {slot: frames[index] for index, slot in layout.slots.items()})
+        like = next(iter(images.values()))
+        keyframes = pack_keyframes(images, grid.num_latents(num_frames), grid.compression, like)
+    return KnownFrames(layout, leading, keyframes, dict(frames))
+
+
+def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
+    """Normalised latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
+
+    The pixels must be on the device where the VAE computes, which offloaded weights do not show. Without a VAE,
+    latents are pixels.
+    """
+    if vae is None:
+        return clip
+    posterior = vae.encode(clip.to(vae.dtype), state=state).latent_dist
+    return vae.normalize(posterior.mode().float())
+
+
+def encode_slots(
+    vae: CausalVideoVAE | PerFrameVAE | None, frames: Mapping[tuple[int, int], Tensor]
+) -> dict[tuple[int, int], Tensor]:
+    """Normalised latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
+    alone = torch.stack(list(frames.values()))
+    images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
+    return dict(zip(frames, images, strict=True))
+
+
+def collect_given_frames(image: Any, frames: Mapping[int, Any] | None, count: int) -> dict[int, Tensor]:
+    """Given frames `(b, 3, h, w)` in [-1, 1] by index, one for each prompt.
+
+    Args:
+        image: The first frame, or a list of one per prompt; `None` if it is not given.
+        frames: Images, or lists of one per prompt, by index.
+        count: Number of prompts.
+
+    Raises:
+        ValueError: There are none, two for one index, another number than prompts, or they differ in size.
+    """
+    if frames is not None and (not isinstance(frames, Mapping) or not frames):
+        raise ValueError(f"frames must be a non-empty dict of images by frame index, got {type(frames).__name__}")
+    for index in frames or {}:
+        check_integer("a frame index in frames", index)
+    if image is not None and frames is not None and 0 in frames:
+        raise ValueError("frame 0 is given twice: as image and in frames")
+    given = ({} if image is None else {0: image}) | dict(frames or {})
+    result: dict[int, Tensor] = {}
+    for index, one in given.items():
+        images = list(one) if isinstance(one, (list, tuple)) else [one] * count
+        if len(images) != count:
+            raise ValueError(f"expected 1 or {count} images of frame {index} for {count} prompts, got {len(images)}")
+        pixels = [to_pixels(each) for each in images]
+        sizes = sorted({size_text(each) for each in pixels})
+        if len(sizes) > 1:
+            raise ValueError(f"the images of frame {index} have different sizes: {', '.join(sizes)}")
+        result[index] = torch.stack(pixels)
+    return result

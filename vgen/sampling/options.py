@@ -1,0 +1,224 @@
+"""Options of rollouts and interpolations: their defaults, checks and JSON, for Python, the command line and jobs.
+
+An option is a field. It reaches `VideoGenPipeline.rollout`, `vgen rollout`, `pipelines/rollout.py`, a checkpoint's
+`rollout_defaults` and saved rollouts from here alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_type_hints
+
+from docstring_parser import parse_from_object
+from typing_extensions import Self
+
+from vgen.checks import check_integer, check_number
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """What every way to sample has; `None` takes the checkpoint's default."""
+
+    num_inference_steps: int | None = None
+    """Denoising steps for each chunk or window."""
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance; off up to 1, and by default without a prompt."""
+    negative_prompt: str | None = None
+    """Prompt to steer away from; needs guidance."""
+    frame_rate: float | None = None
+    """Frames per second of the content: of the new frames, or of the given ones between which frames are made."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all options."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def of(cls, source: Any) -> Self:
+        """The options among the attributes of an object, such as the configuration of a job."""
+        return cls(**{name: getattr(source, name) for name in cls.names()})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], name: str = "options") -> Self:
+        """Options by name.
+
+        Raises:
+            ValueError: There is no option of a name.
+        """
+        unknown = sorted(set(record) - set(cls.names()))
+        if unknown:
+            raise ValueError(f"{name} must be some of {', '.join(cls.names())}, got {', '.join(unknown)}")
+        return cls(**record)
+
+    def to_json(self) -> dict[str, Any]:
+        """All options by name, of JSON's kinds."""
+        return asdict(self)
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not `None`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def updated(self, **options: Any) -> Self:
+        """A copy with some options set.
+
+        Raises:
+            TypeError: There is no option of a name.
+        """
+        unknown = sorted(set(options) - set(self.names()))
+        if unknown:
+            raise TypeError(f"unexpected arguments {', '.join(unknown)}: options are {', '.join(self.names())}")
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    def check(self) -> None:
+        """Checks options that are resolved.
+
+        Raises:
+            ValueError: An option has the wrong type or is out of range.
+        """
+        check_integer("num_inference_steps", self.num_inference_steps, least=1)
+        check_number("guidance_scale", self.guidance_scale)
+        check_number("frame_rate", self.frame_rate, above=0)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt must be a string, got {type(self.negative_prompt).__name__}")
+
+    def _filled(self, defaults: Mapping[str, Any], prompted: bool) -> Self:
+        unguided = {} if prompted else {"guidance_scale": 1.0}
+        known = {name: value for name, value in defaults.items() if name in self.names()}
+        return replace(self, **(known | unguided | self.given()))
+
+
+@dataclass(kw_only=True)
+class RolloutOptions(SamplingOptions):
+    """Options of `VideoGenPipeline.rollout` and `predict`; `None` takes the checkpoint's default for rollouts."""
+
+    chunk_size: int | None = None
+    """Token frames that are generated at once."""
+    window: int | None = None
+    """Recent token frames in the KV cache."""
+    sink: int | None = None
+    """First token frames of the video that stay in the KV cache."""
+    history_noise: float | None = None
+    """Noise level that the denoiser is conditioned on when generated frames are written to the KV cache, from 0 to
+    below 1; no noise is added."""
+    history_guidance_scale: float | None = None
+    """Weight of history guidance, which contrasts the history with a noisier copy of it; off at 1, otherwise it
+    doubles the cost."""
+    keyframe_interval: int | None = None
+    """Coarse to fine from 2 on: only every N-th frame is rolled out, at a lower frame rate, and the others are
+    interpolated, so that the KV cache reaches further back."""
+
+    def resolve(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
+        """The same options with every default filled in, and checked.
+
+        Args:
+            pipeline: Config of the pipeline; its `rollout_defaults` come before its other defaults.
+            denoiser: Config of the denoiser.
+            prompted: Whether there is a prompt; without one, guidance is off by default.
+
+        Raises:
+            ValueError: An option has the wrong type, is out of range, or exceeds what the denoiser was trained for.
+        """
+        own = {"history_noise": 0.0, "history_guidance_scale": 1.0, "keyframe_interval": 1}
+        options = self._filled({**own, **denoiser, **pipeline, **pipeline["rollout_defaults"]}, prompted)
+        options.check()
+        options.check_denoiser(denoiser)
+        return options
+
+    def check(self) -> None:
+        """Checks options that are resolved.
+
+        Raises:
+            ValueError: An option has the wrong type or is out of range.
+        """
+        super().check()
+        for name, least in (("chunk_size", 1), ("window", 1), ("sink", 0), ("keyframe_interval", 1)):
+            check_integer(name, getattr(self, name), least=least)
+        check_number("history_noise", self.history_noise, least=0, below=1)
+        check_number("history_guidance_scale", self.history_guidance_scale)
+
+    def check_denoiser(self, denoiser: Mapping[str, Any]) -> None:
+        """Checks that a denoiser was trained for chunks of this size and a context of this length.
+
+        Raises:
+            ValueError: It was not.
+        """
+        assert self.sink is not None and self.window is not None and self.chunk_size is not None
+        modes, limit = denoiser["group_modes"], denoiser["trained_token_frames"]
+        if "chunk" not in modes and not ("causal" in modes and self.chunk_size == 1):
+            raise ValueError(
+                f"a rollout with chunk_size={self.chunk_size} needs a checkpoint trained with groups chunk (or causal "
+                f"for chunk_size=1); this one was trained with {', '.join(modes)}"
+            )
+        total = self.sink + self.window + self.chunk_size
+        if limit is not None and total > limit:
+            raise ValueError(
+                f"sink + window + chunk_size must be at most {limit} token frames, as in training; got "
+                f"{self.sink} + {self.window} + {self.chunk_size} = {total}"
+            )
+
+
+@dataclass(kw_only=True)
+class InterpolationOptions(SamplingOptions):
+    """Options of `VideoGenPipeline.interpolate`; `None` takes the checkpoint's default."""
+
+    factor: int = 2
+    """Given frames become every N-th frame of the result."""
+
+    def resolve(self, pipeline: Mapping[str, Any], *, prompted: bool) -> InterpolationOptions:
+        """The same options with every default filled in, and checked.
+
+        Args:
+            pipeline: Config of the pipeline.
+            prompted: Whether there is a prompt; without one, guidance is off by default.
+
+        Raises:
+            ValueError: An option has the wrong type or is out of range.
+        """
+        options = self._filled(pipeline, prompted)
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Checks options that are resolved.
+
+        Raises:
+            ValueError: An option has the wrong type or is out of range.
+        """
+        super().check()
+        check_integer("factor", self.factor, least=2)
+
+
+def parameters_of(options: type[SamplingOptions]) -> list[inspect.Parameter]:
+    """A keyword parameter for each option, with its type and default."""
+    hints = get_type_hints(options)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(options)
+    ]
+
+
+def help_of(options: type[SamplingOptions]) -> dict[str, str]:
+    """The documentation of each option."""
+    found: dict[str, str] = {}
+    for part in reversed(options.__mro__[:-1]):
+        for one in parse_from_object(part).params:
+            found[one.arg_name] = " ".join((one.description or "").split())
+    return {name: found[name] for name in options.names()}
+
+
+def accepts(options: type[SamplingOptions], *, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """A decorator for functions with `**options`: their signature, as `help` shows it, names every option."""
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        taken = {one.name for one in own} | set(without)
+        added = [one for one in parameters_of(options) if one.name not in taken]
+        function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

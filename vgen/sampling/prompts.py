@@ -1,0 +1,81 @@
+"""Prompts of one video or of several: a text, a list, a schedule by frame, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vgen.checks import check_integer
+
+Prompt = str | None | Sequence[str | None]
+"""For one video or, as a sequence, for several; `None` is unconditional."""
+
+
+def is_single(prompt: Any) -> bool:
+    """Whether a prompt is for one video: a text, a schedule of texts or `None`, but not a list."""
+    return prompt is None or isinstance(prompt, (str, Mapping))
+
+
+def has_prompt(prompt: Any) -> bool:
+    """Whether a prompt conditions anything: one text in a list or in a schedule is enough."""
+    if isinstance(prompt, Mapping):
+        prompt = list(prompt.values())
+    return prompt is not None and (isinstance(prompt, str) or any(one is not None for one in prompt))
+
+
+def fill_empty_prompts(prompt: Prompt, text: str) -> str | list[str]:
+    """A prompt, or a list of them, with a text instead of `None`."""
+    if prompt is None or isinstance(prompt, str):
+        return text if prompt is None else prompt
+    return [text if one is None else one for one in prompt]
+
+
+def check_prompts(prompt: Any, name: str = "prompt") -> None:
+    """Checks texts.
+
+    Raises:
+        ValueError: It is neither a text nor a list of texts, a list is empty, or a text is blank.
+    """
+    if not isinstance(prompt, (str, list)):
+        raise ValueError(f"{name} must be a string or a list of strings, got {type(prompt).__name__}")
+    if isinstance(prompt, list) and not prompt:
+        raise ValueError(f"{name} must not be an empty list")
+    for one in [prompt] if isinstance(prompt, str) else prompt:
+        if not isinstance(one, str) or not one.strip():
+            raise ValueError(f"{name} must be non-empty text, got {one!r}")
+
+
+@dataclass
+class PromptSchedule:
+    """Prompts by the new frame that they begin at."""
+
+    prompts: dict[int, Any]
+    """Texts, or lists of texts for several videos; frame 0 has one."""
+
+    @classmethod
+    def of(cls, prompt: Prompt | Mapping[int, str]) -> PromptSchedule:
+        """A schedule of what `VideoGenPipeline.rollout` takes.
+
+        Raises:
+            ValueError: It is none of these, or a mapping does not begin at frame 0 or has other keys than integers.
+        """
+        if not isinstance(prompt, Mapping):
+            if prompt is not None and not isinstance(prompt, (str, list)):
+                raise ValueError(
+                    f"prompt must be a string, a list, a dict of strings by frame or None, got {type(prompt).__name__}"
+                )
+            return cls({0: prompt})
+        for frame in prompt:
+            check_integer("a frame of a prompt schedule", frame, least=0)
+        if 0 not in prompt:
+            raise ValueError(f"a prompt schedule must begin at frame 0, got frames {sorted(prompt)}")
+        return cls(dict(sorted(prompt.items())))
+
+    def due(self, frame: int) -> Any:
+        """The prompt that applies to a new frame, with "" instead of `None`."""
+        return fill_empty_prompts(self.prompts[max(begin for begin in self.prompts if begin <= frame)], "")
+
+    def coarse(self, interval: int) -> PromptSchedule:
+        """The schedule of every `interval`-th frame; each prompt begins with the first one that it applies to."""
+        return PromptSchedule({-(-frame // interval): prompt for frame, prompt in self.prompts.items()})

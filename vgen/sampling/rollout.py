@@ -1,0 +1,488 @@
+"""Rollout: a video that is continued chunk after chunk, without end and in bounded memory.
+
+Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` token frames.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import logging
+from diffusers.video_processor import VideoProcessor
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vgen.io.atomic import atomic_directory, backup_path
+from vgen.io.pixels import to_frames
+from vgen.models.denoiser import pack_keyframes
+from vgen.sampling.conditions import Conditions
+from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
+from vgen.sampling.options import RolloutOptions
+from vgen.sampling.prompts import PromptSchedule, check_prompts
+from vgen.sampling.sampler import OnStep, Sampler, draw_noise
+from vgen.temporal.state import TemporalState
+
+logger = logging.get_logger(__name__)
+
+FORMAT = "vgen.Rollout/2"
+Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
+"""From a prompt, or a list of one per video, to embeddings and those of the negative prompt."""
+FrameType = Literal["uint8", "np", "pil", "pt"]
+"""What iterating over a rollout yields: uint8 arrays `(n, h, w, 3)`, or diffusers' `np`, `pil` and `pt`."""
+
+
+@dataclass(kw_only=True)
+class RolloutState:
+    """All that the continuation of a rollout needs, but the networks: plain data, saved as JSON and safetensors."""
+
+    options: RolloutOptions
+    """Resolved."""
+    schedule: PromptSchedule
+    single: bool
+    """Whether chunks are of one video, without a batch axis."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    num_frames: int | None
+    """New frames in all; `None` has no end."""
+    max_sequence_length: int | None = None
+    """Tokens of prompts; `None` is the pipeline's default."""
+    attention_kwargs: dict[str, Any] | None = None
+    generator: torch.Generator | list[torch.Generator]
+    """Source of the noise."""
+    frames_done: int = 0
+    """New frames so far."""
+    prompt: Any = None
+    """The prompt that the embeddings are of; `None` if they were given."""
+    prompt_embeds: Tensor | None = None
+    """`(b, l, d)`."""
+    negative_prompt_embeds: Tensor | None = None
+    """`(b, l, d)`."""
+    history: list[tuple[Tensor, float]] = field(default_factory=list)
+    """Clean latents `(b, c, p_t, h, w)` of the token frames in the KV cache, with their noise levels."""
+    keyframes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Latents `(b, c, h, w)` of given frames that fill no token frame, by latent and slot of the next chunk."""
+    num_given: int = 0
+    """How many frames of the next chunk these are."""
+    denoiser: TemporalState
+    decoder: TemporalState = field(default_factory=TemporalState)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The sources of the noise."""
+        return self.generator if isinstance(self.generator, list) else [self.generator]
+
+    def copy(self) -> RolloutState:
+        """An independent state that continues the same videos, with the same noise."""
+        generators = [one.clone_state() for one in self.generators]
+        return replace(
+            self,
+            schedule=PromptSchedule(dict(self.schedule.prompts)),
+            generator=generators if isinstance(self.generator, list) else generators[0],
+            history=list(self.history),
+            keyframes=dict(self.keyframes),
+            denoiser=self.denoiser.copy(),
+            decoder=self.decoder.copy(),
+        )
+
+    def save(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        """Writes the state into a folder.
+
+        Args:
+            folder: Exists.
+            fingerprint: Of the networks.
+        """
+        tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(self.generators)}
+        tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self.history)}
+        tensors |= {f"keyframe.{latent}.{slot}": image for (latent, slot), image in self.keyframes.items()}
+        embeds = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+        tensors |= {name: one for name, one in embeds.items() if one is not None}
+        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, folder / "tensors.safetensors")
+        self.denoiser.save(folder / "denoiser.safetensors")
+        self.decoder.save(folder / "decoder.safetensors")
+        plain = ("single", "size", "num_frames", "max_sequence_length", "attention_kwargs", "frames_done", "prompt")
+        record = {
+            "format": FORMAT,
+            "versions": _versions(),
+            "made_with": fingerprint,
+            "options": self.options.to_json(),
+            "schedule": list(self.schedule.prompts.items()),
+            **{name: getattr(self, name) for name in (*plain, "num_given")},
+            "levels": [level for _, level in self.history],
+            "generators": [str(source.device) for source in self.generators],
+            "one_generator": not isinstance(self.generator, list),
+        }
+        (folder / "rollout.json").write_text(json.dumps(record, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, fingerprint: dict[str, Any]) -> RolloutState:
+        """Reads what `save` wrote.
+
+        Args:
+            folder: Where.
+            device: Where the networks compute.
+            fingerprint: Of the networks that continue.
+
+        Raises:
+            ValueError: Other networks made it, which are named; or its noise came from a device that is not here.
+        """
+        record = read_record(folder)
+        check_fingerprint(folder, record["made_with"], fingerprint)
+        if record["versions"] != _versions():
+            logger.warning(f"{folder} was saved with {record['versions']}: the continuation may differ in rounding")
+        # copies lie where PyTorch aligns them, on which the rounding of some processors' kernels depends
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / "tensors.safetensors").items()}
+        on_device = {name: one.to(device) for name, one in tensors.items() if not name.startswith("generator.")}
+        generators = []
+        for index, where in enumerate(record["generators"]):
+            try:
+                generators.append(torch.Generator(where))
+            except RuntimeError as error:
+                raise ValueError(f"{folder} draws its noise on {where}, which is not available here") from error
+            generators[-1].set_state(tensors[f"generator.{index}"])
+        keyframes = {}
+        for name in (name for name in on_device if name.startswith("keyframe.")):
+            _, latent, slot = name.split(".")
+            keyframes[int(latent), int(slot)] = on_device[name]
+        height, width = record["size"]
+        same = (
+            "single",
+            "num_frames",
+            "max_sequence_length",
+            "attention_kwargs",
+            "frames_done",
+            "prompt",
+            "num_given",
+        )
+        return cls(
+            options=RolloutOptions.from_json(record["options"]),
+            schedule=PromptSchedule({frame: prompt for frame, prompt in record["schedule"]}),
+            size=(height, width),
+            generator=generators[0] if record["one_generator"] else generators,
+            prompt_embeds=on_device["prompt_embeds"],
+            negative_prompt_embeds=on_device.get("negative_prompt_embeds"),
+            history=[(on_device[f"history.{index}"], level) for index, level in enumerate(record["levels"])],
+            keyframes=keyframes,
+            denoiser=TemporalState.load(folder / "denoiser.safetensors").move_to(device),
+            decoder=TemporalState.load(folder / "decoder.safetensors").move_to(device),
+            **{name: record[name] for name in same},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a rollout needs of the pipeline that began it."""
+
+    encode: Encode
+    fingerprint: Callable[[], dict[str, Any]]
+    """Identity of the networks, for `save`."""
+    on_step: OnStep | None = None
+    """Called after each denoising step."""
+    on_end: Callable[[], None] = lambda: None
+    """Called when iterating ends."""
+
+
+class VideoStream:
+    """What rollouts of both kinds share: iterating is a loop over `step`."""
+
+    state: Any
+    hooks: Hooks
+    frame_type: FrameType
+
+    def step(self, prompt: Any = None, actions: Any = None) -> Tensor:
+        """The next chunk, see `Rollout.step`."""
+        raise NotImplementedError
+
+    @property
+    def single(self) -> bool:
+        """Whether chunks are of one video, without a batch axis when iterating."""
+        return self.state.single
+
+    @property
+    def num_frames(self) -> int | None:
+        """New frames in all; `None` has no end."""
+        return self.state.num_frames
+
+    @property
+    def frames_done(self) -> int:
+        """New frames so far."""
+        return self.state.frames_done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of `num_frames` were made."""
+        return self.num_frames is not None and self.frames_done >= self.num_frames
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next chunk in the form that was asked for."""
+        if self.is_done:
+            self.hooks.on_end()
+            raise StopIteration
+        chunk = convert_chunk(self.step(), self.frame_type)
+        return chunk[0] if self.single else chunk
+
+    def _check_step(self, prompt: Any, actions: Any) -> None:
+        if self.is_done:
+            raise ValueError(f"the rollout has ended: all num_frames={self.num_frames} new frames were made")
+        if actions is not None:
+            raise ValueError("actions must be None: this checkpoint was not trained with actions")
+        if prompt is None:
+            return
+        check_prompts(prompt)
+        count, given = (len(one) if isinstance(one, list) else None for one in (self.state.prompt, prompt))
+        if count != given:
+            expected = "a string" if count is None else f"a list of {count} strings"
+            raise ValueError(f"prompt must be {expected}, as at the beginning, got {prompt!r}")
+
+
+class Rollout(VideoStream):
+    """Continues a video chunk after chunk; iterating yields the new frames, uint8 `(n, h, w, 3)` by default.
+
+    The denoiser keeps `sink` token frames from the start and `window` recent ones in its KV cache; the VAE's decoder
+    keeps what its convolutions need. Nothing else grows, so a chunk costs the same however long the video is.
+    Generated frames are never decoded and encoded again.
+
+    Made by `VideoGenPipeline.rollout`, which describes the arguments.
+
+    Args:
+        sampler: Denoises and decodes.
+        state: To continue from.
+        hooks: Of the pipeline.
+        frame_type: What iterating yields.
+    """
+
+    def __init__(self, sampler: Sampler, state: RolloutState, hooks: Hooks, frame_type: FrameType = "uint8"):
+        self.sampler, self.state, self.hooks, self.frame_type = sampler, state, hooks, frame_type
+
+    @torch.no_grad()
+    def step(self, prompt: Any = None, actions: Any = None) -> Tensor:
+        """Generates the next chunk.
+
+        Args:
+            prompt: Applies from this chunk on, instead of what is scheduled: a text, or a list of one per video. The
+                KV cache is computed again with it.
+            actions: Must be `None` for checkpoints without actions.
+
+        Returns:
+            Pixels `(b, 3, n, h, w)` in [-1, 1] on the device.
+
+        Raises:
+            ValueError: All frames were made, or an argument is not possible.
+        """
+        self._check_step(prompt, actions)
+        state = self.state
+        if prompt is not None:
+            state.schedule.prompts[state.frames_done] = prompt
+        self.set_prompt()
+        clip = self._finish(self._denoise(), state.options.history_noise or 0.0)[:, :, state.num_given :]
+        state.num_given, state.keyframes = 0, {}
+        left = None if state.num_frames is None else state.num_frames - state.frames_done
+        clip = clip[:, :, :left]
+        state.frames_done += clip.shape[2]
+        return clip
+
+    def fork(self) -> Rollout:
+        """An independent rollout that continues the same video; both continue as this one alone would."""
+        return Rollout(self.sampler.copy(), self.state.copy(), self.hooks, self.frame_type)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all that the continuation needs but the weights, in JSON and safetensors, for `load_rollout`.
+
+        The folder appears whole; an older rollout of the same name is replaced. Guiders and callbacks are not saved.
+
+        Raises:
+            ValueError: There is something else of that name.
+        """
+        with saved_rollout(Path(folder)) as partial:
+            self.state.save(partial, self.hooks.fingerprint())
+
+    def set_prompt(self) -> None:
+        """Encodes the prompt that is due; the KV cache is computed again if it changes."""
+        state = self.state
+        due = state.schedule.due(state.frames_done)
+        if state.prompt_embeds is not None and due == state.prompt:
+            return
+        state.prompt = due
+        state.prompt_embeds, state.negative_prompt_embeds = self.hooks.encode(due)
+        if state.history:
+            history, state.history = state.history, []
+            sink = state.options.sink or 0
+            state.denoiser = TemporalState(state.options.window, sink)
+            self._remember(history[:sink])
+            self._remember(history[sink:])
+
+    @torch.no_grad()
+    def take(self, clips: Iterable[Tensor]) -> None:
+        """Encodes given frames `(b, 3, f, h, w)`: whole token frames go to the KV cache, the others are keyframes.
+
+        Raises:
+            ValueError: Some would be keyframes, which the checkpoint was not trained for.
+        """
+        self.set_prompt()
+        sampler, grid = self.sampler, self.sampler.grid
+        encoder_state, num_frames = TemporalState(), 0
+        waiting: list[Tensor] = []  # pixels that fill no chunk yet
+        for frame in (frame for clip in clips for frame in clip.unbind(2)):
+            waiting.append(frame.to(sampler.device))
+            num_frames += 1
+            first = 0 if self.state.history else grid.compression - 1  # latent 0 holds a single frame
+            if len(waiting) == grid.unit * self._run_length - first:
+                self._finish(encode_clip(sampler.vae, torch.stack(waiting, dim=2), encoder_state), 0.0)
+                waiting = []
+        if not num_frames:
+            return
+        layout = lay_out(range(num_frames), num_frames + grid.unit, grid)
+        whole = len(waiting) - len(layout.slots)  # frames of a last, shorter chunk
+        if whole:
+            self._finish(encode_clip(sampler.vae, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
+        if layout.slots:
+            check_tasks(sampler.denoiser.config, grid, {"keyframes"})
+            rest = zip(layout.slots.values(), waiting[whole:], strict=True)
+            self.state.keyframes = encode_slots(
+                sampler.vae, {(latent - layout.num_leading, slot): frame for (latent, slot), frame in rest}
+            )
+        self.state.num_given = len(layout.slots)
+
+    @property
+    def _conditions(self) -> Conditions:
+        state, config = self.state, self.sampler.denoiser.config
+        assert state.prompt_embeds is not None
+        return Conditions(
+            prompt_embeds=state.prompt_embeds,
+            negative_prompt_embeds=state.negative_prompt_embeds,
+            frame_rate=state.options.frame_rate if config.frame_rate_embedding else None,
+            attention_kwargs=state.attention_kwargs,
+        )
+
+    def _denoise(self) -> Tensor:
+        """The latents of the next chunk."""
+        state, sampler, conditions = self.state, self.sampler, self._conditions
+        frames = self._run_length * sampler.grid.patch_frames
+        shape = sampler.latent_shape(len(conditions.prompt_embeds), frames, state.size)
+        noise = draw_noise(shape, state.generator, torch.float32).to(sampler.device)
+        if state.keyframes:
+            slots = pack_keyframes(state.keyframes, frames, sampler.grid.compression, noise[:, :, 0])
+            conditions = replace(conditions, keyframes=slots.to(sampler.denoiser.dtype))
+        steps = state.options.num_inference_steps
+        assert steps is not None
+        return sampler.denoise(
+            noise, conditions, steps, state.generator, state=state.denoiser, on_step=self.hooks.on_step
+        )
+
+    @property
+    def _run_length(self) -> int:
+        """Token frames of the next chunk: the first of a video comes alone."""
+        chunk_size = self.state.options.chunk_size
+        assert chunk_size is not None
+        return chunk_size if self.state.history else 1
+
+    @property
+    def _num_context(self) -> int:
+        """Token frames kept beyond those in the KV cache: whole chunks of what convolutions see before them.
+
+        When the KV cache is computed again, these drop out of it again, and the convolutions continue from them as if
+        nothing were missing after the sink.
+        """
+        assert self.state.options.chunk_size is not None
+        context = getattr(self.sampler.denoiser, "conv_history", 0)
+        return math.ceil(context / self.state.options.chunk_size) * self.state.options.chunk_size
+
+    def _finish(self, latents: Tensor, level: float) -> Tensor:
+        """Writes finished latents `(b, c, t, h, w)` to the KV cache at a noise level; returns their pixels."""
+        self._remember([(frame, level) for frame in latents.split(self.sampler.grid.patch_frames, dim=2)])
+        return self.sampler.decode(latents, self.state.decoder)
+
+    def _remember(self, frames: list[tuple[Tensor, float]]) -> None:
+        """Writes token frames with their levels into the state, chunk by chunk."""
+        state = self.state
+        while frames:
+            run, frames = frames[: self._run_length], frames[self._run_length :]
+            latents = torch.cat([latents for latents, _ in run], dim=2)
+            levels = torch.tensor([level for _, level in run], device=latents.device)
+            self.sampler.remember(latents, levels, self._conditions, state.denoiser, state.generator)
+            state.history += run
+            sink, window = state.options.sink or 0, state.options.window
+            assert window is not None
+            surplus = max(0, len(state.history) - sink - self._num_context - window)
+            del state.history[sink : sink + surplus]
+
+
+def convert_chunk(chunk: Tensor, frame_type: FrameType) -> Any:
+    """A chunk `(b, 3, n, h, w)` in [-1, 1] as users want it, with its batch axis."""
+    if frame_type == "uint8":
+        return to_frames(chunk)
+    frames = (chunk.float().movedim(1, 2) / 2 + 0.5).clamp(0, 1)
+    if frame_type == "pt":
+        return frames
+    arrays = frames.movedim(2, -1).cpu().numpy()
+    return arrays if frame_type == "np" else [VideoProcessor.numpy_to_pil(one) for one in arrays]
+
+
+@contextmanager
+def saved_rollout(folder: Path) -> Iterator[Path]:
+    """A folder to write a rollout into, that then appears whole in the place of an older one.
+
+    Raises:
+        ValueError: There is something else of that name.
+    """
+    if folder.exists() and not (folder / "rollout.json").is_file():
+        raise ValueError(f"{folder} exists and is not a saved rollout: choose another name")
+    with atomic_directory(folder) as partial:
+        yield partial
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a rollout was saved there; restores the older one if replacing it was interrupted."""
+    if not folder.exists() and backup_path(folder).exists():
+        backup_path(folder).replace(folder)
+    return (folder / "rollout.json").is_file()
+
+
+def read_record(folder: Path, formats: tuple[str, ...] = (FORMAT,)) -> dict[str, Any]:
+    """The content of `rollout.json`.
+
+    Raises:
+        ValueError: The folder holds no rollout, or one of another format.
+    """
+    if not is_saved(folder):
+        raise ValueError(f"{folder} is not a saved rollout: it has no rollout.json")
+    record = json.loads((folder / "rollout.json").read_text())
+    if record.get("format") not in formats:
+        raise ValueError(
+            f"{folder} must be a saved rollout of this version ({' or '.join(formats)}), got {record.get('format')}"
+        )
+    return record
+
+
+def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Checks that the networks that made something are those that continue it.
+
+    Args:
+        folder: For the error.
+        made_with: Fingerprints of components by name; a `None` in one cannot be compared.
+        fingerprint: Those of the networks at hand.
+
+    Raises:
+        ValueError: Some differ, which are named.
+    """
+
+    def agree(one: list[str | None], other: list[str | None] | None) -> bool:
+        return other is not None and all(a == b or None in (a, b) for a, b in zip(one, other, strict=True))
+
+    differing = [name for name, mark in made_with.items() if not agree(mark, fingerprint.get(name))]
+    if differing:
+        raise ValueError(f"{folder} was made with another {' and '.join(differing)} than this pipeline has")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("vgen", "torch", "diffusers")}

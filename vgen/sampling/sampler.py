@@ -1,0 +1,332 @@
+"""Sampler: turns noise into latents with a denoiser, its own copy of a scheduler, guidance and a VAE.
+
+Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` token frames.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import FasterCacheConfig
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from vgen.diffusion import flow_sample, level_to_timestep
+from vgen.models.image_vae import PerFrameVAE
+from vgen.models.locks import lock_of
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.unet import UNet3D
+from vgen.models.vae import CausalVideoVAE
+from vgen.sampling.conditions import Conditions, Guidance
+from vgen.sampling.known_frames import KnownFrames
+from vgen.temporal.grid import LatentGrid
+from vgen.temporal.state import TemporalState
+
+Generators = torch.Generator | list[torch.Generator] | None
+OnStep = Callable[[int, Tensor, Tensor, Conditions], tuple[Tensor, Conditions]]
+"""Called after each step with its index, timestep, the latents and the conditions; returns the last two."""
+
+WEAK_LEVEL = 1 / 3
+"""Lowest noise level of the history that history guidance contrasts with: the highest that training shows."""
+
+running_sampler: ContextVar[Sampler | None] = ContextVar("running_sampler", default=None)
+"""The sampler that denoises in this thread."""
+
+
+class Sampler:
+    """Samples with networks that it shares and with everything else of its own.
+
+    Each call of a pipeline and each rollout has one, so two of them in two threads do not affect each other.
+
+    Args:
+        denoiser: Predicts.
+        scheduler: Is copied.
+        vae: Encodes and decodes; `None` if latents are pixels.
+        device: Where the networks compute.
+        guidance: How predictions are guided.
+    """
+
+    def __init__(
+        self,
+        denoiser: SpacetimeTransformer | UNet3D,
+        scheduler: Any,
+        vae: CausalVideoVAE | PerFrameVAE | None,
+        *,
+        device: torch.device,
+        guidance: Guidance | None = None,
+    ):
+        self.denoiser = denoiser
+        self.scheduler = copy.deepcopy(scheduler)
+        self.vae = vae
+        self.device = device
+        guidance = guidance or Guidance()
+        self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
+        compression = 1 if vae is None else vae.temporal_compression_ratio
+        self.grid = LatentGrid(compression, denoiser.patch_size[0])
+        self.interrupt = False
+        """Whether to stop denoising before the next step."""
+        self.num_timesteps = 0
+        """Timesteps of the running call."""
+        self.current_timestep: Tensor | None = None
+        """The timestep of the running step."""
+
+    def copy(self) -> Sampler:
+        """An independent sampler with the same networks."""
+        return Sampler(self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance)
+
+    def latent_shape(self, batch_size: int, num_latents: int, size: tuple[int, int]) -> tuple[int, ...]:
+        """`(b, c, t, h, w)` for frames of `size`, which is height and width in pixels."""
+        space = 1 if self.vae is None else self.vae.spatial_compression_ratio
+        return batch_size, self.denoiser.config.in_channels, num_latents, size[0] // space, size[1] // space
+
+    def denoise(
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        num_inference_steps: int,
+        generator: Generators = None,
+        *,
+        known: KnownFrames | None = None,
+        state: TemporalState | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents `(b, c, t, h, w)` from noise.
+
+        Args:
+            noise: As the scheduler begins with it, that is of variance 1.
+            conditions: What the denoiser is conditioned on.
+            num_inference_steps: Denoising steps.
+            generator: Source of the noise that stochastic schedulers add.
+            known: Its leading latents stay as they are, at noise level 0.
+            state: What was written for the frames before; it is only read.
+            on_step: Called after each step.
+        """
+        token = running_sampler.set(self)
+        try:
+            with self._without_other_calls():
+                self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
+                return self._denoise(noise, conditions, num_inference_steps, generator, known, state, on_step)
+        finally:
+            self.current_timestep = None
+            running_sampler.reset(token)
+
+    def _denoise(
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        num_inference_steps: int,
+        generator: Generators,
+        known: KnownFrames | None,
+        state: TemporalState | None,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        timesteps = self.scheduler.timesteps
+        self.num_timesteps = len(timesteps)
+        latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        num_known = 0 if known is None else known.layout.num_leading // self.grid.patch_frames
+        generated = torch.arange(latents.shape[2] // self.grid.patch_frames, device=self.device) >= num_known
+        keep = known.overwrite_latents if known is not None else lambda latents: latents
+        frozen = None if state is None else state.frozen()
+        latents = keep(latents)
+        for index, timestep in enumerate(timesteps):
+            if self.interrupt:
+                break
+            self.current_timestep = timestep
+            if self.guidance.guider is not None:
+                self.guidance.guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timestep)
+            levels = timestep * generated if num_known else timestep
+            scaled = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = keep(self.scheduler.scale_model_input(latents, timestep))
+            prediction = self.predict(scaled, levels, conditions, frozen)
+            latents = keep(self._step(prediction, timestep, latents, generator))
+            if on_step is not None:
+                latents, conditions = on_step(index, timestep, latents, conditions)
+                latents = keep(latents)
+        return latents
+
+    def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Generators) -> Tensor:
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        return self.scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+
+    def predict(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, state: TemporalState | None = None
+    ) -> Tensor:
+        """The guided prediction `(b, c, t, h, w)`, float32.
+
+        With history guidance and a state that has a weak history, the prediction is also led away from what it would
+        be with that.
+
+        Args:
+            latents: Noisy, `(b, c, t, h, w)`.
+            timestep: One for all token frames, or `(n,)`.
+            conditions: What the denoiser is conditioned on.
+            state: What was written for the frames before.
+
+        Source: Classifier-free diffusion guidance, arXiv 2207.12598; history-guided video diffusion, arXiv 2502.06764.
+        """
+        prediction = self._guided(latents, timestep, conditions, state)
+        if state is None or not self.guidance.uses_weak_history or not state.has_branch("weak"):
+            return prediction
+        weak = self._guided(latents, timestep, conditions, state.branch("weak"), context="weak_")
+        return weak + self.guidance.history_scale * (prediction - weak)
+
+    def remember(
+        self, latents: Tensor, levels: Tensor, conditions: Conditions, state: TemporalState, generator: Generators
+    ) -> None:
+        """Writes clean latents into a state, with the weak history where guidance needs it.
+
+        Args:
+            latents: `(b, c, t, h, w)`.
+            levels: `(n,)`, noise levels that the denoiser is conditioned on.
+            conditions: What the denoiser is conditioned on; keyframes do not count for clean latents.
+            state: Is written.
+            generator: Source of the weak history's noise.
+        """
+        conditions = conditions.without_keyframes()
+        self._write(latents, levels, conditions, state)
+        if self.guidance.uses_weak_history:
+            levels = levels.clamp_min(WEAK_LEVEL)
+            noise = draw_noise(latents.shape, generator, latents.dtype).to(latents.device)
+            noisy, _ = flow_sample(latents, noise, levels.expand(len(latents), -1))
+            self._write(noisy, levels, conditions, state.branch("weak"))
+
+    def _write(self, latents: Tensor, levels: Tensor, conditions: Conditions, state: TemporalState) -> None:
+        timestep = level_to_timestep(self.scheduler, levels)
+        with lock_of(self.denoiser), _without_step_cache(self.denoiser):
+            if self.guidance.guider is None:
+                self._guided(latents, timestep, conditions, state)
+                return
+            for name, prompts in _prompts_by_name(conditions).items():
+                self._evaluate(name, latents, timestep, prompts, conditions, state.branch(name))
+
+    def _guided(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditions: Conditions,
+        state: TemporalState | None,
+        context: str = "",
+    ) -> Tensor:
+        """One batch for classifier-free guidance; guiders evaluate their inputs one by one."""
+        if self.guidance.guider is not None:
+            return self._guided_by_guider(latents, timestep, conditions, state, context)
+        if not self.guidance.needs_negative or conditions.negative_prompt_embeds is None:
+            return self._evaluate(f"{context}cond", latents, timestep, conditions.prompt_embeds, conditions, state)
+        both = conditions.doubled()
+        out = self._evaluate(
+            f"{context}cond_uncond", torch.cat([latents, latents]), timestep, both.prompt_embeds, both, state
+        )
+        negative, positive = out.chunk(2)
+        return negative + self.guidance.scale * (positive - negative)
+
+    def _guided_by_guider(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, state: TemporalState | None, context: str
+    ) -> Tensor:
+        guider: Any = self.guidance.guider
+        inputs = guider.prepare_inputs({"prompts": (conditions.prompt_embeds, conditions.negative_prompt_embeds)})
+        for one in inputs:
+            name = getattr(one, guider._identifier_key)
+            history = "negative" if one.prompts is conditions.negative_prompt_embeds else "positive"
+            with lock_of(self.denoiser):
+                guider.prepare_models(self.denoiser)
+                try:
+                    one.noise_pred = self._evaluate(
+                        context + name, latents, timestep, one.prompts, conditions,
+                        None if state is None else state.branch(history),
+                    )  # fmt: skip
+                finally:
+                    guider.cleanup_models(self.denoiser)
+        return guider(inputs)[0]
+
+    def _evaluate(
+        self,
+        name: str,
+        latents: Tensor,
+        timestep: Tensor,
+        prompts: Tensor,
+        conditions: Conditions,
+        state: TemporalState | None,
+    ) -> Tensor:
+        """One evaluation of the denoiser; diffusers' step caches keep what they store per `name`.
+
+        Raises:
+            ValueError: FasterCache is enabled with keyframes or a state, which it cannot take half of.
+        """
+        with lock_of(self.denoiser), self.denoiser.cache_context(name):
+            if isinstance(self.denoiser._cache_config, FasterCacheConfig) and not (
+                conditions.keyframes is None and state is None
+            ):
+                raise ValueError(
+                    "FasterCache skips half of the batch, which keyframes, interpolation and rollouts do not allow: "
+                    "call disable_cache(), or enable another cache"
+                )
+            out = self.denoiser(
+                hidden_states=latents.to(self.denoiser.dtype),
+                timestep=timestep.expand(latents.shape[0], *timestep.shape),
+                encoder_hidden_states=prompts,
+                state=state,
+                return_dict=False,
+                **conditions.for_denoiser(),
+            )
+        return out[0].float()
+
+    @contextmanager
+    def _without_other_calls(self) -> Iterator[None]:
+        """Keeps other threads out for a whole call where a step cache belongs to the denoiser."""
+        with nullcontext() if self.denoiser._cache_config is None else lock_of(self.denoiser):
+            yield
+
+    def decode(self, latents: Tensor, state: TemporalState | None = None) -> Tensor:
+        """Pixels of normalised latents, see `decode_latents`."""
+        return decode_latents(self.vae, latents, state)
+
+
+def decode_latents(
+    vae: CausalVideoVAE | PerFrameVAE | None, latents: Tensor, state: TemporalState | None = None
+) -> Tensor:
+    """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalised latents; with a state, of the next ones of a stream."""
+    if vae is None:
+        return latents
+    return vae.decode(vae.denormalize(latents).to(vae.dtype), state=state).sample
+
+
+def draw_noise(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> Tensor:
+    """Noise on the device of its generators, on the CPU without one, so that a seed does not depend on the device."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return randn_tensor(shape, generator, torch.device("cpu") if first is None else first.device, dtype)
+
+
+def draw_generator() -> torch.Generator:
+    """A generator on the CPU, seeded by torch's global one."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def _prompts_by_name(conditions: Conditions) -> dict[str, Tensor]:
+    prompts = {"positive": conditions.prompt_embeds}
+    if conditions.negative_prompt_embeds is not None:
+        prompts["negative"] = conditions.negative_prompt_embeds
+    return prompts
+
+
+@contextmanager
+def _without_step_cache(denoiser: Any) -> Iterator[None]:
+    """A step cache would skip blocks whose keys and values a state needs."""
+    config = denoiser._cache_config
+    if config is None:
+        yield
+        return
+    denoiser.disable_cache()
+    try:
+        yield
+    finally:
+        denoiser.enable_cache(config)
