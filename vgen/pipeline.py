@@ -415,7 +415,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         for texts in schedule.prompts.values():
             self.check_inputs(
-                fill_empty_prompts(texts, "a video") if prompt_embeds is None else None,
+                fill_empty_prompts(texts, "a video") if prompt_embeds is None or has_prompt(texts) else None,
                 options.negative_prompt,
                 *size,
                 self.grid.first,
