@@ -11,8 +11,8 @@ import statistics
 import torch
 from pairs import seconds
 
+from vgen.hub import find_checkpoint
 from vgen.models.transformer import SpacetimeTransformer
-from vgen.pipeline import find_checkpoint
 
 
 def step_seconds(backend: str, compiled: bool, args: argparse.Namespace) -> float:

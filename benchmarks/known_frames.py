@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
+from vgen.hub import find_packaged
 from vgen.io.pixels import to_frames
 from vgen.metrics.reference import psnr, ssim
 from vgen.metrics.suites import WORLD_SEED, copy_last, flow_interpolation, linear_blend
 from vgen.models.convlstm import ConvLSTMPredictor
-from vgen.pipeline import VideoGenPipeline, find_packaged
 from vgen.tasks.evaluation import CONVLSTM
 
 NUM_FRAMES = 17

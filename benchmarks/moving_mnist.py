@@ -24,8 +24,8 @@ from safetensors import safe_open
 from scripts import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vgen.hub import find_checkpoint
 from vgen.metrics.report import summarize
-from vgen.pipeline import find_checkpoint
 from vgen.tasks.evaluation import OURS
 
 PIXELS = 64 * 64

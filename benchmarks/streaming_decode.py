@@ -19,8 +19,8 @@ def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> fl
     """Peak above that after loading, in MiB."""
     import torch
 
+    from vgen.hub import find_checkpoint
     from vgen.models.vae import CausalVideoVAE
-    from vgen.pipeline import find_checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval().to(device)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from scripts import launch
 
+from vgen.hub import find_checkpoint
 from vgen.metrics.report import name_of, summarize, tell
 from vgen.models.vae import CausalVideoVAE
-from vgen.pipeline import VideoGenPipeline, find_checkpoint
 
 TERMS = {
     "off": (),

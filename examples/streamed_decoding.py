@@ -13,7 +13,7 @@ from einops import rearrange
 
 from vgen import CausalVideoVAE, TemporalState
 from vgen.data.video_io import VideoWriter, iter_video, video_info
-from vgen.pipeline import find_checkpoint
+from vgen.hub import find_checkpoint
 
 source, target = map(Path, sys.argv[1:3])
 vae = CausalVideoVAE.from_pretrained(find_checkpoint("vgen/shapes-64"), subfolder="vae").eval()

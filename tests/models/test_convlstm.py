@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from vgen.data.shapes import ShapesWorld, render
+from vgen.hub import find_packaged
 from vgen.metrics.reference import psnr
 from vgen.metrics.suites import copy_last
 from vgen.models.convlstm import ConvLSTMPredictor
-from vgen.pipeline import find_packaged
 
 
 @pytest.fixture
