@@ -69,6 +69,20 @@ def test_links_of_the_readme_lead_to_files_and_headings():
             assert anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, anchor
 
 
+def test_every_module_is_in_the_api_reference():
+    directives = [
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)
+    ]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in MODULES
+        if path.name not in ("__init__.py", "cli.py")
+    ]
+    assert sorted(directives) == sorted(modules)
+
+
 def test_the_shipped_checkpoints_are_small():
     for folder in (ROOT / "vgen/checkpoints").iterdir():
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6
