@@ -1,22 +1,24 @@
-"""The README's tables and picture: measured, and written from the numbers that docs/results/ keeps.
+"""The measured tables of README.md and docs/results.md, and the README's animation.
 
 python benchmarks/readme.py                        write the tables from docs/results/*.json
-python benchmarks/readme.py --measure              first measure everything again (hours on a CPU)
-python benchmarks/readme.py --measure shapes       first measure that again
-python benchmarks/readme.py --check                fail where the README says something else
+python benchmarks/readme.py --measure              first repeat all measurements (hours on a CPU)
+python benchmarks/readme.py --measure shapes       first repeat one measurement
+python benchmarks/readme.py --check                fail if a page differs from docs/results/*.json
 """
 
 import argparse
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from scripts import ROOT, launch
 
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "docs" / "results"
-UNET = "vgen/shapes-64-unet"
+TRANSFORMER, UNET = "vgen/shapes-64", "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shapes": ("benchmarks/shapes.py", {}),
     "known_frames": ("benchmarks/known_frames.py", {}),
@@ -31,44 +33,61 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming_decode": ("benchmarks/streaming_decode.py", {}),
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"mmap-threshold": 0}),
 }
-"""For each file of docs/results/, what writes it."""
-PICTURE = ("examples/strip.py", ROOT / "docs" / "shapes-64.png")
+"""The script and the settings that write each file of docs/results/."""
+PICTURES = {
+    "animation": ("examples/gallery.py", ROOT / "docs" / "shapes-64.gif"),
+    "picture": ("examples/strip.py", ROOT / "docs" / "shapes-64.png"),
+}
 
 
 def main() -> None:
-    """Measures what is asked for, then writes or checks the README."""
+    """Repeats the chosen measurements, then writes or checks the pages."""
+    names = [*MEASUREMENTS, *PICTURES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs="*", choices=[*MEASUREMENTS, "picture"], metavar="NAME")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the README differs")
+    parser.add_argument("--measure", nargs="*", choices=names, metavar="NAME")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the results")
     args = parser.parse_args()
     if args.measure is not None:
-        for name in args.measure or [*MEASUREMENTS, "picture"]:
-            if name == "picture":
-                launch(PICTURE[0], {}, PICTURE[1])
+        for name in args.measure or names:
+            if name in PICTURES:
+                script, path = PICTURES[name]
+                launch(script, {}, path)
             else:
                 script, settings = MEASUREMENTS[name]
                 launch(script, settings | {"output": RESULTS / f"{name}.json"})
     measured = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in MEASUREMENTS}
-    before = README.read_text()
-    after = before
-    for name, table in (
-        ("shapes", shapes(measured)),
-        ("known frames", known_frames(measured)),
-        ("rollout", rollout(measured["rollout"], measured["rollout_unet"])),
-        ("denoisers", denoisers(measured["denoisers"])),
-        ("costs", costs(measured)),
-    ):
-        after = put(after, name, table)
-    if args.check and after != before:
-        sys.exit("the README's tables are not those of docs/results: run python benchmarks/readme.py")
-    README.write_text(after)
+    for path, written in pages(measured).items():
+        if not args.check:
+            path.write_text(written)
+        elif path.read_text() != written:
+            sys.exit(f"{path.name} differs from docs/results/*.json: run python benchmarks/readme.py")
+
+
+def pages(measured: dict[str, Any]) -> dict[Path, str]:
+    """The text of each page with its tables."""
+    tables = {
+        README: {"summary": summary(measured)},
+        PAGE: {
+            "shapes": shapes(measured),
+            "known frames": known_frames(measured),
+            "rollout": rollout(measured["rollout"], measured["rollout_unet"]),
+            "denoisers": denoisers(measured["denoisers"]),
+            "costs": costs(measured),
+        },
+    }
+    texts = {}
+    for path, named in tables.items():
+        texts[path] = path.read_text()
+        for name, rows in named.items():
+            texts[path] = put(texts[path], name, rows)
+    return texts
 
 
 def put(text: str, name: str, rows: list[list[str]]) -> str:
-    """The text with the table of that name replaced; its first row is the header.
+    """Replaces the table between the marks of that name; its first row is the header.
 
     Raises:
-        ValueError: The text has no place for it, or several.
+        ValueError: The text does not have exactly one such pair of marks.
     """
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
@@ -80,69 +99,120 @@ def put(text: str, name: str, rows: list[list[str]]) -> str:
         flags=re.S,
     )
     if count != 1:
-        raise ValueError(f"{count} places for the table {name!r}")
+        raise ValueError(f"expected one place for the table {name!r}, got {count}")
     return after
 
 
+def summary(measured: dict[str, Any]) -> list[list[str]]:
+    """The few rows of the README."""
+    suffixes = ("", "_unet")  # of the Transformer's files and the U-Net's
+    scores = [measured[f"shapes{suffix}"] for suffix in suffixes]
+    known = [measured[f"known_frames_prompted{suffix}"] for suffix in suffixes]
+    rolled = [measured[f"rollout{suffix}"]["defaults"] for suffix in suffixes]
+    costs = [measured["denoisers"][name] for name in (TRANSFORMER, UNET)]
+
+    def right(split: str) -> list[str]:
+        return [f"{100 * score[f'{split}, 2 object(s), generated, full']['right']:.1f}%" for score in scores]
+
+    def median(task: str) -> list[str]:
+        return [f"{row[f'{task}, the model']['median psnr']:.1f} dB" for row in known]
+
+    return [
+        ["", f"`{TRANSFORMER}`", f"`{UNET}`"],
+        ["text to video, all objects correct", *right("train")],
+        ["the same, combinations absent from training", *right("held_out")],
+        ["prediction from 5 frames and a caption, PSNR", *median("prediction, 5 known")],
+        ["interpolation, every 8th frame and a caption given, PSNR", *median("interpolation, every 8th known")],
+        ["rollout, object still correct after 272 frames", *(f"{100 * row['right at end']:.0f}%" for row in rolled)],
+        ["parameters of the denoiser", *(f"{row['parameters'] / 1e6:.1f}M" for row in costs)],
+        ["time for a video of 17 frames, 20 steps", *(f"{row['video seconds']:.2f} s" for row in costs)],
+    ]
+
+
 def shapes(measured: dict[str, Any]) -> list[list[str]]:
-    """How often videos show what their prompts say."""
-    ways = {
-        "VAE (ceiling)": ("shapes", "VAE reconstruction"),
+    """How many videos show what their prompts say."""
+    columns = {
+        "VAE only (upper bound)": ("shapes", "VAE reconstruction"),
         "Transformer": ("shapes", "generated, full"),
-        "causal": ("shapes", "generated, causal"),
+        "Transformer, causal": ("shapes", "generated, causal"),
         "U-Net": ("shapes_unet", "generated, full"),
         "U-Net, causal": ("shapes_unet", "generated, causal"),
     }
-    rows = [["combinations", "objects", *ways, "target"]]
-    for split, name, target in (("train", "seen in training", "90%, U-Net 85%"), ("held_out", "never seen", "75%")):
+    rows = [["combinations", "objects", *columns, "target"]]
+    for split, name, target in (
+        ("train", "in training", "90% (U-Net 85%)"),
+        ("held_out", "not in training", "75%"),
+    ):
         for count in (2, 1):
             right = [
-                f"{100 * measured[results][f'{split}, {count} object(s), {made}']['right']:.1f}%"
-                for results, made in ways.values()
+                f"{100 * measured[results][f'{split}, {count} object(s), {videos}']['right']:.1f}%"
+                for results, videos in columns.values()
             ]
             rows.append([name, "1 or 2" if count == 2 else "1", *right, target if count == 2 else ""])
     return rows
 
 
 def known_frames(measured: dict[str, Any]) -> list[list[str]]:
-    """Median PSNR and mean SSIM of each way."""
+    """Median PSNR and mean SSIM of each method."""
     plain = measured["known_frames"]
-    ways = ["copy of the last frame", "ConvLSTM", "linear blend", "optical flow (DIS)", "ceiling: VAE alone"]
+    baselines = {
+        "copy of the last frame": "copy of the last frame",
+        "ConvLSTM": "ConvLSTM",
+        "linear blend": "linear blend",
+        "optical flow (DIS)": "optical flow (DIS)",
+        "ceiling: VAE alone": "VAE only (upper bound)",
+    }
     models = {
         "known_frames": "Transformer",
-        "known_frames_prompted": "with the caption",
+        "known_frames_prompted": "Transformer, caption",
         "known_frames_unet": "U-Net",
-        "known_frames_prompted_unet": "U-Net, with the caption",
+        "known_frames_prompted_unet": "U-Net, caption",
     }
-    rows = [["task", *models.values(), *ways[:-1], "VAE alone (ceiling)"]]
+    rows = [["task", *models.values(), *baselines.values()]]
     for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
-        found = [measured[name][f"{task}, the model"] for name in models]
-        found += [plain.get(f"{task}, {way}") for way in ways]
-        rows.append([task, *("" if one is None else f"{one['median psnr']:.2f} / {one['ssim']:.3f}" for one in found)])
+        scores = [measured[name][f"{task}, the model"] for name in models]
+        scores += [plain.get(f"{task}, {name}") for name in baselines]
+        cells = ["" if row is None else f"{row['median psnr']:.2f} / {row['ssim']:.3f}" for row in scores]
+        rows.append([task, *cells])
     return rows
 
 
+ROLLOUTS = {
+    "VAE alone (ceiling)": "VAE only (upper bound)",
+    "defaults, these prompts": "defaults, first 24 prompts",
+    "chunks of 2": "`chunk_size=2`",
+    "sink off": "`sink=0`",
+    "window 2": "`window=2`",
+    "history noise 0.1": "`history_noise=0.1`",
+    "history noise 0.2": "`history_noise=0.2`",
+    "history guidance 1.5": "`history_guidance_scale=1.5`",
+    "coarse to fine, 4": "`keyframe_interval=4`",
+}
+"""What the rows of benchmarks/rollout.py are called in the table."""
+
+
 def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
-    """What becomes of long rollouts."""
+    """Quality over the length of a rollout."""
     shares = {
-        "right at start": "right at the start",
-        "motion at start": "its motion",
-        "right windows": "all the time",
-        "right at end": "at the end",
-        "still right": "still right",
+        "right at start": "start",
+        "motion at start": "motion",
+        "right windows": "all windows",
+        "right at end": "end",
+        "still right": "retained",
     }
-    rows = [["", "prompts", *shares.values(), "brightness", "contrast", "seam ratio"]]
+    rows = [["rollout", "prompts", *shares.values(), "brightness", "contrast", "seam ratio"]]
     for name, row in [*measured.items(), ("U-Net, defaults", unet["defaults"])]:
         if isinstance(row, dict) and "right at start" in row:
             right = [f"{100 * row[part]:.0f}%" if part in row else "" for part in shares]
             slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
-            rows.append([name, f"{row['prompts']:.0f}", *right, *slopes, f"{row['seam ratio']:.2f}"])
+            cells = [f"{row['prompts']:.0f}", *right, *slopes, f"{row['seam ratio']:.2f}"]
+            rows.append([ROLLOUTS.get(name, name), *cells])
     return rows
 
 
 def denoisers(measured: dict[str, Any]) -> list[list[str]]:
     """What the shipped denoisers cost."""
-    rows = [["", "parameters", "FLOPs of an evaluation", "seconds of an evaluation", "of a video"]]
+    rows = [["checkpoint", "parameters", "FLOPs", "step, s", "video, s"]]
     for name, row in measured.items():
         cost = [f"{row['parameters'] / 1e6:.1f}M", f"{row['flops'] / 1e9:.1f}G"]
         rows.append([f"`{name}`", *cost, f"{row['step seconds']:.3f}", f"{row['video seconds']:.2f}"])
@@ -150,60 +220,57 @@ def denoisers(measured: dict[str, Any]) -> list[list[str]]:
 
 
 def costs(measured: dict[str, Any]) -> list[list[str]]:
-    """Seconds, memory and quality beside their targets."""
+    """Time, memory and reconstruction quality, next to their targets."""
     names = ('python -c "import vgen"', "vgen --help", "vgen generate")
     imported, helped, generated = (measured["cold_start"][name] for name in names)
     rolled = measured["rollout"]
     chunk, memory = rolled["seconds a chunk"], rolled["memory, MiB"]
-    rows = [["measured on 2 CPU cores", "", "target", "command"]]
+    rows = [["measurement", "value", "target", "command"]]
     rows += [
-        ["VAE, mean PSNR of 256 fresh clips", f"{measured['shapes']['psnr']:.2f} dB", "34 dB", command("shapes")],
+        ["VAE, mean PSNR of 256 new clips", f"{measured['shapes']['psnr']:.2f} dB", "34 dB", command("shapes")],
         [
             "`vgen generate`, cold start, defaults",
             f"{generated['seconds']:.1f} s, {generated['MiB']:.0f} MiB",
             "15 s, 2 GB",
             command("cold_start"),
         ],
-        [f"`{names[0]}`", f"{imported['seconds']:.2f} s", "0.3 s", "the same"],
-        [f"`{names[1]}`", f"{helped['seconds']:.2f} s", "1 s", "the same"],
+        [f"`{names[0]}`", f"{imported['seconds']:.2f} s", "0.3 s", command("cold_start")],
+        [f"`{names[1]}`", f"{helped['seconds']:.2f} s", "1 s", command("cold_start")],
         [
-            "a chunk of a rollout, 2 steps: its time 200 chunks after the window was filled, over that just after",
+            "rollout: time of a chunk 200 chunks after the window was full, relative to just after it was full",
             f"{chunk['ratio']:.2f} ({chunk['200 chunks later']:.3f} s)",
             "1.05",
             command("rollout"),
         ],
         [
-            "rollout: peak memory after loading, of 1,000 chunks over 50, with `MALLOC_MMAP_THRESHOLD_=65536`",
+            "rollout: peak memory of 1,000 chunks relative to 50",
             f"{memory['1000'] / memory['50']:.2f} ({memory['1000']:.1f} and {memory['50']:.1f} MiB)",
             "1.02",
-            "the same",
+            command("rollout"),
         ],
         [
-            "rollout: a step of a chunk that computes the window again, over one with the cache",
+            "rollout: time of a step without the KV cache relative to one with it",
             f"{rolled['speed-up of the cache']:.1f}",
             "",
-            "the same",
+            command("rollout"),
         ],
     ]
-    for name, setting in (
-        ("streaming_decode", "with `MALLOC_MMAP_THRESHOLD_=65536`"),
-        ("streaming_decode_glibc", "with glibc's own settings"),
-    ):
+    for name, setting in (("streaming_decode", ""), ("streaming_decode_glibc", ", glibc's default malloc")):
         short, long = (measured[name][length] for length in ("17", "257"))
         rows.append(
             [
-                f"streamed decoding at 256x256: peak memory of 257 frames over 17, {setting}",
+                f"streamed decoding: peak memory of 257 frames relative to 17{setting}",
                 f"{long / short:.2f} ({long:.0f} and {short:.0f} MiB)",
                 "1.1" if name == "streaming_decode" else "",
                 command(name),
             ]
         )
-    same = "same weights as `AutoencoderKLWan` and `WanTransformer3DModel`"
-    return [*rows, [same, "at most 1e-4 apart", "1e-4", "`pytest tests/models`"]]
+    same = "largest difference from `AutoencoderKLWan` and `WanTransformer3DModel` with the same weights"
+    return [*rows, [same, "at most 1e-4", "1e-4", "`pytest tests/models`"]]
 
 
 def command(name: str) -> str:
-    """What a reader types to measure it."""
+    """The command that repeats a measurement."""
     script, settings = MEASUREMENTS[name]
     words = [word for key, value in settings.items() for word in (f"--{key}", value) if word is not None]
     return f"`python {' '.join(map(str, [script, *words]))}`"

@@ -132,9 +132,34 @@ def test_the_readmes_python_runs(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
 
 
-def test_the_readmes_tables_are_those_that_were_measured():
+def test_the_measured_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# those between pages of docs/ are checked when the site is built
+def test_links_of_the_readme_lead_to_files_and_headings():
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    for name, anchor in links:
+        assert (ROOT / name).exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, anchor
+
+
+def test_every_module_is_in_the_api_reference():
+    directives = [
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)
+    ]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in MODULES
+        if path.name not in ("__init__.py", "cli.py")
+    ]
+    assert sorted(directives) == sorted(modules)
 
 
 def test_the_shipped_checkpoints_are_small():
