@@ -25,6 +25,7 @@ from vgen.io.pixels import to_frames
 from vgen.metrics.reference import psnr, ssim
 from vgen.metrics.suites import WORLD_SEED, copy_last, flow_interpolation, linear_blend
 from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.pipeline import VideoGenPipeline
 from vgen.tasks.evaluation import CONVLSTM
 
 NUM_FRAMES = 17

@@ -18,6 +18,7 @@ from scripts import launch
 from vgen.hub import find_checkpoint
 from vgen.metrics.report import name_of, summarize, tell
 from vgen.models.vae import CausalVideoVAE
+from vgen.pipeline import VideoGenPipeline
 
 TERMS = {
     "off": (),

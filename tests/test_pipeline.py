@@ -14,6 +14,7 @@ from vgen.hub import find_checkpoint
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
+from vgen.pipeline import VideoGenPipeline
 from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss
 
 PROMPT = "a red circle moves right"
