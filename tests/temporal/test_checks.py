@@ -1,0 +1,45 @@
+"""Checks of arguments: what passes, and the line that tells what is allowed."""
+
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from vgen.temporal.checks import check_choice, check_choices, check_integer, check_number
+
+Color = Literal["red", "blue"]
+
+
+def test_allowed_values_pass():
+    check_choice("color", "red", Color)
+    check_choices("colors", ("red", "blue"), Color)
+    check_choices("colors", [], Color)
+    check_integer("count", 0, minimum=0)
+    check_integer("count", np.int64(3), minimum=3, maximum=3)
+    check_number("share", 0.5, 0, 1)
+    check_number("share", np.float32(1.0), 0, 1)
+    check_number("rate", 8)
+
+
+@pytest.mark.parametrize("value", ["green", "Red", None, 1, ["red"], np.array(["red", "blue"])])
+def test_other_choices_are_rejected(value):
+    with pytest.raises(ValueError, match="^color must be one of 'red', 'blue', got "):
+        check_choice("color", value, Color)
+
+
+@pytest.mark.parametrize("values", ["red", None, 3, ("red", "green"), [["red"]]])
+def test_other_sequences_of_choices_are_rejected(values):
+    with pytest.raises(ValueError, match="colors must be (a sequence|one) of 'red', 'blue', got "):
+        check_choices("colors", values, Color)
+
+
+@pytest.mark.parametrize("value", [2.0, "2", None, True, (2,), float("nan"), 0, 5, np.float64(2)])
+def test_other_integers_are_rejected(value):
+    with pytest.raises(ValueError, match="^count must be an integer from 1 to 4, got "):
+        check_integer("count", value, 1, 4)
+
+
+@pytest.mark.parametrize("value", ["2", None, False, (2,), float("nan"), float("inf"), -1, 1j])
+def test_other_numbers_are_rejected(value):
+    with pytest.raises(ValueError, match="^rate must be a finite number of at least 0, got "):
+        check_number("rate", value, 0)

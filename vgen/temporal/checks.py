@@ -1,0 +1,72 @@
+"""Checks of arguments whose errors are one line: what is allowed and what was given.
+
+They stand in the lowest layer, so every module can use them.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any, get_args
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Checks an option with a small set of values.
+
+    Args:
+        name: Name of the argument, for the error.
+        value: What the caller passed.
+        choices: A `Literal` type that lists the allowed values.
+
+    Raises:
+        ValueError: `value` is not one of them.
+    """
+    allowed = get_args(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_choices(name: str, values: Any, choices: Any) -> None:
+    """Checks a sequence of options; see `check_choice`.
+
+    Raises:
+        ValueError: `values` is not a sequence, or one of its entries is not allowed.
+    """
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} must be a sequence of {', '.join(map(repr, get_args(choices)))}, got {values!r}")
+    for value in values:
+        check_choice(f"each of {name}", value, choices)
+
+
+def check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
+    """Checks a count or an index. Booleans and floats such as 64.0 are rejected.
+
+    Raises:
+        ValueError: `value` is not an integer, or is out of range.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not _in_range(value, minimum, maximum):
+        raise ValueError(f"{name} must be an integer{_describe_range(minimum, maximum)}, got {value!r}")
+
+
+def check_number(name: str, value: object, minimum: float | None = None, maximum: float | None = None) -> None:
+    """Checks a finite real number. Booleans, strings and NaN are rejected.
+
+    Raises:
+        ValueError: `value` is not a finite number, or is out of range.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not _in_range(value, minimum, maximum):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a finite number{_describe_range(minimum, maximum)}, got {value!r}")
+
+
+def _in_range(value: Any, minimum: float | None, maximum: float | None) -> bool:
+    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+
+
+def _describe_range(minimum: float | None, maximum: float | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum:g} to {maximum:g}"
+    if minimum is not None:
+        return f" of at least {minimum:g}"
+    return "" if maximum is None else f" of at most {maximum:g}"
