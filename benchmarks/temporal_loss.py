@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scripts import launch
 
-from vgen.metrics.report import name_of, summarize, tell
+from vgen.metrics.report import column_title, format_summary, summarize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline, find_checkpoint
 
@@ -92,7 +92,7 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
     for task, metrics in SCORES[network].items():
         way = next(iter(results["tasks"][task].values()))
         for metric in metrics:
-            found[f"{task}: {name_of(metric)}"] = tell(metric, summarize(way[metric]))
+            found[f"{task}: {column_title(metric)}"] = format_summary(metric, summarize(way[metric]))
     return found
 
 
