@@ -44,7 +44,7 @@ def alone(scene: Scene, number: int) -> Scene:
     return replace(scene, objects=(scene.objects[number],), background="black")
 
 
-def test_scenes_depend_on_seed_and_index_alone():
+def test_scenes_depend_only_on_seed_and_index():
     world, again, other = ShapesWorld(seed=1), ShapesWorld(seed=1), ShapesWorld(seed=2)
     backwards = [again.scene(index) for index in reversed(range(50))][::-1]
     assert [world.scene(index) for index in range(50)] == backwards
@@ -78,7 +78,7 @@ def test_held_out_tenth_never_occurs_in_training():
     assert 0.09 < len(held_out) / len(combinations("all")) < 0.11
 
 
-def test_training_shows_every_pair_of_attributes():
+def test_every_pair_of_attributes_occurs_in_training():
     train = combinations("train")
     assert {(color, shape) for color, shape, _ in train} == set(itertools.product(COLORS, SHAPES))
     assert {(color, motion) for color, _, motion in train} == set(itertools.product(COLORS, MOTIONS))
@@ -123,7 +123,7 @@ def test_largest_reach_stays_inside(size, speed):
 
 
 @pytest.mark.parametrize("companion", [None, describe("up", color="blue", shape="star", speed="quick")])
-def test_first_frame_is_the_same_whatever_the_motion(companion):
+def test_first_frame_does_not_depend_on_the_motion(companion):
     for seed in range(3):
         scenes = []
         for motion in MOTIONS:
@@ -170,7 +170,7 @@ def test_bounce_reaches_a_wall_after_5_to_10_intervals_and_never_wraps(num_objec
     assert not opposite.any()
 
 
-def test_bouncing_object_keeps_to_its_half_for_ever():
+def test_bouncing_object_always_stays_in_its_half():
     objects = [describe("bounce"), describe("bounce", color="blue", shape="star", size="large")]
     scenes = [make_scene(objects, "black", random.Random(seed)) for seed in range(8)]
     first, second = (
@@ -296,8 +296,8 @@ def test_spin_turns_by_its_speed():
     assert math.degrees(abs(one.spin)) / 8 == pytest.approx(5, rel=0.06)
 
 
-def test_illegal_worlds_are_refused():
-    with pytest.raises(ValueError, match="split is 'test'"):
+def test_invalid_worlds_raise():
+    with pytest.raises(ValueError, match="split must be one of 'train', 'held_out', 'all', got 'test'"):
         ShapesWorld(split="test")
-    with pytest.raises(ValueError, match="1 or 2 objects"):
+    with pytest.raises(ValueError, match="must contain only 1 and 2"):
         ShapesWorld(num_objects=(1, 3))
