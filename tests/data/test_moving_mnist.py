@@ -52,7 +52,7 @@ def test_the_stochastic_variant_is_reflected_at_random():
         steps = np.diff(track, axis=0)
         for i in range(1, len(steps)):
             if not np.array_equal(steps[i], steps[i - 1]):
-                # speeds change at walls alone
+                # speeds change only at walls
                 assert ((track[i] == 0) | (track[i] == 36)).any() or ((track[i + 1] == 0) | (track[i + 1] == 36)).any()
                 after.add(tuple(steps[i]))
     assert len(after) > 20

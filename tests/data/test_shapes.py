@@ -40,7 +40,7 @@ def border(mask: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1)
 
 
-def alone(scene: Scene, number: int) -> Scene:
+def single(scene: Scene, number: int) -> Scene:
     return replace(scene, objects=(scene.objects[number],), background="black")
 
 
@@ -93,8 +93,8 @@ def test_nothing_touches_the_border_or_another_object_in_the_default_clip(height
     assert not border(visible(calm, height=height, width=width)).any()
 
     pairs = [scene for scene in scenes if len(scene.objects) == 2]
-    first = visible([alone(scene, 0) for scene in pairs], height=height, width=width)
-    second = visible([alone(scene, 1) for scene in pairs], height=height, width=width)
+    first = visible([single(scene, 0) for scene in pairs], height=height, width=width)
+    second = visible([single(scene, 1) for scene in pairs], height=height, width=width)
     assert first.any(dim=(2, 3)).all() and second.any(dim=(2, 3)).all()
     around = F.max_pool2d(second.float(), 3, stride=1, padding=1) > 0
     assert not (first & around).any()
@@ -118,7 +118,7 @@ def test_largest_reach_stays_inside(size, speed):
     ]
     last = {"num_frames": 1, "start": 2.0}
     assert not border(visible(scenes, **last)).any()
-    first, second = (visible([alone(scene, number) for scene in scenes], **last) for number in (0, 1))
+    first, second = (visible([single(scene, number) for scene in scenes], **last) for number in (0, 1))
     assert not (first & second).any()
 
 
@@ -161,7 +161,7 @@ def test_bounce_reaches_a_wall_after_5_to_10_intervals_and_never_wraps(num_objec
             itertools.product(SHAPES, ["small", "large"], ["slow", "normal", "quick"])
         )
     ]
-    ball = visible([alone(scene, 0) for scene in scenes], num_frames=161, frame_rate=40.0)
+    ball = visible([single(scene, 0) for scene in scenes], num_frames=161, frame_rate=40.0)
     hit = border(ball).any(dim=-1)
     first_hit = hit.float().argmax(dim=1) / 40 * 8
     # A soft edge shows in the border's pixels up to a pixel before the wall.
@@ -174,7 +174,7 @@ def test_bouncing_object_always_stays_in_its_half():
     objects = [describe("bounce"), describe("bounce", color="blue", shape="star", size="large")]
     scenes = [make_scene(objects, "black", random.Random(seed)) for seed in range(8)]
     first, second = (
-        visible([alone(scene, number) for scene in scenes], num_frames=120, frame_rate=3.0).any(dim=1)
+        visible([single(scene, number) for scene in scenes], num_frames=120, frame_rate=3.0).any(dim=1)
         for number in (0, 1)
     )
     assert not (first & second).any()

@@ -22,7 +22,7 @@ def moving_pattern(num_frames=12, height=32, width=48):
 
 
 def encode(path, frames, codec="libx264", pixel_format="yuv420p", *, rate=8, times=None, **options):
-    """Writes a video with PyAV alone; `times` are milliseconds."""
+    """Writes a video with PyAV only; `times` are in milliseconds."""
     clock = 1 / Fraction(rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={key: str(value) for key, value in options.items()})

@@ -25,8 +25,8 @@ def test_psnr_is_its_formula_for_each_clip(clips):
 def test_ssim_of_a_clip_is_the_mean_over_its_frames(clips):
     true, made = clips
     whole = ssim(made, true)
-    alone = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
-    torch.testing.assert_close(whole, alone.mean(0))
+    each = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
+    torch.testing.assert_close(whole, each.mean(0))
     torch.testing.assert_close(ssim(true, true), torch.ones(2))
     assert (whole < 1).all()
 

@@ -41,7 +41,7 @@ def test_the_interval_is_that_of_the_mean():
     assert single.mean == 4 and np.isnan([single.low, single.high]).all()  # a single clip has no interval
 
 
-def alone(results):
+def first_clip_of(results):
     """The first clip of results."""
     methods = results["tasks"]["prediction"]
     cut = {name: {metric: values[:1] for metric, values in scores.items()} for name, scores in methods.items()}
@@ -71,7 +71,7 @@ def test_a_result_does_not_differ_from_itself_and_a_better_one_does(results):
     del better["tasks"]["prediction"]["copy"]
     found = {(one.method, one.metric): one for one in compare(results, better)}
     one = found["the model", "psnr"]
-    assert one.is_significant and not compare(alone(results), alone(better))[0].is_significant
+    assert one.is_significant and not compare(first_clip_of(results), first_clip_of(better))[0].is_significant
     assert one.summary.mean == pytest.approx(3.5 / 3) and ("copy", "psnr") not in found
 
 

@@ -29,7 +29,7 @@ def test_predictions_follow_from_predictions(network):
 
 
 @torch.no_grad()
-def test_no_frame_depends_on_later_ones(network):
+def test_no_prediction_depends_on_later_frames(network):
     clip = draw()
     changed = clip.clone()
     changed[:, :, 4:] += 1

@@ -319,11 +319,11 @@ def test_stream_resumed_from_a_file_continues_identically(make_transformer, tmp_
 def test_guidance_rows_in_one_state_equal_states_of_their_own(make_transformer):
     network = make_transformer(window=3)
     latents, levels, prompt = inputs()
-    together, alone = TemporalState(), [TemporalState(), TemporalState()]
+    together, separate = TemporalState(), [TemporalState(), TemporalState()]
     for frame in range(4):
         part = slice(frame, frame + 1)
         both = network(latents[:, :, part], levels[:, part], prompt, state=together).sample
-        for row, state in enumerate(alone):
+        for row, state in enumerate(separate):
             one = slice(row, row + 1)
             close(both[one], network(latents[one, :, part], levels[one, part], prompt[one], state=state).sample)
 

@@ -248,7 +248,7 @@ def test_decode_stream_never_holds_more_than_a_piece(make_vae):
     for piece in vae.decode_stream(latents, state, clamp=False):
         pieces.append(piece)
         bytes_held.append(state.num_bytes)
-        assert len(worked) == len(pieces)  # nothing is decoded before it is asked for
+        assert len(worked) == len(pieces)  # nothing is decoded in advance
     assert [piece.shape[2] for piece in pieces] == [5, 8, 8, 8, 8, 4]
     assert len(set(bytes_held[1:])) == 1
     vae.frames_per_piece = 1000

@@ -45,7 +45,7 @@ def test_flow_finds_a_translation(texture, method, right, down):
 @pytest.mark.parametrize("method", ["dis", "farneback", "lucas_kanade"])
 def test_flow_finds_a_rotation(texture, method):
     first = cut(texture, 0, 0)
-    # a frame that was turned by an angle shows at p what stood where the way back leads
+    # the rotated frame has at p the pixel at the position that p rotates back to
     second = warp(first, rotation(96, -4).expand(2, -1, -1, -1))
     error = optical_flow(first, second, method) - rotation(96, 4)
     assert error[..., 16:-16, 16:-16].norm(dim=1).median() < 0.3

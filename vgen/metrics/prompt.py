@@ -254,32 +254,35 @@ def _find_layers(frames: Tensor) -> list[_Layer]:
     size = (len(frames), *frames.shape[2:])
     background = _background(frames)
     offset = rearrange(frames - rearrange(background, "c -> c 1 1"), "f c h w -> c (f h w)")
-    place = (reduce(offset.square(), "c p -> p", "sum") > MIN_CONTRAST**2).nonzero()[:, 0]
-    if len(place) > MAX_COVERED * math.prod(size):
-        return [_Layer(None, _paint(torch.ones(1, len(place)), place, size)[0])]
-    amount, error = _unmix(offset[:, place], torch.tensor([OBJECT_COLORS[color] for color in COLORS]) - background)
+    pixel_index = (reduce(offset.square(), "c p -> p", "sum") > MIN_CONTRAST**2).nonzero()[:, 0]
+    if len(pixel_index) > MAX_COVERED * math.prod(size):
+        return [_Layer(None, _paint(torch.ones(1, len(pixel_index)), pixel_index, size)[0])]
+    palette = torch.tensor([OBJECT_COLORS[color] for color in COLORS])
+    amount, error = _unmix(
+        offset[:, pixel_index], torch.tensor([OBJECT_COLORS[color] for color in COLORS]) - background
+    )
     min_pixels = MIN_AREA * min(size[1:]) ** 2 * size[0]
     present = _cores(amount, error, MAX_COLOR_ERROR).sum(dim=1) >= min_pixels
 
     # The colour of edges and blurred pixels is ambiguous: they belong to a present colour next to them.
     amount, error = amount[present], error[present]
-    cores = _paint(_cores(amount, error, MAX_COLOR_ERROR_NEAR_CORE), place, size)
-    around = F.max_pool2d(F.pad(cores, (2, 2, 2, 2), mode="circular"), 5, 1).flatten(1)[:, place] > 0
+    cores = _paint(_cores(amount, error, MAX_COLOR_ERROR_NEAR_CORE), pixel_index, size)
+    around = F.max_pool2d(F.pad(cores, (2, 2, 2, 2), mode="circular"), 5, 1).flatten(1)[:, pixel_index] > 0
     own = _lowest(error.masked_fill(~around, math.inf)) & around & (error < MAX_COLOR_ERROR_NEAR_CORE)
-    coverage = _paint(amount * (own & (amount > MIN_COVERAGE)), place, size)
+    coverage = _paint(amount * (own & (amount > MIN_COVERAGE)), pixel_index, size)
     colors = [color for color, is_present in zip(COLORS, present.tolist(), strict=True) if is_present]
     layers = [_Layer(color, part) for color, part in zip(colors, coverage, strict=True)]
 
     rest = ~own.any(dim=0)
     if int(rest.sum()) >= min_pixels:
-        layers.append(_Layer(None, _paint(rest[None], place, size)[0]))
+        layers.append(_Layer(None, _paint(rest[None], pixel_index, size)[0]))
     return layers
 
 
-def _paint(values: Tensor, place: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Writes `values` `(k, p)` to the pixel indices `place` of empty frames, `(k, f, h, w)`."""
+def _paint(values: Tensor, pixel_index: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Writes `values` `(k, p)` to the pixel indices `pixel_index` of empty frames, `(k, f, h, w)`."""
     canvas = torch.zeros(len(values), math.prod(size))
-    canvas[:, place] = values.float()
+    canvas[:, pixel_index] = values.float()
     return canvas.unflatten(1, size)
 
 
@@ -507,19 +510,19 @@ def _turn(frame: Tensor, moments: Tensor, shape: str | None, num_frames: int) ->
 def _name_motion(
     displacement: tuple[float, float], wobble: float, reversal: float, hits_wall: bool, growth: float, turn: float
 ) -> str | None:
-    found: list[str | None] = []
+    motions: list[str | None] = []
     distance = math.hypot(*displacement)
     if reversal > MIN_REVERSAL:
-        found.append("bounce" if hits_wall else None)
+        motions.append("bounce" if hits_wall else None)
     elif wobble > MAX_WOBBLE + 0.1 * distance:
-        found.append(None)
+        motions.append(None)
     elif distance > MIN_DISPLACEMENT:
-        found.append(_nearest_direction(*displacement))
+        motions.append(_nearest_direction(*displacement))
     if abs(math.log(growth)) > MIN_LOG_GROWTH:
-        found.append("grow" if growth > 1 else "shrink")
+        motions.append("grow" if growth > 1 else "shrink")
     if not abs(turn) < MIN_TURN:
-        found.append(None if math.isnan(turn) else "spin")
-    return found[0] if len(found) == 1 else None if found else "still"
+        motions.append(None if math.isnan(turn) else "spin")
+    return motions[0] if len(motions) == 1 else None if motions else "still"
 
 
 def _nearest_direction(x: float, y: float) -> str:
