@@ -258,9 +258,7 @@ def _find_layers(frames: Tensor) -> list[_Layer]:
     if len(pixel_index) > MAX_COVERED * math.prod(size):
         return [_Layer(None, _paint(torch.ones(1, len(pixel_index)), pixel_index, size)[0])]
     palette = torch.tensor([OBJECT_COLORS[color] for color in COLORS])
-    amount, error = _unmix(
-        offset[:, pixel_index], torch.tensor([OBJECT_COLORS[color] for color in COLORS]) - background
-    )
+    amount, error = _unmix(offset[:, pixel_index], palette - background)
     min_pixels = MIN_AREA * min(size[1:]) ** 2 * size[0]
     present = _cores(amount, error, MAX_COLOR_ERROR).sum(dim=1) >= min_pixels
 

@@ -591,11 +591,8 @@ class UNet3D(
         if conv_context is not None:
             if state is not None or gap_index is None:
                 raise ValueError("conv_context needs gap_index and cannot be used with a state")
-            n, k = n + conv_context.shape[2], conv_context.shape[2]
-            hidden_states = torch.cat([hidden_states, conv_context.to(hidden_states)], dim=2)
-            levels = _levels(timestep, b, num_visible, hidden_states.device).expand(b, num_visible)
-            timestep = F.pad(levels, (0, k))
-            keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
+            hidden_states, timestep, keyframes = _append_context(conv_context, hidden_states, timestep, keyframes)
+            n = hidden_states.shape[2]
         cache = None if state is None else FrameCache.opened(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         device = hidden_states.device
@@ -720,6 +717,17 @@ def _levels(timestep: Tensor | float, b: int, n: int, device: torch.device) -> T
     if levels.shape[0] != b or levels.shape[1] not in (1, n):
         raise ValueError(f"timestep must be a number or have shape ({b},) or ({b}, {n}), got {tuple(timestep.shape)}")
     return levels
+
+
+def _append_context(
+    context: Tensor, latents: Tensor, timestep: Tensor | float, keyframes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Appends clean latents `(b, c, k, h, w)` to latents, timesteps `(b, n + k)` and keyframe slots."""
+    b, _, n = latents.shape[:3]
+    k = context.shape[2]
+    levels = _levels(timestep, b, n, latents.device).expand(b, n)
+    keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
+    return torch.cat([latents, context.to(latents)], dim=2), F.pad(levels, (0, k)), keyframes
 
 
 def _isolate(mask: Tensor | None, num_visible: int, n: int, like: Tensor) -> Tensor:

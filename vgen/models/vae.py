@@ -385,7 +385,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
                 piece does not match the stream.
         """
         self._check_size(clip)
-        moments = self._encode_tiles(clip, None) if state is None else self._encode_piece(clip, state)
+        moments = self._encode_in_parts(clip, None) if state is None else self._encode_piece(clip, state)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -408,16 +408,10 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: The piece does not match the stream.
         """
-
-        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
-            if branch is not None:
-                return self._streamed(self._decode, part, branch)
-            return self._decode(part, None) if torch.is_grad_enabled() else self._decode_bounded(part)
-
         if latents.shape[2] == 0:
             clip = self._empty_clip(latents)
         else:
-            clip = self._in_parts(run, latents, state, self.spatial_compression_ratio, 1)
+            clip = self._in_parts(self._decode_part, latents, state, self.spatial_compression_ratio, 1)
         clip = clip.clamp(-1, 1) if clamp else clip
         return DecoderOutput(sample=clip) if return_dict else (clip,)
 
@@ -546,7 +540,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         first = 0 if state.get("encoded_frames") is not None else 1
         usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
         if usable:
-            moments = self._encode_tiles(frames[:, :, :usable], state)
+            moments = self._encode_in_parts(frames[:, :, :usable], state)
         else:
             size = [side // self.spatial_compression_ratio for side in clip.shape[-2:]]
             moments = clip.new_zeros(clip.shape[0], 2 * self.config.z_dim, 0, *size, dtype=self.dtype)
@@ -557,13 +551,18 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         state.commit(history)
         return moments
 
-    def _encode_tiles(self, clip: Tensor, state: TemporalState | None) -> Tensor:
-        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
-            if branch is not None:
-                return self._streamed(self._encode, part, branch)
-            return self._encode(part, None) if torch.is_grad_enabled() else self._encode_bounded(part)
+    def _encode_in_parts(self, clip: Tensor, state: TemporalState | None) -> Tensor:
+        return self._in_parts(self._encode_part, clip, state, 1, self.spatial_compression_ratio)
 
-        return self._in_parts(run, clip, state, 1, self.spatial_compression_ratio)
+    def _encode_part(self, clip: Tensor, state: TemporalState | None) -> Tensor:
+        if state is not None:
+            return self._streamed(self._encode, clip, state)
+        return self._encode(clip, None) if torch.is_grad_enabled() else self._encode_bounded(clip)
+
+    def _decode_part(self, latents: Tensor, state: TemporalState | None) -> Tensor:
+        if state is not None:
+            return self._streamed(self._decode, latents, state)
+        return self._decode(latents, None) if torch.is_grad_enabled() else self._decode_bounded(latents)
 
     def _encode_bounded(self, clip: Tensor) -> Tensor:
         s, n = self.temporal_compression_ratio, self._latents_per_piece
