@@ -16,7 +16,7 @@ from pathlib import Path
 from scripts import launch
 
 from vgen.hub import find_checkpoint
-from vgen.metrics.report import name_of, summarize, tell
+from vgen.metrics.report import column_title, format_summary, summarize
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 
@@ -93,7 +93,7 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
     for task, metrics in SCORES[network].items():
         way = next(iter(results["tasks"][task].values()))
         for metric in metrics:
-            found[f"{task}: {name_of(metric)}"] = tell(metric, summarize(way[metric]))
+            found[f"{task}: {column_title(metric)}"] = format_summary(metric, summarize(way[metric]))
     return found
 
 

@@ -73,7 +73,7 @@ def test_predict_continues_a_video_at_its_size_and_rate(able, tmp_path, clip):
     assert done.exit_code == 0, done.output
     frames, rate = read_video(tmp_path / "future")
     assert frames.shape == (7, 24, 24, 3) and rate == pytest.approx(4)
-    assert done.stderr == "the middle 24x24 of 40x24 is shown to the model at 16x16 and comes back at 24x24\n"
+    assert done.stderr == "the central 24x24 of 40x24 is resized to 16x16 for the model; the output has 24x24\n"
     run("predict", tmp_path / "clip", "-o", tmp_path / "all", "--num-frames", 7, "--model", able, "--with-input")
     everything, _ = read_video(tmp_path / "all")
     assert np.array_equal(everything[:6], clip[:, :, 8:32]) and np.array_equal(everything[6:], frames)
@@ -144,8 +144,8 @@ def test_animate_begins_with_the_image(able, tmp_path, clip):
     [
         (["predict", "clip", "--model", "poor"], "trained for leading"),
         (["predict", "nothing.mp4"], "nothing.mp4"),
-        (["predict", "clip", "--num-frames", 0], "num_frames must be at least 1"),
-        (["interpolate", "clip", "--factor", 1], "factor must be at least 2, got 1"),
+        (["predict", "clip", "--num-frames", 0], "num_frames must be an integer of at least 1"),
+        (["interpolate", "clip", "--factor", 1], "factor must be an integer of at least 2, got 1"),
         (["interpolate", "clip", "--model", "poor"], "trained for keyframes and leading"),
         (["rollout", PROMPT, "--at", "soon"], "FRAME=PROMPT"),
         (["rollout", PROMPT, "--with-input"], "--with-input needs --video"),
@@ -159,7 +159,7 @@ def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, 
     arguments = [model if word == "poor" else word for word in arguments]
     chosen = [] if "--model" in arguments else ["--model", able]
     done = run(*arguments, "-o", "out.mp4", *chosen)
-    told = [line for line in done.stderr.splitlines() if "is shown to the model" not in line]
+    told = [line for line in done.stderr.splitlines() if "for the model" not in line]
     assert done.exit_code == 2 and len(told) == 1 and message in told[0]
     assert not (tmp_path / "out.mp4").exists()
 

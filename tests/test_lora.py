@@ -62,7 +62,7 @@ def test_loaded_adapters_change_the_video_by_their_scale_and_unloaded_ones_do_no
     assert torch.equal(plain, latents(pipe))
 
 
-def test_an_adapter_equals_the_sum_of_its_product_and_the_weight(adapters):
+def test_an_adapter_adds_its_product_to_the_weight(adapters):
     pipe, merged = make_pipeline(), make_pipeline()
     layers = write_adapter(adapters["first"], 0)
     pipe.load_lora_weights(adapters["first"])
@@ -98,7 +98,7 @@ def test_adapters_are_swapped_mixed_and_deleted(adapters, denoiser, tmp_path, ra
     assert apart(latents(pipe), plain) < 1e-5
 
 
-def test_fused_weights_give_the_same_and_are_taken_back(adapters):
+def test_fused_weights_give_the_same_and_can_be_unfused(adapters):
     pipe = make_pipeline()
     plain = latents(pipe)
     pipe.load_lora_weights(adapters["first"])
@@ -132,7 +132,7 @@ def test_adapters_in_the_public_format_of_wan_load(tmp_path):
     assert torch.equal(*videos)
 
 
-def test_pickled_adapters_are_refused(tmp_path):
+def test_pickled_adapters_raise(tmp_path):
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")
     pipe = make_pipeline()
     with pytest.raises(ValueError, match="pickles"):
@@ -190,9 +190,9 @@ def test_adapters_of_a_unet_are_loaded_scaled_fused_and_unloaded(tmp_path, rando
     assert apart(plain, latents(pipe)) < 1e-4  # taking out what was added rounds
 
 
-def test_adapters_of_the_other_denoiser_and_pickles_are_refused(tmp_path, adapters, randomize):
+def test_adapters_of_the_other_denoiser_and_pickles_raise(tmp_path, adapters, randomize):
     pipe = make_unet_pipeline(randomize)
-    with pytest.raises(ValueError, match="no LoRA for a U-Net"):
+    with pytest.raises(ValueError, match="expected LoRA weights for a U-Net"):
         pipe.load_lora_weights(adapters["first"])
     with pytest.raises(ValueError, match="pickles"):
         pipe.load_lora_weights(adapters["first"], use_safetensors=False)

@@ -990,13 +990,13 @@ def test_convolutions_get_the_latents_before_what_follows_a_gap(text_run, long_l
     windows, seen = {"start": 1.0, "sink": 1.0}, set()
     for clip, row in rows(text_run, long_latents, length=3, windows=windows, conv_history=2):
         later = next(i for i in range(1, 4) if torch.equal(row["latents"][:, 1], clip.latents[:, i].float()))
-        assert row["resumes"] == (3 if later == 1 else 1)
+        assert row["gap_index"] == (3 if later == 1 else 1)
         if later > 1:
-            assert torch.equal(row["unseen"], clip.latents[:, later - 2 : later].float())
+            assert torch.equal(row["conv_context"], clip.latents[:, later - 2 : later].float())
         seen.add(later)
     assert seen == {1, 2, 3}
     _, row = next(rows(text_run, long_latents, length=3, windows={"start": 1.0}, conv_history=2))
-    assert "unseen" not in row
+    assert "conv_context" not in row
 
 
 def test_known_frames_are_trained_and_then_served(vae_run, text_run, long_latents, tmp_path):

@@ -227,11 +227,19 @@ def main(config: VDMConfig) -> None:
             shared = groups[0].tolist() if (groups == groups[0]).all() else groups  # full groups need no mask then
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             sample = objective(batch["latents"], batch["noise"], batch["levels"])
-            told = ("input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "unseen", "resumes")
+            told = (
+                "input_ids",
+                "prompt_mask",
+                "prompt_embeds",
+                "frame_rate",
+                "keyframes",
+                "conv_context",
+                "gap_index",
+            )
             conditions = {name: batch[name] for name in told if name in batch}
             prediction = run.network(sample.latents, sample.timestep, groups=shared, **conditions)
             tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
-            gaps = int((batch["resumes"] < length).sum()) if "resumes" in batch else 0
+            gaps = int((batch["gap_index"] < length).sum()) if "gap_index" in batch else 0
             shape = (sample.latents.shape, *conditions, mode, gaps)
             run.count(
                 len(sample.latents),
@@ -582,8 +590,8 @@ def draw_row(
     }
     if network.conv_history and network.sink and config.windows.get("sink"):
         first = window[network.sink] if window_kind == "sink" else network.conv_history
-        row["unseen"] = clip.latents[:, first - network.conv_history : first].float()
-        row["resumes"] = torch.tensor(network.sink if window_kind == "sink" else length)
+        row["conv_context"] = clip.latents[:, first - network.conv_history : first].float()
+        row["gap_index"] = torch.tensor(network.sink if window_kind == "sink" else length)
     if config.wants_temporal_loss:
         row["adjacent"] = places.diff() == 1
         if clip.motion is not None:

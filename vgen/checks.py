@@ -1,4 +1,7 @@
-"""Checks of arguments: one clear line that names the argument, what is allowed and what was given."""
+"""Checks of arguments whose errors are one line: what is allowed and what was given.
+
+They are in the lowest layer, so every module can use them.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +10,93 @@ from numbers import Integral, Real
 from typing import Any, get_args
 
 
-def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
-    """Checks a whole number.
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Checks an option with a small set of values.
 
     Args:
-        name: Of the argument, for the error.
-        value: What was given.
-        least: Smallest allowed value.
+        name: Name of the argument, for the error.
+        value: What the caller passed.
+        choices: A `Literal` type that lists the allowed values, or a sequence of them.
 
     Raises:
-        ValueError: The value is not a whole number (`True` and `64.0` are not), or is too small.
+        ValueError: `value` is not one of them.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    allowed = get_args(choices) or tuple(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_choices(name: str, values: Any, choices: Any) -> None:
+    """Checks a sequence of options; see `check_choice`.
+
+    Raises:
+        ValueError: `values` is not a sequence, or one of its entries is not allowed.
+    """
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} must be a sequence of {', '.join(map(repr, get_args(choices)))}, got {values!r}")
+    for value in values:
+        check_choice(f"each of {name}", value, choices)
+
+
+def check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
+    """Checks a count or an index. Booleans and floats such as 64.0 are rejected.
+
+    Raises:
+        ValueError: `value` is not an integer, or is out of range.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not _in_range(value, minimum, maximum):
+        raise ValueError(f"{name} must be an integer{_describe_range(minimum, maximum)}, got {value!r}")
 
 
 def check_number(
-    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+    name: str,
+    value: object,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
-    """Checks a finite number.
+    """Checks a finite real number. Booleans, strings and NaN are rejected.
 
     Args:
-        name: Of the argument, for the error.
-        value: What was given.
-        least: Smallest allowed value.
+        name: Name of the argument, for the error.
+        value: What the caller passed.
+        minimum: Smallest allowed value.
+        maximum: Largest allowed value.
         above: The value must be greater than this.
         below: The value must be smaller than this.
 
     Raises:
-        ValueError: The value is not a finite number, or is out of range.
+        ValueError: `value` is not a finite number, or is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    limits = [
-        f"{word} {limit:g}"
-        for word, limit in (("at least", least), ("above", above), ("below", below))
-        if limit is not None
-    ]
-    if (
-        (least is not None and float(value) < least)
-        or (above is not None and float(value) <= above)
-        or (below is not None and float(value) >= below)
-    ):
-        raise ValueError(f"{name} must be {' and '.join(limits)}, got {value}")
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    limits = (minimum, maximum, above, below)
+    if not is_number or not math.isfinite(value) or not _in_range(value, *limits):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a finite number{_describe_range(*limits)}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Checks one of a few strings.
+def _in_range(
+    value: Any,
+    minimum: float | None,
+    maximum: float | None,
+    above: float | None = None,
+    below: float | None = None,
+) -> bool:
+    return (
+        (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
 
-    Args:
-        name: Of the argument, for the error.
-        value: What was given.
-        choices: A `Literal` type, or the strings.
 
-    Raises:
-        ValueError: The value is none of them.
-    """
-    allowed = get_args(choices) or tuple(choices)
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+def _describe_range(
+    minimum: float | None, maximum: float | None, above: float | None = None, below: float | None = None
+) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum:g} to {maximum:g}"
+    limits = (("of at least", minimum), ("of at most", maximum), ("above", above), ("below", below))
+    parts = [f"{words} {limit:g}" for words, limit in limits if limit is not None]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -239,7 +239,7 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
 def evaluate(
     model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json and report.html.")],
-    suite: Annotated[str, typer.Option(help="shapes, folder or moving-mnist.")] = "shapes",
+    suite: Annotated[Literal["shapes", "folder", "moving-mnist"], typer.Option(help="Clips to use.")] = "shapes",
     data: Annotated[str | None, typer.Option(help="A folder of videos, or an IDX file of digits.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Of the tasks; may be repeated.")] = None,
     num_clips: Annotated[int, typer.Option(help="That are measured.", min=1)] = 100,
@@ -287,15 +287,20 @@ def compare(
     import json
 
     with _one_line_errors():
+        from vgen.metrics.report import column_title, compare_distances, display_scale, format_summary
         from vgen.metrics.report import compare as differences
-        from vgen.metrics.report import compare_distances, name_of, scale_of, tell
 
         told = [json.loads(path.read_text()) for path in (first, second)]
-        table = _table("task", "way", "metric", "first", "second", "difference [95% interval]", "")
+        table = _table("task", "method", "metric", "first", "second", "difference [95% interval]", "")
         for one in differences(*told):
-            sign, scale = "differs" if one.is_told_apart else "", scale_of(one.metric)
-            cells = (f"{scale * one.first:.4g}", f"{scale * one.second:.4g}", tell(one.metric, one.summary), sign)
-            table.add_row(one.task, one.way, name_of(one.metric), *cells)
+            sign, scale = "differs" if one.is_significant else "", display_scale(one.metric)
+            cells = (
+                f"{scale * one.first:.4g}",
+                f"{scale * one.second:.4g}",
+                format_summary(one.metric, one.summary),
+                sign,
+            )
+            table.add_row(one.task, one.method, column_title(one.metric), *cells)
         for task, way, a, b in compare_distances(*told):
             value, low, high = b.minus(a)
             interval, sign = f"{value:.3f} [{low:.3f}, {high:.3f}]", "differs" if low > 0 or high < 0 else ""
@@ -450,7 +455,7 @@ def _print_tables(results: dict[str, Any]) -> None:
         _console().print(table)
     for task, ways in results["distances"].items():
         for way, measured in ways.items():
-            for one in map(Distance.read, measured.values()):
+            for one in map(Distance.from_dict, measured.values()):
                 typer.echo(f"{task}, {way}: {one}")
 
 

@@ -431,7 +431,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         check_choice("output_type", output_type, FrameType)
         if num_frames is not None:
-            check_integer("num_frames", num_frames, least=1)
+            check_integer("num_frames", num_frames, minimum=1)
         if guidance.uses_weak_history and not is_flow(self.scheduler):
             raise ValueError(f"history guidance needs a flow-matching scheduler, got {type(self.scheduler).__name__}")
         if isinstance(generator, list) and len(generator) != count:
@@ -679,10 +679,10 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.grid.check(num_frames)
         check_number("frame_rate", frame_rate, above=0)
         check_number("guidance_scale", guidance_scale)
-        check_integer("num_inference_steps", num_inference_steps, least=1)
-        check_integer("num_videos_per_prompt", num_videos_per_prompt, least=1)
+        check_integer("num_inference_steps", num_inference_steps, minimum=1)
+        check_integer("num_videos_per_prompt", num_videos_per_prompt, minimum=1)
         if max_sequence_length is not None:
-            check_integer("max_sequence_length", max_sequence_length, least=1)
+            check_integer("max_sequence_length", max_sequence_length, minimum=1)
         text_dim = self.denoiser.text_dim
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_dim):
             raise ValueError(f"prompt_embeds must have shape (b, l, {text_dim}), got {tuple(prompt_embeds.shape)}")

@@ -46,30 +46,39 @@ def test_a_mirrored_clip_is_mirrored_exactly(still):
     assert np.array_equal(augment(still, Augmentation(flip=1.0), 0), still[:, :, ::-1])
 
 
-def test_nothing_changes_unless_asked_and_a_seed_repeats(still):
+def test_nothing_changes_by_default_and_a_seed_repeats(still):
     assert augment(still, Augmentation(), 0) is still
     settings = Augmentation(crop=0.3, hue=0.3)
     assert np.array_equal(augment(still, settings, 3), augment(still, settings, 3))
 
 
-def test_brightness_changes_by_the_share_that_was_asked(still):
+def test_brightness_changes_by_the_given_fraction(still):
     gray = np.full_like(still, 100)
     levels = {int(one[0, 0, 0, 0]) for one in outcomes(gray, Augmentation(brightness=0.2), 30)}
     assert min(levels) >= 80 and max(levels) <= 120 and max(levels) - min(levels) > 20
 
 
 @pytest.mark.parametrize(
-    "settings", [{"crop": 0.0}, {"flip": 1.5}, {"rotate": -1.0}, {"hue": 0.7}, {"contrast": -0.1}]
+    "settings",
+    [
+        {"crop": 0.0},
+        {"flip": 1.5},
+        {"rotate": -1.0},
+        {"hue": 0.7},
+        {"contrast": -0.1},
+        {"flip": "1"},
+        {"hue": float("nan")},
+    ],
 )
-def test_settings_out_of_range_are_refused(settings):
+def test_settings_out_of_range_raise(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Augmentation(**settings)
 
 
-def test_missing_kornia_is_named(still, monkeypatch):
-    from vgen.data.augment import _parts
+def test_missing_kornia_raises_with_the_extra(still, monkeypatch):
+    from vgen.data.augment import _make_steps
 
-    _parts.cache_clear()
+    _make_steps.cache_clear()
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
     with pytest.raises(ImportError, match=r"pip install vgen\[data\]"):
         augment(still, Augmentation(flip=0.123), 0)

@@ -61,7 +61,7 @@ def test_half_of_the_captions_are_plain_and_variants_differ():
     assert len(set(texts)) > 300
 
 
-def test_black_backgrounds_are_said_now_and_then():
+def test_some_captions_mention_black_backgrounds():
     scene = SceneDescription(objects=(ShapeDescription(color="orange", shape="star", motion="grow"),))
     texts = [caption(scene, random.Random(seed)) for seed in range(1000)]
     assert "an orange star grows" in texts
@@ -86,8 +86,8 @@ def test_sentences_that_a_user_types(text, expected):
         with pytest.raises(ValueError, match="unknown words: that"):
             parse_caption(text)
         return
-    (one,) = parse_caption(text).objects
-    assert (one.color, one.shape, one.motion, one.size, one.speed) == expected
+    (item,) = parse_caption(text).objects
+    assert (item.color, item.shape, item.motion, item.size, item.speed) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_sentences_that_a_user_types(text, expected):
         ("a red circle moves left and right", "one motion"),
         ("moves right", "one or two objects"),
         ("a red circle moves up and a red star moves up", "different colours"),
-        ("a red circle spins", "cannot spin"),
+        ("a red circle spins", "must not be 'spin' for a circle"),
         ("a red circle moves up on a background", "colour of the background"),
     ],
 )
-def test_captions_that_say_too_little_or_too_much_are_refused(text, message):
+def test_incomplete_or_ambiguous_captions_raise(text, message):
     with pytest.raises(ValueError, match=message):
         parse_caption(text)
 
 
-def test_illegal_attributes_are_refused_with_the_legal_ones():
-    one = ShapeDescription(color="red", shape="square", motion="up")
+def test_unknown_attributes_raise_with_the_allowed_ones():
+    item = ShapeDescription(color="red", shape="square", motion="up")
     for name in ("color", "shape", "motion", "size", "speed"):
-        with pytest.raises(ValueError, match=f"{name} is 'odd'; legal are"):
-            replace(one, **{name: "odd"})
-    with pytest.raises(ValueError, match="background is 'odd'"):
-        SceneDescription(objects=(one,), background="odd")
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'odd'"):
+            replace(item, **{name: "odd"})
+    with pytest.raises(ValueError, match="background must be one of .*, got 'odd'"):
+        SceneDescription(objects=(item,), background="odd")
     assert len(MOTIONS) == 13

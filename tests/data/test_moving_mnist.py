@@ -29,36 +29,36 @@ def test_digits_move_on_straight_lines_that_walls_reflect():
     for index in range(10):
         frames = world.frames(index)
         assert all((frame > 0).sum() == 28 * 28 for frame in frames)  # never cut by the border
-        way = corners(frames)
+        track = corners(frames)
         # reflected at 0 and 36, a line of a tenth of the room a frame; whole pixels are rounded down
-        speed = np.abs(np.diff(way, axis=0)).max(0)
+        speed = np.abs(np.diff(track, axis=0)).max(0)
         assert np.hypot(*speed) <= 0.1 * 36 * 2**0.5 + 2 and speed.max() > 0
         for axis in (0, 1):
-            steps = np.diff(way[:, axis])
+            steps = np.diff(track[:, axis])
             turns = [i for i in range(1, len(steps)) if steps[i - 1] * steps[i] < 0]
             # slower than a pixel a frame, rounding would look like turns: look at digits that move clearly
             if np.abs(steps).max() >= 3:
-                assert all(way[i, axis] <= 4 or way[i, axis] >= 32 for i in turns)
+                assert all(track[i, axis] <= 4 or track[i, axis] >= 32 for i in turns)
                 assert {abs(step) for step in steps[np.abs(steps) == np.abs(steps).max()]} == {np.abs(steps).max()}
-                assert way[:, axis].max() >= 32 or way[:, axis].min() <= 4  # 60 frames reach a wall
+                assert track[:, axis].max() >= 32 or track[:, axis].min() <= 4  # 60 frames reach a wall
 
 
 def test_the_stochastic_variant_is_reflected_at_random():
     world = MovingMNIST(DIGIT, num_digits=1, num_frames=200, stochastic=True)
     after = set()
     for index in range(5):
-        way = corners(world.frames(index))
-        assert way.min() >= 0 and way.max() <= 36 and np.abs(np.diff(way, axis=0)).max() <= 4
-        steps = np.diff(way, axis=0)
+        track = corners(world.frames(index))
+        assert track.min() >= 0 and track.max() <= 36 and np.abs(np.diff(track, axis=0)).max() <= 4
+        steps = np.diff(track, axis=0)
         for i in range(1, len(steps)):
             if not np.array_equal(steps[i], steps[i - 1]):
-                # speeds change at walls alone
-                assert ((way[i] == 0) | (way[i] == 36)).any() or ((way[i + 1] == 0) | (way[i + 1] == 36)).any()
+                # speeds change only at walls
+                assert ((track[i] == 0) | (track[i] == 36)).any() or ((track[i + 1] == 0) | (track[i + 1] == 36)).any()
                 after.add(tuple(steps[i]))
     assert len(after) > 20
 
 
-def test_digits_add_up_where_they_meet():
+def test_overlapping_digits_add_up():
     frames = [MovingMNIST(np.full((1, 28, 28), 100, dtype=np.uint8)).frames(index) for index in range(20)]
     assert {0, 100, 200} == set(np.unique(frames))
     bright = [MovingMNIST(DIGIT).frames(index) for index in range(20)]
@@ -85,18 +85,18 @@ def test_idx_files_are_read(tmp_path, suffix):
     assert np.array_equal(read_digits(path), digits)
 
 
-def test_what_is_no_file_of_digits_is_refused(tmp_path):
+def test_other_files_raise(tmp_path):
     pytest.importorskip("idx2numpy")
     labels, text, cut = (tmp_path / name for name in ("labels", "text", "cut.gz"))
     labels.write_bytes(idx(np.zeros(5, dtype=np.uint8)))
     text.write_text("no digits")
     cut.write_bytes(gzip.compress(idx(DIGIT))[:-9])
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         read_digits(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images: labels perhaps"):
+    with pytest.raises(ValueError, match="must contain images .* is it a file of labels"):
         read_digits(labels)
     for path in (text, cut):
-        with pytest.raises(ValueError, match="is no IDX file"):
+        with pytest.raises(ValueError, match="is not an IDX file"):
             read_digits(path)
     with pytest.raises(ValueError, match="digits must be uint8"):
         MovingMNIST(np.zeros((3, 28, 28)))

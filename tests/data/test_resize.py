@@ -12,7 +12,7 @@ def frames():
 
 
 @pytest.mark.parametrize("target", [(16, 16), (8, 32), (72, 128), (18, 32), (64, 36)])
-def test_frames_are_cropped_in_the_middle_and_resized_as_pillow_does(frames, target):
+def test_frames_are_center_cropped_and_resized_as_pillow_does(frames, target):
     fit = Fit(frames.shape[1:3], target)
     expected = [ImageOps.fit(Image.fromarray(frame), target[::-1], Image.Resampling.LANCZOS) for frame in frames]
     difference = abs(fit.to_target(frames).astype(int) - np.stack([np.array(image) for image in expected]))
@@ -24,15 +24,15 @@ def test_frames_are_cropped_in_the_middle_and_resized_as_pillow_does(frames, tar
     assert height / width == pytest.approx(target[0] / target[1], rel=0.05)
 
 
-def test_what_fits_already_stays_as_it_is(frames):
+def test_frames_of_the_target_size_do_not_change(frames):
     fit = Fit((36, 64), (36, 64))
     assert fit.to_target(frames) is not None and np.array_equal(fit.to_target(frames), frames)
     assert np.array_equal(fit.back(frames), frames)
 
 
-def test_what_happens_is_told_in_one_line():
+def test_a_fit_describes_itself_in_one_line():
     assert (
         str(Fit((36, 64), (16, 16)))
-        == "the middle 36x36 of 64x36 is shown to the model at 16x16 and comes back at 36x36"
+        == "the central 36x36 of 64x36 is resized to 16x16 for the model; the output has 36x36"
     )
-    assert str(Fit((32, 32), (16, 16))) == "32x32 is shown to the model at 16x16 and comes back at 32x32"
+    assert str(Fit((32, 32), (16, 16))) == "32x32 is resized to 16x16 for the model; the output has 32x32"

@@ -40,11 +40,11 @@ def border(mask: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1)
 
 
-def alone(scene: Scene, number: int) -> Scene:
+def single(scene: Scene, number: int) -> Scene:
     return replace(scene, objects=(scene.objects[number],), background="black")
 
 
-def test_scenes_depend_on_seed_and_index_alone():
+def test_scenes_depend_only_on_seed_and_index():
     world, again, other = ShapesWorld(seed=1), ShapesWorld(seed=1), ShapesWorld(seed=2)
     backwards = [again.scene(index) for index in reversed(range(50))][::-1]
     assert [world.scene(index) for index in range(50)] == backwards
@@ -78,7 +78,7 @@ def test_held_out_tenth_never_occurs_in_training():
     assert 0.09 < len(held_out) / len(combinations("all")) < 0.11
 
 
-def test_training_shows_every_pair_of_attributes():
+def test_every_pair_of_attributes_occurs_in_training():
     train = combinations("train")
     assert {(color, shape) for color, shape, _ in train} == set(itertools.product(COLORS, SHAPES))
     assert {(color, motion) for color, _, motion in train} == set(itertools.product(COLORS, MOTIONS))
@@ -93,8 +93,8 @@ def test_nothing_touches_the_border_or_another_object_in_the_default_clip(height
     assert not border(visible(calm, height=height, width=width)).any()
 
     pairs = [scene for scene in scenes if len(scene.objects) == 2]
-    first = visible([alone(scene, 0) for scene in pairs], height=height, width=width)
-    second = visible([alone(scene, 1) for scene in pairs], height=height, width=width)
+    first = visible([single(scene, 0) for scene in pairs], height=height, width=width)
+    second = visible([single(scene, 1) for scene in pairs], height=height, width=width)
     assert first.any(dim=(2, 3)).all() and second.any(dim=(2, 3)).all()
     around = F.max_pool2d(second.float(), 3, stride=1, padding=1) > 0
     assert not (first & around).any()
@@ -118,12 +118,12 @@ def test_largest_reach_stays_inside(size, speed):
     ]
     last = {"num_frames": 1, "start": 2.0}
     assert not border(visible(scenes, **last)).any()
-    first, second = (visible([alone(scene, number) for scene in scenes], **last) for number in (0, 1))
+    first, second = (visible([single(scene, number) for scene in scenes], **last) for number in (0, 1))
     assert not (first & second).any()
 
 
 @pytest.mark.parametrize("companion", [None, describe("up", color="blue", shape="star", speed="quick")])
-def test_first_frame_is_the_same_whatever_the_motion(companion):
+def test_first_frame_does_not_depend_on_the_motion(companion):
     for seed in range(3):
         scenes = []
         for motion in MOTIONS:
@@ -161,7 +161,7 @@ def test_bounce_reaches_a_wall_after_5_to_10_intervals_and_never_wraps(num_objec
             itertools.product(SHAPES, ["small", "large"], ["slow", "normal", "quick"])
         )
     ]
-    ball = visible([alone(scene, 0) for scene in scenes], num_frames=161, frame_rate=40.0)
+    ball = visible([single(scene, 0) for scene in scenes], num_frames=161, frame_rate=40.0)
     hit = border(ball).any(dim=-1)
     first_hit = hit.float().argmax(dim=1) / 40 * 8
     # A soft edge shows in the border's pixels up to a pixel before the wall.
@@ -170,11 +170,11 @@ def test_bounce_reaches_a_wall_after_5_to_10_intervals_and_never_wraps(num_objec
     assert not opposite.any()
 
 
-def test_bouncing_object_keeps_to_its_half_for_ever():
+def test_bouncing_object_always_stays_in_its_half():
     objects = [describe("bounce"), describe("bounce", color="blue", shape="star", size="large")]
     scenes = [make_scene(objects, "black", random.Random(seed)) for seed in range(8)]
     first, second = (
-        visible([alone(scene, number) for scene in scenes], num_frames=120, frame_rate=3.0).any(dim=1)
+        visible([single(scene, number) for scene in scenes], num_frames=120, frame_rate=3.0).any(dim=1)
         for number in (0, 1)
     )
     assert not (first & second).any()
@@ -296,8 +296,8 @@ def test_spin_turns_by_its_speed():
     assert math.degrees(abs(one.spin)) / 8 == pytest.approx(5, rel=0.06)
 
 
-def test_illegal_worlds_are_refused():
-    with pytest.raises(ValueError, match="split is 'test'"):
+def test_invalid_worlds_raise():
+    with pytest.raises(ValueError, match="split must be one of 'train', 'held_out', 'all', got 'test'"):
         ShapesWorld(split="test")
-    with pytest.raises(ValueError, match="1 or 2 objects"):
+    with pytest.raises(ValueError, match="must contain only 1 and 2"):
         ShapesWorld(num_objects=(1, 3))

@@ -23,7 +23,6 @@ from vgen.metrics.frechet import (
     Protocol,
     ScriptedFeatures,
     distances,
-    extract,
     frechet_distance,
     kernel_distance,
 )
@@ -65,7 +64,7 @@ def test_the_frechet_distance_of_gaussians_is_its_closed_form():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_frechet_distance_heeds_how_features_go_together():
+def test_the_frechet_distance_depends_on_covariances():
     mix = torch.tensor([[2.0, 0.3, 0.0], [0.5, 1.0, -0.7], [0.0, 0.2, 1.5]], dtype=torch.double)
     x, y = whitened(50, 3), whitened(60, 3, seed=1) @ mix
     root = scipy.linalg.sqrtm((mix.T @ mix).numpy())  # of the product with the identity
@@ -118,18 +117,18 @@ def test_video_models_of_transformers_give_features(tmp_path, kind):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
     network = FeatureNetwork(tmp_path)
     clips = torch.rand(3, 3, 4, 20, 24) * 2 - 1
-    features = extract(network, clips.split(2))
+    features = torch.cat([network(batch).double() for batch in clips.split(2)])
     assert features.shape[0] == 3 and features.dtype == torch.double
     torch.testing.assert_close(features[1:2], network(clips[1:2]).double(), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(features[0], features[1], atol=1e-6)
     assert network.mean == pytest.approx([0.4] * 3) and network.std == pytest.approx([0.2] * 3)
     assert network.digest == FeatureNetwork(tmp_path).digest
-    with pytest.raises(ValueError, match="clips of 3 frames, but .* takes 4"):
+    with pytest.raises(ValueError, match="needs clips of 4 frames, got 3"):
         network(clips[:, :, :3])
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "expected"),
+    ("name", "config", "expected"),
     [
         ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.4, 0.5]}, [1.0, 0.25, 0.0]),
         ("video_preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.1}, [2.0, 1.0, 0.0]),
@@ -137,11 +136,11 @@ def test_video_models_of_transformers_give_features(tmp_path, kind):
         (None, {}, [0.2] * 3),
     ],
 )
-def test_a_network_sees_the_values_that_its_processor_makes(tmp_path, name, told, expected, monkeypatch, caplog):
+def test_a_network_gets_the_values_that_its_processor_gives(tmp_path, name, config, expected, monkeypatch, caplog):
     logging.getLogger("diffusers").propagate = True
     MODELS["videomae"]().save_pretrained(tmp_path)
     if name is not None:
-        (tmp_path / name).write_text(json.dumps(told))
+        (tmp_path / name).write_text(json.dumps(config))
     network, seen = FeatureNetwork(tmp_path), []
     whole = network.network.forward
     monkeypatch.setattr(network.network, "forward", lambda **options: seen.append(options) or whole(**options))
@@ -149,17 +148,17 @@ def test_a_network_sees_the_values_that_its_processor_makes(tmp_path, name, told
     pixels = seen[0]["pixel_values"]
     assert pixels.shape == (1, 4, 3, 32, 32)
     torch.testing.assert_close(pixels, torch.tensor(expected)[None, None, :, None, None].expand_as(pixels))
-    assert ("no config of its processor" in caplog.text) == (name is None)
+    assert ("no processor config" in caplog.text) == (name is None)
 
 
-def test_torchscript_needs_to_be_trusted(tmp_path):
+def test_torchscript_must_be_trusted(tmp_path):
     class I3D(torch.nn.Module):
         def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
             assert rescale and resize and return_features
             return x.mean(dim=[2, 3, 4])
 
     torch.jit.script(I3D()).save(tmp_path / "i3d.pt")
-    with pytest.raises(ValueError, match="is a program: say that you trust it"):
+    with pytest.raises(ValueError, match="is a program: confirm that you trust it"):
         ScriptedFeatures(tmp_path / "i3d.pt")
     network = ScriptedFeatures(tmp_path / "i3d.pt", trusted=True)
     clip = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 4, 4)
@@ -172,7 +171,7 @@ PROTOCOL = Protocol(
 )  # fmt: skip
 
 
-def test_numbers_of_different_protocols_are_not_compared():
+def test_distances_of_different_protocols_cannot_be_compared():
     real = whitened(50, 3)
     one = distances(real, whitened(50, 3, 1), PROTOCOL, num_resamples=20)["FVD"]
     other = distances(real, whitened(50, 3, 2) + 1, PROTOCOL, num_resamples=20)["FVD"]
@@ -189,7 +188,7 @@ def test_numbers_of_different_protocols_are_not_compared():
         one.minus(far["KVD"])
 
 
-def test_intervals_hold_the_value_and_shrink_with_more_clips():
+def test_intervals_contain_the_value_and_shrink_with_more_clips():
     real = gaussian(2000, [0.0, 0.0], [1.0, 1.0])
     widths = []
     for count in (50, 800):
@@ -200,7 +199,7 @@ def test_intervals_hold_the_value_and_shrink_with_more_clips():
     assert distances(real, made, protocol, num_resamples=100) == found
 
 
-def test_most_intervals_hold_what_is_measured_on_average():
+def test_most_intervals_contain_the_mean_measurement():
     real = gaussian(400, [0.0, 0.0], [1.0, 1.0])
     found = [
         distances(real, gaussian(50, [1.0, 0.0], [1.0, 1.0], seed), PROTOCOL, num_resamples=60)["FVD"]
@@ -210,23 +209,23 @@ def test_most_intervals_hold_what_is_measured_on_average():
     assert 33 <= sum(one.low <= usual <= one.high for one in found) < 40  # 38 would be 95%
 
 
-def test_too_few_clips_are_told_with_the_rank(caplog):
+def test_too_few_clips_warn_with_the_rank(caplog):
     logging.getLogger("diffusers").propagate = True
     few, many = whitened(10, 4)[:4], whitened(10, 4)
-    told = "4 clips for features of 4 dimensions: their covariance has rank 3 only"
+    warning = "4 clips are few for features of 4 dimensions: their covariance has rank 3"
     for real, made in ((many, few), (few, many)):
         caplog.clear()
         distances(real, made, replace(PROTOCOL, num_clips=len(made)), num_resamples=2)
-        assert told in caplog.text
-    with pytest.raises(ValueError, match="10 made clips, but the protocol says num_clips=50"):
+        assert warning in caplog.text
+    with pytest.raises(ValueError, match="expected num_clips=50 generated clips, got 10"):
         distances(many, many, PROTOCOL)
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_features_that_do_not_fit_are_refused(distance):
+def test_mismatched_features_raise(distance):
     with pytest.raises(ValueError, match="equal d"):
         distance(torch.zeros(4, 2), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="at least 2"):
         distance(torch.zeros(4, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="made clips are not finite"):
+    with pytest.raises(ValueError, match="generated clips are not finite"):
         distance(torch.zeros(4, 2), torch.full((4, 2), float("nan")))

@@ -83,7 +83,7 @@ def with_one_change(scene: Scene, name: str, step: int) -> SceneDescription | No
 
 
 @pytest.mark.parametrize("name", ["color", "shape", "motion"])
-def test_one_wrong_attribute_is_noticed_and_named(name):
+def test_one_wrong_attribute_is_detected(name):
     scenes, clips = draw(range(12))
     for step in (1, 2, 3):
         for scene, clip in zip(scenes, clips, strict=True):
@@ -186,7 +186,7 @@ def test_noise_and_blank_videos_are_wrong():
         assert not check(video, RED_SQUARE_RIGHT).right
 
 
-def test_object_behind_another_one_is_not_missed():
+def test_object_hidden_by_another_one_is_not_missing():
     front = one_object(shape="circle", motion="still", velocity=(0.0, 0.0), position=(0.6, 0.5), radius=0.22)
     behind = one_object(color="blue", position=(0.14, 0.5), radius=0.09, velocity=(0.1, 0.0))
     clip = clip_of(front, behind, num_frames=65)
@@ -213,7 +213,7 @@ def test_measured_values_are_those_of_the_scene():
     assert reading.growth == pytest.approx(1.45, abs=0.06)
 
 
-def test_bytes_and_floats_read_alike():
+def test_bytes_and_floats_give_equal_readings():
     scenes, clips = draw(range(6))
     for scene, clip in zip(scenes, clips, strict=True):
         video = rearrange((clip + 1) * 127.5, "c f h w -> f h w c").round().byte()
@@ -221,16 +221,16 @@ def test_bytes_and_floats_read_alike():
         assert check(video, scene).right
 
 
-def test_illegal_input_is_refused():
-    with pytest.raises(ValueError, match="a video is uint8"):
+def test_invalid_input_raises():
+    with pytest.raises(ValueError, match="a video must be uint8"):
         read_video(np.zeros((4, 64, 64, 3), dtype=np.float32))
-    with pytest.raises(ValueError, match="a video is uint8"):
+    with pytest.raises(ValueError, match="a video must be uint8"):
         read_video(torch.zeros(1, 3, 4, 64, 64))
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="must not be empty"):
         read_video(torch.zeros(3, 0, 64, 64))
     with pytest.raises(ValueError, match="unknown words: hovers"):
         check(torch.zeros(3, 1, 64, 64), "a red circle hovers")
-    with pytest.raises(ValueError, match="cannot be compared"):
+    with pytest.raises(ValueError, match="one caption for each video"):
         adherence([], [])
 
 

@@ -25,8 +25,8 @@ def test_psnr_is_its_formula_for_each_clip(clips):
 def test_ssim_of_a_clip_is_the_mean_over_its_frames(clips):
     true, made = clips
     whole = ssim(made, true)
-    alone = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
-    torch.testing.assert_close(whole, alone.mean(0))
+    each = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
+    torch.testing.assert_close(whole, each.mean(0))
     torch.testing.assert_close(ssim(true, true), torch.ones(2))
     assert (whole < 1).all()
 
@@ -54,28 +54,28 @@ def test_lpips_sees_the_frames_of_each_clip(clips, monkeypatch):
     torch.testing.assert_close(LPIPS()(made, true), (made - true).square().mean((1, 2, 3, 4)))
 
 
-def test_missing_lpips_is_named(monkeypatch):
+def test_missing_lpips_raises_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match=r"LPIPS needs lpips .* pip install vgen\[lpips\]"):
         LPIPS()
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, "lpips"])
-def test_what_cannot_be_compared_is_refused(metric, clips, monkeypatch):
+def test_clips_that_cannot_be_compared_raise(metric, clips, monkeypatch):
     if metric == "lpips":
         monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: nn.Identity()))
         metric = LPIPS()
     true, made = clips
     for wrong in (made[:1], made[:, :, :3], made[..., :16], made[0]):
-        with pytest.raises(ValueError, match="both must be"):
+        with pytest.raises(ValueError, match="must have the same shape"):
             metric(wrong, true)
     made[1, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="the made clips hold values that are not finite"):
+    with pytest.raises(ValueError, match="the generated clips contain values that are not finite"):
         metric(made, true)
 
 
-def test_frames_too_small_for_ssim_are_refused():
+def test_frames_too_small_for_ssim_raise():
     small = torch.zeros(1, 3, 2, 5, 40)
-    with pytest.raises(ValueError, match="frames of 5x40: SSIM needs 6x6 or more"):
+    with pytest.raises(ValueError, match=r"SSIM needs frames of \(h, w\) = \(6, 6\) or more, got \(5, 40\)"):
         ssim(small, small)
     assert ssim(torch.zeros(1, 3, 2, 6, 40), torch.zeros(1, 3, 2, 6, 40)).item() == pytest.approx(1)

@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 
-from vgen.metrics.report import FORMAT, compare, compare_distances, make_report, summarize, table, tell
+from vgen.metrics.report import FORMAT, compare, compare_distances, format_summary, make_report, summarize, table
 
 PROTOCOL = {
     "num_clips": 3, "num_frames": 9, "stride": 1, "height": 64, "width": 64, "known_frames_counted": False,
@@ -14,12 +14,15 @@ DISTANCE = {"name": "FVD", "value": 5.0, "low": 4.0, "high": 6.0, "protocol": PR
 
 @pytest.fixture
 def results():
-    ways = {"the model": {"psnr": [20.0, 22.0, 27.0], "mse": [0.01, 0.02, 0.03]}, "copy": {"psnr": [10.0, 11.0, 12.0]}}
+    methods = {
+        "the model": {"psnr": [20.0, 22.0, 27.0], "mse": [0.01, 0.02, 0.03]},
+        "copy": {"psnr": [10.0, 11.0, 12.0]},
+    }
     return {
         "format": FORMAT, "missing": 0, "model": "vgen/<b>", "versions": {"torch": "2"},
         "suite": {"suite": "shapes", "num_clips": 3},
         "settings": {"prompted": False, "num_samples": 1, "rollout_frames": 8}, "numbers": [0, 1, 2],
-        "tasks": {"prediction": ways},
+        "tasks": {"prediction": methods},
         "frames": {"prediction": [1, 2]},
         "curves": {"prediction": {"the model": {"psnr": [20.0, 19.0], "ssim": [0.9, 0.8]}}},
         "distances": {"prediction": {"the model": {"FVD": DISTANCE}}},
@@ -35,40 +38,40 @@ def test_the_interval_is_that_of_the_mean():
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
     assert summarize([4.0, 4.0]) == (4.0, 4.0, 4.0)
     single = summarize([4.0])
-    assert single.mean == 4 and np.isnan([single.low, single.high]).all()  # one clip tells nothing of others
+    assert single.mean == 4 and np.isnan([single.low, single.high]).all()  # a single clip has no interval
 
 
-def alone(results):
+def first_clip_of(results):
     """The first clip of results."""
-    ways = results["tasks"]["prediction"]
-    cut = {way: {metric: values[:1] for metric, values in one.items()} for way, one in ways.items()}
+    methods = results["tasks"]["prediction"]
+    cut = {name: {metric: values[:1] for metric, values in scores.items()} for name, scores in methods.items()}
     return results | {"tasks": {"prediction": cut}, "numbers": [0]}
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
-def test_what_has_no_mean_is_refused(values):
+def test_values_without_a_mean_raise(values):
     with pytest.raises(ValueError, match="not finite"):
         summarize(values)
 
 
 def test_numbers_have_the_digits_that_their_interval_supports():
-    assert tell("psnr", summarize([27.123456])) == "27.1"
-    assert tell("", (27.123, 26.9, 27.4)) == "27.12 [26.90, 27.40]"
-    assert tell("", (270.123, 240.0, 300.0)) == "270 [240, 300]"
-    assert tell("mse", (0.0123, 0.0121, 0.0126)) == "12.30 [12.10, 12.60]"  # a thousandfold
-    assert tell("", (0.00035, 0.0003, 0.0004)) == "0.00035 [0.00030, 0.00040]"
+    assert format_summary("psnr", summarize([27.123456])) == "27.1"
+    assert format_summary("", (27.123, 26.9, 27.4)) == "27.12 [26.90, 27.40]"
+    assert format_summary("", (270.123, 240.0, 300.0)) == "270 [240, 300]"
+    assert format_summary("mse", (0.0123, 0.0121, 0.0126)) == "12.30 [12.10, 12.60]"  # multiplied by 1000
+    assert format_summary("", (0.00035, 0.0003, 0.0004)) == "0.00035 [0.00030, 0.00040]"
 
 
 def test_a_result_does_not_differ_from_itself_and_a_better_one_does(results):
-    same = {(one.way, one.metric): one for one in compare(results, results)}
+    same = {(one.method, one.metric): one for one in compare(results, results)}
     assert set(same) == {("the model", "psnr"), ("the model", "mse"), ("copy", "psnr")}
-    assert not any(one.is_told_apart for one in same.values())
+    assert not any(one.is_significant for one in same.values())
     better = copy.deepcopy(results)
     better["tasks"]["prediction"]["the model"]["psnr"] = [21.0, 23.5, 28.0]
     del better["tasks"]["prediction"]["copy"]
-    found = {(one.way, one.metric): one for one in compare(results, better)}
+    found = {(one.method, one.metric): one for one in compare(results, better)}
     one = found["the model", "psnr"]
-    assert one.is_told_apart and not compare(alone(results), alone(better))[0].is_told_apart
+    assert one.is_significant and not compare(first_clip_of(results), first_clip_of(better))[0].is_significant
     assert one.summary.mean == pytest.approx(3.5 / 3) and ("copy", "psnr") not in found
 
 
@@ -81,14 +84,14 @@ def test_a_result_does_not_differ_from_itself_and_a_better_one_does(results):
         (None, "numbers", [0, 1, 3]),
     ],
 )
-def test_results_of_other_protocols_are_refused(results, part, name, value):
+def test_results_of_other_protocols_raise(results, part, name, value):
     other = copy.deepcopy(results)
     (other if part is None else other[part])[name] = value
-    with pytest.raises(ValueError, match="cannot be compared|no results"):
+    with pytest.raises(ValueError, match="cannot be compared|expected two results"):
         compare(results, other)
 
 
-def test_the_same_clips_may_lie_elsewhere_but_others_are_told_apart(results):
+def test_clips_may_be_stored_elsewhere_but_must_be_the_same(results):
     here, there = copy.deepcopy(results), copy.deepcopy(results)
     for one, folder in ((here, "clips"), (there, "./clips")):
         one["suite"]["data"], one["settings"]["clips_sha256"] = folder, "a"
@@ -98,16 +101,16 @@ def test_the_same_clips_may_lie_elsewhere_but_others_are_told_apart(results):
         compare(here, there)
 
 
-def test_what_is_no_record_is_no_result(results):
-    with pytest.raises(ValueError, match="no results"):
+def test_other_json_raises(results):
+    with pytest.raises(ValueError, match="expected two results"):
         compare(results, [])
 
 
 def test_distances_are_compared_where_both_have_them_and_their_protocol_agrees(results):
     other = copy.deepcopy(results)
     other["distances"]["prediction"]["another"] = other["distances"]["prediction"]["the model"]
-    ((task, way, mine, theirs),) = compare_distances(results, other)
-    assert (task, way) == ("prediction", "the model") and mine == theirs
+    ((task, method, mine, theirs),) = compare_distances(results, other)
+    assert (task, method) == ("prediction", "the model") and mine == theirs
     other["distances"]["prediction"]["the model"]["FVD"] = copy.deepcopy(DISTANCE)
     other["distances"]["prediction"]["the model"]["FVD"]["protocol"]["num_frames"] += 1
     ((_, _, mine, theirs),) = compare_distances(results, other)

@@ -40,7 +40,7 @@ def digits(tmp_path):
     return path
 
 
-def test_simple_ways_keep_what_is_given_and_are_their_formulas(clips):
+def test_baselines_keep_the_given_frames_and_equal_their_formulas(clips):
     copied, blended = copy_last(clips, 3), linear_blend(clips, [0, 4, 8])
     assert torch.equal(copied[:, :, :3], clips[:, :, :3])
     assert all(torch.equal(copied[:, :, index], clips[:, :, 2]) for index in range(3, 9))
@@ -48,34 +48,35 @@ def test_simple_ways_keep_what_is_given_and_are_their_formulas(clips):
     held = hold_keyframes(clips, [0, 4, 8])
     assert all(torch.equal(held[:, :, index], quantize(clips[:, :, index // 4 * 4])) for index in range(9))
     torch.testing.assert_close(blended[:, :, 1], 0.75 * clips[:, :, 0] + 0.25 * clips[:, :, 4], atol=1 / 127, rtol=0)
-    assert linear_blend(clips, [0, 3, 6]).shape[2] == 7  # nothing is known behind the last keyframe
+    assert linear_blend(clips, [0, 3, 6]).shape[2] == 7  # frames after the last keyframe are dropped
 
 
-def test_flow_follows_what_moves_where_a_blend_shows_it_twice():
+def test_flow_follows_motion_better_than_a_blend():
     generator = torch.Generator().manual_seed(0)
     canvas = torch.nn.functional.interpolate(
         torch.rand(1, 3, 12, 12, generator=generator) * 2 - 1, size=96, mode="bicubic"
     )
     clip = torch.stack([canvas.clamp(-1, 1)[..., 16:80, 16 - k : 80 - k] for k in range(5)], dim=2)
     scores = [
-        score_pairs(way(clip, [0, 4]), clip, [1, 2, 3])["psnr"].item() for way in (linear_blend, flow_interpolation)
+        score_pairs(method(clip, [0, 4]), clip, [1, 2, 3])["psnr"].item()
+        for method in (linear_blend, flow_interpolation)
     ]
     assert scores[1] > scores[0] + 6
 
 
 def test_scores_are_per_clip_and_identical_frames_count_as_a_hundred(clips):
-    made = clips.clone()
-    made[1] = (made[1] + 0.2).clamp(-1, 1)
-    found = score_pairs(made, clips, [4, 5])
+    generated = clips.clone()
+    generated[1] = (generated[1] + 0.2).clamp(-1, 1)
+    found = score_pairs(generated, clips, [4, 5])
     assert {name: value.shape for name, value in found.items()} == dict.fromkeys(
         ["psnr", "ssim", "mse", "mae", "sharpness"], (2,)
     )
     assert found["psnr"][0] == 100 and found["mse"][0] == 0 and found["ssim"][0] == pytest.approx(1)
-    mse = ((made[1, :, 4:6] - clips[1, :, 4:6]) / 2).square().mean()
+    mse = ((generated[1, :, 4:6] - clips[1, :, 4:6]) / 2).square().mean()
     assert found["mse"][1] == pytest.approx(mse.item()) and found["psnr"][1] == pytest.approx(-10 * mse.log10().item())
-    frames = curves(made, clips, [4, 5])
+    frames = curves(generated, clips, [4, 5])
     assert frames["psnr"].shape == (2, 2) and frames["ssim"][1].mean() < frames["ssim"][0].mean()
-    assert set(score_time(made)) == {"warping error", "flicker", "motion"}
+    assert set(score_time(generated)) == {"warping error", "flicker", "motion"}
 
 
 def test_several_samples_give_their_mean_and_the_best_of_each_clip(clips):
@@ -122,34 +123,38 @@ def test_digits_bounce(digits):
     samples = open_suite(SuiteConfig(**settings, num_clips=4)).samples(range(2, 4))
     assert samples.clips.shape == (2, 3, 21, 64, 64) and samples.captions == [None, None]
     trained = stack_clips([open_clips(str(digits), Sampling(num_frames=21), 64, 64).sample(2)], torch.device("cpu"))[0]
-    assert not torch.equal(samples.clips[0], trained[0])  # other ways than those of training's default seed
+    assert not torch.equal(samples.clips[0], trained[0])  # other trajectories than those of training's default seed
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"suite": "shape"}, "shapes, folder, moving-mnist"),
-        ({"suite": "folder"}, "folder and moving-mnist need data"),
-        ({"data": "somewhere"}, "folder and moving-mnist need data, shapes none"),
-        ({"given": 17}, "must leave some of 17 frames"),
-        ({"factor": 1}, "factor=1"),
-        ({"factor": 17}, "less than num_frames=17"),
-        ({"num_frames": 2, "given": 1, "factor": 2}, "factor=2|3 frames"),
-        ({"num_clips": 0}, "num_clips=0"),
-        ({"height": 0}, "must be positive"),
+        ({"suite": "shape"}, "suite must be one of 'shapes', 'folder', 'moving-mnist', got 'shape'"),
+        ({"suite": "folder"}, "data must be set for suite='folder', got None"),
+        ({"data": "somewhere"}, "data must be None for suite='shapes', got 'somewhere'"),
+        ({"given": 17}, "given must be an integer from 1 to 16, got 17"),
+        ({"factor": 1}, "factor must be an integer from 2 to 16, got 1"),
+        ({"factor": 17}, "factor must be an integer from 2 to 16, got 17"),
+        ({"factor": 2.0}, "factor must be an integer from 2 to 16, got 2.0"),
+        ({"num_frames": 2, "given": 1, "factor": 2}, "num_frames must be an integer of at least 3, got 2"),
+        ({"num_clips": 0}, "num_clips must be an integer of at least 1, got 0"),
+        ({"height": 0}, "height must be an integer of at least 1, got 0"),
+        ({"width": 64.0}, "width must be an integer of at least 1, got 64.0"),
+        ({"frame_rate": 0.0}, "frame_rate must be positive, got 0.0"),
+        ({"frame_rate": float("nan")}, "frame_rate must be a finite number, got nan"),
     ],
 )
-def test_wrong_settings_are_named(settings, message):
+def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         open_suite(SuiteConfig(**WORLD | settings))
 
 
-def test_data_of_another_suite_is_refused(digits):
-    with pytest.raises(ValueError, match="does not fit suite=folder"):
+def test_data_of_another_suite_raises(digits):
+    with pytest.raises(ValueError, match="does not match suite='folder'"):
         open_suite(SuiteConfig(**WORLD, suite="folder", data=str(digits)))
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 3, 8, 64, 64), torch.full((2, 3, 9, 64, 64), float("nan"))])
-def test_clips_that_cannot_be_compared_are_refused(clips, other):
-    with pytest.raises(ValueError, match="alike|not finite"):
+def test_clips_that_cannot_be_compared_raise(clips, other):
+    with pytest.raises(ValueError, match="the same shape|not finite"):
         score_pairs(other, clips, [4])

@@ -23,7 +23,7 @@ TRANSFORMER = {
     [(AutoencoderKLWan, CausalVideoVAE, VAE), (WanTransformer3DModel, SpacetimeTransformer, TRANSFORMER)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_is_exact(theirs, ours, config, dtype):
+def test_round_trip_is_exact(theirs, ours, config, dtype):
     torch.manual_seed(0)
     source = theirs(**config).to(dtype).eval()
     back = ours.from_diffusers(source).to_diffusers()
@@ -35,7 +35,7 @@ def test_there_and_back_is_exact(theirs, ours, config, dtype):
     assert all(weights[name].dtype == expected[name].dtype for name in expected)
 
 
-def test_parts_that_diffusers_lacks_are_left_behind_while_zero_and_refused_afterwards():
+def test_layers_that_diffusers_lacks_are_dropped_if_zero_and_raise_otherwise():
     network = SpacetimeTransformer(**TRANSFORMER, keyframe_slots=4, frame_rate_embedding=True)
     assert isinstance(network.to_diffusers(), WanTransformer3DModel)
     for part in (network.keyframe_embedding.weight, network.frame_rate_embedder.embedder.linear_2.weight):
@@ -47,14 +47,14 @@ def test_parts_that_diffusers_lacks_are_left_behind_while_zero_and_refused_after
         SpacetimeTransformer(**TRANSFORMER, attention="divided").to_diffusers()
 
 
-def test_layouts_that_are_not_served_are_refused_by_name():
+def test_unsupported_layouts_raise_errors_that_name_the_setting():
     residual = AutoencoderKLWan(**VAE | {"is_residual": True})
     with pytest.raises(ValueError, match="is_residual"):
         CausalVideoVAE.from_diffusers(residual)
     animate = WanTransformer3DModel(**TRANSFORMER, image_dim=8, added_kv_proj_dim=24)
     with pytest.raises(ValueError, match="image-to-video"):
         SpacetimeTransformer.from_diffusers(animate)
-    with pytest.raises(ValueError, match="compresses time by 4"):
+    with pytest.raises(ValueError, match="temporal compression of 4 only"):
         CausalVideoVAE(**VAE | {"temperal_downsample": [False, True]}).to_diffusers()
 
 
@@ -64,7 +64,7 @@ def image_network(conv, norm):
 
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
-def test_an_inflated_network_answers_a_still_video_as_the_2d_one_its_image(randomize, causal):
+def test_an_inflated_network_maps_a_still_video_as_the_2d_network_its_image(randomize, causal):
     image = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     flat = randomize(image_network(nn.Conv2d, nn.GroupNorm))
 
@@ -82,7 +82,7 @@ def test_an_inflated_network_answers_a_still_video_as_the_2d_one_its_image(rando
         torch.testing.assert_close(frame, flat(image), atol=1e-5, rtol=0)
 
 
-def test_2d_weights_that_do_not_fit_are_refused_by_name():
+def test_mismatched_2d_weights_raise_errors_that_name_them():
     flat = image_network(nn.Conv2d, nn.GroupNorm).state_dict()
     network = image_network(nn.Conv3d, nn.GroupNorm)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
@@ -90,7 +90,7 @@ def test_2d_weights_that_do_not_fit_are_refused_by_name():
         ({"4.weight": torch.zeros(1)}, "4.weight"),
         ({"3.weight": torch.zeros(5, 3, 3, 3)}, "3.weight"),
     ):
-        with pytest.raises(ValueError, match=rf"do not fit Sequential: \['{name}'\] \(1 in all\)"):
+        with pytest.raises(ValueError, match=rf"do not match Sequential: \['{name}'\] \(1 in total\)"):
             load_inflated(network, flat | change)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
     # norms of other ranks fit where nothing but axes of length 1 differ

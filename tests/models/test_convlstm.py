@@ -23,13 +23,13 @@ def test_predictions_follow_from_predictions(network):
     new = network.predict(clip, 3)
     assert new.shape == (2, 3, 3, 8, 8)
     longer = clip
-    for index in range(3):  # the slow way: everything anew for each frame
+    for index in range(3):  # the slow method: recompute everything for each frame
         longer = torch.cat([longer, network(longer)[:, :, -1:]], dim=2)
         torch.testing.assert_close(longer[:, :, -1], new[:, :, index])
 
 
 @torch.no_grad()
-def test_no_frame_depends_on_later_ones(network):
+def test_no_prediction_depends_on_later_frames(network):
     clip = draw()
     changed = clip.clone()
     changed[:, :, 4:] += 1
@@ -37,7 +37,7 @@ def test_no_frame_depends_on_later_ones(network):
     assert not torch.allclose(network(changed)[:, :, 4:], network(clip)[:, :, 4:])
 
 
-def test_it_saves_and_loads_and_learns(network, tmp_path):
+def test_a_network_saves_loads_and_learns(network, tmp_path):
     network.save_pretrained(tmp_path)
     clip = draw()
     assert torch.equal(ConvLSTMPredictor.from_pretrained(tmp_path)(clip), network(clip))
@@ -59,7 +59,7 @@ def test_sides_must_be_multiples_of_the_patch(network):
 
 
 @torch.no_grad()
-def test_the_packaged_one_predicts_and_is_small():
+def test_the_packaged_checkpoint_predicts_and_is_small():
     folder = find_packaged("vgen/shapes-64-convlstm")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2e6
     world = ShapesWorld(split="all", seed=123)

@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import accumulate
 
 import pytest
@@ -145,7 +146,7 @@ def test_same_weights_as_diffusers_wan_transformer(make_transformer, randomize, 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("groups", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 1, 2], [2, 0, 1, 0]])
 @torch.no_grad()
-def test_full_pass_equals_attention_spelt_out_frame_by_frame(make_transformer, attention, groups):
+def test_full_pass_equals_explicit_attention_frame_by_frame(make_transformer, attention, groups):
     network = make_transformer(attention=attention)
     latents, levels, prompt = inputs()
     close(network(latents, levels, prompt, groups=groups).sample, SlowStream(network)(latents, levels, prompt, groups))
@@ -249,7 +250,7 @@ def test_stream_of_patches_longer_than_a_latent_equals_the_replay(make_transform
 
 
 @torch.no_grad()
-def test_endless_stream_stays_within_its_memory_and_positions(make_transformer):
+def test_memory_and_positions_of_an_endless_stream_are_bounded(make_transformer):
     tiny = {"num_attention_heads": 1, "attention_head_dim": 6, "num_layers": 1, "in_channels": 1, "out_channels": 1}
     network = make_transformer(patch_size=(1, 1, 1), ffn_dim=4, freq_dim=4, window=12, sink=3, **tiny)
     window, sink, chunk, total = 12, 3, 10, 10_000
@@ -265,7 +266,7 @@ def test_endless_stream_stays_within_its_memory_and_positions(make_transformer):
     assert torch.stack(largest).max() == sink + window + chunk - 1
     assert out.isfinite().all()
 
-    # one layer's keys know nothing of the past, so what is remembered alone gives the same continuation
+    # the keys of a single layer do not depend on the past, so the cached frames alone give the same continuation
     short = TemporalState()
     network(latents[:, :, :sink], zeros, None, state=short)
     network(latents[:, :, -window:], zeros, None, state=short)
@@ -318,17 +319,17 @@ def test_stream_resumed_from_a_file_continues_identically(make_transformer, tmp_
 def test_guidance_rows_in_one_state_equal_states_of_their_own(make_transformer):
     network = make_transformer(window=3)
     latents, levels, prompt = inputs()
-    together, alone = TemporalState(), [TemporalState(), TemporalState()]
+    together, separate = TemporalState(), [TemporalState(), TemporalState()]
     for frame in range(4):
         part = slice(frame, frame + 1)
         both = network(latents[:, :, part], levels[:, part], prompt, state=together).sample
-        for row, state in enumerate(alone):
+        for row, state in enumerate(separate):
             one = slice(row, row + 1)
             close(both[one], network(latents[one, :, part], levels[one, part], prompt[one], state=state).sample)
 
 
 @torch.no_grad()
-def test_failed_call_leaves_the_state_as_it_was(make_transformer):
+def test_failed_call_leaves_the_state_unchanged(make_transformer):
     network = make_transformer(window=3)
     latents, levels, prompt = inputs()
     state = TemporalState()
@@ -342,7 +343,7 @@ def test_failed_call_leaves_the_state_as_it_was(make_transformer):
     assert all(torch.equal(state.get(key), tensor) for key, tensor in copies.items())
 
 
-def test_state_of_another_network_is_refused(make_transformer, make_vae):
+def test_state_of_another_network_raises(make_transformer, make_vae):
     latents, levels, prompt = inputs()
     state = TemporalState()
     with torch.no_grad():
@@ -352,7 +353,7 @@ def test_state_of_another_network_is_refused(make_transformer, make_vae):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 4, 4), (1, 3, 1, 4, 8)])
-def test_piece_of_another_batch_or_size_is_refused(make_transformer, shape):
+def test_piece_of_another_batch_or_size_raises(make_transformer, shape):
     network, state = make_transformer(), TemporalState(window=2)
     level = torch.tensor([300.0])
     with torch.no_grad():
@@ -361,14 +362,14 @@ def test_piece_of_another_batch_or_size_is_refused(make_transformer, shape):
             network(torch.randn(shape), level.expand(shape[0]), None, state=state)
 
 
-def test_state_without_a_window_is_refused(make_transformer):
+def test_state_without_a_window_raises(make_transformer):
     latents, levels, prompt = inputs()
     with torch.no_grad(), pytest.raises(ValueError, match="needs a window"):
         make_transformer()(latents, levels, prompt, state=TemporalState())
 
 
 @torch.no_grad()
-def test_more_frames_than_trained_are_refused_with_a_state(make_transformer):
+def test_more_frames_than_trained_raise_with_a_state(make_transformer):
     network = make_transformer(trained_token_frames=6, window=2, sink=1)
     latents, levels, prompt = inputs()
     state = TemporalState()
@@ -391,7 +392,7 @@ def test_no_keyframes_equal_zero_keyframes(make_transformer):
 
 
 @torch.no_grad()
-def test_keyframes_without_slots_are_refused(make_transformer):
+def test_keyframes_without_slots_raise(make_transformer):
     latents, levels, prompt = inputs()
     with pytest.raises(ValueError, match="keyframe_slots=0"):
         make_transformer()(latents, levels, prompt, keyframes=torch.zeros(2, 8, 4, 4, 6))
@@ -409,7 +410,7 @@ def test_fresh_keyframe_and_frame_rate_embeddings_change_nothing(make_transforme
 
 
 @torch.no_grad()
-def test_frame_rate_may_differ_by_sample_and_nan_adds_nothing(make_transformer):
+def test_frame_rate_may_differ_by_sample_and_nan_is_unconditional(make_transformer):
     network = make_transformer(frame_rate_embedding=True)
     latents, levels, prompt = inputs()
     without = network(latents, levels, prompt).sample
@@ -436,7 +437,7 @@ def test_no_prompt_skips_cross_attention(make_transformer):
 
 
 @torch.no_grad()
-def test_hidden_prompt_tokens_equal_prompts_without_them(make_transformer):
+def test_masked_prompt_tokens_equal_prompts_without_them(make_transformer):
     network = make_transformer()
     latents, levels, prompt = inputs()
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]])
@@ -452,7 +453,7 @@ def test_hidden_prompt_tokens_equal_prompts_without_them(make_transformer):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
-def test_backend_without_masks_gives_the_same(make_transformer, monkeypatch, attention):
+def test_backend_without_masks_gives_the_same_output(make_transformer, monkeypatch, attention):
     network = make_transformer(attention=attention, chunk_size=2, window=2)
     latents, levels, prompt = inputs()
     state = TemporalState()
@@ -477,23 +478,24 @@ def test_attention_backend_can_be_set(make_transformer):
     close(network(latents, levels, prompt, groups="causal").sample, expected)
 
 
-def test_sizes_that_patches_do_not_divide_are_refused(make_transformer):
+def test_sizes_that_patches_do_not_divide_raise_with_the_nearest(make_transformer):
     network = make_transformer(patch_size=(2, 2, 2))
-    for t, height, width in [(3, 4, 6), (4, 5, 6), (4, 4, 3)]:
+    for t, height, width, nearest in [(3, 4, 6, (4, 4, 6)), (4, 5, 6, (4, 4, 6)), (4, 4, 3, (4, 4, 4))]:
         latents, levels, prompt = inputs(t, 2, height, width)
-        with pytest.raises(ValueError, match=rf"\(t, h, w\) = \({t}, {height}, {width}\) cannot be cut"):
+        message = f"patch size (2, 2, 2), got {(t, height, width)} (nearest: {nearest})"
+        with pytest.raises(ValueError, match=re.escape(message)):
             network(latents, levels[:, 0], prompt)
 
 
-def test_timesteps_of_another_shape_are_refused(make_transformer):
+def test_timesteps_of_another_shape_raise(make_transformer):
     latents, levels, prompt = inputs()
     for timestep in (levels[:, :3], levels[:1], levels[0]):
-        with pytest.raises(ValueError, match=r"give \(2,\) or \(2, 4\)"):
+        with pytest.raises(ValueError, match=r"must be a number or have shape \(2,\) or \(2, 4\), got "):
             make_transformer()(latents, timestep, prompt)
 
 
 @torch.no_grad()
-def test_one_timestep_serves_all(make_transformer):
+def test_one_timestep_applies_to_all_samples(make_transformer):
     network = make_transformer()
     latents, _, prompt = inputs()
     expected = network(latents, torch.full((2, 4), 300.0), prompt).sample
@@ -518,7 +520,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_transformer, atten
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_writable_state_under_gradient_checkpointing_is_refused(make_transformer):
+def test_writable_state_under_gradient_checkpointing_raises(make_transformer):
     network = make_transformer(window=3)
     network.enable_gradient_checkpointing()
     latents, levels, prompt = inputs()
@@ -532,18 +534,19 @@ def test_writable_state_under_gradient_checkpointing_is_refused(make_transformer
 
 
 @pytest.mark.parametrize(
-    "config, told",
+    "config, message",
     [
-        ({"image_dim": 8}, "image_dim=8.*image-to-video"),
-        ({"added_kv_proj_dim": 8}, "added_kv_proj_dim=8.*image-to-video"),
-        ({"pos_embed_seq_len": 8}, "pos_embed_seq_len=8"),
-        ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
-        ({"in_channels": 5}, "in_channels=5"),
-        ({"attention": "axial"}, "attention='axial' is unknown: give one of joint, divided"),
+        ({"image_dim": 8}, "image_dim must be None, got 8.*image-to-video"),
+        ({"added_kv_proj_dim": 8}, "added_kv_proj_dim must be None, got 8.*image-to-video"),
+        ({"pos_embed_seq_len": 8}, "pos_embed_seq_len must be None, got 8"),
+        ({"qk_norm": "layer_norm"}, "qk_norm must be 'rms_norm_across_heads', got 'layer_norm'"),
+        ({"in_channels": 5}, "out_channels must equal in_channels=5"),
+        ({"tasks": ("text", "video")}, "tasks must be one of 'text', 'leading', 'keyframes', got 'video'"),
+        ({"attention": "axial"}, "attention must be one of 'joint', 'divided', got 'axial'"),
     ],
 )
-def test_layouts_that_are_not_served_are_refused_by_name(make_transformer, config, told):
-    with pytest.raises(ValueError, match=told):
+def test_unsupported_layouts_raise_errors_that_name_the_setting(make_transformer, config, message):
+    with pytest.raises(ValueError, match=message):
         make_transformer(**config)
 
 

@@ -43,7 +43,7 @@ def inputs(b=2, n=5, size=8):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_freshly_inflated_every_frame_is_that_of_the_2d_network(randomize, layout):
+def test_every_frame_of_a_freshly_inflated_network_equals_the_2d_network(randomize, layout):
     flat = randomize(UNet2DConditionModel(**TINY | LAYOUTS[layout]))
     beyond = {"temporal_head_dim": 8, "keyframe_slots": 4, "frame_rate_embedding": True, "non_local": True}
     video = UNet3D.from_unet2d(flat, **beyond).eval()
@@ -57,7 +57,7 @@ def test_freshly_inflated_every_frame_is_that_of_the_2d_network(randomize, layou
 
 
 @torch.no_grad()
-def test_a_masked_prompt_is_that_of_the_2d_network(randomize):
+def test_masked_prompts_equal_those_of_the_2d_network(randomize):
     flat = randomize(UNet2DConditionModel(**TINY))
     latents, levels, prompt = inputs(n=3)
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
@@ -66,13 +66,13 @@ def test_a_masked_prompt_is_that_of_the_2d_network(randomize):
     for index in range(3):
         expected = flat(latents[:, :, index], levels[:, index], prompt, encoder_attention_mask=mask.bool()).sample
         torch.testing.assert_close(out[:, :, index], expected, atol=1e-5, rtol=0)
-    one = video(latents, 500, prompt).sample
-    torch.testing.assert_close(one, video(latents, torch.full((2,), 500.0), prompt).sample, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="3 prompts for 2 videos"):
+    scalar = video(latents, 500, prompt).sample
+    torch.testing.assert_close(scalar, video(latents, torch.full((2,), 500.0), prompt).sample, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="one prompt for each of 2 videos, got 3"):
         video(latents, levels, prompt[[0, 1, 1]])
 
 
-def test_2d_weights_that_do_not_fit_are_refused_by_name(randomize, tmp_path):
+def test_mismatched_2d_weights_raise_errors_that_name_the_keys(randomize, tmp_path):
     flat = randomize(UNet2DConditionModel(**TINY))
     flat.save_pretrained(tmp_path / "unet")
     inflated = UNet3D.from_unet2d(tmp_path, subfolder="unet")
@@ -93,8 +93,11 @@ def test_2d_weights_that_do_not_fit_are_refused_by_name(randomize, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
-        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 1}, "addition_embed_type='text'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type must be None, got 'timestep'"),
+        (
+            {"addition_embed_type": "text", "addition_embed_type_num_heads": 1},
+            "addition_embed_type must be None, got 'text'",
+        ),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         (
             {
@@ -102,25 +105,25 @@ def test_2d_weights_that_do_not_fit_are_refused_by_name(randomize, tmp_path):
                 "addition_time_embed_dim": 4,
                 "projection_class_embeddings_input_dim": 8,
             },
-            "addition_embed_type='text_time'",
+            "addition_embed_type must be None, got 'text_time'",
         ),  # SDXL
-        ({"transformer_layers_per_block": (1, 2)}, "transformer_layers_per_block=.*only one number"),
+        ({"transformer_layers_per_block": (1, 2)}, "transformer_layers_per_block must be a single integer"),
     ],
 )
-def test_layouts_that_are_not_served_are_refused_by_name(config, message):
+def test_unsupported_layouts_raise_errors_that_name_the_setting(config, message):
     with pytest.raises(ValueError, match=message):
         UNet3D.from_unet2d(UNet2DConditionModel(**TINY | config))
 
 
-def test_what_the_2d_network_tells_cannot_be_told_otherwise():
-    with pytest.raises(ValueError, match="attention_head_dim, norm_num_groups: the 2D U-Net has its own"):
+def test_settings_of_the_2d_network_cannot_be_overridden():
+    with pytest.raises(ValueError, match="cannot be overridden: attention_head_dim, norm_num_groups"):
         UNet3D.from_unet2d(UNet2DConditionModel(**TINY), norm_num_groups=2, attention_head_dim=4, window=3)
 
 
 @pytest.mark.parametrize("non_local", [False, True])
 @pytest.mark.parametrize("groups", ["causal", [0, 1, 1, 2, 2], "full"])
 @torch.no_grad()
-def test_what_frames_see(randomize, groups, non_local):
+def test_groups_decide_which_frames_affect_which(randomize, groups, non_local):
     network = make(randomize, non_local=non_local)
     latents, levels, prompt = inputs()
     numbers = make_groups(groups, 5) if isinstance(groups, str) else groups
@@ -129,56 +132,55 @@ def test_what_frames_see(randomize, groups, non_local):
         changed = latents.clone()
         changed[:, :, index] += 1
         moved = (network(changed, levels, prompt, groups=groups).sample - out).abs().amax((0, 1, 3, 4)) > 1e-6
-        # attention reaches the frames of later or equal groups, convolutions those behind
+        # attention reaches frames of the same or later groups, convolutions reach later frames
         sees = [numbers[index] <= numbers[other] or index <= other for other in range(5)]
         assert moved.tolist() == sees
 
 
-def silence(network, *names):
-    """Zeroes the last layers of these parts in time."""
+def zero_last_layers(network, *names):
+    """Zeroes the weights of temporal layers by name."""
     for name, weight in network.named_parameters():
         if any(part in name for part in names):
             weight.data.zero_()
 
 
 @torch.no_grad()
-def test_behind_a_gap_convolutions_see_what_attention_does_not(randomize):
+def test_after_a_gap_only_convolutions_see_their_context(randomize):
     network = make(randomize, non_local=True)
     latents, levels, prompt = inputs()
-    unseen, resumes = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 5])
+    context, gap = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 5])
 
     def run(**options):
         return network(latents, levels, prompt, groups="causal", **options).sample
 
-    plain, out = run(), run(unseen=unseen, resumes=resumes)
+    plain, out = run(), run(conv_context=context, gap_index=gap)
     torch.testing.assert_close(out[1], plain[1], atol=1e-5, rtol=0)  # it has no gap
     torch.testing.assert_close(out[0, :, :2], plain[0, :, :2], atol=1e-5, rtol=0)
-    changed = run(unseen=unseen + 1, resumes=resumes) - out
+    changed = run(conv_context=context + 1, gap_index=gap) - out
     assert (
         changed[1].abs().max() < 1e-5
         and (changed[0].abs().amax((0, 2, 3)) > 1e-4).tolist() == [False] * 2 + [True] * 3
     )
-    silence(network, "temporal_convs", "temporal_conv.")
-    torch.testing.assert_close(run(unseen=unseen, resumes=resumes), run(), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="without a state"):
-        run(unseen=unseen, resumes=resumes, state=TemporalState(window=2, sink=1))
+    zero_last_layers(network, "temporal_convs", "temporal_conv.")
+    torch.testing.assert_close(run(conv_context=context, gap_index=gap), run(), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="cannot be used with a state"):
+        run(conv_context=context, gap_index=gap, state=TemporalState(window=2, sink=1))
 
 
 @torch.no_grad()
-def test_the_convolution_behind_a_gap_is_that_of_the_whole_clip(randomize):
+def test_the_convolution_after_a_gap_equals_that_of_the_whole_clip(randomize):
     network = make(randomize)
-    silence(network, "temporal_attentions", "temporal_attention.")
+    zero_last_layers(network, "temporal_attentions", "temporal_attention.")
     convolutions = [name for name, _ in network.named_modules() if name.endswith(".conv") and "temporal" in name]
-    silence(network, *convolutions[1:])
+    zero_last_layers(network, *convolutions[1:])
     latents, levels, prompt = inputs(n=7)
     levels[:, 2:4] = 0
-    shown = [0, 4, 5, 6]
-    out = network(
-        latents[:, :, shown], levels[:, shown], prompt, unseen=latents[:, :, 2:4], resumes=torch.tensor([1, 1])
-    ).sample
+    kept = [0, 4, 5, 6]
+    gap = {"conv_context": latents[:, :, 2:4], "gap_index": torch.tensor([1, 1])}
+    out = network(latents[:, :, kept], levels[:, kept], prompt, **gap).sample
     whole = network(latents[:, :, 2:], levels[:, 2:], prompt).sample
     torch.testing.assert_close(out[:, :, 1:], whole[:, :, 2:], atol=1e-5, rtol=0)
-    without = network(latents[:, :, shown], levels[:, shown], prompt).sample
+    without = network(latents[:, :, kept], levels[:, kept], prompt).sample
     assert not torch.allclose(without[:, :, 1:], whole[:, :, 2:], atol=1e-3)
 
 
@@ -194,7 +196,7 @@ def test_shared_levels_equal_levels_for_each_frame(randomize):
 
 
 @torch.no_grad()
-def test_the_non_local_block_mixes_places_across_frames(randomize):
+def test_the_non_local_block_mixes_positions_across_frames(randomize):
     network = make(randomize, non_local=True)
     block = network.temporal_non_local
     seen = {}
@@ -226,7 +228,7 @@ def test_streamed_equals_offline(randomize, splits, non_local):
 
 
 class PlainLists:
-    """What FrameCache is, in lists that forget their oldest frame behind the sink."""
+    """A FrameCache of plain lists that evict the oldest frame after the sink."""
 
     def __init__(self, state):
         self.state, self.layers, self.num_frames = state, {}, 0
@@ -289,15 +291,15 @@ def test_checkpointing_gives_the_same_gradients(randomize, counting_checkpoint):
         torch.testing.assert_close(a, b)
 
 
-def test_it_is_saved_and_loaded(randomize, tmp_path):
+def test_a_network_survives_saving_and_loading(randomize, tmp_path):
     network = make(randomize, keyframe_slots=4, window=2)
     network.save_pretrained(tmp_path)
     loaded = UNet3D.from_pretrained(tmp_path)
     assert loaded.state_identity == network.state_identity
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in network.state_dict().items())
-    with pytest.raises(ValueError, match="multiple of 2"):
+    with pytest.raises(ValueError, match=r"multiples of 2, got \(7, 7\) \(nearest: \(8, 8\)\)"):
         network(*inputs(size=7))
-    with pytest.raises(ValueError, match="timestep of shape"):
+    with pytest.raises(ValueError, match="timestep must be a number or have shape"):
         network(inputs()[0], torch.zeros(2, 3), inputs()[2])
 
 
@@ -307,7 +309,7 @@ def test_half_precision_gives_finite_numbers_close_to_full(make_unet):
     check_half_precision(network, *inputs(), keyframes)
 
 
-def test_what_a_call_shares_follows_its_stages_to_another_device():
+def test_the_context_follows_its_stages_to_another_device():
     tensors = {name: torch.zeros(2) for name in ("temb", "prompt", "positions")}
     rotary = torch.zeros(2), torch.ones(2)
     context = Context(**tensors, prompt_mask=None, num_frames=2, past_positions=None, rotary_emb=rotary, mask=None)

@@ -206,7 +206,7 @@ def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
         ({"num_samples": 0}, "num_samples=0"),
         ({"features": "a", "torchscript": "b"}, "not both"),
         ({"num_feature_frames": 0}, "num_feature_frames=0"),
-        ({"suite": "folder"}, "need data"),
+        ({"suite": "folder"}, "data must be set"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, options, message):
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tm
     [
         ({"tasks": ["generation"], "num_frames": 8}, "num_frames=8 is not possible"),
         ({"tasks": ["rollout"], "rollout_frames": 9}, "rollout_frames=9: give 10 or more"),
-        ({"tasks": ["interpolation"], "factor": 1}, "factor=1"),
+        ({"tasks": ["interpolation"], "factor": 1}, "factor must be an integer from 2"),
         ({"features": "somewhere", "num_clips": 1, "tasks": ["prediction"]}, "2 clips or more"),
         ({"features": "somewhere", "tasks": ["reconstruction"]}, "one of the tasks prediction, generation"),
     ],

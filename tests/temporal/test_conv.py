@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample
 from vgen.temporal.state import TemporalState, register_state_keys
@@ -28,7 +29,7 @@ def keyed(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kernel, padding", [(3, 1), ((3, 1, 1), 0), ((2, 3, 3), 1), ((5, 1, 1), 0), (1, 0)])
 @pytest.mark.parametrize("frames", [1, 2, 5])
-def test_causal_convolution_equals_convolution_of_zeros_in_front(randomize, kernel, padding, frames):
+def test_causal_convolution_equals_convolution_with_leading_zeros(randomize, kernel, padding, frames):
     layer = randomize(CausalConv3d(3, 4, kernel, padding=padding))
     x = draw(2, 3, frames, 5, 4)
     front = layer.kernel_size[0] - 1
@@ -42,7 +43,7 @@ def test_single_frame_equals_the_first_frame_of_a_clip(randomize):
     torch.testing.assert_close(layer(x[:, :, :1]), layer(x)[:, :, :1], atol=1e-6, rtol=1e-5)
 
 
-def test_single_frame_leaves_no_gradient_on_earlier_taps(randomize):
+def test_single_frame_gives_earlier_taps_no_gradient(randomize):
     layer = randomize(CausalConv3d(2, 2, 3, padding=1))
     layer(draw(1, 2, 1, 4, 4)).sum().backward()
     assert layer.weight.grad[:, :, :-1].abs().max() == 0
@@ -57,7 +58,7 @@ def test_streamed_convolution_equals_offline_for_every_split(randomize, splits):
         torch.testing.assert_close(stream(layer, x, pieces), offline, atol=1e-6, rtol=1e-5)
 
 
-def test_pointwise_convolution_remembers_nothing(randomize):
+def test_pointwise_convolution_stores_no_state(randomize):
     layer = keyed(randomize(CausalConv3d(3, 4, 1)))
     history = TemporalState().history()
     layer(draw(1, 3, 2, 4, 4), history)
@@ -83,7 +84,7 @@ def test_nothing_reaches_a_state_before_the_commit(randomize):
     assert torch.equal(state.get("layer"), draw(1, 3, 2, 4, 4))
 
 
-def test_downsampled_frame_sees_one_frame_before_and_its_own_two(randomize):
+def test_downsampled_frame_depends_on_its_two_frames_and_the_one_before(randomize):
     layer = randomize(CausalDownsample(3))
     x = draw(2, 3, 7, 2, 3)
     out = layer(x)
@@ -106,7 +107,7 @@ def test_streamed_downsampling_equals_offline_for_every_split(randomize, splits)
         torch.testing.assert_close(stream(layer, x, [1 + first, *rest]), offline, atol=1e-6, rtol=1e-5)
 
 
-def test_upsampling_doubles_all_frames_but_the_first_which_is_never_an_input(randomize):
+def test_upsampling_doubles_all_frames_but_the_first_and_never_convolves_it(randomize):
     layer = randomize(CausalUpsample(3))
     x = draw(2, 3, 4, 2, 3)
     out = layer(x)
@@ -126,3 +127,27 @@ def test_streamed_upsampling_equals_offline_for_every_split(randomize, splits):
     offline = layer(x)
     for pieces in splits(5):
         torch.testing.assert_close(stream(layer, x, pieces), offline, atol=1e-6, rtol=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="compares with oneDNN")
+def test_a_build_without_onednn_uses_the_default_convolution(randomize, monkeypatch):
+    layer, x = randomize(CausalConv3d(3, 4, 3, padding=1)), draw(1, 3, 4, 5, 4)
+    with torch.no_grad(), Operators() as with_onednn:
+        expected = layer(x)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.no_grad(), Operators() as without:
+        torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-5)
+    assert "mkldnn_convolution" in with_onednn.names
+    assert "mkldnn_convolution" not in without.names and "convolution" in without.names

@@ -45,7 +45,7 @@ def test_flow_finds_a_translation(texture, method, right, down):
 @pytest.mark.parametrize("method", ["dis", "farneback", "lucas_kanade"])
 def test_flow_finds_a_rotation(texture, method):
     first = cut(texture, 0, 0)
-    # a frame that was turned by an angle shows at p what stood where the way back leads
+    # the rotated frame has at p the pixel at the position that p rotates back to
     second = warp(first, rotation(96, -4).expand(2, -1, -1, -1))
     error = optical_flow(first, second, method) - rotation(96, 4)
     assert error[..., 16:-16, 16:-16].norm(dim=1).median() < 0.3
@@ -75,7 +75,7 @@ def test_warping_is_differentiable():
     assert torch.autograd.gradcheck(warp, (frame, flow.requires_grad_()))
 
 
-def test_what_a_moving_object_covers_is_not_visible():
+def test_pixels_that_a_moving_object_covers_are_not_visible():
     forward, backward = torch.zeros(1, 2, 32, 32), torch.zeros(1, 2, 32, 32)
     forward[:, 0, 8:24, 4:12] = 6.0  # a rectangle that moves 6 pixels to the right over a background at rest
     backward[:, 0, 8:24, 10:18] = -6.0
@@ -85,34 +85,38 @@ def test_what_a_moving_object_covers_is_not_visible():
     assert torch.equal(~seen, covered)
 
 
-def test_what_leaves_the_frame_is_not_visible():
+def test_pixels_that_leave_the_frame_are_not_visible():
     forward = torch.tensor([5.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
     seen = visible(forward, -forward)[0, 0]
     assert seen[:, :11].all()
     assert not seen[:, 11:].any()
 
 
-def test_wrong_flow_is_not_trusted():
+def test_inconsistent_flow_is_not_visible():
     forward = torch.zeros(1, 2, 16, 16)
     assert not visible(forward, torch.full((1, 2, 16, 16), 2.0)).any()
 
 
-def test_unknown_methods_and_missing_libraries_are_named(monkeypatch):
+def test_unknown_methods_wrong_shapes_and_missing_libraries_raise(monkeypatch):
     frame = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="'nearest' is none of dis, farneback, lucas_kanade, raft"):
+    with pytest.raises(
+        ValueError, match="flow method must be one of 'dis', 'farneback', 'lucas_kanade', 'raft', got 'nearest'"
+    ):
         optical_flow(frame, frame, "nearest")
+    with pytest.raises(ValueError, match=r"must be \(b, 3, h, w\), got \(1, 3, 16, 16\) and \(1, 3, 16, 8\)"):
+        optical_flow(frame, frame[..., :8])
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError, match="raft flow needs torchvision"):
+    with pytest.raises(ImportError, match="raft flow needs a torchvision"):
         optical_flow(frame, frame, "raft")
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 64), (132, 256)])
-def test_raft_gets_sides_that_it_takes_and_its_flow_is_told_in_pixels_of_the_frames(monkeypatch, height, width):
+def test_raft_gets_supported_sides_and_its_flow_is_in_pixels_of_the_original_frames(monkeypatch, height, width):
     sides = {96: 128, 64: 128, 132: 136, 256: 256}
     seen = []
 
     class Raft(torch.nn.Module):
-        """In the place of torchvision's: finds each frame moved by a quarter of its width and an eighth down."""
+        """Replaces torchvision's network: each frame moves right by a quarter of its width and down by an eighth."""
 
         def forward(self, first, second):
             seen.append((first, second))
@@ -133,15 +137,15 @@ def test_raft_gets_sides_that_it_takes_and_its_flow_is_told_in_pixels_of_the_fra
         torch.testing.assert_close(brought.mean((-2, -1)), given.mean((-2, -1)), atol=0.02, rtol=0)
 
 
-def test_missing_opencv_is_named(monkeypatch):
+def test_missing_opencv_raises_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     flow_module._opencv.cache_clear()
     with pytest.raises(ImportError, match=r"dis flow needs OpenCV: pip install vgen\[flow\]"):
         optical_flow(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
 
 
-def test_half_precision_fetches_from_the_right_places():
-    """Places of a frame 480 wide have no room in bfloat16, which rounds them to a quarter of a pixel and more."""
+def test_half_precision_warps_from_the_right_positions():
+    """bfloat16 would round positions in a frame of width 480 by a quarter of a pixel and more."""
     frame = torch.linspace(-1, 1, 480)[None, None, None].expand(1, 1, 4, 480)
     flow = torch.full((1, 2, 4, 480), 0.5)
     exact = warp(frame, flow)

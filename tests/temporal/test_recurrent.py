@@ -10,7 +10,7 @@ def layers(randomize):
     return randomize(ConvLSTM(3, (5, 4)))
 
 
-def test_with_kernels_of_one_pixel_a_cell_is_pytorchs_lstm(randomize):
+def test_a_cell_with_1x1_kernels_equals_pytorchs_lstm(randomize):
     cell = randomize(ConvLSTMCell(3, 5, kernel_size=1))
     oracle = nn.LSTMCell(3, 5)
     weight, bias = cell.gates.weight[:, :, 0, 0], cell.gates.bias
@@ -33,20 +33,20 @@ def swap(size):
     return torch.cat([parts[0], parts[1], parts[3], parts[2]])
 
 
-def test_pieces_of_a_stream_give_what_the_whole_sequence_gives(layers, splits):
+def test_streamed_equals_offline_for_any_split(layers, splits):
     clip = torch.randn(2, 3, 5, 6, 6, generator=torch.Generator().manual_seed(0))
     whole, last = layers(clip)
     assert whole.shape == (2, 5 + 4, 5, 6, 6)
     for pieces in splits(5):
-        shown, states = [], None
+        outputs, states = [], None
         for piece in clip.split(pieces, dim=2):
             part, states = layers(piece, states)
-            shown.append(part)
-        assert torch.equal(torch.cat(shown, dim=2), whole)
+            outputs.append(part)
+        assert torch.equal(torch.cat(outputs, dim=2), whole)
         assert all(torch.equal(a, b) for a, b in zip(sum(states, ()), sum(last, ()), strict=True))
 
 
-def test_no_frame_changes_what_came_before(layers):
+def test_no_output_depends_on_later_frames(layers):
     clip = torch.randn(1, 3, 5, 6, 6, generator=torch.Generator().manual_seed(0))
     before, _ = layers(clip)
     clip[:, :, 3] += 1
@@ -55,6 +55,6 @@ def test_no_frame_changes_what_came_before(layers):
     assert (before[:, :, 3:] != after[:, :, 3:]).any()
 
 
-def test_a_cell_remembers_at_first():
+def test_a_fresh_cell_keeps_its_state():
     cell = ConvLSTMCell(1, 2)
     assert cell.gates.bias[2:4].tolist() == [1.0, 1.0]

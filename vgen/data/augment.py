@@ -1,4 +1,4 @@
-"""Augmentation of clips: geometry is the same for every frame, colour may differ."""
+"""Augmentation of clips. Geometric changes are the same for every frame; colour changes may differ."""
 
 from __future__ import annotations
 
@@ -10,93 +10,94 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from vgen.checks import check_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What may change in a clip; by default nothing.
+    """Random changes of clips. By default nothing changes.
 
-    Captions stay as they are: mirror or rotate only where they name no sides.
+    Captions are not changed, so flips and rotations suit only clips whose captions name no directions.
 
     Raises:
         ValueError: A setting is out of range.
     """
 
     crop: float = 1.0
-    """Smallest share of the area that a random crop keeps; it is brought back to the clip's size."""
+    """Smallest fraction of the area that a random crop keeps. The crop is resized to the size of the clip."""
     flip: float = 0.0
-    """How often a clip is mirrored."""
+    """Probability of a horizontal flip."""
     rotate: float = 0.0
-    """Largest rotation, in degrees; what comes in from outside is the mirrored frame."""
+    """Largest rotation in degrees. Pixels from outside the frame are reflected."""
     brightness: float = 0.0
-    """Largest change, as a share, like `contrast` and `saturation`."""
+    """Largest relative change of brightness, at most 1."""
     contrast: float = 0.0
+    """Largest relative change of contrast, at most 1."""
     saturation: float = 0.0
+    """Largest relative change of saturation, at most 1."""
     hue: float = 0.0
-    """Largest change, as a share of the colour circle, at most 0.5."""
+    """Largest change of hue, as a fraction of the colour circle, at most 0.5."""
     color_per_frame: bool = False
-    """Whether each frame's colours change on their own, as under a flickering light."""
+    """Whether colours change independently in each frame, as under flickering light."""
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        if not 0 < self.crop <= 1 or not 0 <= self.flip <= 1 or not 0 <= self.rotate <= 180:
-            raise ValueError(
-                f"crop={self.crop} must be in (0, 1], flip={self.flip} in [0, 1], rotate={self.rotate} in [0, 180]"
-            )
-        colors = (self.brightness, self.contrast, self.saturation)
-        if min(colors) < 0 or max(colors) > 1 or not 0 <= self.hue <= 0.5:
-            raise ValueError(
-                f"brightness, contrast, saturation={colors} must be in [0, 1] and hue={self.hue} in [0, 0.5]"
-            )
+        """Checks the settings."""
+        limits = {"crop": 1, "flip": 1, "rotate": 180, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
+        for name, limit in limits.items():
+            check_number(name, getattr(self, name), 0, limit)
+        if self.crop == 0:
+            raise ValueError("crop must be greater than 0, got 0")
 
 
 def augment(clip: np.ndarray, augmentation: Augmentation, seed: int) -> np.ndarray:
-    """Changes a clip at random, by kornia.
+    """Augments a clip at random, with kornia.
 
     Args:
         clip: uint8 `(f, h, w, 3)`.
-        augmentation: What may change.
-        seed: The result is a function of it and the clip alone.
+        augmentation: The changes to draw from.
+        seed: Seed of the changes. Equal seeds change equal clips equally.
 
     Returns:
-        uint8 of the same shape.
+        The changed clip, uint8 of the same shape.
 
     Raises:
         ImportError: Kornia is not installed.
     """
-    parts = _parts(augmentation, clip.shape[1:3])
-    if not parts:
+    steps = _make_steps(augmentation, clip.shape[1:3])
+    if not steps:
         return clip
     pixels = rearrange(torch.from_numpy(clip), "f h w c -> 1 f c h w").float() / 255
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for part in parts:
-            pixels = part(pixels)
+        for step in steps:
+            pixels = step(pixels)
     pixels = rearrange(pixels.clamp(0, 1).mul(255).round().byte(), "1 f c h w -> f h w c")
     return pixels.numpy()
 
 
 @lru_cache(maxsize=8)
-def _parts(augmentation: Augmentation, size: tuple[int, int]) -> list[Any]:
+def _make_steps(augmentation: Augmentation, size: tuple[int, int]) -> list[Any]:
+    """Builds the modules of kornia that change a clip, in order."""
     if augmentation == Augmentation():
         return []
     try:
         import kornia.augmentation as K
     except ImportError as error:
         raise ImportError("augmentation needs kornia: pip install vgen[data]") from error
-    one = augmentation
     geometry: list[Any] = []
     color: list[Any] = []
-    if one.rotate:
-        geometry.append(K.RandomAffine(one.rotate, padding_mode="reflection", p=1.0))
-    if one.crop < 1:
-        geometry.append(K.RandomResizedCrop(size, scale=(one.crop, 1.0), cropping_mode="resample"))
-    if one.flip:
-        geometry.append(K.RandomHorizontalFlip(p=one.flip))
-    if max(one.brightness, one.contrast, one.saturation, one.hue) > 0:
-        color.append(K.ColorJitter(one.brightness, one.contrast, one.saturation, one.hue, p=1.0))
-    found = []
+    if augmentation.rotate:
+        geometry.append(K.RandomAffine(augmentation.rotate, padding_mode="reflection", p=1.0))
+    if augmentation.crop < 1:
+        geometry.append(K.RandomResizedCrop(size, scale=(augmentation.crop, 1.0), cropping_mode="resample"))
+    if augmentation.flip:
+        geometry.append(K.RandomHorizontalFlip(p=augmentation.flip))
+    jitter = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
+    if max(jitter) > 0:
+        color.append(K.ColorJitter(*jitter, p=1.0))
+    steps = []
     if geometry:
-        found.append(K.VideoSequential(*geometry, same_on_frame=True))
+        steps.append(K.VideoSequential(*geometry, same_on_frame=True))
     if color:
-        found.append(K.VideoSequential(*color, same_on_frame=not one.color_per_frame))
-    return found
+        steps.append(K.VideoSequential(*color, same_on_frame=not augmentation.color_per_frame))
+    return steps

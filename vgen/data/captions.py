@@ -1,6 +1,6 @@
-"""What ShapesWorld can say: the attributes of its scenes, and a grammar that puts them into words and reads them back.
+"""Captions of ShapesWorld: the attributes of its scenes, and a grammar that turns them into sentences and back.
 
-The grammar is tables of phrases, so that its vocabulary can be listed.
+The grammar is a set of tables of phrases, so that its vocabulary can be listed.
 """
 
 import functools
@@ -29,7 +29,7 @@ MOTIONS = (*DIRECTIONS, "still", "bounce", "spin", "grow", "shrink")
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeDescription:
-    """What a caption can say about one shape. The speed of a shape that is still or bounces is not said."""
+    """Attributes of one shape that a caption can describe. Captions omit the speed of still and bouncing shapes."""
 
     color: str
     shape: str
@@ -38,27 +38,27 @@ class ShapeDescription:
     speed: str = "normal"
 
     def __post_init__(self):
-        legal = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES, "speed": SPEEDS}
-        for name, values in legal.items():
+        allowed = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES, "speed": SPEEDS}
+        for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; legal are {', '.join(values)}")
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}")
         if (self.shape, self.motion) == ("circle", "spin"):
-            raise ValueError("a circle cannot spin visibly; give another shape or motion")
+            raise ValueError("motion must not be 'spin' for a circle, whose rotation is invisible")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDescription:
-    """What a caption can say about a scene."""
+    """Attributes of a scene that a caption can describe."""
 
     objects: Sequence[ShapeDescription]
     background: str = "black"
 
     def __post_init__(self):
         if self.background not in BACKGROUNDS:
-            raise ValueError(f"background is {self.background!r}; legal are {', '.join(BACKGROUNDS)}")
-        colors = [one.color for one in self.objects]
+            raise ValueError(f"background must be one of {', '.join(map(repr, BACKGROUNDS))}, got {self.background!r}")
+        colors = [item.color for item in self.objects]
         if not 1 <= len(colors) <= 2 or len(set(colors)) < len(colors):
-            raise ValueError(f"a scene has one or two objects of different colours, got {colors}")
+            raise ValueError(f"a scene must have one or two objects of different colours, got {colors}")
 
 
 SHAPE_WORDS = {"circle": ("circle", "ball"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star",)}
@@ -142,9 +142,9 @@ BACKGROUND_ENDINGS = (
     ", {color} background",
 )
 BACKGROUND_OPENING = "on a {color} background, "
-BLACK_IS_SAID = 0.1
+BLACK_PROBABILITY = 0.1
 
-# Words that tell a motion wherever they stand in a predicate.
+# Words that identify a motion anywhere in a predicate.
 MOTION_WORDS = {
     "still": ("still", "not", "stays", "staying", "stands", "standing", "rests", "resting"),
     "bounce": ("bounces", "bouncing"),
@@ -159,40 +159,40 @@ MOTION_WORDS = {
 
 
 def caption(scene: SceneDescription, rng: random.Random) -> str:
-    """Puts a scene into words, in about half of all cases the plainest ones.
+    """Writes a caption of a scene. About half of all captions use the plainest words.
 
-    Size, speed and background are said unless they are medium, normal and black.
+    Size, speed and background are omitted if they are medium, normal and black.
     """
     if rng.random() < 0.5:
-        text = " and ".join(_plain_clause(one) for one in scene.objects)
+        text = " and ".join(_plain_clause(item) for item in scene.objects)
         return text if scene.background == "black" else f"{text} on a {scene.background} background"
 
     participle, terse = rng.random() < 0.5, rng.random() < 0.3
-    clauses = [_clause(one, participle, terse, rng) for one in scene.objects]
+    clauses = [_clause(item, participle, terse, rng) for item in scene.objects]
     text = rng.choice(PARTICIPLE_JOINTS if participle else FINITE_JOINTS).join(clauses)
     opening = rng.choice(PARTICIPLE_OPENINGS) if participle and not terse else ""
     text = f"{opening} {text}" if opening else text
     return _add_background(text, scene.background, may_open=not opening, rng=rng)
 
 
-def _plain_clause(one: ShapeDescription) -> str:
-    size = "" if one.size == "medium" else one.size
-    verb = (TRAVEL_VERBS if one.motion in DIRECTIONS else OTHER_VERBS[one.motion])[0][0]
-    speed = SPEED_WORDS[one.speed][0] if _speed_is_said(one) else ""
-    subject = _with_article(_join(size, one.color, one.shape))
-    return _join(subject, verb, COMPLEMENTS[one.motion][0], speed)
+def _plain_clause(item: ShapeDescription) -> str:
+    size = "" if item.size == "medium" else item.size
+    verb = (TRAVEL_VERBS if item.motion in DIRECTIONS else OTHER_VERBS[item.motion])[0][0]
+    speed = SPEED_WORDS[item.speed][0] if _mentions_speed(item) else ""
+    subject = _with_article(_join(size, item.color, item.shape))
+    return _join(subject, verb, COMPLEMENTS[item.motion][0], speed)
 
 
-def _clause(one: ShapeDescription, participle: bool, terse: bool, rng: random.Random) -> str:
-    size = rng.choice(SIZE_WORDS[one.size]) if SIZE_WORDS[one.size] else ""
-    subject = _join(size, one.color, rng.choice(SHAPE_WORDS[one.shape]))
+def _clause(item: ShapeDescription, participle: bool, terse: bool, rng: random.Random) -> str:
+    size = rng.choice(SIZE_WORDS[item.size]) if SIZE_WORDS[item.size] else ""
+    subject = _join(size, item.color, rng.choice(SHAPE_WORDS[item.shape]))
     if not terse:
         subject = f"the {subject}" if rng.random() < 0.2 else _with_article(subject)
 
-    finite, ing = rng.choice(TRAVEL_VERBS if one.motion in DIRECTIONS else OTHER_VERBS[one.motion])
+    finite, ing = rng.choice(TRAVEL_VERBS if item.motion in DIRECTIONS else OTHER_VERBS[item.motion])
     verb, auxiliary = (ing, "") if participle else rng.choice(((finite, ""), (finite, ""), (ing, "is")))
-    complement = rng.choice(COMPLEMENTS[one.motion])
-    speed = rng.choice(SPEED_WORDS[one.speed]) if _speed_is_said(one) else ""
+    complement = rng.choice(COMPLEMENTS[item.motion])
+    speed = rng.choice(SPEED_WORDS[item.speed]) if _mentions_speed(item) else ""
     if speed and speed != "fast" and rng.random() < 0.3:
         return _join(subject, auxiliary, speed, verb, complement)
     if rng.random() < 0.5:
@@ -201,8 +201,8 @@ def _clause(one: ShapeDescription, participle: bool, terse: bool, rng: random.Ra
 
 
 def _add_background(text: str, background: str, may_open: bool, rng: random.Random) -> str:
-    # Only the half of captions that is not plain comes here.
-    if background == "black" and rng.random() >= 2 * BLACK_IS_SAID:
+    # this function gets only the half of captions that are not plain
+    if background == "black" and rng.random() >= 2 * BLACK_PROBABILITY:
         return text
     color = rng.choice(BACKGROUND_WORDS[background])
     if may_open and rng.random() < 0.25:
@@ -210,8 +210,8 @@ def _add_background(text: str, background: str, may_open: bool, rng: random.Rand
     return text + rng.choice(BACKGROUND_ENDINGS).format(color=color)
 
 
-def _speed_is_said(one: ShapeDescription) -> bool:
-    return one.speed != "normal" and one.motion not in ("still", "bounce")
+def _mentions_speed(item: ShapeDescription) -> bool:
+    return item.speed != "normal" and item.motion not in ("still", "bounce")
 
 
 def _with_article(noun: str) -> str:
@@ -223,16 +223,16 @@ def _join(*words: str) -> str:
 
 
 def parse_caption(text: str) -> SceneDescription:
-    """Reads a caption of the grammar.
+    """Parses a caption of the grammar.
 
     Args:
-        text: The caption; case and full stops do not matter.
+        text: The caption. Case and full stops are ignored.
 
     Returns:
-        What it says, with medium size, normal speed and a black background where it is silent.
+        The described scene. Size, speed and background default to medium, normal and black.
 
     Raises:
-        ValueError: If it has words that the grammar lacks, or does not say one colour, shape and motion per object.
+        ValueError: A word is not part of the grammar, or an object has no colour, shape or motion or several.
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     known = set(vocabulary())
@@ -277,20 +277,20 @@ def _take_background(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _read_motion(predicate: Sequence[str], name: str) -> str:
-    said = [motion for motion, words in MOTION_WORDS.items() if set(words) & set(predicate)]
-    motion = " ".join(said)
+    found = [motion for motion, words in MOTION_WORDS.items() if set(words) & set(predicate)]
+    motion = " ".join(found)
     if motion not in MOTIONS:
-        raise ValueError(f"the caption should say one motion of {name!r}, but says {' and '.join(said) or 'none'}")
+        raise ValueError(f"the caption must name one motion of {name!r}, got {' and '.join(found) or 'none'}")
     return motion
 
 
 def _read_one(words: Iterable[str], table: dict[str, tuple[str, ...]], what: str, default: str | None = None) -> str:
-    """Finds the one key of `table` that the words name."""
+    """Finds the only key of `table` that one of the words stands for."""
     found = [key for key, synonyms in table.items() if set(synonyms) & set(words)]
     if not found and default is not None:
         return default
     if len(found) != 1:
-        raise ValueError(f"the caption should say one {what}, but says {' and '.join(found) or 'none'}")
+        raise ValueError(f"the caption must name one {what}, got {' and '.join(found) or 'none'}")
     return found[0]
 
 
@@ -311,5 +311,5 @@ def _vocabulary() -> tuple[str, ...]:
 
 
 def vocabulary() -> list[str]:
-    """Lists every word that captions can contain, and the comma, sorted."""
+    """Lists all words that captions can contain, and the comma, sorted."""
     return list(_vocabulary())

@@ -1,4 +1,4 @@
-"""Frames of any size for a model that takes one size, and back."""
+"""Resizing of frames of any size to the size of a model, and of its output back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Fit:
-    """Crops frames of one size to another's shape and resizes them; `back` undoes the resizing.
+    """Crops frames to the aspect ratio of a target size and resizes them. `back` reverts the resizing.
 
     Args:
-        source: Height and width of the frames.
-        target: Height and width that are needed.
+        source: Height and width of the frames in pixels.
+        target: Height and width that the model needs, in pixels.
     """
 
     source: tuple[int, int]
@@ -22,28 +22,28 @@ class Fit:
 
     @property
     def cropped(self) -> tuple[int, int]:
-        """Height and width of the largest centred part of the source that has the target's shape."""
+        """Height and width of the largest centred crop of the source with the target's aspect ratio."""
         ratio = min(self.source[0] / self.target[0], self.source[1] / self.target[1])
         return max(1, round(self.target[0] * ratio)), max(1, round(self.target[1] * ratio))
 
     def crop(self, frames: np.ndarray) -> np.ndarray:
-        """The part of frames `(f, h, w, 3)` that is used."""
+        """Crops frames `(f, h, w, 3)` to the centred part that is used."""
         (height, width), (rows, columns) = self.cropped, self.source
         top, left = (rows - height) // 2, (columns - width) // 2
         return frames[:, top : top + height, left : left + width]
 
     def to_target(self, frames: np.ndarray) -> np.ndarray:
-        """Frames `(f, h, w, 3)`, uint8, as they are needed."""
+        """Crops and resizes uint8 frames `(f, h, w, 3)` to the target size."""
         return _resized(self.crop(frames), self.target)
 
     def back(self, frames: np.ndarray) -> np.ndarray:
-        """Frames of the target's size at the size of what was cropped."""
+        """Resizes frames of the target size to the size of the crop."""
         return _resized(frames, self.cropped)
 
     def __str__(self) -> str:
         source, cropped, target = (f"{width}x{height}" for height, width in (self.source, self.cropped, self.target))
-        part = "" if self.source == self.cropped else f"the middle {cropped} of "
-        return f"{part}{source} is shown to the model at {target} and comes back at {cropped}"
+        part = "" if self.source == self.cropped else f"the central {cropped} of "
+        return f"{part}{source} is resized to {target} for the model; the output has {cropped}"
 
 
 def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

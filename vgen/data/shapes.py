@@ -1,18 +1,20 @@
-"""ShapesWorld: an endless, seeded, captioned world of moving shapes, drawn in batches on any device.
+"""ShapesWorld: an endless set of captioned clips of moving shapes, rendered in batches on any device.
 
-Lengths are in units of the frame's shorter side, positions in fractions of its width and height, time is in seconds,
-and y points down. Axes: `b` scenes, `f` frames, `h w` pixels.
+Lengths are in units of the frame's shorter side, positions are fractions of its width and height, times are in
+seconds, and y points down. Axes: `b` scenes, `f` frames, `h w` pixels.
 """
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from vgen.checks import check_choice, check_integer
 from vgen.data.captions import (
     COLORS,
     DIRECTIONS,
@@ -34,6 +36,7 @@ __all__ = [
     "ShapeDescription",
     "ShapeObject",
     "ShapesWorld",
+    "Split",
     "caption",
     "combinations",
     "is_held_out",
@@ -43,6 +46,8 @@ __all__ = [
     "render",
     "vocabulary",
 ]
+
+Split = Literal["train", "held_out", "all"]
 
 OBJECT_COLORS = {
     "red": (0.90, 0.10, 0.12),
@@ -61,7 +66,7 @@ BACKGROUND_COLORS = {
     "navy": (0.04, 0.06, 0.28),
 }
 
-# The default clip, 17 frames at 8 per second: everything happens within it, and nothing leaves the frame during it.
+# The default clip has 17 frames at 8 per second. All motions fit into it, and no shape leaves the frame during it.
 CLIP_SECONDS = 2.0
 INTERVALS_PER_SECOND = 8.0
 
@@ -80,65 +85,72 @@ SOLO_SCALE = 1.4
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeObject(ShapeDescription):
-    """A described shape together with the numbers that place and move it."""
+    """A described shape with its position and velocity."""
 
     position: tuple[float, float]
     """Centre at time 0, as fractions of the frame's width and height."""
     radius: float
-    """Radius at time 0 of the circle around a triangle or star, in shorter sides; the other shapes stay inside it."""
+    """Radius at time 0 of the circle around a triangle or star, in shorter sides. Other shapes are smaller."""
     angle: float
     """Clockwise tilt from upright at time 0, in radians."""
     velocity: tuple[float, float] = (0.0, 0.0)
-    """In shorter sides per second; of a bouncing shape, in frame widths and heights per second."""
+    """Velocity (right, down) in shorter sides per second; of a bouncing shape in widths and heights per second."""
     spin: float = 0.0
-    """Clockwise, in radians per second."""
+    """Clockwise rotation in radians per second."""
     final_scale: float = 1.0
-    """Size at the end of the default clip and ever after, relative to the size at time 0."""
+    """Size at the end of the default clip and afterwards, relative to the size at time 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene(SceneDescription):
-    """One or two placed shapes on a background; where they overlap, the first is on top."""
+    """One or two shapes on a background. The first one is on top."""
 
     objects: tuple[ShapeObject, ...]
 
 
 def is_held_out(color: str, shape: str, motion: str) -> bool:
-    """Tells whether a combination is one of the fixed tenth that training never shows.
+    """Whether a combination belongs to the fixed tenth that is never used for training.
 
-    The three indices form a Latin square modulo 10, so that every pair of two attributes is left in training.
+    The three indices form a Latin square modulo 10, so that every pair of attributes still occurs in training.
     """
     return (COLORS.index(color) + 3 * SHAPES.index(shape) + 7 * MOTIONS.index(motion)) % 10 == 4
 
 
-def combinations(split: str) -> list[tuple[str, str, str]]:
-    """Lists the (color, shape, motion) combinations of a split: `"train"`, `"held_out"` or `"all"`."""
-    if split not in ("train", "held_out", "all"):
-        raise ValueError(f"split is {split!r}; legal are 'train', 'held_out' and 'all'")
+def combinations(split: Split) -> list[tuple[str, str, str]]:
+    """Lists the (color, shape, motion) combinations of a split.
+
+    Raises:
+        ValueError: The split is unknown.
+    """
+    check_choice("split", split, Split)
     possible = [(c, s, m) for c in COLORS for s in SHAPES for m in MOTIONS if (s, m) != ("circle", "spin")]
-    return [one for one in possible if split == "all" or is_held_out(*one) == (split == "held_out")]
+    return [item for item in possible if split == "all" or is_held_out(*item) == (split == "held_out")]
 
 
 class ShapesWorld:
-    """An endless list of captioned scenes, each a function of the seed and its index alone."""
+    """An endless list of captioned scenes. Each scene depends only on the seed and its index."""
 
-    def __init__(self, *, split: str = "train", num_objects: Sequence[int] = (1, 2), seed: int = 0):
-        """Chooses the world.
+    def __init__(self, *, split: Split = "train", num_objects: Sequence[int] = (1, 2), seed: int = 0):
+        """Defines the list of scenes.
 
         Args:
-            split: Which combinations of colour, shape and motion occur: `"train"`, `"held_out"` or `"all"`.
-            num_objects: The numbers of objects that scenes have, drawn evenly.
-            seed: Another seed is another list of scenes.
+            split: Which combinations of colour, shape and motion occur.
+            num_objects: Possible numbers of objects in a scene, drawn uniformly.
+            seed: Seed of the scenes, at least 0.
+
+        Raises:
+            ValueError: An argument has none of the allowed values.
         """
         if not num_objects or not set(num_objects) <= {1, 2}:
-            raise ValueError(f"num_objects is {num_objects}; a scene has 1 or 2 objects")
+            raise ValueError(f"num_objects must contain only 1 and 2, got {num_objects}")
+        check_integer("seed", seed)
         self.split = split
         self.num_objects = tuple(num_objects)
         self.seed = seed
         self._combinations = combinations(split)
 
     def scene(self, index: int) -> Scene:
-        """Returns the scene of an index (0 or more)."""
+        """Returns a scene by its index, 0 or greater."""
         rng = _rng(self.seed, index)
         count = rng.choice(self.num_objects)
         objects: list[ShapeDescription] = []
@@ -152,7 +164,7 @@ class ShapesWorld:
         return make_scene(objects, background, rng)
 
     def caption(self, index: int, variant: int = 0) -> str:
-        """Returns a caption of the scene of an index; every variant (0 or more) is worded anew."""
+        """Returns a caption of the scene with this index. Every variant, 0 or greater, is worded differently."""
         return caption(self.scene(index), _rng(self.seed, index, variant))
 
 
@@ -166,27 +178,27 @@ def _rng(*key: int) -> random.Random:
 
 
 def make_scene(objects: Sequence[ShapeDescription], background: str, rng: random.Random) -> Scene:
-    """Draws the geometry of a scene with chosen attributes.
+    """Samples the geometry of a scene with given attributes.
 
-    All that the first frame shows is drawn before, and without looking at, the motions.
+    The content of the first frame is sampled before the motions and independently of them.
 
     Args:
-        objects: One or two descriptions; two differ in colour. The first-mentioned is on top.
+        objects: One or two descriptions, of different colours. The first one is on top.
         background: One of `BACKGROUND_COLORS`.
-        rng: Source of the geometry.
+        rng: Random generator.
     """
     split_axis = rng.randrange(2)
     halves = [(0.0, 0.5), (0.5, 1.0)]
     rng.shuffle(halves)
     solo = len(objects) == 1
     starts = []
-    for number, one in enumerate(objects):
+    for number, item in enumerate(objects):
         room = [(0.0, 1.0), (0.0, 1.0)]
         if not solo:
             room[split_axis] = halves[number]
-        starts.append(_draw_start(one.size, one.speed, SOLO_SCALE if solo else 1.0, room, rng))
+        starts.append(_sample_start(item.size, item.speed, SOLO_SCALE if solo else 1.0, room, rng))
     axes = ((0,), (1,), (0, 1)) if solo else ((1 - split_axis,),)
-    placed = tuple(_set_in_motion(one, start, axes, rng) for one, start in zip(objects, starts, strict=True))
+    placed = tuple(_set_in_motion(item, start, axes, rng) for item, start in zip(objects, starts, strict=True))
     return Scene(objects=placed, background=background)
 
 
@@ -198,10 +210,10 @@ class _Start:
     displacement: float
 
 
-def _draw_start(
+def _sample_start(
     size: str, speed: str, scale: float, room: Sequence[tuple[float, float]], rng: random.Random
 ) -> _Start:
-    """Draws a start from which every motion stays within `room` (per axis: low and high) during the default clip."""
+    """Samples a start from which every motion stays in `room` (low and high per axis) during the default clip."""
     radius = scale * RADIUS[size] * (1 + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER))
     displacement = scale * DISPLACEMENT[speed] * (1 + rng.uniform(-SPEED_JITTER, SPEED_JITTER))
     reach = MARGIN + max(radius + displacement, radius * GROWTH[speed])
@@ -210,20 +222,20 @@ def _draw_start(
 
 
 def _set_in_motion(
-    one: ShapeDescription, start: _Start, bounce_axes: Sequence[tuple[int, ...]], rng: random.Random
+    item: ShapeDescription, start: _Start, bounce_axes: Sequence[tuple[int, ...]], rng: random.Random
 ) -> ShapeObject:
     velocity, spin, final_scale = (0.0, 0.0), 0.0, 1.0
-    if one.motion in DIRECTIONS:
+    if item.motion in DIRECTIONS:
         rate = start.displacement / CLIP_SECONDS
-        velocity = (DIRECTIONS[one.motion][0] * rate, DIRECTIONS[one.motion][1] * rate)
-    elif one.motion == "bounce":
-        velocity = _bounce_velocity(one.shape, start, rng.choice(bounce_axes), rng)
-    elif one.motion == "spin":
-        spin = rng.choice((-1, 1)) * SPIN[one.speed] * (1 + rng.uniform(-SPEED_JITTER, SPEED_JITTER))
-    elif one.motion in ("grow", "shrink"):
-        final_scale = (GROWTH if one.motion == "grow" else SHRINKAGE)[one.speed]
+        velocity = (DIRECTIONS[item.motion][0] * rate, DIRECTIONS[item.motion][1] * rate)
+    elif item.motion == "bounce":
+        velocity = _bounce_velocity(item.shape, start, rng.choice(bounce_axes), rng)
+    elif item.motion == "spin":
+        spin = rng.choice((-1, 1)) * SPIN[item.speed] * (1 + rng.uniform(-SPEED_JITTER, SPEED_JITTER))
+    elif item.motion in ("grow", "shrink"):
+        final_scale = (GROWTH if item.motion == "grow" else SHRINKAGE)[item.speed]
     return ShapeObject(
-        **{name: getattr(one, name) for name in ShapeDescription.__dataclass_fields__},
+        **{name: getattr(item, name) for name in ShapeDescription.__dataclass_fields__},
         position=start.position,
         radius=start.radius,
         angle=start.angle,
@@ -234,21 +246,21 @@ def _set_in_motion(
 
 
 def _bounce_velocity(shape: str, start: _Start, axes: tuple[int, ...], rng: random.Random) -> tuple[float, float]:
-    """Heads for the nearer wall of each axis, to reach the first of them 5 to 10 intervals after the start."""
+    """Velocity towards the nearer wall of each axis that reaches the first wall after 5 to 10 frame intervals."""
     left, right, top, bottom = _extents(shape, start.radius, start.angle)
     signs, distances = [0, 0], []
-    for axis, before, behind in ((0, left, right), (1, top, bottom)):
+    for axis, low, high in ((0, left, right), (1, top, bottom)):
         if axis in axes:
             position = start.position[axis]
             signs[axis] = 1 if position > 0.5 else -1
-            distances.append(1 - position - behind if position > 0.5 else position - before)
+            distances.append(1 - position - high if position > 0.5 else position - low)
     intervals = 5 + 10 * min(distances) * rng.uniform(0.7, 1.1)
     rate = min(distances) * INTERVALS_PER_SECOND / intervals
     return signs[0] * rate, signs[1] * rate
 
 
 def _extents(shape: str, radius: float, angle: float) -> tuple[float, float, float, float]:
-    """How far a shape reaches from its centre to the left, right, top and bottom."""
+    """Distances from the centre of a shape to its left, right, top and bottom ends."""
     outline = OUTLINES[shape]
     radius = radius * outline.radius
     if outline.corners == 1:
@@ -261,24 +273,26 @@ def _extents(shape: str, radius: float, angle: float) -> tuple[float, float, flo
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """A shape of radius 1 as equal sectors, each bounded by straight edges from its corner to its two notches."""
+    """A shape of equal sectors. Straight edges connect the corner of each sector to the notches on both sides."""
 
     radius: float
+    """Distance of the corners from the centre."""
     corners: int
+    """Number of corners; 1 for a circle."""
     notch: float
-    """Distance of the notch between two corners from the centre, relative to the corner's."""
+    """Distance of the notches between corners from the centre, relative to that of the corners."""
     upright: float
-    """Direction of the first corner of an upright shape."""
+    """Direction of the first corner of an upright shape, in radians."""
 
     @property
     def normal(self) -> float:
-        """Direction of the edge's outer normal, seen from the corner's direction."""
+        """Direction of an edge's outer normal relative to the direction of its corner, in radians."""
         half = math.pi / self.corners
         return math.atan2(1 - self.notch * math.cos(half), self.notch * math.sin(half))
 
     @property
     def numbers(self) -> tuple[float, float, float, float]:
-        """What `outline_coverage` wants: outer, edge, sector, normal."""
+        """The arguments outer, edge, sector and normal of `outline_coverage`."""
         edge = self.radius * math.cos(self.normal) if self.corners > 1 else NO_EDGE
         return self.radius, edge, 2 * math.pi / self.corners, self.normal
 
@@ -290,9 +304,9 @@ class Outline:
         return self.corners * self.notch * math.sin(math.pi / self.corners) * self.radius**2
 
 
-# A circle is what remains of the circle around an outline when no edge cuts it.
+# A circle is a shape whose edges lie outside the circle around it.
 NO_EDGE = 2.0
-# The radii bring the areas together.
+# The radii make the areas similar.
 OUTLINES = {
     "circle": Outline(radius=0.8, corners=1, notch=1.0, upright=0.0),
     "square": Outline(radius=0.93, corners=4, notch=math.cos(math.pi / 4), upright=math.pi / 4),
@@ -312,29 +326,34 @@ def render(
     start: float = 0.0,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Draws a batch of scenes, anti-aliased.
+    """Renders a batch of scenes with anti-aliasing.
 
     Args:
-        scenes: What to draw.
+        scenes: Scenes to render.
         num_frames: Frames per clip.
-        height: In pixels.
-        width: In pixels.
-        frame_rate: Frames per second, one for all or `(b,)`.
+        height: Height in pixels.
+        width: Width in pixels.
+        frame_rate: Frames per second, one number or `(b,)`.
         start: Time of the first frame in seconds.
-        device: Where to draw.
+        device: Device to render on.
 
     Returns:
         Clips `(b, 3, f, h, w)` in [-1, 1].
+
+    Raises:
+        ValueError: A size is not a positive integer, or the frame rate is not positive.
     """
+    for name, size in (("num_frames", num_frames), ("height", height), ("width", width)):
+        check_integer(name, size, 1)
     rate = torch.as_tensor(frame_rate, dtype=torch.float64, device="cpu").expand(len(scenes))
-    if (rate <= 0).any():
+    if not (rate > 0).all():
         raise ValueError(f"frame_rate must be positive, got {frame_rate}")
     times = start + torch.arange(num_frames, dtype=torch.float64) / rate[:, None]
     backgrounds = torch.tensor([BACKGROUND_COLORS[scene.background] for scene in scenes], device=device)
     clip = rearrange(backgrounds, "b c -> b c 1 1 1")
     for number in reversed(range(max(len(scene.objects) for scene in scenes))):
         objects = [scene.objects[number] if number < len(scene.objects) else None for scene in scenes]
-        colors = [OBJECT_COLORS[one.color] if one else (0.0, 0.0, 0.0) for one in objects]
+        colors = [OBJECT_COLORS[item.color] if item else (0.0, 0.0, 0.0) for item in objects]
         color = rearrange(torch.tensor(colors, device=device), "b c -> b c 1 1 1")
         coverage = _coverage(objects, times, height, width, device)
         clip = torch.lerp(clip, color, rearrange(coverage, "b f h w -> b 1 f h w"))
@@ -344,9 +363,9 @@ def render(
 def _coverage(
     objects: Sequence[ShapeObject | None], times: Tensor, height: int, width: int, device: str | torch.device
 ) -> Tensor:
-    """How much of each pixel an object covers, `(b, f, h, w)` in [0, 1]; `None` covers nothing."""
+    """Fraction of each pixel that an object covers, `(b, f, h, w)`; `None` covers nothing."""
     center, direction, radius, wraps = _trajectory(objects, times, height, width)
-    table = torch.tensor([OUTLINES[one.shape if one else "circle"].numbers for one in objects], dtype=torch.float64)
+    table = torch.tensor([OUTLINES[item.shape if item else "circle"].numbers for item in objects], dtype=torch.float64)
     outer, edge, sector, normal = table.T[..., None]
     per_frame = torch.stack([*center, direction, radius * outer, radius * edge])
     center_x, center_y, direction, outer, edge = rearrange(per_frame.float(), "p b f -> p b f 1 1").to(device)
@@ -363,18 +382,18 @@ def _coverage(
 def outline_coverage(
     x: Tensor, y: Tensor, direction: Tensor, *, outer: Tensor, edge: Tensor, sector: Tensor, normal: Tensor
 ) -> Tensor:
-    """How much of a pixel an outline covers, in [0, 1], by the signed distance of the pixel's centre.
+    """Computes the fraction of a pixel that an outline covers, from the signed distance of the pixel's centre.
 
-    All arguments broadcast. The last four are `Outline.numbers`, the lengths among them times the shape's radius.
+    All arguments broadcast. The last four are `Outline.numbers`, with lengths multiplied by the shape's radius.
 
     Args:
-        x: Pixels from the shape's centre to the pixel's.
-        y: Likewise, downwards.
-        direction: Direction of the shape's first corner.
-        outer: Radius of the circle around the outline in pixels.
-        edge: Distance of the edges' lines from the centre in pixels.
-        sector: Angle from corner to corner.
-        normal: Direction of an edge's outer normal, seen from its corner's direction.
+        x: Horizontal offset of the pixel's centre from the shape's centre, in pixels.
+        y: Vertical offset, downwards, in pixels.
+        direction: Direction of the shape's first corner, in radians.
+        outer: Radius of the circle around the outline, in pixels.
+        edge: Distance of the edges' lines from the centre, in pixels.
+        sector: Angle between adjacent corners, in radians.
+        normal: Direction of an edge's outer normal relative to the direction of its corner, in radians.
     """
     distance = torch.sqrt(x.square() + y.square())
     angle = torch.atan2(y, x).sub(direction)
@@ -386,29 +405,29 @@ def outline_coverage(
 def _trajectory(
     objects: Sequence[ShapeObject | None], times: Tensor, height: int, width: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    """Centres, corner directions and radii `(b, f)` in pixels and radians, and who crosses the border, `(b, 1)`."""
+    """Centres, corner directions and radii `(b, f)` in pixels and radians, and a flag `(b, 1)` for wrapping around."""
     side = min(height, width)
-    rows = [_numbers(one) if one else (0.5, 0.5, 0.0, 0.0, -1.0, 0.0, 0.0, 1.0, 1.0) for one in objects]
+    rows = [_numbers(item) if item else (0.5, 0.5, 0.0, 0.0, -1.0, 0.0, 0.0, 1.0, 1.0) for item in objects]
     px, py, vx, vy, radius, angle, spin, final_scale, wraps = torch.tensor(rows, dtype=torch.float64).T[..., None]
     progress = torch.sin(times.clamp(0, CLIP_SECONDS) * (math.pi / 2 / CLIP_SECONDS))
     size = radius * side * final_scale**progress
     direction = angle + spin * times
 
-    extents = [_extents(one.shape, one.radius, one.angle) if one else (0.0,) * 4 for one in objects]
+    extents = [_extents(item.shape, item.radius, item.angle) if item else (0.0,) * 4 for item in objects]
     left, right, top, bottom = torch.tensor(extents, dtype=torch.float64).T[..., None] * side
     center_x = torch.where(wraps > 0, px * width + vx * side * times, _reflect(px, vx, times, left, right, width))
     center_y = torch.where(wraps > 0, py * height + vy * side * times, _reflect(py, vy, times, top, bottom, height))
     return (center_x, center_y), direction, size, wraps
 
 
-def _numbers(one: ShapeObject) -> tuple[float, ...]:
-    wraps = float(one.motion != "bounce")
-    direction = one.angle + OUTLINES[one.shape].upright
-    return (*one.position, *one.velocity, one.radius, direction, one.spin, one.final_scale, wraps)
+def _numbers(item: ShapeObject) -> tuple[float, ...]:
+    wraps = float(item.motion != "bounce")
+    direction = item.angle + OUTLINES[item.shape].upright
+    return (*item.position, *item.velocity, item.radius, direction, item.spin, item.final_scale, wraps)
 
 
 def _reflect(position: Tensor, velocity: Tensor, times: Tensor, low: Tensor, high: Tensor, length: int) -> Tensor:
-    """Where a shape is that reaches `low` before and `high` behind its centre, between walls at 0 and `length`."""
+    """Position between walls at 0 and `length` of a shape with extents `low` and `high` around its centre."""
     span = (length - low - high).clamp(min=1e-6)
     travelled = torch.remainder(position * length - low + velocity * length * times, 2 * span)
     return low + span - (travelled - span).abs()

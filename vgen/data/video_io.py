@@ -1,10 +1,10 @@
-"""Video in and out: files and folders of frames, streamed with memory that does not depend on their length.
+"""Reading and writing of video files and folders of frames, streamed with memory that does not depend on the length.
 
-Video files (mp4, mov, mkv, webm, avi) go through PyAV, since imageio's `pyav` plugin hands out no time stamps. Gif,
+Video files (mp4, mov, mkv, webm, avi) are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif,
 webp and folders of png or jpg frames are read through imageio's `pillow` plugin.
 
-Frames are uint8 RGB `(h, w, 3)`, upright (rotation metadata is applied); 10-bit video is converted to 8 bits, and what
-is transparent lies on black. Non-square pixels and interlacing are left as they are stored.
+Frames are upright uint8 RGB `(h, w, 3)`: rotation metadata is applied, 10-bit video is converted to 8 bits, and
+transparent pixels are composited on black. Non-square pixels and interlacing are left as stored.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import av
 import imageio.v3 as iio
 import numpy as np
 
+from vgen.checks import check_integer, check_number
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
     IMAGE_SUFFIXES,
@@ -47,40 +48,42 @@ _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _ANIMATIONS = (".gif", ".webp")
 VIDEO_SUFFIXES = _CONTAINERS + _ANIMATIONS
 
-_ROUNDING = 0.006  # seconds by which a stored time may be off; gif counts in hundredths
-_SEEK_MARGIN = 5.0  # seconds to aim early: FFmpeg seeks by the time of decoding, which precedes that of showing
-_UNTIMED_DURATION = 0.1  # seconds, what browsers do with a gif frame of duration 0
+_ROUNDING = 0.006  # seconds of tolerance for stored times; gif counts in hundredths
+_SEEK_MARGIN = 5.0  # seconds to seek early: FFmpeg seeks by decoding time, which precedes display time
+_UNTIMED_DURATION = 0.1  # seconds, the duration that browsers use for a gif frame of duration 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video says about itself."""
+    """Properties of a video."""
 
     path: Path
     """The file or folder."""
     codec: str
-    """Name of the coding, such as `h264`, `gif` or `png`."""
+    """Name of the codec, such as `h264`, `gif` or `png`."""
     width: int
     """Width of the upright frames in pixels."""
     height: int
     """Height of the upright frames in pixels."""
     frame_rate: float | None
-    """Mean number of frames per second, `None` where unknown."""
+    """Mean number of frames per second; `None` if unknown."""
     num_frames: int | None
-    """Number of frames, `None` where only decoding can tell."""
+    """Number of frames; `None` if only decoding would determine it."""
     duration: float | None
-    """Seconds, `None` where unknown."""
+    """Duration in seconds; `None` if unknown."""
 
 
 def video_info(path: str | os.PathLike) -> VideoInfo:
-    """Describes a video. Decodes the first frame only, except for gif and webp, whose timing is stored frame by frame.
+    """Reads the properties of a video.
+
+    Only the first frame is decoded, except for gif and webp, which store their timing frame by frame.
 
     Args:
         path: A video file or a folder of frames.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is not a video that can be read.
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: It is not a readable video.
     """
     path = _checked(path)
     with _opened_source(path) as source:
@@ -94,22 +97,24 @@ def video_info(path: str | os.PathLike) -> VideoInfo:
 def iter_video(
     path: str | os.PathLike, *, start: float | None = None, end: float | None = None, frame_rate: float | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields the frames of a video one by one, and of a damaged or cut file the readable ones before the error.
+    """Yields the frames of a video one by one.
+
+    A damaged or truncated file yields its readable frames before it raises.
 
     Args:
         path: A video file (mp4, m4v, mov, mkv, webm, avi, gif, webp) or a folder of png or jpg frames.
-        start: Seconds from the start of the video; `None` starts there.
-        end: Seconds from the start of the video, itself excluded; `None` goes on to the last frame.
-        frame_rate: Resamples to this constant rate, always to the latest frame whose time has come; `None` yields the
-            stored frames as they are. Of a folder that does not tell its rate it is the rate.
+        start: Time of the first frame, in seconds; `None` means the start of the video.
+        end: Time in seconds before which to stop; `None` means the end of the video.
+        frame_rate: Constant rate to resample to; at each time the latest frame is used. `None` yields the stored
+            frames. For a folder without a stored frame rate it is the rate of the folder.
 
     Yields:
-        Frames, uint8 `(h, w, 3)`, all of one size.
+        Frames, uint8 `(h, w, 3)`, all of the same size.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is not a video, is empty, damaged or cut short, if its frames differ in size, or if no frame
-            lies between `start` and `end`.
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: It is not a video, is empty, damaged or truncated, has frames of different sizes, or has no frame
+            between `start` and `end`.
     """
     path = _checked(path, start, end, frame_rate)
     return (pixels for _, _, pixels in _frames_between(path, start, end, frame_rate))
@@ -126,23 +131,23 @@ def read_video(
     """Reads a video, or a part of it, into memory.
 
     Args:
-        path: As for `iter_video`.
-        start: As for `iter_video`.
-        end: As for `iter_video`.
-        frame_rate: As for `iter_video`.
-        max_frames: Stops after this number of frames.
+        path: As in `iter_video`.
+        start: As in `iter_video`.
+        end: As in `iter_video`.
+        frame_rate: As in `iter_video`.
+        max_frames: Largest number of frames to read; `None` reads all.
 
     Returns:
-        Frames, uint8 `(f, h, w, 3)`, and the frames per second: `frame_rate` where given, otherwise the mean rate of
-        the frames read. Folders that do not tell their rate count as 8 frames per second.
+        Frames, uint8 `(f, h, w, 3)`, and the frames per second: `frame_rate` if given, otherwise the mean rate of the
+        frames that were read. Folders without a stored frame rate count as 8 frames per second.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: As for `iter_video`.
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: As in `iter_video`.
     """
     path = _checked(path, start, end, frame_rate)
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames must be at least 1, got {max_frames}")
+    if max_frames is not None:
+        check_integer("max_frames", max_frames, 1)
     with contextlib.closing(_frames_between(path, start, end, frame_rate)) as frames:
         times, stops, pixels = zip(*itertools.islice(frames, max_frames), strict=True)
     return np.stack(pixels), float(frame_rate or len(pixels) / (stops[-1] - times[0]))
@@ -153,16 +158,18 @@ def _checked(
 ) -> Path:
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
-        legal = ", ".join(VIDEO_SUFFIXES)
-        raise ValueError(f"{path} is not a video that can be read: legal are {legal} or a folder of frames")
+        supported = ", ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"{path} is not a supported video: expected {supported} or a folder of frames")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    if start is not None and not (math.isfinite(start) and start >= 0):
-        raise ValueError(f"start must be at least 0 seconds, got {start}")
-    if end is not None and not end > (start or 0.0):
-        raise ValueError(f"end must be later than start, got start={start} and end={end}")
+    if start is not None:
+        check_number("start", start, 0)
+    if end is not None:
+        check_number("end", end)
+        if end <= (start or 0.0):
+            raise ValueError(f"end must be later than start={start or 0:g} s, got {end:g} s")
     if frame_rate is not None:
         check_frame_rate(frame_rate)
     return path
@@ -171,13 +178,13 @@ def _checked(
 class _Frame(NamedTuple):
     time: float  # seconds since the start of the video
     duration: float
-    load: Callable[[], np.ndarray]  # converting only the frames that are wanted saves most of the time
+    load: Callable[[], np.ndarray]  # deferred, because converting only the frames that are used saves most of the time
 
 
 def _frames_between(
     path: Path, start: float | None, end: float | None, frame_rate: float | None
 ) -> Generator[tuple[float, float, np.ndarray], None, None]:
-    """Frames with the seconds from and until which they are shown."""
+    """Yields `(start time, end time, pixels)` of each frame, in seconds."""
     start, end, shape = start or 0.0, math.inf if end is None else end, None
     rounding = _ROUNDING if frame_rate is None else min(_ROUNDING, 0.3 / frame_rate)
     with _opened_source(path, frame_rate) as source:
@@ -192,22 +199,22 @@ def _frames_between(
             pixels = frame.load()
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                raise ValueError(f"the frames of {path} differ in size: {shape} and {pixels.shape}")
+                raise ValueError(f"all frames of {path} must have the same size, got {shape} and {pixels.shape}")
             yield frame.time, frame.time + frame.duration, pixels
     if shape is None:
         raise ValueError(f"{path} has no frames between {start:g} s and {end:g} s")
 
 
 def _resampled(frames: Iterator[_Frame], start: float, frame_rate: float, rounding: float) -> Iterator[_Frame]:
-    shown, tick = None, 0
+    current, tick = None, 0
     for frame in itertools.chain(frames, [None]):
-        if shown is not None:
-            # the end of the last one is a sum of two rounded numbers
-            until = shown.time + shown.duration - rounding if frame is None else frame.time
+        if current is not None:
+            # the end of the last frame is a sum of two rounded numbers
+            until = current.time + current.duration - rounding if frame is None else frame.time
             while (time := start + tick / frame_rate) < until - rounding:
-                yield _Frame(time, 1 / frame_rate, shown.load)
+                yield _Frame(time, 1 / frame_rate, current.load)
                 tick += 1
-        shown = frame
+        current = frame
 
 
 @contextlib.contextmanager
@@ -220,13 +227,13 @@ def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_Vi
         try:
             container = av.open(str(path))
         except (av.FFmpegError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a video that can be read, or cut short: {error}") from error
+            raise ValueError(f"{path} is not a readable video, or is truncated: {error}") from error
         with container:
             yield _VideoFile(path, container)
 
 
 class _VideoFile:
-    """A file that FFmpeg decodes."""
+    """A video file, decoded by FFmpeg."""
 
     def __init__(self, path: Path, container: Any):
         self._path = path
@@ -235,7 +242,7 @@ class _VideoFile:
         streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise ValueError(f"{path} has no video that can be decoded, only: {kinds}")
+            raise ValueError(f"{path} has no decodable video stream, only: {kinds}")
         self._stream = streams[0]
         self._stream.thread_type = "AUTO"
         self._clock = float(self._stream.time_base)
@@ -254,7 +261,7 @@ class _VideoFile:
                 self._container.seek(origin + int((start - _SEEK_MARGIN) / self._clock), stream=self._stream)
             for packet in self._container.demux():
                 if packet.is_corrupt:
-                    damage = "a part is missing"
+                    damage = "a packet is corrupt"
                 elif packet.stream.index == self._stream.index:
                     for frame in packet.decode():
                         origin = frame.pts or 0 if origin is None else origin
@@ -263,13 +270,13 @@ class _VideoFile:
                         yield _Frame(time, duration, partial(_decoded_pixels, frame))
         except av.FFmpegError as error:
             damage = error.strerror
-        if damage or _lacks_its_end(self._path):
-            raise ValueError(f"{self._path} is damaged or cut short: {damage or 'its end is missing'}")
+        if damage or _is_truncated(self._path):
+            raise ValueError(f"{self._path} is damaged or truncated: {damage or 'the end is missing'}")
 
 
 def _decoded_pixels(frame: av.VideoFrame) -> np.ndarray:
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    # one thread: starting a pool of them for each frame costs more than it saves
+    # one thread: starting a thread pool for each frame costs more than it saves
     pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
     return np.ascontiguousarray(np.rot90(_on_black(pixels), k=round(frame.rotation / 90)))
 
@@ -293,12 +300,12 @@ class _Animation:
                 duration = file.metadata(index=index).get("duration", 0) / 1000 or _UNTIMED_DURATION
                 yield _Frame(time, duration, partial(_on_black, pixels))
                 time += duration
-        if _lacks_its_end(self._path):
-            raise ValueError(f"{self._path} is cut short: its end is missing")
+        if _is_truncated(self._path):
+            raise ValueError(f"{self._path} is truncated: the end is missing")
 
 
 class _ImageFolder:
-    """A folder of numbered images."""
+    """A folder of images in natural order of their names."""
 
     def __init__(self, path: Path, frame_rate: float | None):
         images = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES]
@@ -329,8 +336,8 @@ def _opened_image(path: Path) -> Iterator[Any]:
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
             yield file
-    except (OSError, SyntaxError, EOFError, IndexError, struct.error) as error:  # all that Pillow raises
-        raise ValueError(f"{path} is no image, damaged or cut short: {error.__cause__ or error}") from error
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error) as error:  # the exceptions that Pillow raises
+        raise ValueError(f"{path} is not an image, or is damaged or truncated: {error.__cause__ or error}") from error
 
 
 def _image_pixels(path: Path) -> np.ndarray:
@@ -342,15 +349,15 @@ def _image_pixels(path: Path) -> np.ndarray:
 
 
 def _on_black(pixels: np.ndarray) -> np.ndarray:
-    """Composites RGBA on black; RGB stays as it is."""
+    """Composites RGBA on black; returns RGB unchanged."""
     if pixels.shape[-1] == 3:
         return pixels
     color, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
     return ((color * alpha + 127) // 255).astype(np.uint8)
 
 
-def _lacks_its_end(path: Path) -> bool:
-    """Whether a gif, avi, mkv or webm was cut: FFmpeg and Pillow may take the cut for its end."""
+def _is_truncated(path: Path) -> bool:
+    """Whether a gif, avi, mkv or webm is truncated. FFmpeg and Pillow may treat the cut as the end of the video."""
     with path.open("rb") as file:
         head = file.read(4096)
         size = file.seek(0, os.SEEK_END)
@@ -359,7 +366,7 @@ def _lacks_its_end(path: Path) -> bool:
             return not file.read().rstrip(b"\0").endswith(b";")
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little") > size
-    # Matroska: one segment, then its length in eight bytes, all ones where it is not known.
+    # Matroska: one segment, then its length in eight bytes, all ones if it is unknown.
     segment = head.find(b"\x18\x53\x80\x67\x01")
     if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 0:
         return False

@@ -1,7 +1,7 @@
-"""Video out: mp4, gif, webp and folders of frames, streamed, and there whole or not at all.
+"""Writing of mp4, gif, webp and folders of frames, streamed and atomically.
 
-Files go through PyAV: imageio's `pyav` plugin takes neither a quality nor other settings of the encoder, and Pillow
-holds all frames of a gif or webp in memory and merges equal ones. Folders of frames go through imageio.
+Files are encoded by PyAV: imageio's `pyav` plugin supports neither a quality nor other encoder settings, and Pillow
+keeps all frames of a gif or webp in memory and merges equal ones. Folders of frames are written by imageio.
 """
 
 import contextlib
@@ -19,19 +19,26 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vgen.checks import check_integer, check_number
+
 __all__ = ["DEFAULT_FRAME_RATE", "IMAGE_SUFFIXES", "VideoWriter", "check_frame_rate", "join_videos", "write_video"]
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
-_MAX_GIF_RATE = 50.0  # browsers slow faster ones down
+_MAX_GIF_RATE = 50.0  # browsers play faster gifs more slowly
 
 
 def check_frame_rate(frame_rate: float) -> None:
-    """Raises a `ValueError` unless this is a positive number of frames per second."""
-    if not (math.isfinite(frame_rate) and frame_rate > 0):
-        raise ValueError(f"frame_rate must be a positive number of frames per second, got {frame_rate}")
+    """Checks a number of frames per second.
+
+    Raises:
+        ValueError: It is not a positive finite number.
+    """
+    check_number("frame_rate", frame_rate)
+    if frame_rate <= 0:
+        raise ValueError(f"frame_rate must be positive, got {frame_rate}")
 
 
 def write_video(
@@ -42,14 +49,14 @@ def write_video(
     crf: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a video whole or not at all; the arguments and errors are those of `VideoWriter`.
+    """Writes a video atomically. The arguments and errors are those of `VideoWriter`.
 
     Args:
-        frames: uint8 `(f, h, w, 3)`, or any iterable of frames `(h, w, 3)` or chunks `(f, h, w, 3)`.
-        path: As for `VideoWriter`.
-        frame_rate: As for `VideoWriter`.
-        crf: As for `VideoWriter`.
-        overwrite: As for `VideoWriter`.
+        frames: uint8 `(f, h, w, 3)`, or an iterable of frames `(h, w, 3)` or chunks `(f, h, w, 3)`.
+        path: As in `VideoWriter`.
+        frame_rate: As in `VideoWriter`.
+        crf: As in `VideoWriter`.
+        overwrite: As in `VideoWriter`.
     """
     with VideoWriter(path, frame_rate, crf=crf, overwrite=overwrite) as writer:
         for chunk in frames:
@@ -57,37 +64,39 @@ def write_video(
 
 
 def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Joins mp4 files into one without encoding their frames again; it appears whole or not at all.
+    """Concatenates mp4 files without encoding their frames again. The output is written atomically.
 
     Args:
-        paths: What `VideoWriter` wrote with the same settings and frame sizes, in order.
-        output: The joined mp4 file.
-        overwrite: Replaces an existing file.
+        paths: Files, in order, that `VideoWriter` wrote with the same settings and frame size.
+        output: The mp4 file to write.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: The output exists and may not be replaced.
-        ValueError: There is nothing to join, or the files are of different kinds.
+        FileExistsError: The output exists and `overwrite` is false.
+        ValueError: `paths` is empty, or the files have different settings.
     """
     output = Path(output)
     if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists already")
+        raise FileExistsError(f"{output} already exists (overwrite=True replaces it)")
     if not paths:
-        raise ValueError(f"{output} was not written: there are no videos to join")
+        raise ValueError(f"{output} was not written: expected at least one video to join, got none")
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
         partial = Path(folder, output.name)
         with av.open(str(partial), "w", options={"movflags": "faststart"}) as target:
-            stream, kind, num_frames = None, None, 0
+            stream, expected, num_frames = None, None, 0
             delay = max(map(_decoding_delay, paths))
             for path in paths:
                 with av.open(str(path)) as source:
                     video = source.streams.video[0]
-                    found = (video.codec_context.extradata, video.time_base, video.average_rate)
+                    settings = (video.codec_context.extradata, video.time_base, video.average_rate)
                     if stream is None:
-                        stream, kind = target.add_stream_from_template(video), found
-                    if found != kind:
-                        raise ValueError(f"{path} does not join {paths[0]}: its size, rate or quality is another")
+                        stream, expected = target.add_stream_from_template(video), settings
+                    if settings != expected:
+                        raise ValueError(
+                            f"{path} cannot be joined to {paths[0]}: its size, frame rate or quality differs"
+                        )
                     tick = round(1 / (video.average_rate * video.time_base))
-                    packets = [packet for packet in source.demux(video) if packet.dts is not None]  # not the end mark
+                    packets = [packet for packet in source.demux(video) if packet.dts is not None]  # no end marker
                     for index, packet in enumerate(packets, num_frames):
                         packet.stream, packet.pts = stream, packet.pts + num_frames * tick
                         packet.dts = index * tick - delay
@@ -97,7 +106,7 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
 
 
 def _decoding_delay(path: str | os.PathLike) -> int:
-    """By how much the first frame is decoded before it is shown, in the file's unit of time."""
+    """Time between decoding and display of the first frame, in the file's time base."""
     with av.open(str(path)) as source:
         first = next(source.demux(source.streams.video[0]))
         return (first.pts or 0) - (first.dts or 0)
@@ -106,26 +115,26 @@ def _decoding_delay(path: str | os.PathLike) -> int:
 class VideoWriter:
     """Writes a video frame by frame, with memory that does not depend on its length.
 
-    It is written in a hidden folder beside `path` and moved into place by `close`, so it appears whole or not at all.
-    As a context manager it closes at the end of the block and discards on any exception in it. The suffix of `path`
-    chooses the format:
+    The video is written in a hidden folder next to `path` and moved into place by `close`, so it appears complete or
+    not at all. As a context manager, the writer closes at the end of the block and discards the video if the block
+    raises. The suffix of `path` selects the format:
 
-    - `.mp4`: H.264, in `yuv420p`, or for odd widths and heights, which that cannot hold, in `yuv444p`.
+    - `.mp4`: H.264 in `yuv420p`, or in `yuv444p` for odd widths and heights, which `yuv420p` does not support.
     - `.gif`: 256 colours per frame, looping. Times are rounded to hundredths of a second, without drift.
     - `.webp`: lossless and looping.
-    - none: a folder of numbered, lossless png frames, each of which carries the frame rate.
+    - none: a folder of numbered, lossless png frames that store the frame rate.
 
     Args:
-        path: The file or folder to write; its parent must exist.
+        path: The file or folder to write; its parent folder must exist.
         frame_rate: Frames per second.
-        crf: Constant rate factor of an mp4, 0 (best) to 51; `None` is 16, visually lossless.
-        overwrite: Replaces an existing video. It stays untouched until the new one is whole. A folder is replaced only
-            if it holds nothing but frames.
+        crf: Constant rate factor of an mp4, from 0 (best) to 51; `None` means 16, visually lossless.
+        overwrite: Whether to replace an existing video, which stays until the new one is complete. A folder is
+            replaced only if it contains nothing but frames.
 
     Raises:
-        FileExistsError: If `path` exists and may not be replaced.
-        OSError: If the video cannot be written there, for instance because the folder is not writable.
-        ValueError: For an unknown suffix, an illegal rate or quality.
+        FileExistsError: `path` exists and cannot be replaced.
+        OSError: The video cannot be written there, for instance because the folder is not writable.
+        ValueError: The suffix, the frame rate or the quality is unsupported.
     """
 
     def __init__(
@@ -137,13 +146,14 @@ class VideoWriter:
         overwrite: bool = False,
     ):
         self.path = Path(path)
+        check_frame_rate(frame_rate)
         self.frame_rate = float(frame_rate)
         self.num_frames = 0
         self._crf = crf
         self._overwrite = overwrite
         self._check_settings()
         self._check_target()
-        with self._telling_the_path():
+        with self._errors_naming_the_path():
             self._workspace = tempfile.TemporaryDirectory(
                 prefix=f".{self.path.stem}-", dir=self.path.parent, ignore_cleanup_errors=True
             )
@@ -156,8 +166,8 @@ class VideoWriter:
         """Adds a frame `(h, w, 3)` or a chunk of frames `(f, h, w, 3)`, uint8.
 
         Raises:
-            OSError: If writing fails, in which case everything written is discarded.
-            ValueError: If the writer is closed, or for another type, shape or size than the frames before.
+            OSError: Writing failed. The video is discarded.
+            ValueError: The writer is closed, or the frames have another type, shape or size than earlier ones.
         """
         if self._closed:
             raise ValueError(f"the writer of {self.path} is closed")
@@ -170,17 +180,17 @@ class VideoWriter:
                 self.num_frames += 1
 
     def close(self) -> None:
-        """Finishes the video and gives it its name. A second call does nothing.
+        """Finishes the video and moves it to its path. A second call does nothing.
 
         Raises:
-            OSError: If writing fails, in which case everything written is discarded.
-            ValueError: If no frame was written.
+            OSError: Writing failed. The video is discarded.
+            ValueError: No frame was written.
         """
         if self._closed:
             return
         with self._discarding_on_error():
             if self._sink is None:
-                raise ValueError(f"{self.path} was not written: there is no frame in it")
+                raise ValueError(f"{self.path} was not written: expected at least one frame, got none")
             self._sink.close()
             self._sink = None
             self._check_target()
@@ -190,7 +200,7 @@ class VideoWriter:
         self.discard()
 
     def discard(self) -> None:
-        """Drops what has no name yet and leaves none of it behind."""
+        """Deletes an unfinished video. After `close` it does nothing."""
         self._closed = True
         with contextlib.suppress(OSError, av.FFmpegError):
             if self._sink is not None:
@@ -210,34 +220,33 @@ class VideoWriter:
     def _check_settings(self) -> None:
         suffix = self.path.suffix.lower()
         if suffix not in (".mp4", ".gif", ".webp", ""):
-            raise ValueError(f"cannot write {self.path}: legal are .mp4, .gif, .webp, or no suffix for a folder")
-        check_frame_rate(self.frame_rate)
+            raise ValueError(f"the suffix must be .mp4, .gif or .webp, or none for a folder, got {self.path}")
         if suffix == ".gif" and self.frame_rate > _MAX_GIF_RATE:
-            raise ValueError(f"a gif plays at most {_MAX_GIF_RATE:g} frames per second, got {self.frame_rate:g}")
+            raise ValueError(f"frame_rate must be at most {_MAX_GIF_RATE:g} for a gif, got {self.frame_rate:g}")
         if self._crf is not None and suffix != ".mp4":
-            raise ValueError(f"crf is a setting of mp4 files, it means nothing for {self.path}")
-        if self._crf is not None and not 0 <= self._crf <= 51:
-            raise ValueError(f"crf must be between 0 and 51, got {self._crf}")
+            raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
+        if self._crf is not None:
+            check_integer("crf", self._crf, 0, 51)
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
             return
         if not self._overwrite:
-            raise FileExistsError(f"{self.path} exists already (overwrite=True replaces it)")
+            raise FileExistsError(f"{self.path} already exists (overwrite=True replaces it)")
         is_folder = self.path.is_dir()
         if is_folder != (self.path.suffix == ""):
-            raise FileExistsError(f"{self.path} is not replaced: it is a {'folder' if is_folder else 'file'}")
+            raise FileExistsError(f"{self.path} cannot be replaced: it is a {'folder' if is_folder else 'file'}")
         if is_folder and any(entry.suffix.lower() not in IMAGE_SUFFIXES for entry in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} is not replaced: it is a folder that holds more than frames")
+            raise FileExistsError(f"{self.path} cannot be replaced: the folder contains more than frames")
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
-        """Frames as `(f, h, w, 3)`, or an error that says what is wrong with them."""
+        """Checks frames and returns them as `(f, h, w, 3)`."""
         if frames.dtype != np.uint8:
             raise ValueError(f"frames must be uint8, got {frames.dtype}")
         if frames.ndim not in (3, 4) or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
-            raise ValueError(f"frames must have the shape (h, w, 3) or (f, h, w, 3), got {frames.shape}")
+            raise ValueError(f"frames must be (h, w, 3) or (f, h, w, 3), got {frames.shape}")
         if self._frame_shape not in (None, frames.shape[-3:]):
-            raise ValueError(f"the frames of {self.path} are {self._frame_shape}, got one of {frames.shape[-3:]}")
+            raise ValueError(f"all frames of {self.path} must be {self._frame_shape}, got {frames.shape[-3:]}")
         return frames if frames.ndim == 4 else frames[None]
 
     def _open_sink(self, shape: tuple[int, ...]) -> "_EncodedFile | _ImageFolder":
@@ -248,15 +257,15 @@ class VideoWriter:
     @contextlib.contextmanager
     def _discarding_on_error(self) -> Iterator[None]:
         try:
-            with self._telling_the_path():
+            with self._errors_naming_the_path():
                 yield
         except BaseException:
             self.discard()
             raise
 
     @contextlib.contextmanager
-    def _telling_the_path(self) -> Iterator[None]:
-        """Errors of the system name the path that was asked for, not the hidden one."""
+    def _errors_naming_the_path(self) -> Iterator[None]:
+        """Makes system errors name the requested path instead of the hidden one."""
         try:
             yield
         except (OSError, av.FFmpegError) as error:
@@ -266,18 +275,18 @@ class VideoWriter:
 
 
 class _EncodedFile:
-    """A file that FFmpeg encodes."""
+    """A video file, encoded by FFmpeg."""
 
     def __init__(self, path: Path, frame_rate: float, shape: tuple[int, ...], crf: int):
         height, width, _ = shape
         even = height % 2 == 0 and width % 2 == 0
-        # The conversion from RGB uses the BT.601 matrix; saying so makes every player invert just that.
+        # The conversion from RGB uses the BT.601 matrix. Tagging it makes every player invert that matrix.
         color = dict.fromkeys(("colorspace", "color_primaries", "color_trc"), "smpte170m") | {"color_range": "tv"}
         chroma = "yuv420p" if even else "yuv444p"
-        # x264's macroblock tree takes in undefined memory where the macroblocks are no multiple of its vectors, and
-        # the same frames then give another file now and then. Without it files are larger (1.7 times, 720p).
+        # x264's macroblock tree reads undefined memory if the number of macroblocks is not a multiple of its vector
+        # length, so that equal frames occasionally give different files. Without it files are larger (720p: 1.7x).
         exact = {} if math.ceil(height / 16) * math.ceil(width / 16) % 16 == 0 else {"mbtree": "0"}
-        fast = {"lossless": "1", "compression_level": "0", "quality": "20"}  # where lossless, this is the effort
+        fast = {"lossless": "1", "compression_level": "0", "quality": "20"}  # quality is the effort here
         codec, pixel_format, options, container_options = {
             ".mp4": ("libx264", chroma, color | exact | {"crf": str(crf)}, {"movflags": "faststart"}),
             ".webp": ("libwebp", "bgra", fast, {"loop": "0"}),
@@ -316,7 +325,7 @@ class _EncodedFile:
 
 
 class _ImageFolder:
-    """Numbered png files, each carrying the frame rate as text."""
+    """A folder of numbered png files that store the frame rate as text."""
 
     def __init__(self, path: Path, frame_rate: float):
         path.mkdir()

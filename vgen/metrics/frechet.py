@@ -1,11 +1,10 @@
-"""How near the distribution of made clips is to that of real ones, with the protocol that makes numbers comparable."""
+"""Distances between the distributions of real and generated clips, with the protocol that makes them comparable."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from vgen.checks import check_integer
 from vgen.io.fingerprint import weights_digest
 from vgen.metrics.temporal import check_clip
 
@@ -25,17 +25,16 @@ logger = logging.get_logger(__name__)
 
 
 class FeatureNetwork(nn.Module):
-    """A video model of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2, ...) as features of clips.
+    """Features of clips from a video model of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2, ...).
 
-    A clip's feature is the mean over its tokens in the last layer. Frames are resized as bilinear interpolation with
-    antialiasing does, the whole frame to the model's size, and their values are brought to what the model's processor
-    config says.
+    The feature of a clip is the mean of its tokens in the last layer. Whole frames are resized to the model's input
+    size, bilinearly with antialiasing, and their values are normalised as the model's processor config says.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id of the model.
 
     Raises:
-        ValueError: It is no model of videos.
+        ValueError: The model is not a video model.
     """
 
     resize = "bilinear, antialiased"
@@ -50,69 +49,70 @@ class FeatureNetwork(nn.Module):
         self.num_frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", None))
         self.image_size = getattr(config, "image_size", getattr(config, "crop_size", None))
         if self.num_frames is None or self.image_size is None:
-            raise ValueError(f"{source} holds a {type(self.network).__name__}, which is no model of videos")
-        told = _read_processor(source)
-        mean, std = (told["image_mean"], told["image_std"]) if told["do_normalize"] else (0.0, 1.0)
-        self.mean, self.std = ([float(x) for x in torch.tensor(one).expand(3)] for one in (mean, std))
-        self.scale, self.offset = 255 * told["rescale_factor"], float(told["offset"])
+            raise ValueError(f"{source} must be a video model, got {type(self.network).__name__}")
+        processor = _read_processor(source)
+        mean, std = (processor["image_mean"], processor["image_std"]) if processor["do_normalize"] else (0.0, 1.0)
+        self.mean, self.std = ([float(x) for x in torch.tensor(values).expand(3)] for values in (mean, std))
+        self.scale, self.offset = 255 * processor["rescale_factor"], float(processor["offset"])
 
     @property
     def digest(self) -> str:
-        """Of the weights."""
+        """Hash of the weights."""
         return weights_digest(self.network)
 
     @property
     def values(self) -> str:
-        """How pixels in [0, 1] become what the network sees."""
-        mean, std = (" ".join(f"{x:.4g}" for x in one) for one in (self.mean, self.std))
+        """How pixels in [0, 1] are normalised for the network, in words."""
+        mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
         return f"times {self.scale:.4g} less {self.offset:g}, mean {mean}, deviation {std}"
 
     @torch.no_grad()
     def forward(self, clip: Tensor) -> Tensor:
-        """Features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1].
+        """Computes features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1].
 
         Raises:
-            ValueError: They have another number of frames than the model takes.
+            ValueError: The number of frames is not that of the model's input.
         """
         check_clip(clip, 1)
         if clip.shape[2] != self.num_frames:
-            raise ValueError(f"clips of {clip.shape[2]} frames, but {self.name} takes {self.num_frames}")
+            raise ValueError(f"{self.name} needs clips of {self.num_frames} frames, got {clip.shape[2]}")
         size = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size, self.image_size)
         frames = rearrange(clip.float() / 2 + 0.5, "b c f h w -> (b f) c h w")
         frames = F.interpolate(frames, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (frames.new_tensor(one)[:, None, None] for one in (self.mean, self.std))
+        mean, std = (frames.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         frames = frames * self.scale - self.offset
         pixels = rearrange((frames - mean) / std, "(b f) c h w -> b f c h w", b=len(clip))
         return self.network(**{self.network.main_input_name: pixels}).last_hidden_state.mean(1)
 
 
 def _read_processor(source: str | Path) -> dict[str, Any]:
-    """What a model's processor does with values; with a warning, what most do, where it is not told."""
+    """Reads how a model's processor normalises values. Without a config it warns and returns common defaults."""
     from transformers import ImageProcessingMixin
     from transformers.video_processing_utils import BaseVideoProcessor
 
-    usual = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "rescale_factor": 1 / 255, "offset": False}
+    defaults = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "rescale_factor": 1 / 255, "offset": False}
     for read in (BaseVideoProcessor.get_video_processor_dict, ImageProcessingMixin.get_image_processor_dict):
         try:
-            told, _ = read(source)
+            config, _ = read(source)
         except OSError:
             continue
-        return usual | {name: told[name] for name in usual if told.get(name) is not None}
-    logger.warning(f"{source} has no config of its processor: values are taken with mean and deviation 0.5")
-    return usual
+        return defaults | {name: config[name] for name in defaults if config.get(name) is not None}
+    logger.warning(f"{source} has no processor config: a mean and a standard deviation of 0.5 are assumed")
+    return defaults
 
 
 class ScriptedFeatures(nn.Module):
-    """An I3D network in TorchScript, as it goes round for the Frechet video distance, as features of clips.
+    """Features of clips from an I3D network in TorchScript, as published for the Frechet video distance.
 
-    It is called as `network(pixels, rescale=True, resize=True, return_features=True)` with pixels in [0, 255].
+    The network is called as `network(pixels, rescale=True, resize=True, return_features=True)` with pixels in
+    [0, 255].
 
     Args:
-        path: Of the file. It is a program that runs with your rights: take it from where you trust.
-        trusted: Must be true.
+        path: TorchScript file. It is a program that runs with the user's rights, so its source must be trusted.
+        trusted: Must be true, to confirm that the file is trusted.
 
     Raises:
-        ValueError: It was not said to be trusted.
+        ValueError: `trusted` is false.
     """
 
     resize = values = "by the network"
@@ -121,7 +121,9 @@ class ScriptedFeatures(nn.Module):
     def __init__(self, path: str | Path, trusted: bool = False):
         super().__init__()
         if not trusted:
-            raise ValueError(f"{path} is a program: say that you trust it (trusted=True, --trust_torchscript true)")
+            raise ValueError(
+                f"{path} is a program: confirm that you trust it with trusted=True (--trust_torchscript true)"
+            )
         self.name = str(path)
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         with warnings.catch_warnings():
@@ -130,155 +132,162 @@ class ScriptedFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, clip: Tensor) -> Tensor:
-        """Features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1]."""
+        """Computes features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1]."""
         check_clip(clip, 1)
         return self.network((clip.float() + 1) * 127.5, rescale=True, resize=True, return_features=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What a distance between distributions depends on beside the videos."""
+    """Settings, apart from the videos, that a distance between distributions depends on."""
 
     num_clips: int
+    """Number of generated clips."""
     num_frames: int
-    """Of a clip."""
+    """Frames per clip."""
     stride: int
-    """From one frame of a clip to the next in its video."""
+    """Distance in the video between consecutive frames of a clip."""
     height: int
-    """Pixels, before the network's own resizing."""
+    """Height in pixels, before the network resizes frames."""
     width: int
+    """Width in pixels, before the network resizes frames."""
     known_frames_counted: bool
-    """Whether frames that were given stand in the clips."""
+    """Whether the clips include the frames that the model was given."""
     resize: str
-    """How frames came to the network's size."""
+    """How frames were resized to the network's input size."""
     values: str
-    """How their values came to what the network takes."""
+    """How pixel values were normalised."""
     feature_network: str
-    """Digest of its weights."""
+    """Hash of the weights of the feature network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """A distance with what it means."""
+    """A distance with its confidence interval and its protocol."""
 
     name: str
     value: float
     low: float
-    """Of the 95% confidence interval."""
+    """Lower bound of the 95% confidence interval."""
     high: float
+    """Upper bound of the 95% confidence interval."""
     protocol: Protocol
 
     def __str__(self) -> str:
-        told = ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items())
-        return f"{self.name} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({told})"
+        settings = ", ".join(f"{key} {value}" for key, value in asdict(self.protocol).items())
+        return f"{self.name} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({settings})"
 
     @classmethod
-    def read(cls, record: dict[str, Any]) -> Distance:
-        """From what `dataclasses.asdict` made of one."""
+    def from_dict(cls, record: dict[str, Any]) -> Distance:
+        """Reads a distance that `dataclasses.asdict` turned into a dictionary."""
         return cls(**(record | {"protocol": Protocol(**record["protocol"])}))
 
     def minus(self, other: Distance) -> tuple[float, float, float]:
-        """The difference to another distance of the same kind, and its 95% confidence interval.
+        """Returns the difference to another distance, and the bounds of its 95% confidence interval.
 
-        The interval follows from those of the two, as if they were independent (Zou and Donner 2008).
+        The interval follows from those of the two distances, assuming that they are independent (Zou and Donner 2008).
 
         Raises:
-            ValueError: Their protocols differ; what does is named.
+            ValueError: The names or the protocols differ. The error lists the differences.
         """
-        mine, theirs = asdict(self.protocol), asdict(other.protocol)
-        wrong = [f"{key} {mine[key]} and {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        first, second = asdict(self.protocol), asdict(other.protocol)
+        wrong = [f"{key} {first[key]} and {second[key]}" for key in first if first[key] != second[key]]
         if self.name != other.name:
             wrong.insert(0, f"{self.name} and {other.name}")
         if wrong:
-            raise ValueError(f"these numbers cannot be compared: {', '.join(wrong)}")
+            raise ValueError(f"these distances cannot be compared, because they differ in {', '.join(wrong)}")
         value = self.value - other.value
         low = value - math.hypot(self.value - self.low, other.high - other.value)
         return value, low, value + math.hypot(self.high - self.value, other.value - other.low)
 
 
-def extract(network: Callable[[Tensor], Tensor], clips: Iterable[Tensor]) -> Tensor:
-    """Features `(n, d)` of batches of clips, in double precision on the CPU."""
-    return torch.cat([network(batch).double().cpu() for batch in clips])
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Computes the Frechet distance between Gaussians that are fitted to two sets of features.
 
-
-def frechet_distance(real: Tensor, made: Tensor) -> float:
-    """The Frechet distance of Gaussians through features `(n, d)` of real and of made clips.
+    Args:
+        real: Features of real clips, `(n, d)`.
+        generated: Features of generated clips, `(m, d)`.
 
     Raises:
-        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+        ValueError: The shapes do not match, there are fewer than 2 clips in a set, or features are not finite.
 
     Source: GANs trained by a two time-scale update rule, arXiv 1706.08500; for videos: arXiv 1812.01717.
     """
-    _check_features(real, made)
+    _check_features(real, generated)
     identity = nn.Identity()
     identity.num_features = real.shape[1]  # type: ignore[assignment]
     metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
-    metric.update(made.double(), real=False)
+    metric.update(generated.double(), real=False)
     return metric.compute().item()
 
 
-def kernel_distance(real: Tensor, made: Tensor) -> float:
-    """The squared maximum mean discrepancy, unbiased, with the kernel `(x y / d + 1)^3`; it may be below 0.
+def kernel_distance(real: Tensor, generated: Tensor) -> float:
+    """Computes the squared maximum mean discrepancy with the kernel `(x y / d + 1)^3`.
 
-    Of a larger set, the first ones are taken, as many as the smaller has.
-
-    Raises:
-        ValueError: Shapes do not fit, or there are fewer than 2 clips.
+    The estimator is unbiased, so it can be negative. The larger set is truncated to the size of the smaller one.
+    Arguments and errors are those of `frechet_distance`.
 
     Source: Demystifying MMD GANs, arXiv 1801.01401.
     """
-    _check_features(real, made)
-    count = min(len(real), len(made))
-    return poly_mmd(real[:count].double(), made[:count].double(), degree=3, gamma=None, coef=1.0).item()
+    _check_features(real, generated)
+    count = min(len(real), len(generated))
+    return poly_mmd(real[:count].double(), generated[:count].double(), degree=3, gamma=None, coef=1.0).item()
 
 
 DISTANCES = {"FVD": frechet_distance, "KVD": kernel_distance}
 
 
 def distances(
-    real: Tensor, made: Tensor, protocol: Protocol, num_resamples: int = 200, seed: int = 0
+    real: Tensor, generated: Tensor, protocol: Protocol, num_resamples: int = 200, seed: int = 0
 ) -> dict[str, Distance]:
-    """All distances with confidence intervals, by drawing the made clips anew with replacement (bootstrap).
+    """Computes all distances with confidence intervals, by resampling the generated clips (bootstrap).
 
     Args:
-        real: Features `(n, d)`.
-        made: Features `(n, d)`.
-        protocol: That made them.
-        num_resamples: Draws for the interval.
-        seed: Of them.
+        real: Features of real clips, `(n, d)`.
+        generated: Features of generated clips, `(m, d)`.
+        protocol: Settings that the features were computed with.
+        num_resamples: Number of bootstrap samples; 0 gives intervals of width 0.
+        seed: Seed of the resampling.
+
+    Returns:
+        The distances by name.
 
     Raises:
-        ValueError: Shapes do not fit, there are fewer than 2 clips, or the protocol tells another number of them.
+        ValueError: As in `frechet_distance`, or `m` is not `protocol.num_clips`.
     """
-    _check_features(real, made)
-    if len(made) != protocol.num_clips:
-        raise ValueError(f"{len(made)} made clips, but the protocol says num_clips={protocol.num_clips}")
-    fewest = min(real, made, key=len)
-    if len(fewest) <= real.shape[1]:
-        rank = int(torch.linalg.matrix_rank((fewest - fewest.mean(0)).double()))
+    _check_features(real, generated)
+    check_integer("num_resamples", num_resamples, 0)
+    if len(generated) != protocol.num_clips:
+        raise ValueError(f"expected num_clips={protocol.num_clips} generated clips, got {len(generated)}")
+    smaller = min(real, generated, key=len)
+    if len(smaller) <= real.shape[1]:
+        rank = int(torch.linalg.matrix_rank((smaller - smaller.mean(0)).double()))
         logger.warning(
-            f"{len(fewest)} clips for features of {real.shape[1]} dimensions: their covariance has rank {rank} only, "
-            "and the Frechet distance depends on the number of clips"
+            f"{len(smaller)} clips are few for features of {real.shape[1]} dimensions: their covariance has rank "
+            f"{rank}, so the Frechet distance depends on the number of clips"
         )
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randint(len(made), (len(made),), generator=generator) for _ in range(num_resamples)]
-    found = {}
+    draws = [torch.randint(len(generated), (len(generated),), generator=generator) for _ in range(num_resamples)]
+    results = {}
     for name, function in DISTANCES.items():
-        value = function(real, made)
-        drawn = torch.tensor([function(real, made[draw]) for draw in draws], dtype=torch.float64)
-        # drawing with replacement makes sets less varied than they are: the interval is about the value itself
+        value = function(real, generated)
+        drawn = torch.tensor([function(real, generated[draw]) for draw in draws], dtype=torch.float64)
+        # resampling biases the distance, so only the deviations from the mean of the resamples are used
         deviation = drawn - drawn.mean() if num_resamples else torch.zeros(1, dtype=torch.float64)
         low, high = torch.quantile(deviation, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        found[name] = Distance(name=name, value=value, low=value + low, high=value + high, protocol=protocol)
-    return found
+        results[name] = Distance(name=name, value=value, low=value + low, high=value + high, protocol=protocol)
+    return results
 
 
-def _check_features(real: Tensor, made: Tensor) -> None:
-    if real.ndim != 2 or made.ndim != 2 or real.shape[1] != made.shape[1]:
-        raise ValueError(f"features must be (n, d) with equal d, not {tuple(real.shape)} and {tuple(made.shape)}")
-    if min(len(real), len(made)) < 2:
-        raise ValueError(f"{len(real)} real and {len(made)} made clips: at least 2 of each are needed")
-    for name, features in (("real", real), ("made", made)):
+def _check_features(real: Tensor, generated: Tensor) -> None:
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        shapes = f"{tuple(real.shape)} and {tuple(generated.shape)}"
+        raise ValueError(f"features must be (n, d) with equal d, got {shapes}")
+    if min(len(real), len(generated)) < 2:
+        raise ValueError(
+            f"expected at least 2 clips of each kind, got {len(real)} real and {len(generated)} generated"
+        )
+    for name, features in (("real", real), ("generated", generated)):
         if not torch.isfinite(features).all():
             raise ValueError(f"the features of {name} clips are not finite")

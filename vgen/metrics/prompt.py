@@ -1,8 +1,9 @@
-"""Does a video show what its caption says? Reads videos of ShapesWorld from their pixels, without any network.
+"""Checks whether a video of ShapesWorld shows what its caption says, from its pixels and without a network.
 
-A pixel is a mixture of the background and an object's colour; how much of the colour it holds, its coverage, is
-measured along the line between the two in RGB, where the palette is spread evenly. Positions live on the torus, for
-shapes that leave on one side enter on the other. Lengths in constants are in units of the frame's shorter side.
+Each pixel is modelled as a mixture of the background and the colour of one object. Its coverage, the share of that
+colour, is measured along the line between the two colours in RGB, where the palette is spread evenly. Positions are on
+a torus, because shapes that leave the frame on one side enter it on the other. Lengths in constants are in units of
+the frame's shorter side.
 
 Axes: `f` frames, `k` colours, `p` pixels, `s` the shapes in the order of `SHAPES`, `h w` the pixels of a frame or of a
 window around an object.
@@ -32,22 +33,22 @@ from vgen.data.shapes import BACKGROUND_COLORS, OBJECT_COLORS, OUTLINES, outline
 PIXEL = 1 / 64
 
 MIN_CONTRAST = 0.15
-"""Distance from the background, in RGB of range 1, below which a pixel is background."""
+"""Distance from the background, in RGB from 0 to 1, below which a pixel counts as background."""
 MAX_COLOR_ERROR = 0.25
-"""Distance from the mixtures of background and a palette colour beyond which a pixel has no colour of the palette."""
-MAX_COLOR_ERROR_BESIDE_CORE = 0.4
-"""The same where the colour is known to be present."""
+"""Largest distance of a pixel from a mixture of the background and a palette colour for it to have that colour."""
+MAX_COLOR_ERROR_NEAR_CORE = 0.4
+"""The same limit next to pixels that are known to have the colour."""
 CORE_COVERAGE = 0.45
 MIN_COVERAGE = 0.2
 MAX_COVERED = 0.5
-"""More of the frames that is not background is noise rather than objects."""
+"""Largest share of non-background pixels; above it the video counts as noise."""
 MIN_AREA = 4 * PIXEL**2
-"""Less of a colour, averaged over the frames, is no object."""
+"""Smallest area of an object, averaged over the frames."""
 MIN_AREA_IN_FRAME = 2 * PIXEL**2
 
 MIN_CLEAR_FRAMES = 4
 NUM_BLURS = 2
-"""How often the drawn shapes are blurred by 3 x 3 pixels, to resemble what an autoencoder made soft."""
+"""Number of 3x3 blurs that are tried on the drawn shapes, to match videos that an autoencoder has softened."""
 MIN_SHAPE_SCORE = 0.72
 MIN_SHAPE_AGREEMENT = 0.75
 MIN_DISPLACEMENT = 1.5 * PIXEL
@@ -61,33 +62,33 @@ MIN_COHERENCE = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the pixels say about one object."""
+    """Attributes of one object, read from the pixels."""
 
     color: str | None
-    """The nearest of the palette; `None` where something else stands out from the background."""
+    """The nearest colour of the palette; `None` if the object has no colour of the palette."""
     shape: str | None
-    """`None` if no shape fits in most frames, or if the object is missing in one."""
+    """`None` if no shape matches in most frames, or if the object is missing in a frame."""
     motion: str | None
-    """`None` if the object is missing in a frame, moves in more than one way or in none of the known ones."""
+    """`None` if the object is missing in a frame, has several motions or an unknown one."""
     presence: float
-    """Fraction of the frames that show the object or hide it behind another one."""
+    """Fraction of the frames in which the object is visible or hidden by another one."""
     shape_score: float = 0.0
-    """Intersection over union with the drawn shape, averaged over the frames."""
+    """Intersection over union with the drawn shape, as a mean over the frames."""
     displacement: tuple[float, float] = (0.0, 0.0)
-    """From first to last frame along a fitted line, to the right and downwards, in shorter sides."""
+    """Displacement (right, down) from first to last frame along a fitted line, in shorter sides."""
     wobble: float = 0.0
-    """Largest distance from that line's uniform motion, in shorter sides."""
+    """Largest deviation from uniform motion along that line, in shorter sides."""
     reversal: float = 0.0
-    """Longest way along an axis that was also gone back, in shorter sides."""
+    """Longest distance along an axis that the object moved forth and back, in shorter sides."""
     growth: float = 1.0
-    """Size in the last frames over size in the first."""
+    """Size in the last frames divided by size in the first frames."""
     turn: float = 0.0
-    """Clockwise rotation from first to last frame in radians; not a number where it is erratic."""
+    """Clockwise rotation from first to last frame, in radians; NaN if it is erratic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectVerdict:
-    """Which attributes of one described object the video shows."""
+    """Which attributes of one described object match the video."""
 
     color_right: bool
     shape_right: bool
@@ -95,13 +96,13 @@ class ObjectVerdict:
 
     @property
     def right(self) -> bool:
-        """Whether all three are."""
+        """Whether all three attributes match."""
         return self.color_right and self.shape_right and self.motion_right
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a video shows what a caption says."""
+    """Result of comparing a video with a caption."""
 
     objects: tuple[ObjectVerdict, ...]
     """In the order of the caption."""
@@ -110,44 +111,55 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether all objects are right and there is no other; the background has its own field."""
-        return self.number_right and all(one.right for one in self.objects)
+        """Whether all objects match and there are no others, regardless of the background."""
+        return self.number_right and all(verdict.right for verdict in self.objects)
 
 
 def check(video: np.ndarray | Tensor, expected: SceneDescription | str) -> Verdict:
     """Compares a video with a scene or caption.
 
     Args:
-        video: As `read_video` takes it.
-        expected: What it should show.
+        video: uint8 `(f, h, w, c)`, or a float tensor `(3, f, h, w)` in [-1, 1].
+        expected: The scene or caption that it should show.
 
     Raises:
-        ValueError: If the caption cannot be read or the array is no video.
+        ValueError: The caption cannot be parsed, or the array is not a video.
     """
     scene = parse_caption(expected) if isinstance(expected, str) else expected
     frames = _to_frames(video)
     readings = _read_objects(frames)
     pairs = _match(scene.objects, readings)
     return Verdict(
-        objects=tuple(_judge(one, reading) for one, reading in pairs),
+        objects=tuple(_compare(described, reading) for described, reading in pairs),
         number_right=len(readings) == len(scene.objects),
         background_right=_nearest_background(_background(frames)) == scene.background,
     )
 
 
 def adherence(videos: Sequence[np.ndarray | Tensor], expected: Sequence[SceneDescription | str]) -> dict[str, float]:
-    """Fractions of what is right: of all videos, and of all objects for `color`, `shape` and `motion`."""
+    """Computes the fraction of videos that match their captions, and of objects whose attributes match.
+
+    Args:
+        videos: Videos, as for `check`.
+        expected: The scene or caption of each video.
+
+    Returns:
+        Fractions of videos for `right`, `number` and `background`, and of objects for `color`, `shape` and `motion`.
+
+    Raises:
+        ValueError: The numbers of videos and captions differ or are 0, or as in `check`.
+    """
     if len(videos) != len(expected) or not len(videos):
-        raise ValueError(f"{len(videos)} videos cannot be compared with {len(expected)} captions")
-    verdicts = [check(video, one) for video, one in zip(videos, expected, strict=True)]
-    objects = [one for verdict in verdicts for one in verdict.objects]
+        raise ValueError(f"expected one caption for each video, got {len(videos)} videos and {len(expected)} captions")
+    verdicts = [check(video, scene) for video, scene in zip(videos, expected, strict=True)]
+    objects = [verdict for scene in verdicts for verdict in scene.objects]
     return {
         "right": _fraction([verdict.right for verdict in verdicts]),
         "number": _fraction([verdict.number_right for verdict in verdicts]),
         "background": _fraction([verdict.background_right for verdict in verdicts]),
-        "color": _fraction([one.color_right for one in objects]),
-        "shape": _fraction([one.shape_right for one in objects]),
-        "motion": _fraction([one.motion_right for one in objects]),
+        "color": _fraction([verdict.color_right for verdict in objects]),
+        "shape": _fraction([verdict.shape_right for verdict in objects]),
+        "motion": _fraction([verdict.motion_right for verdict in objects]),
     }
 
 
@@ -158,7 +170,10 @@ def read_video(video: np.ndarray | Tensor) -> list[Reading]:
         video: uint8 `(f, h, w, c)`, or a float tensor `(3, f, h, w)` in [-1, 1].
 
     Returns:
-        One reading per colour that stands out from the background, the largest object first.
+        One reading per colour that differs from the background, the largest object first.
+
+    Raises:
+        ValueError: The array is not a video, or is empty.
     """
     return _read_objects(_to_frames(video))
 
@@ -170,42 +185,42 @@ def _fraction(values: Sequence[bool]) -> float:
 def _match(
     described: Sequence[ShapeDescription], readings: Sequence[Reading]
 ) -> list[tuple[ShapeDescription, Reading | None]]:
-    """Gives each description the reading of its colour, or else one that no other description claims."""
+    """Pairs each description with the reading of its colour, or else with one of a colour that is not described."""
     by_color = {reading.color: reading for reading in readings if reading.color}
-    claimed = {one.color for one in described}
-    left = [reading for reading in readings if reading.color not in claimed]
-    return [(one, by_color.get(one.color) or (left.pop(0) if left else None)) for one in described]
+    colors = {item.color for item in described}
+    others = [reading for reading in readings if reading.color not in colors]
+    return [(item, by_color.get(item.color) or (others.pop(0) if others else None)) for item in described]
 
 
-def _judge(one: ShapeDescription, reading: Reading | None) -> ObjectVerdict:
+def _compare(described: ShapeDescription, reading: Reading | None) -> ObjectVerdict:
     if reading is None:
         return ObjectVerdict(color_right=False, shape_right=False, motion_right=False)
     return ObjectVerdict(
-        color_right=reading.color == one.color and reading.presence == 1,
-        shape_right=reading.shape == one.shape,
-        motion_right=reading.motion == one.motion,
+        color_right=reading.color == described.color and reading.presence == 1,
+        shape_right=reading.shape == described.shape,
+        motion_right=reading.motion == described.motion,
     )
 
 
 def _to_frames(video: np.ndarray | Tensor) -> Tensor:
-    """Any accepted video as float `(f, 3, h, w)` in [0, 1]."""
+    """Converts a video to float `(f, 3, h, w)` in [0, 1]."""
     if isinstance(video, Tensor) and video.is_floating_point() and video.ndim == 4 and video.shape[0] == 3:
         frames = (rearrange(video.detach().float().cpu(), "c f h w -> f c h w") + 1) / 2
     else:
         array = torch.as_tensor(video).cpu()
         if array.dtype != torch.uint8 or array.ndim != 4 or array.shape[-1] != 3:
             raise ValueError(
-                "a video is uint8 (f, h, w, 3) or a float tensor (3, f, h, w) in [-1, 1], "
+                "a video must be uint8 (f, h, w, 3) or a float tensor (3, f, h, w) in [-1, 1], "
                 f"got {array.dtype} {tuple(array.shape)}"
             )
         frames = rearrange(array, "f h w c -> f c h w").float() / 255
     if not frames.numel():
-        raise ValueError(f"the video is empty: {tuple(frames.shape)} (f, 3, h, w)")
+        raise ValueError(f"the video must not be empty, got (f, 3, h, w) = {tuple(frames.shape)}")
     return frames.nan_to_num(0.5).clamp(0, 1)
 
 
 def _background(frames: Tensor) -> Tensor:
-    """Colour of the background, `(3,)`: the median, for objects never cover half of a frame."""
+    """Colour of the background, `(3,)`: the median, because objects never cover half of a frame."""
     return rearrange(frames, "f c h w -> c (f h w)").median(dim=-1).values
 
 
@@ -216,7 +231,7 @@ def _nearest_background(background: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One colour of a video: how much of each pixel it covers."""
+    """One colour of a video, with the share of each pixel that it covers."""
 
     color: str | None
     coverage: Tensor  # (f, h, w)
@@ -235,41 +250,42 @@ def _read_objects(frames: Tensor) -> list[Reading]:
 
 
 def _find_layers(frames: Tensor) -> list[_Layer]:
-    """Separates the frames into one layer per colour; what has no colour of the palette is a layer of its own."""
+    """Separates the frames into one layer per colour, and one for pixels without a colour of the palette."""
     size = (len(frames), *frames.shape[2:])
     background = _background(frames)
     offset = rearrange(frames - rearrange(background, "c -> c 1 1"), "f c h w -> c (f h w)")
-    place = (reduce(offset.square(), "c p -> p", "sum") > MIN_CONTRAST**2).nonzero()[:, 0]
-    if len(place) > MAX_COVERED * math.prod(size):
-        return [_Layer(None, _paint(torch.ones(1, len(place)), place, size)[0])]
-    amount, error = _unmix(offset[:, place], torch.tensor([OBJECT_COLORS[color] for color in COLORS]) - background)
+    pixel_index = (reduce(offset.square(), "c p -> p", "sum") > MIN_CONTRAST**2).nonzero()[:, 0]
+    if len(pixel_index) > MAX_COVERED * math.prod(size):
+        return [_Layer(None, _paint(torch.ones(1, len(pixel_index)), pixel_index, size)[0])]
+    palette = torch.tensor([OBJECT_COLORS[color] for color in COLORS])
+    amount, error = _unmix(offset[:, pixel_index], palette - background)
     min_pixels = MIN_AREA * min(size[1:]) ** 2 * size[0]
     present = _cores(amount, error, MAX_COLOR_ERROR).sum(dim=1) >= min_pixels
 
-    # Edges and blurred spots are ambiguous alone: they belong to a colour that is present and next to them.
+    # The colour of edges and blurred pixels is ambiguous: they belong to a present colour next to them.
     amount, error = amount[present], error[present]
-    cores = _paint(_cores(amount, error, MAX_COLOR_ERROR_BESIDE_CORE), place, size)
-    around = F.max_pool2d(F.pad(cores, (2, 2, 2, 2), mode="circular"), 5, 1).flatten(1)[:, place] > 0
-    own = _lowest(error.masked_fill(~around, math.inf)) & around & (error < MAX_COLOR_ERROR_BESIDE_CORE)
-    coverage = _paint(amount * (own & (amount > MIN_COVERAGE)), place, size)
-    colors = [color for color, there in zip(COLORS, present.tolist(), strict=True) if there]
-    layers = [_Layer(color, one) for color, one in zip(colors, coverage, strict=True)]
+    cores = _paint(_cores(amount, error, MAX_COLOR_ERROR_NEAR_CORE), pixel_index, size)
+    around = F.max_pool2d(F.pad(cores, (2, 2, 2, 2), mode="circular"), 5, 1).flatten(1)[:, pixel_index] > 0
+    own = _lowest(error.masked_fill(~around, math.inf)) & around & (error < MAX_COLOR_ERROR_NEAR_CORE)
+    coverage = _paint(amount * (own & (amount > MIN_COVERAGE)), pixel_index, size)
+    colors = [color for color, is_present in zip(COLORS, present.tolist(), strict=True) if is_present]
+    layers = [_Layer(color, part) for color, part in zip(colors, coverage, strict=True)]
 
     rest = ~own.any(dim=0)
     if int(rest.sum()) >= min_pixels:
-        layers.append(_Layer(None, _paint(rest[None], place, size)[0]))
+        layers.append(_Layer(None, _paint(rest[None], pixel_index, size)[0]))
     return layers
 
 
-def _paint(values: Tensor, place: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Puts `values` `(k, p)` at the pixels `place` of empty frames, `(k, f, h, w)`."""
+def _paint(values: Tensor, pixel_index: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Writes `values` `(k, p)` to the pixel indices `pixel_index` of empty frames, `(k, f, h, w)`."""
     canvas = torch.zeros(len(values), math.prod(size))
-    canvas[:, place] = values.float()
+    canvas[:, pixel_index] = values.float()
     return canvas.unflatten(1, size)
 
 
 def _unmix(offset: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of each colour a pixel holds, at most 1, and how far it is from that mixture, both `(k, p)`.
+    """Fits mixtures of background and each colour: the share of the colour, and the distance, both `(k, p)`.
 
     Args:
         offset: Pixels minus background, `(3, p)`.
@@ -283,7 +299,7 @@ def _unmix(offset: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cores(amount: Tensor, error: Tensor, max_error: float) -> Tensor:
-    """Where a pixel is clearly of one colour, `(k, p)`."""
+    """Mask `(k, p)` of pixels that clearly have one colour."""
     return _lowest(error) & (amount > CORE_COVERAGE) & (error < max_error)
 
 
@@ -292,7 +308,7 @@ def _lowest(error: Tensor) -> Tensor:
 
 
 def _read_layer(layer: _Layer, touched: Tensor) -> Reading:
-    """Reads one object; frames in which it touches another one serve only to follow it."""
+    """Reads one object. Frames in which it touches another one are used only to track its position."""
     num_frames, height, width = layer.coverage.shape
     side = min(height, width)
     area = reduce(layer.coverage, "f h w -> f", "sum")
@@ -330,19 +346,19 @@ def _read_layer(layer: _Layer, touched: Tensor) -> Reading:
 
 
 def _hidden(seen: Tensor, touched: Tensor) -> Tensor:
-    """Frames without the object between frames where another one touches it: there it is behind that one."""
+    """Mask of frames in which the object is hidden by another one: those between frames where the two touch."""
     hidden = ~seen
-    shown = seen.nonzero()[:, 0].tolist()
+    visible = seen.nonzero()[:, 0].tolist()
     for frame in hidden.nonzero()[:, 0].tolist():
-        before = [one for one in shown if one < frame][-1:]
-        after = [one for one in shown if one > frame][:1]
-        hidden[frame] = bool(before or after) and all(touched[one] for one in before + after)
+        before = [index for index in visible if index < frame][-1:]
+        after = [index for index in visible if index > frame][:1]
+        hidden[frame] = bool(before or after) and all(touched[index] for index in before + after)
     return hidden
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Square cut-outs around an object, one per frame."""
+    """Square windows around an object, one per frame."""
 
     coverage: Tensor  # (f, h, w)
     center: Tensor  # (f, 2), x and y of the object in the frame, in pixels
@@ -369,7 +385,7 @@ def _cut_windows(coverage: Tensor) -> _Windows:
 
 
 def _circular_mean(weight: Tensor) -> Tensor:
-    """Index of the mean on a circle, `(f,)`, of weights `(f, n)`."""
+    """Circular mean `(f,)` of the indices with weights `(f, n)`."""
     length = weight.shape[1]
     angle = torch.arange(length) * (2 * math.pi / length)
     mean = torch.atan2((weight * angle.sin()).sum(dim=1), (weight * angle.cos()).sum(dim=1))
@@ -377,7 +393,7 @@ def _circular_mean(weight: Tensor) -> Tensor:
 
 
 def _angular_moments(windows: _Windows) -> Tensor:
-    """Complex `(f, s)`: strength and direction of the n-fold symmetry of each shape, at most 1 in magnitude."""
+    """Complex moments `(f, s)`: strength (at most 1) and direction of the n-fold symmetry of each shape."""
     z = torch.complex(windows.x.expand_as(windows.coverage), windows.y.expand_as(windows.coverage))
     power, moments = windows.coverage, {}
     for corners in range(1, 1 + max(outline.corners for outline in OUTLINES.values())):
@@ -387,7 +403,7 @@ def _angular_moments(windows: _Windows) -> Tensor:
 
 
 def _read_shape(windows: _Windows, moments: Tensor, area: Tensor, clear: Tensor) -> tuple[str | None, float]:
-    """Compares every frame with each shape drawn at the measured place, size and angle."""
+    """Compares every frame with each shape, drawn at the measured position, size and angle."""
     corners = torch.tensor([OUTLINES[shape].corners for shape in SHAPES])
     radius = (area[:, None] / torch.tensor([OUTLINES[shape].area for shape in SHAPES])).sqrt()
     outer, edge, sector, normal = torch.tensor([OUTLINES[shape].numbers for shape in SHAPES]).T
@@ -405,7 +421,7 @@ def _read_shape(windows: _Windows, moments: Tensor, area: Tensor, clear: Tensor)
         scores = torch.maximum(scores, _overlap(windows.coverage, drawn, area))
         drawn = F.avg_pool2d(drawn, 3, stride=1, padding=1)
 
-    # A shape that shrinks is hard to tell in the end.
+    # Frames count by squared area, because the shape is hard to recognise after it has shrunk.
     weight = area.square() * clear / (area.square() * clear).sum()
     mean = (scores * weight[:, None]).sum(dim=0)
     best = int(mean.argmax())
@@ -424,7 +440,7 @@ def _overlap(coverage: Tensor, drawn: Tensor, area: Tensor) -> Tensor:
 
 
 def _track(center: Tensor, size: tuple[int, int]) -> Tensor:
-    """Centres `(f, 2)` without the jumps from one side of the frame to the other."""
+    """Unwraps centres `(f, 2)`: removes the jumps from one side of the frame to the other."""
     length = torch.tensor([size[1], size[0]], dtype=center.dtype)
     step = center.diff(dim=0)
     step = step - length * torch.round(step / length)
@@ -432,7 +448,7 @@ def _track(center: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _fit_line(frame: Tensor, track: Tensor, num_frames: int) -> tuple[tuple[float, float], float]:
-    """Displacement over the clip and the largest distance from uniform motion."""
+    """Fits uniform motion: the displacement over the clip, and the largest deviation from it."""
     time = frame.float() - frame.float().mean()
     slope = (time[:, None] * track).sum(dim=0) / time.square().sum().clamp(min=1e-6)
     wobble = (track - track.mean(dim=0) - time[:, None] * slope).norm(dim=1).max()
@@ -441,41 +457,41 @@ def _fit_line(frame: Tensor, track: Tensor, num_frames: int) -> tuple[tuple[floa
 
 
 def _find_reversal(track: Tensor, windows: _Windows, clear: Tensor, size: tuple[int, int]) -> tuple[float, bool]:
-    """The longest way that was also gone back, and whether the object was at a wall when it turned."""
+    """The longest distance moved forth and back, and whether the object was at a wall when it turned."""
     longest, hits_wall = 0.0, False
     index = clear.nonzero()[:, 0]
     for axis in (0, 1):
         for sign in (1, -1):
-            way = sign * track[:, axis]
-            out = way - way.cummin(dim=0).values
-            back = way - way.flip(0).cummin(dim=0).values.flip(0)
-            both, turn = torch.minimum(out, back).max(dim=0)
-            if float(both) > longest:
-                longest = float(both)
+            position = sign * track[:, axis]
+            forth = position - position.cummin(dim=0).values
+            back = position - position.flip(0).cummin(dim=0).values.flip(0)
+            distance, turn = torch.minimum(forth, back).max(dim=0)
+            if float(distance) > longest:
+                longest = float(distance)
                 hits_wall = _wall_distance(windows, int(index[turn]), axis, sign, size) < MAX_WALL_DISTANCE
     return longest, hits_wall
 
 
 def _wall_distance(windows: _Windows, frame: int, axis: int, sign: int, size: tuple[int, int]) -> float:
-    """Space between the object and the wall ahead, in shorter sides."""
+    """Distance between the object and the wall ahead, in shorter sides."""
     pixels = windows.coverage[frame].amax(dim=0 if axis == 0 else 1) > CORE_COVERAGE
-    places = (windows.x[frame, 0] if axis == 0 else windows.y[frame, :, 0])[pixels]
-    if not len(places):
+    offsets = (windows.x[frame, 0] if axis == 0 else windows.y[frame, :, 0])[pixels]
+    if not len(offsets):
         return math.inf
     length = size[1 - axis]
     center = float(windows.center[frame, axis]) % length
-    front = center + float(places.max() if sign > 0 else places.min())
+    front = center + float(offsets.max() if sign > 0 else offsets.min())
     return (length - front if sign > 0 else front) / min(size)
 
 
 def _growth(area: Tensor) -> float:
-    """Size at the end over size at the start."""
-    few = max(1, len(area) // 8)
-    return float((area[-few:].mean() / area[:few].mean()).sqrt())
+    """Size at the end divided by size at the start."""
+    count = max(1, len(area) // 8)
+    return float((area[-count:].mean() / area[:count].mean()).sqrt())
 
 
 def _turn(frame: Tensor, moments: Tensor, shape: str | None, num_frames: int) -> float:
-    """Rotation over the clip: the frequency at which the corners' direction is most coherent."""
+    """Rotation over the clip, from the frequency at which the direction of the corners is most coherent."""
     if shape is None or OUTLINES[shape].corners == 1:
         return 0.0
     signal = torch.zeros(num_frames, dtype=torch.complex64)
@@ -492,19 +508,19 @@ def _turn(frame: Tensor, moments: Tensor, shape: str | None, num_frames: int) ->
 def _name_motion(
     displacement: tuple[float, float], wobble: float, reversal: float, hits_wall: bool, growth: float, turn: float
 ) -> str | None:
-    found: list[str | None] = []
+    motions: list[str | None] = []
     distance = math.hypot(*displacement)
     if reversal > MIN_REVERSAL:
-        found.append("bounce" if hits_wall else None)
+        motions.append("bounce" if hits_wall else None)
     elif wobble > MAX_WOBBLE + 0.1 * distance:
-        found.append(None)
+        motions.append(None)
     elif distance > MIN_DISPLACEMENT:
-        found.append(_nearest_direction(*displacement))
+        motions.append(_nearest_direction(*displacement))
     if abs(math.log(growth)) > MIN_LOG_GROWTH:
-        found.append("grow" if growth > 1 else "shrink")
+        motions.append("grow" if growth > 1 else "shrink")
     if not abs(turn) < MIN_TURN:
-        found.append(None if math.isnan(turn) else "spin")
-    return found[0] if len(found) == 1 else None if found else "still"
+        motions.append(None if math.isnan(turn) else "spin")
+    return motions[0] if len(motions) == 1 else None if motions else "still"
 
 
 def _nearest_direction(x: float, y: float) -> str:

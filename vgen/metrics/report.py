@@ -1,8 +1,9 @@
-"""Results as people read them: means with confidence intervals, differences, and a page that opens offline."""
+"""Summaries of results: means with confidence intervals, comparisons of two results, and a self-contained report."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +14,25 @@ from vgen.metrics.frechet import Distance
 
 FORMAT = "vgen-results-1"
 UNITS = {"psnr": "dB", "motion": "px", "warping error": "×10⁻³", "mse": "×10⁻³", "mae": "×10⁻³", "flicker": "×10⁻³"}
-"""Of the columns; small values are shown a thousandfold."""
+"""Units of the columns. Small values are displayed multiplied by 1000."""
 
 
 class Summary(NamedTuple):
-    """Of one metric over clips."""
+    """Mean of a metric over clips, with its 95% confidence interval (bootstrap over clips)."""
 
     mean: float
     low: float
-    """Of the 95% confidence interval of the mean, over other choices of clips (bootstrap); NaN of a single clip."""
+    """Lower bound of the interval; NaN for a single clip."""
     high: float
+    """Upper bound of the interval; NaN for a single clip."""
 
 
 def summarize(values: list[float], seed: int = 0) -> Summary:
-    """The mean over clips with its interval.
+    """Computes the mean of a metric over clips, with its confidence interval.
+
+    Args:
+        values: One value per clip.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: There are no values, or some are not finite.
@@ -36,7 +42,9 @@ def summarize(values: list[float], seed: int = 0) -> Summary:
 
     array = np.asarray(values, dtype=np.float64)
     if not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{array.size} values, of which {int((~np.isfinite(array)).sum())} are not finite")
+        raise ValueError(
+            f"expected finite values, got {array.size} values with {int((~np.isfinite(array)).sum())} not finite"
+        )
     low = high = array.mean() if array.size > 1 else float("nan")
     if np.ptp(array):
         low, high = bootstrap((array,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
@@ -44,103 +52,115 @@ def summarize(values: list[float], seed: int = 0) -> Summary:
 
 
 class Difference(NamedTuple):
-    """How a model's metric differs from another's on the same clips."""
+    """Difference of one metric between two results on the same clips."""
 
     task: str
-    way: str
+    method: str
     metric: str
     first: float
+    """Mean in the first result."""
     second: float
+    """Mean in the second result."""
     summary: Summary
-    """Of the second minus the first, clip by clip."""
+    """Summary of the differences per clip, second minus first."""
 
     @property
-    def is_told_apart(self) -> bool:
-        """Whether the interval leaves out 0."""
+    def is_significant(self) -> bool:
+        """Whether the confidence interval excludes 0."""
         return self.summary.low > 0 or self.summary.high < 0
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
-    """What differs between two results, for each task, way and metric that both have.
+    """Compares two results, for each task, method and metric that both have.
 
     Args:
-        first: As `results.json` has them.
-        second: The same.
+        first: Contents of a `results.json`.
+        second: Contents of another one.
 
     Raises:
-        ValueError: They are no results, of other suites or clips, or were told other things; what differs is named.
+        ValueError: These are not results of `vgen evaluate`, or they are of other suites, clips or settings. The error
+            lists the differences.
     """
-    if not all(isinstance(one, dict) and one.get("format") == FORMAT for one in (first, second)):
-        raise ValueError("these are no results of `vgen evaluate`, or of another version of it")
-    told = ("prompted", "num_samples", "rollout_frames")
-    mine, theirs = (
-        one["suite"] | {name: one["settings"].get(name) for name in (*told, "clips_sha256")} for one in (first, second)
-    )
-    for one in (mine, theirs):
-        one.pop("data", None)  # the same clips may lie elsewhere
-    wrong = [f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+    results = (first, second)
+    if not all(isinstance(result, dict) and result.get("format") == FORMAT for result in results):
+        raise ValueError(f"expected two results of `vgen evaluate` in the format {FORMAT}")
+    compared = ("prompted", "num_samples", "rollout_frames", "clips_sha256")
+    a, b = (result["suite"] | {name: result["settings"].get(name) for name in compared} for result in results)
+    for settings in (a, b):
+        settings.pop("data", None)  # the same clips may be stored elsewhere
+    wrong = [f"{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name]]
     if first["numbers"] != second["numbers"]:
         wrong.append("the clips that could be measured")
     if wrong:
-        raise ValueError(f"these results cannot be compared: {', '.join(wrong)}")
-    found = []
-    for task, ways in first["tasks"].items():
-        for way, metrics in ways.items():
-            other = second["tasks"].get(task, {}).get(way, {})
-            for metric in metrics:
-                if metric in other:
-                    a, b = np.asarray(metrics[metric]), np.asarray(other[metric])
-                    found.append(Difference(task, way, metric, a.mean(), b.mean(), summarize(list(b - a))))
-    return found
+        raise ValueError(f"these results cannot be compared, because they differ in {', '.join(wrong)}")
+    differences = []
+    for task, method, metrics, other in _common(first["tasks"], second["tasks"]):
+        for metric in [metric for metric in metrics if metric in other]:
+            x, y = np.asarray(metrics[metric]), np.asarray(other[metric])
+            differences.append(Difference(task, method, metric, x.mean(), y.mean(), summarize(list(y - x))))
+    return differences
 
 
 def compare_distances(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, Distance, Distance]]:
-    """The distances between distributions that both results have: task, way, and one of each."""
-    found = []
-    for task, ways in first["distances"].items():
-        for way, measured in ways.items():
-            other = second["distances"].get(task, {}).get(way, {})
-            both = [name for name in measured if name in other]
-            found += [(task, way, Distance.read(measured[name]), Distance.read(other[name])) for name in both]
-    return found
+    """Pairs the distances between distributions that both results have: `(task, method, first, second)`."""
+    pairs = []
+    for task, method, measured, other in _common(first["distances"], second["distances"]):
+        both = [name for name in measured if name in other]
+        pairs += [(task, method, Distance.from_dict(measured[name]), Distance.from_dict(other[name])) for name in both]
+    return pairs
 
 
-def table(ways: dict[str, dict[str, list[float]]]) -> tuple[list[str], dict[str, list[str]]]:
-    """Column names, and for each way the cells of its row."""
-    metrics = list(dict.fromkeys(itertools.chain.from_iterable(ways.values())))
-    rows = {}
-    for way, values in ways.items():
-        rows[way] = [tell(metric, summarize(values[metric])) if metric in values else "" for metric in metrics]
-    return [name_of(metric) for metric in metrics], rows
+def _common(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yields `(task, method, first value, second value)` for the methods of the first result."""
+    for task, methods in first.items():
+        for method, value in methods.items():
+            yield task, method, value, second.get(task, {}).get(method, {})
 
 
-def name_of(metric: str) -> str:
-    """With its unit."""
+def table(methods: dict[str, dict[str, list[float]]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Builds a table of one task.
+
+    Args:
+        methods: Values per clip, by method and metric.
+
+    Returns:
+        Titles of the columns, and the cells of each method's row.
+    """
+    metrics = list(dict.fromkeys(itertools.chain.from_iterable(methods.values())))
+    rows = {
+        method: [format_summary(metric, summarize(values[metric])) if metric in values else "" for metric in metrics]
+        for method, values in methods.items()
+    }
+    return [column_title(metric) for metric in metrics], rows
+
+
+def column_title(metric: str) -> str:
+    """The name of a metric with its unit."""
     return f"{metric}, {UNITS[metric]}" if metric in UNITS else metric
 
 
-def tell(metric: str, summary: Summary) -> str:
-    """A mean and its interval in the metric's unit, with the digits that the interval supports."""
-    mean, low, high = (scale_of(metric) * value for value in summary)
+def format_summary(metric: str, summary: Summary) -> str:
+    """Formats a mean and its interval in the metric's unit, rounded to the precision that the interval supports."""
+    mean, low, high = (display_scale(metric) * value for value in summary)
     spread = high - low if high > low else abs(mean) / 10
     digits = int(np.clip(1 - np.floor(np.log10(spread)), 0, 9)) if spread else 1
     return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else "")
 
 
-def scale_of(metric: str) -> float:
-    """From values to the unit that they are shown in."""
+def display_scale(metric: str) -> float:
+    """Factor from values to the unit that they are displayed in."""
     return 1000 if UNITS.get(metric, "").startswith("×") else 1
 
 
 def make_report(results: dict[str, Any], strips: dict[str, dict[str, str]]) -> str:
-    """One page of HTML with tables, curves and pictures, which needs no other file.
+    """Renders an HTML page with tables, curves and pictures that needs no other file.
 
     Args:
-        results: As `results.json` has them.
-        strips: For each title, PNGs in base64 by way.
+        results: Contents of a `results.json`.
+        strips: For each title, PNG images in base64 by method.
 
     Raises:
-        ImportError: As `check_installed`.
+        ImportError: As in `check_installed`.
     """
     check_installed()
     import jinja2
@@ -149,28 +169,28 @@ def make_report(results: dict[str, Any], strips: dict[str, dict[str, str]]) -> s
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text())
     return template.render(
         results=results,
-        tables={task: table(ways) for task, ways in results["tasks"].items()},
-        curves={task: draw_curves(results["frames"][task], ways) for task, ways in results["curves"].items()},
+        tables={task: table(methods) for task, methods in results["tasks"].items()},
+        curves={task: draw_curves(results["frames"][task], lines) for task, lines in results["curves"].items()},
         distances=results["distances"],
         strips=strips,
     )
 
 
-def draw_curves(frames: list[int], ways: dict[str, dict[str, list[float]]]) -> list[str]:
-    """PSNR and SSIM of each frame, an SVG each."""
-    found = []
+def draw_curves(frames: list[int], methods: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Plots PSNR and SSIM over the frames; returns one SVG element for each."""
+    figures = []
     for metric, label in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         figure, axis = _subplot()
-        for way, values in ways.items():
-            axis.plot(frames, values[metric], label=way, marker=".")
+        for method, values in methods.items():
+            axis.plot(frames, values[metric], label=method, marker=".")
         axis.set(xlabel="frame", ylabel=label)
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-        found.append(to_svg(figure))
-    return found
+        figures.append(to_svg(figure))
+    return figures
 
 
 def plot_scores(scores: list[float], marked: list[int], label: str) -> Any:
-    """A curve over frames, some of which are marked, as a Matplotlib figure."""
+    """Plots scores over frames, with vertical lines at marked frames, as a Matplotlib figure."""
     figure, axis = _subplot()
     axis.plot(scores, marker=".")
     for frame in marked:
@@ -180,7 +200,7 @@ def plot_scores(scores: list[float], marked: list[int], label: str) -> Any:
 
 
 def to_svg(figure: Any) -> str:
-    """A figure as an SVG element."""
+    """Converts a Matplotlib figure to an SVG element."""
     file = StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight")
     text = file.getvalue()
@@ -188,7 +208,7 @@ def to_svg(figure: Any) -> str:
 
 
 def check_installed() -> None:
-    """Says early what is missing.
+    """Checks that the libraries for summaries and reports are installed.
 
     Raises:
         ImportError: SciPy, Matplotlib or Jinja2 is not installed.

@@ -1,4 +1,4 @@
-"""What models are measured on: clips, what of them is known, and simple ways to make the rest.
+"""Evaluation suites: clips, the frames of them that models are given, baselines and scores.
 
 Clips are `(b, 3, f, h, w)` in [-1, 1].
 """
@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from vgen.checks import check_choice, check_integer, check_number
 from vgen.data.clips import Sampling, VideoFolder, stack_clips
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
@@ -22,110 +23,110 @@ from vgen.data.sources import VideoStream, open_clips
 from vgen.metrics.prompt import check
 from vgen.metrics.reference import LPIPS, check_pair, frame_psnr, frame_ssim, psnr, ssim
 from vgen.metrics.temporal import check_clip, flicker, motion_magnitude, statistics, warping_error
-from vgen.temporal.flow import measure_motion, optical_flow, warp
+from vgen.temporal.flow import FlowMethod, measure_motion, optical_flow, warp
 
-SUITES = ("shapes", "folder", "moving-mnist")
-WORLD_SEED = 1000  # training draws its scenes from seed 0
+SuiteName = Literal["shapes", "folder", "moving-mnist"]
+WORLD_SEED = 1000  # training uses seed 0
 IDENTICAL = 100.0
-"""PSNR in dB that counts for frames in which nothing differs, so that means are finite."""
+"""PSNR in dB that stands for identical frames, so that means are finite."""
 
 
 class Samples(NamedTuple):
-    """Clips of a suite, side by side."""
+    """A batch of clips of a suite."""
 
     numbers: list[int]
-    """In the suite; where files are damaged, some are missing."""
+    """Indices of the clips in the suite. Clips of damaged files are missing."""
     clips: Tensor
+    """`(b, 3, f, h, w)` in [-1, 1]."""
     captions: list[str | None]
+    """One caption per clip; `None` for a clip without one."""
 
 
 @dataclass(kw_only=True)
 class SuiteConfig:
-    """Which clips a model is measured on, and what it gets to know of them."""
+    """The clips that a model is evaluated on, and the frames of them that it is given."""
 
-    suite: str = "shapes"
-    """`shapes`: ShapesWorld, whose captions can be checked. `folder`: videos. `moving-mnist`: bouncing digits."""
+    suite: SuiteName = "shapes"
+    """`shapes`: ShapesWorld, whose captions can be checked. `folder`: a folder of videos. `moving-mnist`: bouncing
+    digits."""
     data: str | None = None
-    """What `vgen.data.sources.open_clips` takes: a folder of videos, or for Moving MNIST an IDX file of digits."""
+    """A source for `vgen.data.sources.open_clips`: a folder of videos, or for Moving MNIST an IDX file of digits."""
     num_clips: int = 100
-    """That are measured, the same ones each time."""
+    """Number of clips. Every run uses the same ones."""
     num_frames: int = 0
-    """Of a clip; 0 takes the checkpoint's default, as it does below."""
+    """Frames per clip; 0 uses the checkpoint's default."""
     height: int = 0
-    """Pixels."""
+    """Height in pixels; 0 uses the checkpoint's default."""
     width: int = 0
-    """Pixels."""
+    """Width in pixels; 0 uses the checkpoint's default."""
     frame_rate: float = 0.0
-    """Frames per second that videos are resampled to."""
+    """Frames per second that videos are resampled to; 0 uses the checkpoint's default."""
     given: int = 5
-    """Frames that a prediction starts from."""
+    """Number of leading frames that a prediction is given."""
     factor: int = 4
-    """Every so many'th frame is given to an interpolation."""
+    """Interpolation factor N: an interpolation is given every N-th frame."""
     suite_seed: int = 0
-    """Of the choice of clips."""
+    """Seed of the choice of clips."""
 
 
 def check_suite(config: SuiteConfig) -> None:
-    """Refuses what cannot work.
+    """Checks the settings of a suite, after defaults have been filled in.
 
     Raises:
         ValueError: A setting is unknown, missing or out of range.
     """
-    if config.suite not in SUITES:
-        raise ValueError(f"suite={config.suite!r} must be one of {', '.join(SUITES)}")
+    check_choice("suite", config.suite, SuiteName)
     if (config.data is None) != (config.suite == "shapes"):
-        raise ValueError(
-            f"suite={config.suite} with data={config.data}: folder and moving-mnist need data, shapes none"
-        )
-    if min(config.num_frames, config.height, config.width, config.frame_rate) <= 0:
-        raise ValueError("num_frames, height, width and frame_rate must be positive")
-    if not 1 <= config.given < config.num_frames:
-        raise ValueError(f"given={config.given} must leave some of {config.num_frames} frames to predict")
-    if not 2 <= config.factor < config.num_frames:
-        raise ValueError(f"factor={config.factor} must be at least 2 and less than num_frames={config.num_frames}")
-    if config.num_frames < 3:
-        raise ValueError(f"num_frames={config.num_frames}: what happens over time shows in 3 frames or more")
-    if config.num_clips < 1:
-        raise ValueError(f"num_clips={config.num_clips} must be at least 1")
+        expected = "None" if config.suite == "shapes" else "set"
+        raise ValueError(f"data must be {expected} for suite={config.suite!r}, got {config.data!r}")
+    check_integer("num_frames", config.num_frames, 3)
+    for name in ("height", "width", "num_clips"):
+        check_integer(name, getattr(config, name), 1)
+    check_number("frame_rate", config.frame_rate)
+    if config.frame_rate <= 0:
+        raise ValueError(f"frame_rate must be positive, got {config.frame_rate}")
+    check_integer("given", config.given, 1, config.num_frames - 1)
+    check_integer("factor", config.factor, 2, config.num_frames - 1)
+    check_integer("suite_seed", config.suite_seed, 0)
 
 
 def keyframes_of(config: SuiteConfig) -> list[int]:
-    """The frames that an interpolation gets; frames behind the last one are not measured."""
+    """Indices of the frames that an interpolation is given. Frames after the last one are not evaluated."""
     return list(range(0, config.num_frames, config.factor))
 
 
 class Suite(Protocol):
-    """Clips by number."""
+    """A numbered set of clips to evaluate on."""
 
     captioned: bool
     """Whether every clip has a caption."""
 
     @property
     def digest(self) -> str | None:
-        """Of what the clips are made from; `None` where the settings tell all."""
+        """Hash of the data that the clips come from; `None` if the settings determine them."""
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Files that turned out to be damaged, with the reasons."""
+        """Damaged files that were skipped, with the reasons."""
 
     def __len__(self) -> int: ...
 
     def samples(self, numbers: range) -> Samples:
-        """Some of them."""
+        """Loads clips by number."""
 
     def long(self, numbers: Sequence[int], num_frames: int) -> Tensor | None:
-        """Some of the videos `(b, 3, num_frames, h, w)`; `None` where they have an end."""
+        """Loads longer videos `(b, 3, num_frames, h, w)` by number; `None` if the suite has only clips."""
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
-        """Whether a clip `(3, f, h, w)` shows what the caption of this number says, where that can be checked."""
+        """Scores whether a clip `(3, f, h, w)` shows what the caption says; empty if that cannot be checked."""
 
 
 def open_suite(config: SuiteConfig) -> Suite:
-    """The clips that the settings name.
+    """Opens the suite that the settings describe.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: A setting cannot work, or nothing there can be used.
+        FileNotFoundError: The folder or file does not exist.
+        ValueError: A setting is invalid, or the source has no usable clips.
     """
     check_suite(config)
     if config.suite == "shapes":
@@ -134,14 +135,14 @@ def open_suite(config: SuiteConfig) -> Suite:
     sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=config.frame_rate)
     source = open_clips(config.data, sampling, config.height, config.width, WORLD_SEED + config.suite_seed)
     if isinstance(source, VideoStream):
-        raise ValueError(f"data={config.data} is a stream, whose clips have no numbers: give a folder")
+        raise ValueError(f"data must be a folder or an IDX file, got the stream {config.data!r}")
     if isinstance(source, VideoFolder) == (config.suite == "moving-mnist"):
-        raise ValueError(f"data={config.data} does not fit suite={config.suite}")
+        raise ValueError(f"data={config.data!r} does not match suite={config.suite!r}")
     return Videos(config, source) if isinstance(source, VideoFolder) else Digits(config, source)
 
 
 class Shapes:
-    """ShapesWorld, with scenes that no training draws."""
+    """ShapesWorld, with scenes that training never uses."""
 
     captioned = True
     digest = None
@@ -155,12 +156,12 @@ class Shapes:
         return self.config.num_clips
 
     def samples(self, numbers: range) -> Samples:
-        """Some of them."""
+        """Renders clips by number."""
         clips = self.long(numbers, self.config.num_frames)
         return Samples(list(numbers), clips, [self.world.caption(number) for number in numbers])
 
     def long(self, numbers: Sequence[int], num_frames: int) -> Tensor:
-        """Some of the videos."""
+        """Renders videos of any length by number."""
         config = self.config
         return render(
             [self.world.scene(number) for number in numbers],
@@ -171,12 +172,12 @@ class Shapes:
         )
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
-        """1 if every object's colour, shape and motion are as the caption says."""
+        """Returns 1 if colour, shape and motion of every object match the caption, else 0."""
         return {"right": float(check(clip, self.world.scene(number)).right)}
 
 
 class Videos:
-    """Windows of a folder's videos, drawn once for all."""
+    """A fixed random choice of windows of a folder's videos."""
 
     def __init__(self, config: SuiteConfig, source: VideoFolder):
         self.source, self.numbers = source, list(range(len(source)))
@@ -189,13 +190,13 @@ class Videos:
         return len(self.numbers)
 
     def samples(self, numbers: range) -> Samples:
-        """Some of them.
+        """Reads clips by number, except those of damaged files.
 
         Raises:
-            ValueError: The files of all are damaged; they are named.
+            ValueError: All files are damaged. The error names them.
         """
-        found = [(number, self.source.clip(self.numbers[number])) for number in numbers]
-        whole = [(number, clip) for number, clip in found if clip is not None]
+        read = [(number, self.source.clip(self.numbers[number])) for number in numbers]
+        whole = [(number, clip) for number, clip in read if clip is not None]
         if not whole:
             raise ValueError("; ".join(f"{path}: {reason}" for path, reason in self.left_out.items()))
         clips, _ = stack_clips([clip for _, clip in whole], torch.device("cpu"))
@@ -204,20 +205,20 @@ class Videos:
         )
 
     def long(self, numbers: Sequence[int], num_frames: int) -> None:
-        """None: files have an end."""
+        """Returns `None`, because the length of files is limited."""
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Files that turned out to be damaged, with the reasons."""
-        return {str(one.path): reason for one, reason in self.source.refused.items()}
+        """Damaged files that were skipped, with the reasons."""
+        return {str(video.path): reason for video, reason in self.source.refused.items()}
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
-        """Nothing: what real videos show is not checked."""
+        """Returns nothing, because the content of real videos is not checked."""
         return {}
 
 
 class Digits:
-    """Moving MNIST, with ways that no training draws."""
+    """Moving MNIST, with trajectories that training never uses."""
 
     captioned = False
     left_out: Mapping[str, str] = MappingProxyType({})
@@ -230,115 +231,120 @@ class Digits:
         return self.config.num_clips
 
     def samples(self, numbers: range) -> Samples:
-        """Some of them."""
+        """Renders clips by number."""
         clips, _ = stack_clips([self.source.sample(number) for number in numbers], torch.device("cpu"))
         return Samples(list(numbers), clips, [None] * len(numbers))
 
     def long(self, numbers: Sequence[int], num_frames: int) -> None:
-        """None: without captions, long videos are not made."""
+        """Returns `None`: without captions there are no long videos to compare."""
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
-        """Nothing: the digits have no captions."""
+        """Returns nothing, because the digits have no captions."""
         return {}
 
 
 def copy_last(clip: Tensor, given: int) -> Tensor:
-    """A prediction in which nothing moves any more behind the given frames."""
+    """A baseline for prediction: repeats the last of the `given` leading frames."""
     rest = clip.shape[2] - given
     return torch.cat([clip[:, :, :given], clip[:, :, given - 1 : given].expand(-1, -1, rest, -1, -1)], dim=2)
 
 
 def hold_keyframes(clip: Tensor, keyframes: Sequence[int]) -> Tensor:
-    """An interpolation in which each keyframe stands until the next."""
+    """A baseline for interpolation: repeats each keyframe until the next one."""
     return _between(clip, keyframes, lambda a, _: lambda _: a)
 
 
 def linear_blend(clip: Tensor, keyframes: Sequence[int]) -> Tensor:
-    """An interpolation in which each keyframe fades into the next."""
+    """A baseline for interpolation: blends linearly from each keyframe to the next one."""
     return _between(clip, keyframes, lambda a, b: lambda t: (1 - t) * a + t * b)
 
 
-def flow_interpolation(clip: Tensor, keyframes: Sequence[int], method: str = "dis") -> Tensor:
-    """An interpolation that moves both keyframes along the flow between them, and blends them.
+def flow_interpolation(clip: Tensor, keyframes: Sequence[int], method: FlowMethod = "dis") -> Tensor:
+    """A baseline for interpolation: warps both keyframes along the optical flow between them and blends them.
 
-    Source: Super SloMo, arXiv 1712.00080, without its networks.
+    Source: Super SloMo, arXiv 1712.00080, without its networks (the approximation of intermediate flows).
     """
 
     def prepare(a: Tensor, b: Tensor) -> Callable[[float], Tensor]:
-        there, back = optical_flow(a, b, method), optical_flow(b, a, method)
+        flow_ab, flow_ba = optical_flow(a, b, method), optical_flow(b, a, method)
 
-        def at(t: float) -> Tensor:
-            to_a = -(1 - t) * t * there + t * t * back
-            to_b = (1 - t) ** 2 * there - t * (1 - t) * back
-            return (1 - t) * warp(a, to_a) + t * warp(b, to_b)
+        def frame_at(t: float) -> Tensor:
+            flow_ta = -(1 - t) * t * flow_ab + t * t * flow_ba
+            flow_tb = (1 - t) ** 2 * flow_ab - t * (1 - t) * flow_ba
+            return (1 - t) * warp(a, flow_ta) + t * warp(b, flow_tb)
 
-        return at
+        return frame_at
 
     return _between(clip, keyframes, prepare)
 
 
 def _between(clip: Tensor, keyframes: Sequence[int], prepare: Callable) -> Tensor:
-    """Each frame between keyframes `(b, 3, h, w)` from them; up to the last keyframe, in steps of pixels' values."""
-    made = clip[:, :, : keyframes[-1] + 1].clone()
+    """Fills in the frames between keyframes, up to the last one, quantised to 8 bits.
+
+    `prepare` maps two keyframes `(b, 3, h, w)` to a function from a time in (0, 1) to a frame.
+    """
+    generated = clip[:, :, : keyframes[-1] + 1].clone()
     for first, second in zip(keyframes[:-1], keyframes[1:], strict=True):
-        at = prepare(made[:, :, first], made[:, :, second])
+        frame_at = prepare(generated[:, :, first], generated[:, :, second])
         for index in range(first + 1, second):
-            made[:, :, index] = at((index - first) / (second - first))
-    return quantize(made)
+            generated[:, :, index] = frame_at((index - first) / (second - first))
+    return quantize(generated)
 
 
 def quantize(clip: Tensor) -> Tensor:
-    """The clip with the values that a file of 8 bits a channel would have."""
+    """Rounds a clip to the values that 8 bits per channel can represent."""
     return clip.clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
 
 
-def score_pairs(made: Tensor, true: Tensor, counted: Sequence[int], lpips: LPIPS | None = None) -> dict[str, Tensor]:
-    """How near made clips come to the true ones, `(b,)` for each metric.
+def score_pairs(
+    generated: Tensor, true: Tensor, counted: Sequence[int], lpips: LPIPS | None = None
+) -> dict[str, Tensor]:
+    """Compares generated clips with the true ones, `(b,)` for each metric.
 
     Args:
-        made: Clips.
-        true: The same shape.
-        counted: The frames that are compared: those that were not given.
-        lpips: The network, if it is wanted.
+        generated: Generated clips.
+        true: True clips of the same shape.
+        counted: Indices of the frames to compare: those that the model was not given.
+        lpips: Network for LPIPS; `None` leaves the metric out.
 
     Raises:
-        ValueError: Shapes differ, or values are not finite.
+        ValueError: The shapes differ, or there are values that are not finite.
     """
-    check_pair(made, true)
-    a, b = made[:, :, counted], true[:, :, counted]
-    found = {"psnr": psnr(a, b).clamp_max(IDENTICAL), "ssim": ssim(a, b)}
-    found |= {"mse": ((a - b) / 2).square().mean((1, 2, 3, 4)), "mae": ((a - b) / 2).abs().mean((1, 2, 3, 4))}
+    check_pair(generated, true)
+    a, b = generated[:, :, counted], true[:, :, counted]
+    scores = {"psnr": psnr(a, b).clamp_max(IDENTICAL), "ssim": ssim(a, b)}
+    scores |= {"mse": ((a - b) / 2).square().mean((1, 2, 3, 4)), "mae": ((a - b) / 2).abs().mean((1, 2, 3, 4))}
     if lpips is not None:
         device = next(lpips.parameters()).device
-        found["lpips"] = lpips(a.to(device), b.to(device)).cpu()
-    return found | {"sharpness": statistics(a)["sharpness"].mean(1)}
+        scores["lpips"] = lpips(a.to(device), b.to(device)).cpu()
+    return scores | {"sharpness": statistics(a)["sharpness"].mean(1)}
 
 
-def score_time(made: Tensor) -> dict[str, Tensor]:
-    """What happens over time in clips of 3 frames or more, `(b,)` for each metric."""
-    check_clip(made, 3)
-    motion = measure_motion(made)
+def score_time(generated: Tensor) -> dict[str, Tensor]:
+    """Computes temporal metrics of clips of at least 3 frames, `(b,)` for each metric."""
+    check_clip(generated, 3)
+    motion = measure_motion(generated)
     return {
-        "warping error": warping_error(made, motion=motion),
-        "flicker": flicker(made),
-        "motion": motion_magnitude(made, motion=motion),
+        "warping error": warping_error(generated, motion=motion),
+        "flicker": flicker(generated),
+        "motion": motion_magnitude(generated, motion=motion),
     }
 
 
-def curves(made: Tensor, true: Tensor, counted: Sequence[int]) -> dict[str, Tensor]:
-    """How near each of these frames comes, `(b, f)` for each metric; the rest as for `score_pairs`."""
-    check_pair(made, true)
-    made, true = made[:, :, counted], true[:, :, counted]
-    return {"psnr": frame_psnr(made, true).clamp_max(IDENTICAL), "ssim": frame_ssim(made, true)}
+def curves(generated: Tensor, true: Tensor, counted: Sequence[int]) -> dict[str, Tensor]:
+    """Compares clips frame by frame, `(b, f)` for each metric; arguments and errors as in `score_pairs`."""
+    check_pair(generated, true)
+    generated, true = generated[:, :, counted], true[:, :, counted]
+    return {"psnr": frame_psnr(generated, true).clamp_max(IDENTICAL), "ssim": frame_ssim(generated, true)}
 
 
 def combine(samples: Tensor, true: Tensor, counted: Sequence[int]) -> dict[str, Tensor]:
-    """Several predictions `(n, b, 3, f, h, w)` as one: their mean, and for each clip the best by SSIM.
+    """Combines `n` predictions `(n, b, 3, f, h, w)`: their mean, and the best one of each clip by SSIM.
 
     Source: Stochastic video generation with a learned prior, arXiv 1802.07687.
     """
     count = len(samples)
-    best = torch.stack([ssim(one[:, :, counted], true[:, :, counted]) for one in samples]).argmax(0)
+    best = torch.stack([ssim(sample[:, :, counted], true[:, :, counted]) for sample in samples]).argmax(0)
     return {
         f"mean of {count}": samples.mean(0),
         f"best of {count}": samples[best, torch.arange(samples.shape[1])],

@@ -1,6 +1,6 @@
-"""What happens over time in a video, without one to compare it with: motion, flicker, drift, seams.
+"""Temporal metrics of a video without a reference: motion, warping error, flicker, drift, seams.
 
-Clips are `(b, 3, f, h, w)` in [-1, 1]; values are in units of the range of brightness, 0 for black and 1 for white.
+Clips are `(b, 3, f, h, w)` in [-1, 1]. Values of pixels count from 0 (black) to 1 (white).
 """
 
 from __future__ import annotations
@@ -10,56 +10,58 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vgen.temporal.flow import LUMINANCE, Motion, measure_motion
+from vgen.checks import check_integer, check_number
+from vgen.temporal.flow import LUMINANCE, FlowMethod, Motion, measure_motion
 
 
-def warping_error(clip: Tensor, method: str = "dis", motion: Motion | None = None) -> Tensor:
-    """How much each frame differs from the next one fetched along their flow: the mean square over visible pixels.
+def warping_error(clip: Tensor, method: FlowMethod = "dis", motion: Motion | None = None) -> Tensor:
+    """Computes the mean squared difference between each frame and the next one warped to it, over visible pixels.
 
     Args:
-        clip: With 2 frames or more.
-        method: Of `vgen.temporal.flow.optical_flow`.
-        motion: In the clip, if it was measured already.
+        clip: Clips with at least 2 frames.
+        method: Method of `vgen.temporal.flow.optical_flow`.
+        motion: Motion of the clips; `None` estimates it.
 
     Returns:
-        `(b,)`; 0 where no pixel is visible in the next frame.
+        Errors `(b,)`; 0 for a clip without visible pixels.
 
     Raises:
-        ValueError: There is one frame only, or values are not finite.
+        ValueError: A clip has fewer than 2 frames, or has values that are not finite.
 
     Source: Learning blind video temporal consistency, arXiv 1808.00449.
     """
     check_clip(clip, 2)
     motion = measure_motion(clip, method) if motion is None else motion
     visible = motion.visible[:, 0]
-    error = ((motion.fetch_next(clip.float()) - clip[:, :, :-1]) / 2).square().mean(1) * visible
+    error = ((motion.warp_next(clip.float()) - clip[:, :, :-1]) / 2).square().mean(1) * visible
     return error.sum((1, 2, 3)) / visible.sum((1, 2, 3)).clamp_min(1)
 
 
-def motion_magnitude(clip: Tensor, method: str = "dis", motion: Motion | None = None) -> Tensor:
-    """The mean length of the flow from frame to frame, in pixels, `(b,)`; the rest as for `warping_error`."""
+def motion_magnitude(clip: Tensor, method: FlowMethod = "dis", motion: Motion | None = None) -> Tensor:
+    """Computes the mean length of the flow between frames, `(b,)` in pixels; arguments as in `warping_error`."""
     check_clip(clip, 2)
     motion = measure_motion(clip, method) if motion is None else motion
     return motion.flow.norm(dim=1).mean((1, 2, 3))
 
 
 def flicker(clip: Tensor) -> Tensor:
-    """How unsteady brightness is: the mean size of the second difference of the frames' means, `(b,)`.
+    """Computes how unsteady the brightness is, `(b,)`: the mean absolute second difference of the frames' means.
 
-    A fade is steady and gives 0.
+    A linear fade gives 0.
 
     Raises:
-        ValueError: There are fewer than 3 frames, or values are not finite.
+        ValueError: A clip has fewer than 3 frames, or has values that are not finite.
     """
     check_clip(clip, 3)
     return statistics(clip)["brightness"].diff(n=2, dim=1).abs().mean(1)
 
 
 def statistics(clip: Tensor) -> dict[str, Tensor]:
-    """Of each frame, `(b, f)`: mean (brightness), deviation (contrast), mean saturation, and sharpness.
+    """Computes brightness, contrast, saturation and sharpness of each frame, `(b, f)` each.
 
-    Saturation is `1 - least / greatest` of a pixel's colours, as in HSV. Sharpness is the deviation of the Laplacian
-    of the luminance.
+    Brightness is the mean and contrast the standard deviation of all values. Saturation is the mean of
+    `1 - min / max` over a pixel's channels, as in HSV. Sharpness is the standard deviation of the Laplacian of the
+    luminance.
     """
     pixels = (clip.float() + 1) / 2
     greatest, least = pixels.amax(1), pixels.amin(1)
@@ -75,10 +77,10 @@ def statistics(clip: Tensor) -> dict[str, Tensor]:
 
 
 def drift_slopes(clip: Tensor) -> dict[str, Tensor]:
-    """The slopes `(b,)` of lines through each of the `statistics` against time, per 100 frames.
+    """Fits a line to each of the `statistics` over time and returns its slope per 100 frames, `(b,)`.
 
     Raises:
-        ValueError: There is one frame only, or values are not finite.
+        ValueError: A clip has fewer than 2 frames, or has values that are not finite.
     """
     check_clip(clip, 2)
     time = torch.arange(clip.shape[2], device=clip.device, dtype=torch.float32) / 100
@@ -87,70 +89,77 @@ def drift_slopes(clip: Tensor) -> dict[str, Tensor]:
 
 
 def start_end_difference(clip: Tensor, share: float = 0.15) -> dict[str, Tensor]:
-    """How far each of the `statistics` is in the last part of a video from where it was in the first part, `(b,)`.
+    """Computes the absolute difference of each of the `statistics` between start and end of a video, `(b,)`.
 
     Args:
-        clip: With as many frames as make two such parts.
-        share: Of the frames that each part has.
+        clip: Clips with at least 2 frames.
+        share: Fraction of the frames that counts as the start, and as the end.
 
     Raises:
-        ValueError: There is one frame only, values are not finite, or the parts would overlap.
+        ValueError: A clip has fewer than 2 frames, has values that are not finite, or `share` is not in (0, 0.5].
 
     Source: The drift measure of FramePack, arXiv 2504.12626.
     """
     check_clip(clip, 2)
+    check_number("share", share)
     if not 0 < share <= 0.5:
-        raise ValueError(f"share={share} must be in (0, 0.5]")
+        raise ValueError(f"share must be in (0, 0.5], got {share}")
     count = max(1, int(clip.shape[2] * share))
-    found = statistics(clip)
-    return {name: (value[:, :count].mean(1) - value[:, -count:].mean(1)).abs() for name, value in found.items()}
+    values = statistics(clip)
+    return {name: (value[:, :count].mean(1) - value[:, -count:].mean(1)).abs() for name, value in values.items()}
 
 
 def seam_ratio(clip: Tensor, chunk: int, compression: int = 4) -> Tensor:
-    """How much more frames differ across borders of chunks than elsewhere, `(b,)`.
+    """Computes the ratio of the two `border_differences`, `(b,)`: above 1, seams between chunks are visible.
 
-    Arguments and errors as for `border_differences`; a video at rest has no ratio, but NaN.
+    Arguments and errors are those of `border_differences`. The ratio of a still video is NaN.
     """
     at_chunks, elsewhere = border_differences(clip, chunk, compression)
     return at_chunks / elsewhere
 
 
 def border_differences(clip: Tensor, chunk: int, compression: int = 4) -> tuple[Tensor, Tensor]:
-    """How much neighbouring frames differ across borders of chunks, and elsewhere, `(b,)` each.
+    """Computes the mean absolute difference of adjacent frames across borders of chunks, and elsewhere, `(b,)` each.
 
-    Elsewhere is across other borders of latents; in chunks of one, which leave none, it is inside latents, so that
-    what the VAE does at the borders of its latents counts too.
+    "Elsewhere" means across the other borders of latents. In chunks of one latent there are none, so differences
+    within latents are used; the result then includes what the VAE does at the borders of its latents.
 
     Args:
-        clip: With the video's first frame, which is a latent alone.
-        chunk: Latents of a chunk; the first frame is no part of one.
-        compression: Frames of a latent.
+        clip: Clips that begin with the first frame of the video, which is a latent of its own.
+        chunk: Latents per chunk. The first frame is not part of a chunk.
+        compression: Frames per latent.
 
     Raises:
-        ValueError: There are too few frames for both kinds of border, or values are not finite.
+        ValueError: There are too few frames for both kinds of border, or values that are not finite.
     """
+    check_integer("chunk", chunk, 1)
+    check_integer("compression", compression, 1)
     check_clip(clip, 2)
-    change = (clip[:, :, 1:].float() - clip[:, :, :-1].float()).abs().mean((1, 3, 4)) / 2  # from frame i to i + 1
+    change = (clip[:, :, 1:].float() - clip[:, :, :-1].float()).abs().mean(
+        (1, 3, 4)
+    ) / 2  # change i: from frame i to i + 1
     last = torch.arange(1, change.shape[1], device=clip.device)
     if chunk > 1:
-        last = last[last % compression == 0]  # last frames of latents
+        last = last[last % compression == 0]  # change k crosses the border after latent frame k
     is_chunk = last % (compression * chunk) == 0
     if not is_chunk.any() or is_chunk.all():
         raise ValueError(
-            f"{clip.shape[2]} frames in chunks of {chunk} latents of {compression} frames have no border of each kind"
+            f"too few frames: {clip.shape[2]} frames in chunks of {chunk} latents with {compression} frames each do "
+            "not have both kinds of border"
         )
     return change[:, last[is_chunk]].mean(1), change[:, last[~is_chunk]].mean(1)
 
 
-def check_clip(clip: Tensor, least: int) -> None:
-    """Refuses clips that say nothing about time.
+def check_clip(clip: Tensor, min_frames: int) -> None:
+    """Checks the shape and the values of clips.
 
     Raises:
-        ValueError: They have another form, too few frames, or values that are not finite.
+        ValueError: The clips are not `(b, 3, f, h, w)`, have fewer than `min_frames` frames, or have values that are
+            not finite.
     """
     if clip.ndim != 5 or clip.shape[1] != 3:
-        raise ValueError(f"clips must be (b, 3, f, h, w), not {tuple(clip.shape)}")
-    if clip.shape[2] < least:
-        raise ValueError(f"{clip.shape[2]} frames: at least {least} are needed")
+        raise ValueError(f"clips must be (b, 3, f, h, w), got {tuple(clip.shape)}")
+    if clip.shape[2] < min_frames:
+        raise ValueError(f"clips must have at least {min_frames} frames, got {clip.shape[2]}")
     if not torch.isfinite(clip).all():
-        raise ValueError("the clips hold values that are not finite")
+        raise ValueError("the clips contain values that are not finite")

@@ -1,4 +1,4 @@
-"""Public weights to ours and back: every number stays; those of 2D networks are inflated over time."""
+"""Conversion between public weights and ours without loss, and inflation of 2D networks to 3D."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def with_same_weights(source: Any, target_class: type[NetworkT], dropped: tuple[str, ...] = ()) -> NetworkT:
-    """A `target_class` with the config and weights of `source`, in its dtype, on its device and in its mode.
+    """Builds a `target_class` with the config, weights, dtype, device and training mode of `source`.
 
     Args:
         source: A diffusers model.
-        target_class: A class with the same parameter names and config names, so far as both have the part.
-        dropped: Prefixes of parameters that the target does not have.
+        target_class: A class with the same names of parameters and config entries for the layers that both have.
+        dropped: Prefixes of parameters of the source that are left out.
 
     Raises:
-        ValueError: Parameters are left over or missing; they are named.
+        ValueError: Parameters are unexpected or missing. The error names them.
     """
     accepted = inspect.signature(target_class.__init__).parameters
     config = {name: value for name, value in source.config.items() if name in accepted}
@@ -34,32 +34,34 @@ def with_same_weights(source: Any, target_class: type[NetworkT], dropped: tuple[
     missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise ValueError(
-            f"{type(source).__name__} does not fit {target_class.__name__}: "
+            f"the weights of {type(source).__name__} do not match {target_class.__name__}: "
             f"missing {sorted(missing)[:8]}, unexpected {sorted(unexpected)[:8]}"
         )
     return target.train(source.training)
 
 
 def refuse_nonzero(network: nn.Module, part: str, reason: str) -> None:
-    """Raises if weights under the name `part` do anything.
+    """Raises if weights whose names start with `part` are not zero.
 
     Raises:
-        ValueError: Names the part.
+        ValueError: A weight is not zero.
     """
     if any(value.any() for name, value in network.named_parameters() if name.startswith(part)):
         raise ValueError(f"{part} of {type(network).__name__} cannot be converted: {reason}")
 
 
 def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers `WanPipeline` as that of a `VideoGenPipeline`: the files stay as they are.
+    """Converts the `model_index.json` of a diffusers `WanPipeline` to that of a `VideoGenPipeline`.
+
+    The other files of the folder need no change.
 
     Raises:
-        ValueError: It is a layout beyond Wan 2.1 text to video; the part is named.
+        ValueError: The layout is not that of Wan 2.1 text to video. The error names the entry.
     """
     for part in ("transformer_2", "boundary_ratio", "expand_timesteps"):
         value = index.get(part)
         if value not in (None, False) and value != [None, None]:
-            raise ValueError(f"{part}={value} in this WanPipeline is a layout of Wan 2.2, which is not served")
+            raise ValueError(f"unsupported WanPipeline: {part}={value} is a layout of Wan 2.2")
     ours = {name: index[name] for name in ("_diffusers_version", "scheduler", "text_encoder", "tokenizer")}
     ours["vae"] = ["vgen.models.vae", "CausalVideoVAE"]
     ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
@@ -67,10 +69,10 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def inflate_kernel(weight: Tensor, length: int, causal: bool) -> Tensor:
-    """A 2D kernel `(o, i, h, w)` as a 3D one `(o, i, length, h, w)` that answers a still video as the 2D one an image.
+    """Inflates a 2D kernel `(o, i, h, w)` to a 3D one `(o, i, length, h, w)` with the same output for still videos.
 
-    It is repeated over time and divided by the length; a causal one is all in its last tap, so that this holds for the
-    first frames too, which zeros precede.
+    The kernel is repeated over time and divided by the length. A causal kernel has only its last tap instead, so that
+    the property also holds for the first frames, which zeros precede.
 
     Source: Quo vadis, action recognition? (I3D), arXiv 1705.07750.
     """
@@ -80,20 +82,21 @@ def inflate_kernel(weight: Tensor, length: int, causal: bool) -> Tensor:
 
 
 def load_inflated(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads a 2D network's weights into a 3D one with the same parameter names, in place.
+    """Loads the weights of a 2D network, in place, into a 3D network with the same parameter names.
 
-    Kernels are inflated, those of `CausalConv3d` causally; all else, such as norms, may differ by axes of length 1.
+    Kernels are inflated, causally for `CausalConv3d`. The shapes of other weights, such as those of norms, may differ
+    in axes of length 1.
 
     Args:
-        network: A CNN or VAE over `(b, c, f, h, w)`.
+        network: A CNN or VAE for clips `(b, c, f, h, w)`.
         weights: The state dict of its 2D counterpart.
 
     Raises:
-        ValueError: Names or shapes do not match; they are named.
+        ValueError: Names or shapes do not match. The error names the parameters.
     """
     causal = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, CausalConv3d)}
     target = network.state_dict()
-    inflated, misfits = {}, sorted(set(target) ^ set(weights))
+    inflated, mismatched = {}, sorted(set(target) ^ set(weights))
     for name in set(target) & set(weights):
         weight, shape = weights[name], target[name].shape
         if len(shape) == 5 and weight.ndim == 4:
@@ -101,8 +104,10 @@ def load_inflated(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         elif [size for size in weight.shape if size > 1] == [size for size in shape if size > 1]:
             weight = weight.reshape(shape)
         if weight.shape != shape:
-            misfits.append(name)
+            mismatched.append(name)
         inflated[name] = weight
-    if misfits:
-        raise ValueError(f"these weights do not fit {type(network).__name__}: {misfits[:8]} ({len(misfits)} in all)")
+    if mismatched:
+        raise ValueError(
+            f"the weights do not match {type(network).__name__}: {mismatched[:8]} ({len(mismatched)} in total)"
+        )
     network.load_state_dict(inflated)

@@ -1,4 +1,4 @@
-"""A recurrent network that predicts frames: what video prediction was before diffusion, and a measure for it."""
+"""A convolutional LSTM that predicts frames: a baseline for video prediction."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vgen.checks import check_integer
 from vgen.models.loading import StrictLoading
 from vgen.temporal.recurrent import CellState, ConvLSTM
 
 
 class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
-    """Predicts each next frame from those before it by a convolutional LSTM over patches of pixels.
+    """Predicts each frame from the earlier ones with a convolutional LSTM over patches of pixels.
 
-    The hidden states of all layers together give the frame.
+    A 1x1 convolution maps the hidden states of all layers to the frame.
 
     Args:
-        patch_size: Pixels of a patch's side, which become channels.
-        channels: Of each layer's states.
-        kernel_size: Of the gates, odd.
+        patch_size: Side in pixels of the square patches that become channels.
+        channels: Channels of the states of each layer.
+        kernel_size: Side of the gates' kernels, odd.
 
     Source: Convolutional LSTM network, arXiv 1506.04214.
     """
@@ -35,38 +36,40 @@ class ConvLSTMPredictor(StrictLoading, ModelMixin, ConfigMixin):
         self.to_pixels = nn.Conv2d(sum(channels), pixels, 1)
 
     def forward(self, clip: Tensor, num_frames: int = 0) -> Tensor:
-        """The frame behind each given one, then further ones from its own: `(b, 3, f + num_frames, h, w)`.
+        """Predicts the frame after each given one, then `num_frames` more from its own predictions.
 
         Args:
             clip: Given frames `(b, 3, f, h, w)` in [-1, 1].
-            num_frames: Predictions that follow from predictions.
+            num_frames: Number of frames that are predicted from predictions.
+
+        Returns:
+            Predictions `(b, 3, f + num_frames, h, w)` of frames `1 .. f + num_frames`.
 
         Raises:
-            ValueError: A side is no multiple of `patch_size`.
+            ValueError: Height or width is not a multiple of `patch_size`.
         """
         side = self.config.patch_size
         if clip.shape[-2] % side or clip.shape[-1] % side:
-            raise ValueError(f"frames of {clip.shape[-2]}x{clip.shape[-1]}: sides must be multiples of {side}")
+            raise ValueError(f"(h, w) of the clip must be multiples of {side}, got {tuple(clip.shape[-2:])}")
         patches = rearrange(clip, "b c f (h y) (w x) -> b (c y x) f h w", y=side, x=side)
-        made, states = self._step(patches, None)
-        frames = [made]
+        predicted, states = self._step(patches, None)
+        frames = [predicted]
         for _ in range(num_frames):
-            made, states = self._step(made[:, :, -1:], states)
-            frames.append(made)
+            predicted, states = self._step(predicted[:, :, -1:], states)
+            frames.append(predicted)
         return rearrange(torch.cat(frames, dim=2), "b (c y x) f h w -> b c f (h y) (w x)", y=side, x=side)
 
     def predict(self, given: Tensor, num_frames: int) -> Tensor:
-        """New frames `(b, 3, num_frames, h, w)` behind given ones `(b, 3, f, h, w)` in [-1, 1].
+        """Predicts `(b, 3, num_frames, h, w)` after given frames `(b, 3, f, h, w)` in [-1, 1].
 
         Raises:
-            ValueError: There is nothing to predict, or as for a call.
+            ValueError: `num_frames` is less than 1, or height or width is not a multiple of `patch_size`.
         """
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames} must be at least 1")
+        check_integer("num_frames", num_frames, 1)
         return self(given, num_frames - 1)[:, :, given.shape[2] - 1 :]
 
     def _step(self, patches: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
-        """What follows each of some frames of patches, and the states after them."""
+        """Predicts the frame after each given frame of patches; returns predictions and states."""
         hidden, states = self.recurrent(patches, states)
-        made = self.to_pixels(rearrange(hidden, "b c f h w -> (b f) c h w"))
-        return rearrange(made, "(b f) c h w -> b c f h w", b=len(patches)), states
+        predicted = self.to_pixels(rearrange(hidden, "b c f h w -> (b f) c h w"))
+        return rearrange(predicted, "(b f) c h w -> b c f h w", b=len(patches)), states

@@ -1,4 +1,4 @@
-"""Large frames in overlapping tiles, blended where they overlap, as diffusers' autoencoders do."""
+"""Processing of large frames in overlapping tiles, blended as in diffusers' autoencoders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vgen.checks import check_integer
+
 
 @dataclass
 class Tiling:
-    """Sides of a tile and steps between tiles, in pixels."""
+    """Sizes of tiles and distances between them, in pixels."""
 
     height: int = 256
     width: int = 256
@@ -19,31 +21,39 @@ class Tiling:
     stride_width: int = 192
 
     def check(self, unit: int) -> None:
-        """Refuses tiles that do not cover the frame or do not fall on latents.
+        """Checks that tiles cover the frame and are aligned with latents.
+
+        Args:
+            unit: Height and width in pixels of one latent.
 
         Raises:
-            ValueError: Says which side is wrong.
+            ValueError: A size or stride is not a positive multiple of `unit`, or a stride exceeds its size.
         """
         for name, side, stride in (
             ("height", self.height, self.stride_height),
             ("width", self.width, self.stride_width),
         ):
-            if side % unit or stride % unit or not 0 < stride <= side:
+            check_integer(f"tile {name}", side, unit)
+            check_integer(f"tile stride in {name}", stride, unit, side)
+            if side % unit or stride % unit:
                 raise ValueError(
-                    f"a tile {name} of {side} with a stride of {stride} is not possible: both must be multiples of "
-                    f"{unit}, and the stride must be between {unit} and the side"
+                    f"tile {name} and its stride must be multiples of {unit}, got {side} and {stride} "
+                    f"(nearest: {round(side / unit) * unit} and {max(unit, round(stride / unit) * unit)})"
                 )
 
 
 def run_tiled(run: Callable[[Tensor, str], Tensor], x: Tensor, tiling: Tiling, in_unit: int, out_unit: int) -> Tensor:
-    """Runs a network over tiles of `x` and blends what overlaps with linear ramps.
+    """Runs a network on tiles of `x` and blends overlapping results with linear ramps.
 
     Args:
-        run: Maps a tile and its name to a tile; the name tells a state's branches apart.
+        run: Maps a tile and its name to a result tile. The name identifies the tile's branch of a state.
         x: `(b, c, n, h, w)`.
-        tiling: Of the frame in pixels.
-        in_unit: Pixels in one row or column of `x`.
-        out_unit: Pixels in one row or column of the result.
+        tiling: Sizes of tiles in pixels.
+        in_unit: Pixels per row or column of `x`.
+        out_unit: Pixels per row or column of the result.
+
+    Returns:
+        The result `(b, c', n', h', w')` for the whole frame.
     """
     height, width = x.shape[-2:]
     tile = (tiling.height // in_unit, tiling.width // in_unit)
@@ -68,7 +78,7 @@ def run_tiled(run: Callable[[Tensor, str], Tensor], x: Tensor, tiling: Tiling, i
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
-    """Fades from the end of `before` into the start of `after` along `dim`."""
+    """Blends the end of `before` into the start of `after` over `extent` rows or columns along `dim`."""
     extent = min(before.shape[dim], after.shape[dim], extent)
     if extent == 0:
         return after

@@ -1,14 +1,14 @@
-"""SpacetimeTransformer: a denoiser of spacetime patches, causal in time where asked.
+"""SpacetimeTransformer: a denoiser of spacetime patches, optionally causal in time.
 
-Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns, `n` token frames, `p` tokens of a frame,
-`d` width of the network, `m` is 1 or `n`.
+Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns, `n` token frames, `p` tokens per token frame,
+`d` width of the network, `l` prompt tokens, `m` is 1 or `n`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
@@ -29,6 +29,7 @@ from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.checks import check_choice, check_choices
 from vgen.models.convert import refuse_nonzero, with_same_weights
 from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of
 from vgen.models.loading import StrictLoading
@@ -45,14 +46,14 @@ from vgen.temporal.state import TemporalState, network_identity, register_state_
 
 logger = logging.get_logger(__name__)
 
-TASKS = ("text", "leading", "keyframes")
-ATTENTIONS = ("joint", "divided")
+Task = Literal["text", "leading", "keyframes"]
+Attention = Literal["joint", "divided"]
 
 _BEYOND_WAN = ("keyframe_embedding", "frame_rate_embedder")
 
 
 class ConditionEmbedder(nn.Module):
-    """Noise levels and frame rate to modulation, prompt embeddings to the network's width."""
+    """Embeds noise levels and frame rates as modulation, and projects prompt embeddings to the network's width."""
 
     def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
         super().__init__()
@@ -62,10 +63,10 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
 
     def forward(self, timestep: Tensor, dtype: torch.dtype, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Timesteps `(b, m)` to `(b, m, d)` and its projection `(b, m, 6, d)`; `extra` `(b, 1, d)` is added."""
+        """Embeds timesteps `(b, m)`, adds `extra` `(b, 1, d)`; gives `(b, m, d)` and its projection `(b, m, 6, d)`."""
         m = timestep.shape[1]
-        waves = self.timesteps_proj(timestep.flatten())
-        temb = self.time_embedder(waves.to(dtype_of(self.time_embedder))).to(dtype)
+        sinusoids = self.timesteps_proj(timestep.flatten())
+        temb = self.time_embedder(sinusoids.to(dtype_of(self.time_embedder))).to(dtype)
         temb = rearrange(temb, "(b m) d -> b m d", m=m)
         temb = temb if extra is None else temb + extra.to(dtype)
         return temb, rearrange(self.time_proj(nn.functional.silu(temb)), "b m (k d) -> b m k d", k=6)
@@ -74,8 +75,8 @@ class ConditionEmbedder(nn.Module):
 class SpacetimeBlock(nn.Module):
     """Self-attention over space and time, cross-attention to the prompt, feed-forward.
 
-    With divided attention, tokens attend over time at their own place first, then over space in their own frame
-    (TimeSformer, arXiv 2102.05095); time has its own attention, space uses `attn1`.
+    With divided attention (TimeSformer, arXiv 2102.05095), tokens attend first over time at their own position
+    (`attn_time`), then over space within their own frame (`attn1`).
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SpacetimeBlock(nn.Module):
 
     @property
     def cache_key(self) -> str:
-        """Where the attention that looks along time keeps its keys and values in a state."""
+        """The key under which a state stores the keys and values of the attention over time."""
         return (self.attn_time if self.divided else self.attn1).state_key
 
     def forward(
@@ -117,13 +118,13 @@ class SpacetimeBlock(nn.Module):
 
         Args:
             hidden_states: `(b, n * p, d)`, frame by frame.
-            encoder_hidden_states: `(b, l, d)`, or `None` for no prompt.
-            temb: `(b, m, 6, d)`.
+            encoder_hidden_states: Prompt `(b, l, d)`; `None` skips cross-attention.
+            temb: Modulation `(b, m, 6, d)`.
             rotary_emb: Cosines and sines `(n * p, head / 2)`.
             num_frames: `n`.
-            attention_mask: Additive, over tokens and, if divided, over frames.
-            encoder_attention_mask: Additive, `(b, 1, 1, l)`.
-            cache: Keys, not rotated, and values `(b, k, p, h, head)` of `k` earlier frames.
+            attention_mask: Additive mask over tokens, or over token frames if attention is divided.
+            encoder_attention_mask: Additive mask `(b, 1, 1, l)`.
+            cache: Unrotated keys and values `(b, k, p, h, head)` of `k` earlier token frames.
             cache_rotary_emb: Cosines and sines `(k * p, head / 2)`.
             return_key_value: Whether to return `(hidden_states, key, value)`, the last two `(b, n, p, h, head)`.
         """
@@ -174,25 +175,25 @@ class SpacetimeBlock(nn.Module):
         return_key_value: bool,
     ) -> tuple[Tensor, ...]:
         b, p = x.shape[0], x.shape[1] // n
-        # between tokens of one place the angles of space cancel, so the first place's serve all
-        first = tuple(part[::p] for part in rotary_emb)
-        first_past = cache_rotary_emb and tuple(part[::p] for part in cache_rotary_emb)
+        # spatial angles cancel between tokens at one position, so the angles of the first position do for all
+        time_rotary = tuple(part[::p] for part in rotary_emb)
+        past_rotary = cache_rotary_emb and tuple(part[::p] for part in cache_rotary_emb)
         past = cache and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cache)
         mask = mask if mask is None or mask.shape[0] == 1 else repeat(mask, "b i q k -> (b p) i q k", p=p)
         x = rearrange(x, "b (n p) d -> (b p) n d", n=n)
-        out = self.attn_time(x, None, mask, first, past, first_past, return_key_value)
+        out = self.attn_time(x, None, mask, time_rotary, past, past_rotary, return_key_value)
         out, *key_value = out if return_key_value else (out,)
         key_value = [rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in key_value]
         return rearrange(out, "(b p) n d -> b (n p) d", b=b), *key_value
 
     def _divided_space(self, x: Tensor, n: int, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
         p = x.shape[1] // n
-        frame = tuple(part[:p] for part in rotary_emb)
-        out = self.attn1(rearrange(x, "b (n p) d -> (b n) p d", n=n), rotary_emb=frame)
+        space_rotary = tuple(part[:p] for part in rotary_emb)
+        out = self.attn1(rearrange(x, "b (n p) d -> (b n) p d", n=n), rotary_emb=space_rotary)
         return rearrange(out, "(b n) p d -> b (n p) d", n=n)
 
 
-# diffusers' step caches look up what a block takes and returns
+# diffusers' step caches look up the inputs and outputs of a block
 TransformerBlockRegistry.register(SpacetimeBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 AttentionProcessorRegistry.register(
     SpacetimeAttnProcessor, AttentionProcessorMetadata(_skip_attention___ret___hidden_states)
@@ -200,13 +201,13 @@ AttentionProcessorRegistry.register(
 
 
 def _modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Norm, then scale and shift `(b, m, 1, d)` by the frame of each token; float32 inside."""
+    """Adaptive norm: scale and shift `(b, m, 1, d)` depend on the frame of each token; float32 inside."""
     normed = norm(x.float()).unflatten(1, (shift.shape[1], -1))
     return (normed * (1 + scale) + shift).flatten(1, 2).type_as(x)
 
 
 def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Adds `y`, gated by the frame of each token; float32 inside."""
+    """Adds `y` times a gate that depends on the frame of each token; float32 inside."""
     gated = (y.float().unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
     return (x.float() + gated).type_as(x)
 
@@ -216,37 +217,40 @@ class SpacetimeTransformer(
 ):
     """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan 2.1 text-to-video Transformer.
 
-    With the same weights it equals `diffusers.WanTransformer3DModel`; parameter and config names are the same where
-    that class has the part. Beyond it: a noise level for every token frame, frame groups, a cache of past frames,
-    keyframe slots, the frame rate, and divided attention.
+    With the same weights it equals `diffusers.WanTransformer3DModel`. Parameter and config names are the same for the
+    layers that both classes have. It adds one noise level per token frame, frame groups, a KV cache of past frames,
+    keyframe slots, frame-rate conditioning and divided attention.
 
     Args:
-        patch_size: Latent frames, rows and columns of a patch.
-        num_attention_heads: Heads.
-        attention_head_dim: Channels of a head.
+        patch_size: Latent frames, rows and columns per patch.
+        num_attention_heads: Number of heads.
+        attention_head_dim: Channels per head.
         in_channels: Channels of the latents.
         out_channels: Channels of the prediction; `None` means `in_channels`.
         text_dim: Channels of the prompt embeddings.
-        freq_dim: Channels of the sinusoids of noise levels and frame rates.
+        freq_dim: Channels of the sinusoidal embeddings of noise levels and frame rates.
         ffn_dim: Inner width of the feed-forward layers.
-        num_layers: Blocks.
+        num_layers: Number of blocks.
         cross_attn_norm: Whether to normalise before cross-attention.
         qk_norm: Must be `rms_norm_across_heads`.
-        eps: Of the norms.
-        image_dim: Must be `None`; image-to-video Wan is not served.
-        added_kv_proj_dim: Must be `None`, likewise.
-        rope_max_seq_len: Kept for conversion; positions are computed, not looked up.
-        pos_embed_seq_len: Must be `None`, likewise.
-        attention: `joint` over space and time, or `divided`: time, then space.
-        tasks: What the weights were trained for, of `text`, `leading`, `keyframes`.
-        group_modes: Which groups they were trained with, of `full`, `causal`, `chunk`.
-        trained_token_frames: Token frames of the longest clip in training; `None` if unknown. With a state,
-            `sink + window + piece` never exceeds it.
-        chunk_size: Token frames of a run in `chunk` groups.
-        window: Token frames that a state remembers.
-        sink: Token frames from the start that a state never forgets.
-        keyframe_slots: Slots a latent, the temporal compression of the VAE; 0 for none.
-        frame_rate_embedding: Whether the network can be told the frame rate.
+        eps: Epsilon of the norms.
+        image_dim: Must be `None`; the image-to-video layout of Wan is unsupported.
+        added_kv_proj_dim: Must be `None`, for the same reason.
+        rope_max_seq_len: Unused; kept for conversion. Rotary angles are computed, not looked up.
+        pos_embed_seq_len: Must be `None`.
+        attention: `joint` attention over space and time, or `divided`: over time, then over space.
+        tasks: Tasks that the weights were trained for, of `text`, `leading`, `keyframes`.
+        group_modes: Group modes that the weights were trained with, of `full`, `causal`, `chunk`.
+        trained_token_frames: Token frames of the longest training clip; `None` if unknown. With a state, `sink`,
+            `window` and the new token frames together never exceed it.
+        chunk_size: Token frames per chunk in `chunk` groups.
+        window: Number of recent token frames in the KV cache.
+        sink: Number of token frames at the start of a stream that are never evicted from the KV cache.
+        keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
+        frame_rate_embedding: Whether the network is conditioned on the frame rate.
+
+    Raises:
+        ValueError: The layout is unsupported, or `attention` or one of `tasks` is unknown.
 
     Source: Wan, arXiv 2503.20314, section 4.2; scalable diffusion Transformers, arXiv 2212.09748.
     """
@@ -260,7 +264,7 @@ class SpacetimeTransformer(
     _repeated_blocks = ["SpacetimeBlock"]
     _skip_keys = ["state", "cache"]
     temporal = ("attn_time",)
-    """In the names of all parameters that mix frames alone; there are some where attention is divided."""
+    """Substrings that identify purely temporal parameters, which exist if attention is divided."""
 
     @register_to_config
     def __init__(
@@ -281,8 +285,8 @@ class SpacetimeTransformer(
         added_kv_proj_dim: int | None = None,
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
-        attention: str = "joint",
-        tasks: Sequence[str] = ("text",),
+        attention: Attention = "joint",
+        tasks: Sequence[Task] = ("text",),
         group_modes: Sequence[str] = ("full",),
         trained_token_frames: int | None = None,
         chunk_size: int = 1,
@@ -294,16 +298,20 @@ class SpacetimeTransformer(
         super().__init__()
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
             if value is not None:
-                raise ValueError(f"{name}={value}: the image-to-video layout of Wan is not served")
+                raise ValueError(
+                    f"{name} must be None, got {value!r}: the image-to-video layout of Wan is unsupported"
+                )
         if out_channels not in (None, in_channels):
             raise ValueError(
-                f"in_channels={in_channels} with out_channels={out_channels}: layouts that take conditions as "
-                "channels, such as the image-to-video layout of Wan 2.2, are not served"
+                f"out_channels must equal in_channels={in_channels}, got {out_channels}: layouts with conditions as "
+                "extra channels, such as image-to-video of Wan 2.2, are unsupported"
             )
-        if pos_embed_seq_len is not None or qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"pos_embed_seq_len={pos_embed_seq_len} with qk_norm={qk_norm!r} is not served")
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} is unknown: give one of {', '.join(ATTENTIONS)}")
+        if pos_embed_seq_len is not None:
+            raise ValueError(f"pos_embed_seq_len must be None, got {pos_embed_seq_len!r}")
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
+        check_choice("attention", attention, Attention)
+        check_choices("tasks", tasks, Task)
         dim = num_attention_heads * attention_head_dim
         patch = (patch_size[0], patch_size[1], patch_size[2])
         self.rope = RotaryPositions(attention_head_dim)
@@ -328,12 +336,12 @@ class SpacetimeTransformer(
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """Latent frames of a token frame; rows and columns that latents must be multiples of."""
+        """Latent frames per token frame, and the divisor of the latents' height and of their width."""
         return self.config.patch_size
 
     @property
     def text_dim(self) -> int:
-        """Channels of prompt embeddings."""
+        """Channels of the prompt embeddings."""
         return self.config.text_dim
 
     @apply_lora_scale("attention_kwargs")
@@ -351,33 +359,36 @@ class SpacetimeTransformer(
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Predicts what the scheduler asks for, at every latent.
+        """Predicts the scheduler's target (velocity or noise) for every latent frame.
 
         Args:
             hidden_states: Normalised latents `(b, c, t, h, w)`.
-            timestep: `(b,)`, or `(b, n)` with one noise level for each token frame; in the scheduler's timesteps.
+            timestep: Noise levels as scheduler timesteps: `(b,)`, or `(b, n)` with one for each token frame.
             encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` skips cross-attention.
-            encoder_attention_mask: `(b, l)`, 1 where a prompt token is to be seen.
-            frame_rate: Pixel frames per second, one or `(b,)`; `None` or NaN adds nothing.
-            keyframes: Slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
-            groups: A mode, or integers `(n,)` or `(b, n)`: frame i sees frame j iff `groups[j] <= groups[i]`. With a
-                state they order this piece only; all of it sees every cached frame.
-            state: What the stream remembers. Written unless `state.frozen()`.
+            encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
+            frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
+            keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
+            groups: A group mode, or integers `(n,)` or `(b, n)`: frame i attends to frame j iff
+                `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
+                every cached frame.
+            state: Memory of the stream. It is updated unless it is `state.frozen()`.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
             return_dict: Whether to return a `Transformer2DModelOutput` or a tuple.
 
         Returns:
-            `.sample` `(b, c, t, h, w)`.
+            An output whose `sample` is the prediction `(b, c, t, h, w)`.
 
         Raises:
-            ValueError: A size is no multiple of the patch, or shapes do not fit one another.
+            ValueError: A size is not a multiple of the patch size, or the shapes do not match.
         """
         p_t, p_h, p_w = self.config.patch_size
         b, _, t, height, width = hidden_states.shape
         if t % p_t or height % p_h or width % p_w:
+            sizes, patch = (t, height, width), (p_t, p_h, p_w)
+            nearest = tuple(max(p, round(size / p) * p) for size, p in zip(sizes, patch, strict=True))
             raise ValueError(
-                f"latents of (t, h, w) = ({t}, {height}, {width}) cannot be cut into patches of {(p_t, p_h, p_w)}: "
-                "each side must be a multiple"
+                f"(t, h, w) of the latents must be multiples of the patch size {patch}, got {sizes} "
+                f"(nearest: {nearest})"
             )
         n, rows, columns = t // p_t, height // p_h, width // p_w
 
@@ -432,44 +443,50 @@ class SpacetimeTransformer(
 
     @classmethod
     def from_diffusers(cls, source: WanTransformer3DModel) -> SpacetimeTransformer:
-        """The same network, from diffusers' class.
+        """Converts a diffusers model; the result has the same weights and gives the same output.
 
         Raises:
-            ValueError: It has the image-to-video layout.
+            ValueError: The model has the image-to-video layout, which is unsupported.
         """
         return with_same_weights(source, cls)
 
     def to_diffusers(self) -> WanTransformer3DModel:
-        """The same network, as diffusers' class; parts that are still zero are left behind.
+        """Converts to diffusers' class. Layers that it lacks are dropped if their weights are all zero.
 
         Raises:
-            ValueError: Attention is divided, or keyframes or the frame rate do something.
+            ValueError: Attention is divided, or the keyframe or frame-rate embedding is not zero.
         """
         if self.config.attention != "joint":
-            raise ValueError("WanTransformer3DModel has no divided attention")
+            raise ValueError("WanTransformer3DModel does not support attention='divided'")
         for part in _BEYOND_WAN:
-            refuse_nonzero(self, f"{part}.{'embedder.linear_2' if 'rate' in part else ''}", "Wan has no such part")
+            refuse_nonzero(
+                self,
+                f"{part}.{'embedder.linear_2' if 'rate' in part else ''}",
+                "WanTransformer3DModel has no such layer",
+            )
         return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
     def _mask(self, groups: Groups, n: int, p: int, num_cached: int, like: Tensor) -> Tensor | None:
-        numbers = group_tensor(groups, n, self.config.chunk_size, like.device)
-        mask = group_mask(numbers, num_cached, like.dtype)
+        group_ids = group_tensor(groups, n, self.config.chunk_size, like.device)
+        mask = group_mask(group_ids, num_cached, like.dtype)
         if mask is None or self.config.attention == "divided":
             return mask
         return repeat(mask, "b i q k -> b i (q p) (k r)", p=p, r=p)
 
     def _timesteps(self, timestep: Tensor, b: int, n: int) -> Tensor:
-        """`(b,)` or `(b, n)` to `(b, m)`."""
+        """Brings timesteps to the shape `(b, m)`."""
         if timestep.ndim == 0:
             timestep = timestep.expand(b)
         levels = timestep[:, None] if timestep.ndim == 1 else timestep
         if levels.shape[0] != b or levels.shape[1] not in (1, n):
-            raise ValueError(f"timestep of shape {tuple(timestep.shape)}: give ({b},) or ({b}, {n})")
+            raise ValueError(
+                f"timestep must be a number or have shape ({b},) or ({b}, {n}), got {tuple(timestep.shape)}"
+            )
         return levels
 
     def _embed_keyframes(self, keyframes: Tensor) -> Tensor:
         if self.keyframe_embedding is None:
-            raise ValueError("this network has no keyframe slots (keyframe_slots=0 in its config)")
+            raise ValueError("this network does not support keyframes (keyframe_slots=0 in its config)")
         return self.keyframe_embedding(keyframes)
 
     def _embed_frame_rate(self, frame_rate: float | Tensor | None, b: int, device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""UNet3D: a denoiser of frames that is a 2D U-Net in space and causal, where asked, in time.
+"""UNet3D: a 2D diffusion U-Net with temporal layers, optionally causal in time.
 
-Axes: `b` batch, `c` channels, `n` latent frames, `h w` rows and columns, `p` places of a frame, `l` prompt tokens, `m`
-is 1 or `n`. Frames are folded into the batch, `(b n) c h w`, wherever space is worked on.
+Axes: `b` batch, `c` channels, `n` latent frames, `h w` rows and columns, `p` positions in a frame, `l` prompt tokens,
+`m` is 1 or `n`. Spatial layers fold frames into the batch: `(b n) c h w`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,10 @@ from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.checks import check_choices
 from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder
 from vgen.models.loading import StrictLoading, load_strictly
+from vgen.models.transformer import Task
 from vgen.temporal.attention import (
     DispatchedAttnProcessor,
     FrameCache,
@@ -51,12 +53,12 @@ from vgen.temporal.state import History, TemporalState, network_identity, regist
 
 logger = logging.get_logger(__name__)
 
-DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
-UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+DownBlock = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
+UpBlock = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
 
 
 class SpatialAttnProcessor(DispatchedAttnProcessor):
-    """Attention of diffusers' 2D blocks; frames of a video share the keys of their prompt."""
+    """Attention inside diffusers' 2D blocks. All frames of a video share the keys of their prompt."""
 
     def __call__(
         self,
@@ -66,9 +68,9 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Maps `((b n), p, c)` to the same shape, attending to one another or to a prompt `(b, l, d)`.
+        """Maps `((b n), p, c)` to the same shape: self-attention, or cross-attention to a prompt `(b, l, d)`.
 
-        Without a prompt, cross-attention adds nothing.
+        Cross-attention returns zeros if there is no prompt.
         """
         rows = hidden_states.shape[0]
         if attn.is_cross_attention:
@@ -87,7 +89,7 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         return out.reshape(rows, -1, out.shape[-1])
 
 
-# diffusers' guiders that disturb attention look up what a processor returns
+# diffusers' guiders that skip attention look up what a processor returns
 AttentionProcessorRegistry.register(
     SpatialAttnProcessor, AttentionProcessorMetadata(_skip_attention___ret___hidden_states)
 )
@@ -95,32 +97,34 @@ AttentionProcessorRegistry.register(
 
 @dataclass
 class Context:
-    """What all layers of one call share."""
+    """Inputs that all layers of one forward pass share."""
 
     temb: Tensor
-    """Of noise levels and frame rate, `((b n), d)`."""
+    """Embedding of noise level and frame rate, `((b n), d)`."""
     prompt: Tensor | None
+    """Prompt embeddings, `(b, l, d)`."""
     prompt_mask: Tensor | None
+    """Additive mask over prompt tokens, `(b, 1, l)`."""
     num_frames: int
-    """`n`."""
+    """Number of latent frames, `n`."""
     positions: Tensor
-    """In time, `(n,)`."""
+    """Time positions of the frames, `(n,)`."""
     past_positions: Tensor | None
-    """Of the frames in the cache."""
+    """Time positions of the cached frames."""
     rotary_emb: tuple[Tensor, Tensor]
     mask: Tensor | None
     history: History | None = None
     cache: FrameCache | None = None
     cache_rotary_emb: tuple[Tensor, Tensor] | None = None
     written: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values of this call, by layer."""
-    order: Tensor | None = None
-    """Rows of `((b n), ...)` as convolutions over time are to have them; `None` leaves them."""
-    back: Tensor | None = None
-    """The rows of what these give in the order of the frames."""
+    """Keys and values computed in this pass, by layer."""
+    perm: Tensor | None = None
+    """Permutation of the rows `((b n), ...)` applied before temporal convolutions; `None` is the identity."""
+    inverse_perm: Tensor | None = None
+    """Permutation applied to their output, to restore the order of the frames."""
 
     def to(self, device: torch.device) -> Context:
-        """For a stage on another device; what is remembered lies where its layer is."""
+        """Copies the tensors to a stage's device. The history and the cache stay on the devices of their layers."""
         if self.temb.device == device:
             return self
 
@@ -129,16 +133,16 @@ class Context:
                 return tuple(map(move, value))
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return replace(self, **{one.name: move(getattr(self, one.name)) for one in fields(self)})
+        return replace(self, **{item.name: move(getattr(self, item.name)) for item in fields(self)})
 
 
 class TemporalConv(nn.Module):
-    """A causal convolution over time that starts as nothing.
+    """A residual causal convolution over time. Its weights start at zero, so it starts as the identity.
 
     Args:
-        channels: Of input and output.
-        groups: Of the norm, which sees one frame at a time.
-        eps: Of the norm.
+        channels: Channels of input and output.
+        groups: Groups of the norm, which is computed per frame.
+        eps: Epsilon of the norm.
     """
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
@@ -152,18 +156,18 @@ class TemporalConv(nn.Module):
         """Maps `((b n), c, h, w)` to the same shape."""
         n = context.num_frames
         y = F.silu(self.norm(x))
-        y = y if context.order is None else y[context.order]
+        y = y if context.perm is None else y[context.perm]
         y = self.conv(rearrange(y, "(b n) c h w -> b c n h w", n=n), context.history)
         y = rearrange(y, "b c n h w -> (b n) c h w")
-        return x + (y if context.back is None else y[context.back])
+        return x + (y if context.inverse_perm is None else y[context.inverse_perm])
 
 
 class TemporalAttention(nn.Module):
-    """Attention of each place over time, which starts as nothing.
+    """Residual attention over time at each spatial position. It starts as the identity.
 
     Args:
-        channels: Of input and output.
-        head_dim: Channels of a head.
+        channels: Channels of input and output.
+        head_dim: Channels per head.
     """
 
     def __init__(self, channels: int, head_dim: int) -> None:
@@ -191,11 +195,11 @@ class TemporalAttention(nn.Module):
 
 
 class NonLocalBlock(nn.Module):
-    """Attention of every place in every frame to all others, which starts as nothing and obeys groups.
+    """Residual attention over all positions of all frames, masked by `groups`. It starts as the identity.
 
     Args:
-        channels: Of input and output.
-        head_dim: Channels of a head.
+        channels: Channels of input and output.
+        head_dim: Channels per head.
 
     Source: Non-local neural networks, arXiv 1711.07971.
     """
@@ -229,17 +233,17 @@ class NonLocalBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution in space, each with its parts in time, and a change of resolution.
+    """Residual blocks of one spatial resolution with their temporal layers, and an optional change of resolution.
 
-    Spatial parts have the names that they have in diffusers' 2D U-Net.
+    Spatial layers have the names that they have in diffusers' 2D U-Net.
 
     Args:
-        channels: Input channels of each residual block; the output has `out_channels`.
-        out_channels: Of all blocks.
+        channels: Input channels of each residual block.
+        out_channels: Output channels of all blocks.
         attends: For each residual block, whether attention follows it.
-        settings: Of the network.
-        heads: Of spatial attention.
-        num_layers: Transformer blocks of spatial attention.
+        settings: Settings of the network.
+        heads: Heads of spatial attention.
+        num_layers: Transformer blocks in each spatial attention.
     """
 
     def __init__(
@@ -270,14 +274,14 @@ class Stage(nn.Module):
         """Maps `((b n), c, h, w)` to `((b n), c', h', w')`.
 
         Args:
-            x: What the stage before gave.
-            context: Of the call.
-            skips: On the way up, what is joined to the input of each block, that of the last block first.
+            x: Output of the previous stage.
+            context: Shared inputs of the forward pass.
+            skips: In the upsampling path, the skip connection of each block, in reverse order.
 
         Returns:
-            The output, and on the way down what each part of it gave.
+            The output, and in the downsampling path the output of every layer, for the skip connections.
         """
-        context, made = context.to(x.device), []
+        context, outputs = context.to(x.device), []
         going_down = not skips
         for index in range(len(self.resnets)):
             x = x if going_down else torch.cat([x, skips[-1 - index]], dim=1)
@@ -285,28 +289,28 @@ class Stage(nn.Module):
                 x = self._gradient_checkpointing_func(self._layer, index, x, context)
             else:
                 x = self._layer(index, x, context)
-            made += [x] if going_down else []
+            outputs += [x] if going_down else []
         for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
             x = resample(x)
-            made += [x] if going_down else []
-        return x, made
+            outputs += [x] if going_down else []
+        return x, outputs
 
     def _layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        """One residual block with what follows it."""
+        """One residual block, its temporal convolution and, if it has any, its attention."""
         x = self.resnets[index](x, context.temb)
         x = self.temporal_convs[index](x, context)
         if self.attends[index]:
-            place = sum(self.attends[:index])
-            x = self.attentions[place](
+            position = sum(self.attends[:index])
+            x = self.attentions[position](
                 x, context.prompt, encoder_attention_mask=context.prompt_mask, return_dict=False
             )[0]
-            x = self.temporal_attentions[place](x, context)
+            x = self.temporal_attentions[position](x, context)
         return x
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all stages of a network share."""
+    """Settings that all stages of a network share."""
 
     temb_channels: int
     groups: int
@@ -318,7 +322,7 @@ class Settings:
     temporal_head_dim: int
 
     def resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
-        """The residual block of diffusers."""
+        """A residual block of diffusers."""
         return ResnetBlock2D(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -329,7 +333,7 @@ class Settings:
         )
 
     def attention(self, channels: int, heads: int, num_layers: int) -> Transformer2DModel:
-        """The attention of diffusers over space and to the prompt, through its dispatcher."""
+        """Spatial attention and cross-attention of diffusers, with processors that use its dispatcher."""
         model = Transformer2DModel(
             heads,
             channels // heads,
@@ -349,42 +353,47 @@ class Settings:
 class UNet3D(
     StrictLoading, DispatchedAttention, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
-    """A denoiser whose parts in space are those of a 2D diffusion U-Net, and whose parts in time start as nothing.
+    """A denoiser with the spatial layers of a 2D diffusion U-Net and temporal layers that start as the identity.
 
-    Freshly inflated (`from_unet2d`), every frame comes out as the 2D network gives it. Nothing mixes frames but the
-    temporal parts: causal convolutions, which never look ahead, and attention over time, which obeys `groups`.
-    Parameter and config names are those of `diffusers.UNet2DConditionModel` where it has the part.
+    A freshly inflated network (`from_unet2d`) gives for every frame the output of the 2D network. Only the temporal
+    layers mix frames: convolutions that are causal in every mode, and temporal attention masked by `groups`.
+    Parameter and config names are those of `diffusers.UNet2DConditionModel` for the layers that it has.
 
     Args:
-        sample_size: Kept for conversion.
+        sample_size: Unused; kept for conversion.
         in_channels: Channels of the latents.
         out_channels: Channels of the prediction.
-        flip_sin_to_cos: Order in the sinusoids of noise levels.
-        freq_shift: Of these sinusoids.
+        flip_sin_to_cos: Whether cosines precede sines in the embedding of noise levels.
+        freq_shift: Frequency shift of these sinusoids.
         down_block_types: `CrossAttnDownBlock2D` or `DownBlock2D` for each resolution.
-        up_block_types: `CrossAttnUpBlock2D` or `UpBlock2D`, the lowest resolution first.
+        up_block_types: `CrossAttnUpBlock2D` or `UpBlock2D` for each resolution, lowest first.
         block_out_channels: Channels of each resolution.
-        layers_per_block: Residual blocks of a resolution on the way down; one more on the way up.
-        downsample_padding: Of the convolutions that halve space.
-        act_fn: Activation.
-        norm_num_groups: Groups of the norms, which see one frame at a time.
-        norm_eps: Of the norms.
+        layers_per_block: Residual blocks per resolution in the downsampling path; the upsampling path has one more.
+        downsample_padding: Padding of the downsampling convolutions.
+        act_fn: Activation function, as diffusers names it.
+        norm_num_groups: Groups of the norms, which are computed per frame.
+        norm_eps: Epsilon of the norms.
         cross_attention_dim: Channels of the prompt embeddings.
-        transformer_layers_per_block: Blocks of each attention over space.
-        attention_head_dim: The number of heads of attention over space, one or one for each resolution; the name is
-            that of diffusers' config.
-        use_linear_projection: Whether attention over space projects with linear layers.
-        upcast_attention: Kept for conversion; attention computes as precisely as its backend does.
-        temporal_head_dim: Channels of a head of attention over time.
-        non_local: Whether the middle ends with attention over space and time together.
-        tasks: As for `SpacetimeTransformer`, like all that follow.
-        group_modes: Which groups the weights were trained with.
-        trained_token_frames: Latent frames of the longest clip in training.
-        chunk_size: Latent frames of a run in `chunk` groups.
-        window: Latent frames that a state remembers.
-        sink: Latent frames from the start that a state never forgets.
-        keyframe_slots: Slots a latent, the temporal compression of the VAE; 0 for none.
-        frame_rate_embedding: Whether the network can be told the frame rate.
+        transformer_layers_per_block: Transformer blocks in each spatial attention.
+        attention_head_dim: Number of heads of spatial attention, one number or one for each resolution. The misleading
+            name is that of diffusers' config.
+        use_linear_projection: Whether spatial attention uses linear layers instead of 1x1 convolutions for projection.
+        upcast_attention: Unused; kept for conversion. Precision depends on the attention backend.
+        temporal_head_dim: Channels per head of temporal attention.
+        non_local: Whether to add joint attention over space and time after the middle block.
+        tasks: Tasks that the weights were trained for, of `text`, `leading`, `keyframes`.
+        group_modes: Group modes that the weights were trained with, of `full`, `causal`, `chunk`.
+        trained_token_frames: Latent frames of the longest training clip; `None` if unknown. With a state, `sink`,
+            `window` and the new latent frames together never exceed it.
+        chunk_size: Latent frames per chunk in `chunk` groups.
+        window: Number of recent latent frames in the KV cache.
+        sink: Number of latent frames at the start of a stream that are never evicted from the KV cache.
+        keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
+        frame_rate_embedding: Whether the network is conditioned on the frame rate.
+
+    Raises:
+        ValueError: A block type is unknown, the number of block types does not match, or `temporal_head_dim` does not
+            divide the channels of every resolution.
 
     Source: Video diffusion models, arXiv 2204.03458; AnimateDiff, arXiv 2307.04725; latent diffusion models,
         arXiv 2112.10752.
@@ -396,9 +405,9 @@ class UNet3D(
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_keys = ["state"]
     conv_history = 2
-    """Latent frames that a convolution over time sees before each."""
+    """Number of preceding latent frames in the receptive field of one temporal convolution."""
     temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
-    """In the names of all parameters that a 2D network does not have."""
+    """Substrings that identify the parameters that a 2D network does not have."""
 
     @register_to_config
     def __init__(
@@ -408,8 +417,8 @@ class UNet3D(
         out_channels: int = 4,
         flip_sin_to_cos: bool = True,
         freq_shift: int = 0,
-        down_block_types: Sequence[str] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D"),
-        up_block_types: Sequence[str] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",)),
+        down_block_types: Sequence[DownBlock] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D"),
+        up_block_types: Sequence[UpBlock] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",)),
         block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
         layers_per_block: int = 2,
         downsample_padding: int = 1,
@@ -423,7 +432,7 @@ class UNet3D(
         upcast_attention: bool = False,
         temporal_head_dim: int = 64,
         non_local: bool = False,
-        tasks: Sequence[str] = ("text",),
+        tasks: Sequence[Task] = ("text",),
         group_modes: Sequence[str] = ("full",),
         trained_token_frames: int | None = None,
         chunk_size: int = 1,
@@ -434,15 +443,21 @@ class UNet3D(
     ) -> None:
         super().__init__()
         depth = len(block_out_channels)
-        for name, given, legal in (
-            ("down_block_types", down_block_types, DOWN_BLOCKS),
-            ("up_block_types", up_block_types, UP_BLOCKS),
-        ):
-            if len(given) != depth or set(given) - set(legal):
-                raise ValueError(f"{name}={list(given)}: give {depth} of {', '.join(legal)}")
+        check_choices("tasks", tasks, Task)
+        blocks: tuple[tuple[str, Sequence[str], Any], ...] = (
+            ("down_block_types", down_block_types, DownBlock),
+            ("up_block_types", up_block_types, UpBlock),
+        )
+        for name, types, choices in blocks:
+            check_choices(name, types, choices)
+            if len(types) != depth:
+                raise ValueError(
+                    f"{name} must have one entry for each of the {depth} block_out_channels, got {len(types)}"
+                )
         if any(channels % temporal_head_dim for channels in block_out_channels):
             raise ValueError(
-                f"temporal_head_dim={temporal_head_dim} must divide block_out_channels={block_out_channels}"
+                f"temporal_head_dim must divide each of block_out_channels={tuple(block_out_channels)}, "
+                f"got {temporal_head_dim}"
             )
         heads = [attention_head_dim] * depth if isinstance(attention_head_dim, int) else list(attention_head_dim)
         channels, lowest = list(block_out_channels), block_out_channels[-1]
@@ -480,12 +495,12 @@ class UNet3D(
         self.temporal_non_local = NonLocalBlock(lowest, temporal_head_dim) if non_local else None
         self.up_blocks = nn.ModuleList()
         previous = lowest
-        for level, kind in zip(reversed(range(depth)), up_block_types, strict=True):
+        for level, up_kind in zip(reversed(range(depth)), up_block_types, strict=True):
             inputs = []
             for _ in range(layers_per_block + 1):
                 inputs.append(previous + skips.pop())
                 previous = channels[level]
-            block = stage(inputs, level, [kind.startswith("CrossAttn")] * (layers_per_block + 1))
+            block = stage(inputs, level, [up_kind.startswith("CrossAttn")] * (layers_per_block + 1))
             if level:
                 block.upsamplers = nn.ModuleList([Upsample2D(channels[level], use_conv=True)])
             self.up_blocks.append(block)
@@ -497,28 +512,28 @@ class UNet3D(
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """Latent frames of a token frame; rows and columns that latents must be multiples of."""
+        """Latent frames per token frame (always 1), and the divisor of the latents' height and of their width."""
         unit = 2 ** (len(self.config.block_out_channels) - 1)
         return 1, unit, unit
 
     @property
     def text_dim(self) -> int:
-        """Channels of prompt embeddings."""
+        """Channels of the prompt embeddings."""
         return self.config.cross_attention_dim
 
     def enable_cache(self, config: Any) -> None:
-        """Always raises: diffusers' caches of steps skip the blocks of transformers.
+        """Always raises, because diffusers' step caches work on Transformer blocks only.
 
         Raises:
-            ValueError: Says so.
+            ValueError: Always.
         """
-        raise ValueError(f"{type(config).__name__} skips the blocks of transformers, and UNet3D has others")
+        raise ValueError(f"{type(config).__name__} is not supported by UNet3D: step caches work on Transformers only")
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, Transformer2DModel):
-                module.gradient_checkpointing = False  # a stage's layers are computed again as a whole
+                module.gradient_checkpointing = False  # checkpointing recomputes whole layers of a stage
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -532,61 +547,66 @@ class UNet3D(
         keyframes: Tensor | None = None,
         groups: Groups = "full",
         state: TemporalState | None = None,
-        unseen: Tensor | None = None,
-        resumes: Tensor | None = None,
+        conv_context: Tensor | None = None,
+        gap_index: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Predicts what the scheduler asks for, at every latent; arguments and errors are `SpacetimeTransformer`'s.
+        """Predicts the scheduler's target (velocity or noise) for every latent frame.
 
         Args:
             hidden_states: Normalised latents `(b, c, n, h, w)`.
-            timestep: One, `(b,)`, or `(b, n)` with one noise level for each frame; in the scheduler's timesteps.
+            timestep: Noise levels as scheduler timesteps: one number, `(b,)`, or `(b, n)` with one for each frame.
             encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
-            encoder_attention_mask: `(b, l)`, 1 where a prompt token is to be seen.
-            frame_rate: Pixel frames per second, one or `(b,)`; `None` or NaN adds nothing.
-            keyframes: Slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
-            groups: A mode, or integers `(n,)` or `(b, n)`, for attention over time.
-            state: What the stream remembers. Written unless `state.frozen()`.
-            unseen: Clean latents `(b, c, k, h, w)` for training on a clip with a gap, as a stream's is when it has
-                forgotten frames: convolutions see them before frame `resumes`, attention does not.
-            resumes: Index of the first frame behind each video's gap, `(b,)`; `n` where it has none.
+            encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
+            frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
+            keyframes: Keyframe slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
+            groups: A group mode, or integers `(n,)` or `(b, n)`, for temporal attention: frame i attends to frame j
+                iff `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
+                every cached frame.
+            state: Memory of the stream. It is updated unless it is `state.frozen()`.
+            conv_context: Clean latents `(b, c, k, h, w)`, for training on clips with a gap in time, like a stream with
+                evicted frames. They precede frame `gap_index` as input of the temporal convolutions. No frame attends
+                to them.
+            gap_index: Index of the first frame after each video's gap, `(b,)`; `n` for a video without a gap.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
             return_dict: Whether to return a `UNet3DConditionOutput` or a tuple.
 
         Returns:
-            `.sample` `(b, c, n, h, w)`.
+            An output whose `sample` is the prediction `(b, c, n, h, w)`.
 
         Raises:
-            ValueError: A size cannot be halved often enough, or shapes do not fit one another.
+            ValueError: Height or width is not a multiple of the downsampling factor, or the shapes do not match.
         """
         b, _, n, height, width = hidden_states.shape
         if encoder_hidden_states is not None and len(encoder_hidden_states) != b:
-            raise ValueError(f"{len(encoder_hidden_states)} prompts for {b} videos")
+            raise ValueError(f"expected one prompt for each of {b} videos, got {len(encoder_hidden_states)}")
         unit = self.patch_size[1]
         if height % unit or width % unit:
-            raise ValueError(f"latents of (h, w) = ({height}, {width}): each side must be a multiple of {unit}")
-        shown = n
-        if unseen is not None:
-            if state is not None or resumes is None:
-                raise ValueError("unseen latents are for whole clips, without a state, and need resumes")
-            n, k = n + unseen.shape[2], unseen.shape[2]
-            hidden_states = torch.cat([hidden_states, unseen.to(hidden_states)], dim=2)
-            levels = _levels(timestep, b, shown, hidden_states.device).expand(b, shown)
-            timestep = F.pad(levels, (0, k))
-            keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
+            nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
+            raise ValueError(
+                f"(h, w) of the latents must be multiples of {unit}, got {(height, width)} (nearest: {nearest})"
+            )
+        num_visible = n
+        if conv_context is not None:
+            if state is not None or gap_index is None:
+                raise ValueError("conv_context needs gap_index and cannot be used with a state")
+            hidden_states, timestep, keyframes = _append_context(conv_context, hidden_states, timestep, keyframes)
+            n = hidden_states.shape[2]
         cache = None if state is None else FrameCache.opened(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         device = hidden_states.device
         positions, past = torch.arange(offset, offset + n, device=device), None
         if cache is not None and offset:
             past = cache.positions(device)
-        mask = group_mask(group_tensor(groups, shown, self.config.chunk_size, device), offset, hidden_states.dtype)
-        order = back = None
-        if unseen is not None and resumes is not None:
-            mask = _alone(mask, shown, n, hidden_states)
-            order = _behind_gaps(resumes.to(device), shown, n)
-            back = order.argsort()
+        mask = group_mask(
+            group_tensor(groups, num_visible, self.config.chunk_size, device), offset, hidden_states.dtype
+        )
+        perm = inverse_perm = None
+        if conv_context is not None and gap_index is not None:
+            mask = _isolate(mask, num_visible, n, hidden_states)
+            perm = _conv_order(gap_index.to(device), num_visible, n)
+            inverse_perm = perm.argsort()
         x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
         context = Context(
             temb=self._embed_time(timestep, frame_rate, b, n, x),
@@ -600,20 +620,20 @@ class UNet3D(
             history=None if state is None else state.history(),
             cache=cache,
             cache_rotary_emb=None if past is None else self.rope(past, 1, 1),
-            order=order,
-            back=back,
+            perm=perm,
+            inverse_perm=inverse_perm,
         )
 
         x = self.conv_in(x)
         if keyframes is not None:
             if self.keyframe_embedding is None:
-                raise ValueError("this network has no keyframe slots (keyframe_slots=0 in its config)")
+                raise ValueError("this network does not support keyframes (keyframe_slots=0 in its config)")
             x = x + self.keyframe_embedding(rearrange(keyframes, "b c n h w -> (b n) c h w"))
         skips = [x]
         block: Any
         for block in self.down_blocks:
-            x, made = block(x, context)
-            skips += made
+            x, outputs = block(x, context)
+            skips += outputs
         x, _ = self.mid_block(x, context)
         if self.temporal_non_local is not None:
             x = self.temporal_non_local(x, context)
@@ -625,7 +645,7 @@ class UNet3D(
         if cache is not None and context.history is not None and cache.state.writable:
             cache.write(context.written)
             cache.state.commit(context.history)
-        output = rearrange(x, "(b n) c h w -> b c n h w", n=n)[:, :, :shown]
+        output = rearrange(x, "(b n) c h w -> b c n h w", n=n)[:, :, :num_visible]
         return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
     @classmethod
@@ -635,27 +655,28 @@ class UNet3D(
         """Inflates a 2D U-Net of the Stable Diffusion family (the layouts of 1.5 and 2.1).
 
         Args:
-            source: The network, or the folder or Hub id of one.
-            subfolder: Where it is in there, such as `unet`.
-            config: What the 2D network does not have, such as `group_modes` or `keyframe_slots`. Temporal heads have
-                64 channels, or the largest divisor of 64 that divides the channels of every resolution.
+            source: The network, or a folder or Hub id to load it from.
+            subfolder: Subfolder of the source that holds the network, such as `unet`.
+            config: Settings that the 2D network does not have, such as `group_modes` or `keyframe_slots`. By default
+                temporal heads have 64 channels, or the largest divisor of 64 that divides the channels of every
+                resolution.
 
         Raises:
-            ValueError: Its layout is not served, its weights do not fit its config, or a part of `config` is its own;
-                what is wrong is named.
+            ValueError: The layout is unsupported, the weights do not match the config, or `config` overrides a setting
+                of the 2D network. The error names the part.
         """
         if isinstance(source, (str, Path)):
             options = {} if subfolder is None else {"subfolder": subfolder}
             source = load_strictly(UNet2DConditionModel.from_pretrained, "UNet2DConditionModel", source, **options)
-        for name, served in _ONLY.items():
-            if source.config.get(name, served[0]) not in served:
-                raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only {served[0]!r}")
+        for name, supported in _SUPPORTED.items():
+            if source.config.get(name, supported[0]) not in supported:
+                raise ValueError(f"unsupported 2D U-Net: {name} must be {supported[0]!r}, got {source.config[name]!r}")
         for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
             if not isinstance(source.config[name], int):
-                raise ValueError(f"{name}={source.config[name]!r} in this 2D U-Net is not served: only one number")
+                raise ValueError(f"unsupported 2D U-Net: {name} must be a single integer, got {source.config[name]!r}")
         own = sorted(set(config) & set(source.config))
         if own:
-            raise ValueError(f"{', '.join(own)}: the 2D U-Net has its own; frames would no longer be those it gives")
+            raise ValueError(f"these settings come from the 2D U-Net and cannot be overridden: {', '.join(own)}")
         names = set(cls._get_init_keys(cls))
         shared = {name: value for name, value in source.config.items() if name in names}
         shared["temporal_head_dim"] = math.gcd(64, *source.config.block_out_channels)
@@ -664,14 +685,16 @@ class UNet3D(
         missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
         missing = [name for name in missing if not any(part in name for part in target.temporal)]
         if missing or unexpected:
-            raise ValueError(f"this 2D U-Net does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
-        nn.Module.to(target, source.device, source.dtype)  # diffusers' method warns of modules that there are not
+            raise ValueError(
+                f"the weights of this 2D U-Net do not match: missing {missing[:8]}, unexpected {unexpected[:8]}"
+            )
+        nn.Module.to(target, source.device, source.dtype)  # diffusers' method warns about modules that do not exist
         return target.train(source.training)
 
     def _embed_time(
         self, timestep: Tensor | float, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor
     ) -> Tensor:
-        """`((b n), d)`."""
+        """Embeds noise levels and frame rate, `((b n), d)`."""
         levels = _levels(timestep, b, n, like.device)
         temb = self.time_embedding(self.time_proj(levels.flatten()).to(like.dtype)).unflatten(0, levels.shape)
         if frame_rate is not None and self.frame_rate_embedder is None:
@@ -683,7 +706,7 @@ class UNet3D(
 
 
 def _levels(timestep: Tensor | float, b: int, n: int, device: torch.device) -> Tensor:
-    """Timesteps `(b, 1)` or `(b, n)`.
+    """Brings timesteps to the shape `(b, 1)` or `(b, n)`.
 
     Raises:
         ValueError: They have another shape.
@@ -692,36 +715,49 @@ def _levels(timestep: Tensor | float, b: int, n: int, device: torch.device) -> T
     levels = timestep.expand(b)[:, None] if timestep.ndim == 0 else timestep
     levels = levels[:, None] if levels.ndim == 1 else levels
     if levels.shape[0] != b or levels.shape[1] not in (1, n):
-        raise ValueError(f"timestep of shape {tuple(timestep.shape)}: give ({b},) or ({b}, {n})")
+        raise ValueError(f"timestep must be a number or have shape ({b},) or ({b}, {n}), got {tuple(timestep.shape)}")
     return levels
 
 
-def _alone(mask: Tensor | None, shown: int, n: int, like: Tensor) -> Tensor:
-    """An additive mask `(b | 1, 1, n, n)` of which frames from `shown` on see themselves alone, and none sees them."""
+def _append_context(
+    context: Tensor, latents: Tensor, timestep: Tensor | float, keyframes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Appends clean latents `(b, c, k, h, w)` to latents, timesteps `(b, n + k)` and keyframe slots."""
+    b, _, n = latents.shape[:3]
+    k = context.shape[2]
+    levels = _levels(timestep, b, n, latents.device).expand(b, n)
+    keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
+    return torch.cat([latents, context.to(latents)], dim=2), F.pad(levels, (0, k)), keyframes
+
+
+def _isolate(mask: Tensor | None, num_visible: int, n: int, like: Tensor) -> Tensor:
+    """Extends an additive mask to `(b | 1, 1, n, n)`; frames from `num_visible` on attend to themselves only.
+
+    No other frame attends to them.
+    """
     whole = like.new_full((1 if mask is None else len(mask), 1, n, n), float("-inf"))
-    whole[..., :shown, :shown] = 0 if mask is None else mask
+    whole[..., :num_visible, :num_visible] = 0 if mask is None else mask
     whole.diagonal(dim1=-2, dim2=-1).fill_(0)
     return whole
 
 
-def _behind_gaps(resumes: Tensor, shown: int, n: int) -> Tensor:
-    """Rows of `((b n), ...)` in the order in which frames from `shown` on come before frame `resumes` `(b,)`."""
-    frames = torch.arange(n, device=resumes.device)
-    rank = torch.where(frames < shown, frames, resumes[:, None] - 0.5)
-    return (
-        rank.argsort(dim=1, stable=True) + n * torch.arange(len(resumes), device=resumes.device)[:, None]
-    ).flatten()
+def _conv_order(gap_index: Tensor, num_visible: int, n: int) -> Tensor:
+    """Permutation of rows `((b n), ...)` that moves frames from `num_visible` on to just before `gap_index` `(b,)`."""
+    frames = torch.arange(n, device=gap_index.device)
+    rank = torch.where(frames < num_visible, frames, gap_index[:, None] - 0.5)
+    first_rows = n * torch.arange(len(gap_index), device=gap_index.device)[:, None]
+    return (rank.argsort(dim=1, stable=True) + first_rows).flatten()
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`(b, l)` of ones and zeros as what is added to the scores, `(b, 1, l)`."""
+    """Turns a mask `(b, l)` of ones and zeros into an additive one, `(b, 1, l)`."""
     if mask is None:
         return None
     hidden = (mask == 0).unsqueeze(1)
     return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, float("-inf"))
 
 
-_ONLY: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "addition_embed_type": (None,),
     "class_embed_type": (None,),

@@ -1,4 +1,4 @@
-"""CausalVideoVAE: clips to spacetime latents and back, in one pass or as a stream.
+"""CausalVideoVAE: encodes clips to spacetime latents and decodes them, in one pass or as a stream.
 
 Shapes: clip `(b, c, f, h, w)`, latents `(b, c, t, h, w)`, with `f = 1 + s * (t - 1)`.
 """
@@ -29,28 +29,28 @@ from vgen.temporal.state import History, TemporalState, network_identity, regist
 
 @dataclass
 class VAEOutput(BaseOutput):
-    """A reconstructed clip `(b, c, f, h, w)`, not clamped, and the posterior it was drawn from."""
+    """A reconstructed clip `(b, c, f, h, w)`, not clamped, and the posterior that its latents were drawn from."""
 
     sample: Tensor
-    latent_dist: DiagonalGaussianDistribution = None  # type: ignore[assignment]  # accelerate rebuilds from a dict
+    latent_dist: DiagonalGaussianDistribution = None  # type: ignore[assignment]  # accelerate rebuilds it from a dict
 
 
 class ChannelNorm(nn.Module):
-    """Divides every position by its root mean square over channels; no statistic spans time or space."""
+    """RMS norm over the channels of each position. No statistic spans time or space."""
 
     def __init__(self, channels: int, num_axes: int = 3) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(b, c, ...)` to the same shape; the statistic is float32."""
+        """Maps `(b, c, ...)` to the same shape. The statistic is computed in float32."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
         return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """Two causal convolutions beside a shortcut."""
+    """Two causal convolutions with a shortcut connection."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(CausalDownsample):
-    """Halves height and width and, where `time` is true, the number of frames after the first."""
+    """Halves height and width and, if `time`, the number of frames after the first."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__(channels)
@@ -105,7 +105,7 @@ class Downsample(CausalDownsample):
 
 
 class Upsample(CausalUpsample):
-    """Doubles height and width, halves channels and, where `time` is true, doubles the frames after the first."""
+    """Doubles height and width, halves the channels and, if `time`, doubles the number of frames after the first."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__(channels)
@@ -121,7 +121,7 @@ class Upsample(CausalUpsample):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention within frames, residual block."""
+    """A residual block, attention within each frame and another residual block."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patchified clip `(b, c, f, h, w)` to the parameters of the posterior, before `quant_conv`."""
+    """Maps a patchified clip `(b, c, f, h, w)` to the parameters of the posterior, before `quant_conv`."""
 
     def __init__(
         self,
@@ -166,12 +166,12 @@ class Encoder(nn.Module):
         """Maps `(b, c, f, h, w)` to `(b, 2 * z, t, h', w')`."""
         x = self.conv_in(x, history)
         for block in (*self.down_blocks, self.mid_block):
-            x = _run(self, block, x, history)
+            x = _run_block(self, block, x, history)
         return self.conv_out(F.silu(self.norm_out(x)), history)
 
 
 class UpBlock(nn.Module):
-    """Residual blocks at one resolution, then upsampling."""
+    """Residual blocks at one resolution, followed by upsampling if `up`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, up: bool, time: bool
@@ -191,7 +191,7 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `(b, c, t, h, w)`, after `post_quant_conv`, to a patchified clip."""
+    """Maps latents `(b, c, t, h, w)`, after `post_quant_conv`, to a patchified clip."""
 
     def __init__(
         self,
@@ -221,33 +221,38 @@ class Decoder(nn.Module):
         """Maps `(b, z, t, h, w)` to `(b, c, f, h', w')`."""
         x = self.conv_in(x, history)
         for block in (self.mid_block, *self.up_blocks):
-            x = _run(self, block, x, history)
+            x = _run_block(self, block, x, history)
         return self.conv_out(F.silu(self.norm_out(x)), history)
 
 
 class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
-    With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed; parameter and config names
-    are the same. Latent 0 holds pixel frame 0 alone, latent k holds frames `s*(k-1)+1 .. s*k`.
+    With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed. Parameter and config names
+    are the same. Latent 0 holds pixel frame 0 only; latent k holds frames `s*(k-1)+1 .. s*k`, where `s` is the
+    temporal compression.
 
     Args:
-        base_dim: Channels of the first level.
-        decoder_base_dim: The same for the decoder; `None` takes `base_dim`.
+        base_dim: Channels of the encoder's first level.
+        decoder_base_dim: Channels of the decoder's last level; `None` means `base_dim`.
         z_dim: Channels of the latents.
-        dim_mult: Multiples of `base_dim`, one a level; between levels, height and width are halved.
-        num_res_blocks: Residual blocks a level in the encoder; the decoder has one more.
-        attn_scales: Must be empty; attention stands in the middle block only.
-        temperal_downsample: For each step between levels, whether time is halved too (spelt as in diffusers).
+        dim_mult: Multiples of `base_dim`, one per level. Height and width are halved between levels.
+        num_res_blocks: Residual blocks per level in the encoder; the decoder has one more.
+        attn_scales: Must be empty; only the middle block has attention.
+        temperal_downsample: For each step between levels, whether it halves time too (spelt as in diffusers).
         dropout: Dropout rate inside residual blocks.
         latents_mean: Mean of each latent channel, for `normalize`; `None` means zeros.
         latents_std: Standard deviation of each latent channel; `None` means ones.
-        is_residual: Must be false; the residual layout of Wan 2.2 is not served.
-        in_channels: Channels behind patchification: `3 * patch_size**2`.
-        out_channels: The same on the way out.
-        patch_size: Pixels of a `patch_size` square become channels in front and behind; `None` means 1.
-        scale_factor_temporal: `s`; must agree with `temperal_downsample`.
-        scale_factor_spatial: Pixels a latent covers in height and width; must agree with the levels.
+        is_residual: Must be false; the residual layout of Wan 2.2 is unsupported.
+        in_channels: Input channels after patchification: `3 * patch_size**2`.
+        out_channels: Output channels before the inverse of patchification: `3 * patch_size**2`.
+        patch_size: Side in pixels of the squares that are moved into channels at the input and back at the output;
+            `None` means 1.
+        scale_factor_temporal: Temporal compression `s`; must match `temperal_downsample`. `None` derives it.
+        scale_factor_spatial: Height and width in pixels of one latent; must match the levels. `None` derives it.
+
+    Raises:
+        ValueError: The layout is unsupported, or the settings contradict one another.
 
     Source: Wan: Open and Advanced Large-Scale Video Generative Models, arXiv 2503.20314, section 4.1.
     """
@@ -317,7 +322,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Starts as an image autoencoder that repeats frames: every kernel in time begins as its last tap alone."""
+        """Starts as an image autoencoder that repeats frames: only the last temporal tap of a kernel is non-zero."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 taps = module.weight if module.weight.ndim == 4 else module.weight.zero_()[:, :, -1]
@@ -333,7 +338,9 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             elif isinstance(module, FrameAttention):
                 nn.init.zeros_(module.proj.weight)
         assert self.quant_conv.bias is not None
-        nn.init.constant_(self.quant_conv.bias[self.config.z_dim :], -6.0)  # a wide posterior never recovers
+        nn.init.constant_(
+            self.quant_conv.bias[self.config.z_dim :], -6.0
+        )  # training does not recover from a wide posterior
 
     def forward(
         self,
@@ -342,13 +349,16 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Encodes and decodes; the only call that training uses, since DDP and FSDP see no other.
+        """Encodes and decodes a clip. Training uses only this call: DDP and FSDP synchronise no other.
 
         Args:
             clip: `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
-            sample_posterior: Whether to draw the latents, or take the mode.
-            generator: Source of the draw, one or one a sample.
-            return_dict: Whether to return a `VAEOutput` or a tuple of the reconstruction alone.
+            sample_posterior: Whether to sample the latents from the posterior or use its mode.
+            generator: Random generator for sampling, one for all or one per sample.
+            return_dict: Whether to return a `VAEOutput` or a tuple that holds only the reconstruction.
+
+        Raises:
+            ValueError: Height or width is not a multiple of the spatial compression, or `f` is not `1 + s*k`.
         """
         self._check_size(clip)
         posterior = DiagonalGaussianDistribution(self._encode(clip, None).float())  # bf16 is too coarse for the KL
@@ -361,19 +371,21 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Encodes a clip, or the next piece of a stream.
 
         Args:
-            clip: `(b, c, f, h, w)` in [-1, 1]. Without a state `f = 1 + s*k`; with one, any number of frames: those
-                that do not fill a latent wait in `state.pending`.
-            state: What the stream remembers; written here.
+            clip: `(b, c, f, h, w)` in [-1, 1]. Without a state, `f = 1 + s*k`. With a state, any number of frames:
+                those that do not complete a latent are buffered in `state.pending`.
+            state: Memory of the stream; updated by this call.
             return_dict: Whether to return an `AutoencoderKLOutput` or a tuple.
 
         Returns:
-            `.latent_dist` over raw latents `(b, c, t, h, w)`; `t = 0` if a piece completes no latent.
+            An output whose `latent_dist` is the posterior of raw latents `(b, c, t, h, w)`; `t = 0` if the piece
+            completes no latent.
 
         Raises:
-            ValueError: Height or width is no multiple of the spatial compression, or `f` is not `1 + s*k`.
+            ValueError: Height or width is not a multiple of the spatial compression, `f` is not `1 + s*k`, or the
+                piece does not match the stream.
         """
         self._check_size(clip)
-        moments = self._encode_tiles(clip, None) if state is None else self._encode_piece(clip, state)
+        moments = self._encode_in_parts(clip, None) if state is None else self._encode_piece(clip, state)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -384,33 +396,37 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Decodes latents, or the next piece of a stream of them.
 
         Args:
-            latents: Raw latents `(b, c, t, h, w)`; any split of a stream gives the same frames.
-            state: What the stream remembers; written here.
-            clamp: Whether to clamp to [-1, 1]; losses want the raw value.
+            latents: Raw latents `(b, c, t, h, w)`. Any split of a stream into pieces gives the same frames.
+            state: Memory of the stream; updated by this call.
+            clamp: Whether to clamp to [-1, 1]. Losses use the unclamped values.
             return_dict: Whether to return a `DecoderOutput` or a tuple.
 
         Returns:
-            `.sample`, a clip `(b, c, f, h, w)`; the first latent of a stream gives one frame, each other one `s`.
+            An output whose `sample` is a clip `(b, c, f, h, w)`. The first latent of a stream gives one frame and
+            every other one gives `s`.
+
+        Raises:
+            ValueError: The piece does not match the stream.
         """
-
-        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
-            if branch is not None:
-                return self._streamed(self._decode, part, branch)
-            return self._decode(part, None) if torch.is_grad_enabled() else self._decode_bounded(part)
-
         if latents.shape[2] == 0:
-            clip = self._no_frames(latents)
+            clip = self._empty_clip(latents)
         else:
-            clip = self._divided(run, latents, state, self.spatial_compression_ratio, 1)
+            clip = self._in_parts(self._decode_part, latents, state, self.spatial_compression_ratio, 1)
         clip = clip.clamp(-1, 1) if clamp else clip
         return DecoderOutput(sample=clip) if return_dict else (clip,)
 
     def decode_stream(
         self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
-        """Yields the clip of `latents` in pieces `(b, c, n, h, w)`, so that memory does not grow with its length.
+        """Decodes `latents` piece by piece, with memory that does not grow with their number.
 
-        A frozen state is continued on a copy of its own.
+        Args:
+            latents: Raw latents `(b, c, t, h, w)`.
+            state: Memory of the stream; updated, unless it is frozen: then a copy of it is.
+            clamp: Whether to clamp to [-1, 1].
+
+        Yields:
+            Consecutive pieces `(b, c, n, h, w)` of the clip.
         """
         state = TemporalState() if state is None else state
         state = state if state.writable else state.copy()
@@ -424,16 +440,18 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Encodes and decodes frames larger than a tile in overlapping tiles; each has its own branch of a state.
+        """Encodes and decodes large frames in overlapping tiles, each with its own branch of the state.
+
+        Frames that fit into one tile are not tiled. `None` keeps the current setting.
 
         Args:
-            tile_sample_min_height: Height of a tile in pixels; `None` keeps what is set, 256 at first.
-            tile_sample_min_width: Width of a tile.
-            tile_sample_stride_height: Pixels from one tile to the next, 192 at first.
-            tile_sample_stride_width: The same sideways.
+            tile_sample_min_height: Height of a tile in pixels, initially 256.
+            tile_sample_min_width: Width of a tile in pixels, initially 256.
+            tile_sample_stride_height: Vertical distance between tiles in pixels, initially 192.
+            tile_sample_stride_width: Horizontal distance between tiles in pixels, initially 192.
 
         Raises:
-            ValueError: Tiles would leave gaps or not fall on latents.
+            ValueError: The tiles would leave gaps or would not be aligned with latents.
         """
         tiling = Tiling(
             tile_sample_min_height or self.tiling.height,
@@ -446,7 +464,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         super().enable_tiling()
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents `(b, c, t, h, w)` to what denoisers see: zero mean and unit deviation in every channel."""
+        """Scales raw latents `(b, c, t, h, w)` to zero mean and unit deviation per channel, as denoisers expect."""
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -457,28 +475,28 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @torch.no_grad()
     def calibrate(self, latents: Tensor) -> None:
-        """Takes the statistics for `normalize` from raw latents `(n, c, t, h, w)` into the config."""
+        """Computes the statistics for `normalize` from raw latents `(n, c, t, h, w)` and stores them in the config."""
         values = rearrange(latents.double(), "n c t h w -> c (n t h w)")
         self.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
 
     @classmethod
     def from_diffusers(cls, source: AutoencoderKLWan) -> CausalVideoVAE:
-        """The same autoencoder, from diffusers' class.
+        """Converts a diffusers model; the result has the same weights and gives the same output.
 
         Raises:
-            ValueError: It has the residual layout of Wan 2.2.
+            ValueError: The model has the residual layout of Wan 2.2, which is unsupported.
         """
         return with_same_weights(source, cls)
 
     def to_diffusers(self) -> AutoencoderKLWan:
-        """The same autoencoder, as diffusers' class.
+        """Converts to diffusers' class.
 
         Raises:
-            ValueError: Its temporal compression is not the one that diffusers' class has built in.
+            ValueError: The temporal compression is not 4, the only one that diffusers' class supports.
         """
         if self.temporal_compression_ratio != 4:
             raise ValueError(
-                f"AutoencoderKLWan compresses time by 4; this network does by {self.temporal_compression_ratio}"
+                f"AutoencoderKLWan supports a temporal compression of 4 only, got {self.temporal_compression_ratio}"
             )
         return with_same_weights(self, AutoencoderKLWan)
 
@@ -495,10 +513,9 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         ratio = self.spatial_compression_ratio
         height, width = clip.shape[-2:]
         if height % ratio or width % ratio:
-            nearest = [max(ratio, round(side / ratio) * ratio) for side in (height, width)]
+            nearest = tuple(max(ratio, round(side / ratio) * ratio) for side in (height, width))
             raise ValueError(
-                f"a clip of {height}x{width} pixels cannot be encoded: height and width must be multiples of {ratio}; "
-                f"the nearest is {nearest[0]}x{nearest[1]}"
+                f"(h, w) of the clip must be multiples of {ratio}, got {(height, width)} (nearest: {nearest})"
             )
 
     def _check_num_frames(self, clip: Tensor) -> None:
@@ -506,8 +523,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         if clip.shape[2] % s != 1 % s:
             below = max(1, (clip.shape[2] - 1) // s * s + 1)
             raise ValueError(
-                f"a clip of {clip.shape[2]} frames cannot be encoded: the number of frames must be 1 + {s}*k; "
-                f"the nearest are {below} and {below + s}"
+                f"the number of frames must be {s}*k + 1, got {clip.shape[2]} (nearest: {below} and {below + s})"
             )
 
     def _encode(self, clip: Tensor, history: History | None) -> Tensor:
@@ -524,7 +540,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         first = 0 if state.get("encoded_frames") is not None else 1
         usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
         if usable:
-            moments = self._encode_tiles(frames[:, :, :usable], state)
+            moments = self._encode_in_parts(frames[:, :, :usable], state)
         else:
             size = [side // self.spatial_compression_ratio for side in clip.shape[-2:]]
             moments = clip.new_zeros(clip.shape[0], 2 * self.config.z_dim, 0, *size, dtype=self.dtype)
@@ -535,13 +551,18 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         state.commit(history)
         return moments
 
-    def _encode_tiles(self, clip: Tensor, state: TemporalState | None) -> Tensor:
-        def run(part: Tensor, branch: TemporalState | None) -> Tensor:
-            if branch is not None:
-                return self._streamed(self._encode, part, branch)
-            return self._encode(part, None) if torch.is_grad_enabled() else self._encode_bounded(part)
+    def _encode_in_parts(self, clip: Tensor, state: TemporalState | None) -> Tensor:
+        return self._in_parts(self._encode_part, clip, state, 1, self.spatial_compression_ratio)
 
-        return self._divided(run, clip, state, 1, self.spatial_compression_ratio)
+    def _encode_part(self, clip: Tensor, state: TemporalState | None) -> Tensor:
+        if state is not None:
+            return self._streamed(self._encode, clip, state)
+        return self._encode(clip, None) if torch.is_grad_enabled() else self._encode_bounded(clip)
+
+    def _decode_part(self, latents: Tensor, state: TemporalState | None) -> Tensor:
+        if state is not None:
+            return self._streamed(self._decode, latents, state)
+        return self._decode(latents, None) if torch.is_grad_enabled() else self._decode_bounded(latents)
 
     def _encode_bounded(self, clip: Tensor) -> Tensor:
         s, n = self.temporal_compression_ratio, self._latents_per_piece
@@ -564,12 +585,12 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         state.commit(history)
         return out
 
-    def _no_frames(self, latents: Tensor) -> Tensor:
+    def _empty_clip(self, latents: Tensor) -> Tensor:
         channels = self.config.out_channels // (self.config.patch_size or 1) ** 2
         height, width = (side * self.spatial_compression_ratio for side in latents.shape[-2:])
         return latents.new_zeros(latents.shape[0], channels, 0, height, width)
 
-    def _divided(
+    def _in_parts(
         self,
         run: Callable[[Tensor, TemporalState | None], Tensor],
         x: Tensor,
@@ -577,11 +598,11 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         in_unit: int,
         out_unit: int,
     ) -> Tensor:
-        """Runs sample by sample where slicing is on, and tile by tile where tiling is on and frames are large."""
+        """Runs sample by sample if slicing is on, and tile by tile if tiling is on and the frames exceed a tile."""
         if self.use_slicing and len(x) > 1:
             branches = [state and state.branch(f"sample {index}") for index in range(len(x))]
             parts = zip(x.split(1), branches, strict=True)
-            return torch.cat([self._divided(run, part, branch, in_unit, out_unit) for part, branch in parts])
+            return torch.cat([self._in_parts(run, part, branch, in_unit, out_unit) for part, branch in parts])
         height, width = (side * in_unit for side in x.shape[-2:])
         if not self.use_tiling or (height <= self.tiling.height and width <= self.tiling.width):
             return run(x, state)
@@ -603,7 +624,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
 
 def patchify(clip: Tensor, patch_size: int | None) -> Tensor:
-    """Moves squares of `patch_size` pixels into channels, in diffusers' order."""
+    """Moves squares of `patch_size` by `patch_size` pixels into channels, in diffusers' order."""
     p = patch_size or 1
     return rearrange(clip, "b c f (h p) (w q) -> b (c q p) f h w", p=p, q=p)
 
@@ -624,7 +645,7 @@ def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     return rearrange(frames, "(b f) c h w -> b c f h w", b=b)
 
 
-def _run(owner: Any, block: nn.Module, x: Tensor, history: History | None) -> Tensor:
+def _run_block(owner: Any, block: nn.Module, x: Tensor, history: History | None) -> Tensor:
     if owner.gradient_checkpointing and torch.is_grad_enabled():
         return owner._gradient_checkpointing_func(block, x, history)
     return block(x, history)
@@ -639,11 +660,13 @@ def _check_layout(
     spatial: tuple[int | None, int],
 ) -> None:
     if is_residual:
-        raise ValueError("is_residual=True, the layout of the Wan 2.2 VAE, is not served by CausalVideoVAE")
+        raise ValueError("is_residual must be False: the residual layout of the Wan 2.2 VAE is unsupported")
     if attn_scales:
-        raise ValueError(f"attn_scales={list(attn_scales)} is not served: attention stands in the middle block only")
+        raise ValueError(f"attn_scales must be empty, got {list(attn_scales)}: only the middle block has attention")
     if stages[0] != stages[1]:
-        raise ValueError(f"temperal_downsample has {stages[0]} entries, but dim_mult has {stages[1]} steps")
+        raise ValueError(
+            f"temperal_downsample must have one entry for each of {stages[1]} steps between levels, got {stages[0]}"
+        )
     for name, (given, actual) in {"temporal": temporal, "spatial": spatial}.items():
         if given is not None and given != actual:
-            raise ValueError(f"scale_factor_{name}={given} does not agree with the layers, which give {actual}")
+            raise ValueError(f"scale_factor_{name} must be {actual}, as the layers give it, got {given}")

@@ -77,7 +77,7 @@ class SamplingOptions:
         Raises:
             ValueError: An option has the wrong type or is out of range.
         """
-        check_integer("num_inference_steps", self.num_inference_steps, least=1)
+        check_integer("num_inference_steps", self.num_inference_steps, minimum=1)
         check_number("guidance_scale", self.guidance_scale)
         check_number("frame_rate", self.frame_rate, above=0)
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
@@ -134,8 +134,8 @@ class RolloutOptions(SamplingOptions):
         """
         super().check()
         for name, least in (("chunk_size", 1), ("window", 1), ("sink", 0), ("keyframe_interval", 1)):
-            check_integer(name, getattr(self, name), least=least)
-        check_number("history_noise", self.history_noise, least=0, below=1)
+            check_integer(name, getattr(self, name), minimum=least)
+        check_number("history_noise", self.history_noise, minimum=0, below=1)
         check_number("history_guidance_scale", self.history_guidance_scale)
 
     def check_denoiser(self, denoiser: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ class InterpolationOptions(SamplingOptions):
             ValueError: An option has the wrong type or is out of range.
         """
         super().check()
-        check_integer("factor", self.factor, least=2)
+        check_integer("factor", self.factor, minimum=2)
 
 
 def parameters_of(options: type[SamplingOptions]) -> list[inspect.Parameter]:

@@ -67,7 +67,7 @@ class PromptSchedule:
                 )
             return cls({0: prompt})
         for frame in prompt:
-            check_integer("a frame of a prompt schedule", frame, least=0)
+            check_integer("a frame of a prompt schedule", frame, minimum=0)
         if 0 not in prompt:
             raise ValueError(f"a prompt schedule must begin at frame 0, got frames {sorted(prompt)}")
         return cls(dict(sorted(prompt.items())))

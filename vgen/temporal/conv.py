@@ -1,7 +1,7 @@
-"""Convolutions that never look ahead, and resampling of time that can run piece by piece.
+"""Causal 3D convolutions, and causal down- and upsampling in time, for whole clips and for streams.
 
-Every module takes an optional `History`: without one, the input is a whole stream; with one, it is the next piece
-of a stream, and the module leaves there what the piece after it needs.
+Every module takes an optional `History`. Without one, the input is a whole clip. With one, it is the next piece of a
+stream: the module reads the frames that it needs from before and stores those that the next piece needs.
 """
 
 from __future__ import annotations
@@ -15,43 +15,48 @@ from vgen.temporal.state import History
 
 
 def append(past: Tensor, piece: Tensor) -> Tensor:
-    """A stream's earlier frames `(b, c, n, h, w)` and its next ones, in the dtype of the piece.
+    """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next piece, in the dtype of the piece.
 
     Raises:
-        ValueError: The piece has another batch or size than the stream.
+        ValueError: Batch size, height or width of the piece differ from those of the stream.
     """
     sizes = [(x.shape[0], *x.shape[3:]) for x in (past, piece)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"a piece of (b, h, w) = {sizes[1]} does not continue this stream of {sizes[0]}, as both are inside the "
-            "network: use a new TemporalState"
+            f"the piece does not continue this stream: expected activations of (b, h, w) = {sizes[0]}, "
+            f"got {sizes[1]}; use a new TemporalState"
         )
     return torch.cat([past.to(piece), piece], dim=2)
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """What a 3D convolution of stride 1, without padding in time, gives of `(b, c, f, h, w)`.
+    """Applies a 3D convolution of stride 1, without padding in time, to `(b, c, f, h, w)`.
 
-    In float32 on the CPU, PyTorch takes a kernel of its own for single clips with few channels, frames or rows, which
-    is several times slower than oneDNN's; so that is asked for by name. Compilation and autocast do not know the name.
+    For float32 on the CPU, oneDNN is called explicitly: for single clips with few channels, frames or rows PyTorch
+    would choose its own kernel, which is several times slower. Compilation and autocast do not support that call.
     """
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if plain and x.numel() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu"):
+    if plain and x.numel() and _has_onednn() and not torch.is_autocast_enabled("cpu"):
         return torch.ops.aten.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)  # type: ignore[arg-type]
 
 
-class CausalConv3d(nn.Conv3d):
-    """A 3D convolution whose output frame k sees input frames up to k only.
+def _has_onednn() -> bool:
+    """Whether this build of PyTorch has oneDNN and the user has not disabled it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
-    Time is padded in front with zeros, or with the last inputs of the previous piece. Space is padded on both sides.
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution whose output frame k depends on input frames up to k only.
+
+    Time is padded at the start, with zeros or the last inputs of the previous piece. Space is padded on each side.
     The arithmetic is that of diffusers' `WanCausalConv3d` with stride 1.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: `(time, height, width)`, or one number for all three.
-        padding: Spatial zero padding on each side; in time it is always `kernel - 1` in front.
+        padding: Spatial zero padding on each side. Padding in time is always `kernel - 1` frames at the start.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class CausalConv3d(nn.Conv3d):
         """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`.
 
         Raises:
-            ValueError: The piece has another batch or size than the stream.
+            ValueError: Batch size, height or width of the piece differ from those of the stream.
         """
         length = self.kernel_size[0] - 1
         if length == 0:
@@ -80,7 +85,7 @@ class CausalConv3d(nn.Conv3d):
         return convolve(self, x)
 
     def _single_frame(self, x: Tensor) -> Tensor:
-        """A lone frame meets the last tap only, at a third of the cost; images are encoded and trained this way."""
+        """Convolves a single frame with the last temporal tap only: the others would meet zeros."""
         y = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
         return y.unsqueeze(2)
 
@@ -88,7 +93,8 @@ class CausalConv3d(nn.Conv3d):
 class CausalDownsample(nn.Module):
     """Halves the number of frames after the first: `1 + 2k` frames become `1 + k`.
 
-    The stream's first frame bypasses the convolution; each later output sees one earlier frame and its own two.
+    The first frame of a stream bypasses the convolution. Each later output depends on its own two input frames and the
+    one before them.
 
     Args:
         channels: Channels of input and output.
@@ -100,7 +106,11 @@ class CausalDownsample(nn.Module):
         self.state_key = ""
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, 1 + 2k, h, w)` to `(b, c, 1 + k, h, w)`, or a later piece `2k` to `k`."""
+        """Maps `(b, c, 1 + 2k, h, w)` to `(b, c, 1 + k, h, w)`, or a later piece of `2k` frames to `k`.
+
+        Raises:
+            ValueError: Batch size, height or width of the piece differ from those of the stream.
+        """
         past = None if history is None else history.get(self.state_key)
         if history is not None:
             history.put(self.state_key, x[:, :, -1:].clone())
@@ -114,8 +124,7 @@ class CausalDownsample(nn.Module):
 class CausalUpsample(nn.Module):
     """Doubles the number of frames after the first: `1 + k` frames become `1 + 2k`.
 
-    The stream's first frame bypasses the convolution and is never an input of it: the history of the second frame is
-    zeros.
+    The first frame of a stream bypasses the convolution and is never an input of it: zeros precede the second frame.
 
     Args:
         channels: Channels of input and output.
@@ -127,12 +136,16 @@ class CausalUpsample(nn.Module):
         self.state_key = ""
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, 1 + k, h, w)` to `(b, c, 1 + 2k, h, w)`, or a later piece `k` to `2k`."""
+        """Maps `(b, c, 1 + k, h, w)` to `(b, c, 1 + 2k, h, w)`, or a later piece of `k` frames to `2k`.
+
+        Raises:
+            ValueError: Batch size, height or width of the piece differ from those of the stream.
+        """
         if history is not None and history.get(self.state_key) is not None:
             return self._double(x, history)
         first, rest = x[:, :, :1], x[:, :, 1:]
         if history is not None:
-            history.put(self.state_key, torch.ones(1, device=x.device))  # the first frame has passed
+            history.put(self.state_key, torch.ones(1, device=x.device))  # marks that the first frame is done
         if rest.shape[2] == 0:
             return first
         return torch.cat([first, self._double(rest, history)], dim=2)

@@ -1,4 +1,4 @@
-"""Recurrence over frames: convolutional LSTM cells, one or several layers deep."""
+"""Recurrent layers over frames: convolutional LSTMs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 CellState = tuple[Tensor, Tensor]
-"""Hidden and cell state, `(b, c, h, w)` each."""
+"""Hidden state and cell state, each `(b, c, h, w)`."""
 
 
 class ConvLSTMCell(nn.Module):
     """An LSTM cell whose gates are convolutions.
 
     Args:
-        in_channels: Of a frame.
-        channels: Of the states.
-        kernel_size: Odd; space keeps its size.
+        in_channels: Channels of a frame.
+        channels: Channels of the hidden state and of the cell state.
+        kernel_size: Side of the square kernels; odd, so that height and width stay the same.
 
     Source: Convolutional LSTM network, arXiv 1506.04214, without peepholes.
     """
@@ -27,26 +27,26 @@ class ConvLSTMCell(nn.Module):
         self.gates = nn.Conv2d(in_channels + channels, 4 * channels, kernel_size, padding=kernel_size // 2)
         with torch.no_grad():
             assert self.gates.bias is not None
-            self.gates.bias[channels : 2 * channels] = 1.0  # remember at first
+            self.gates.bias[channels : 2 * channels] = 1.0  # forget gates start open, so that the cell remembers
 
     def forward(self, frame: Tensor, state: CellState | None = None) -> CellState:
-        """The states after a frame `(b, c, h, w)`; `None` begins with zeros."""
+        """Updates the states with a frame `(b, c, h, w)`; `None` stands for zero states."""
         if state is None:
             zeros = frame.new_zeros(frame.shape[0], self.channels, *frame.shape[2:])
             state = zeros, zeros
         hidden, cell = state
-        put, keep, show, new = self.gates(torch.cat([frame, hidden], dim=1)).chunk(4, dim=1)
-        cell = keep.sigmoid() * cell + put.sigmoid() * new.tanh()
-        return show.sigmoid() * cell.tanh(), cell
+        input_gate, forget_gate, output_gate, candidate = self.gates(torch.cat([frame, hidden], dim=1)).chunk(4, dim=1)
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return output_gate.sigmoid() * cell.tanh(), cell
 
 
 class ConvLSTM(nn.Module):
-    """Layers of cells over a clip or, with the states it returns, over a stream of pieces of one.
+    """A stack of convolutional LSTM layers, applied to whole clips or, with the returned states, piece by piece.
 
     Args:
-        in_channels: Of a frame.
-        channels: Of each layer's states.
-        kernel_size: Odd.
+        in_channels: Channels of a frame.
+        channels: Channels of the states of each layer.
+        kernel_size: Side of the square kernels, odd.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], kernel_size: int = 3):
@@ -57,17 +57,21 @@ class ConvLSTM(nn.Module):
         )
 
     def forward(self, clip: Tensor, states: list[CellState | None] | None = None) -> tuple[Tensor, list[CellState]]:
-        """All layers' hidden states, `(b, sum(channels), f, h, w)`, of a clip, and each layer's states after it.
+        """Runs all layers over a clip.
 
         Args:
             clip: `(b, c, f, h, w)`, or the next piece of a stream.
-            states: After the piece before; `None` at the start.
+            states: States after the previous piece; `None` at the start.
+
+        Returns:
+            The hidden states of all layers, `(b, sum(channels), f, h, w)`, and the states of each layer after the
+            last frame.
         """
         current: list[CellState | None] = list(states) if states is not None else [None] * len(self.cells)
-        shown = []
+        hidden = []
         for frame in rearrange(clip, "b c f h w -> f b c h w"):
             for index, cell in enumerate(self.cells):
                 current[index] = cell(frame, current[index])
                 frame = current[index][0]  # type: ignore[index]
-            shown.append(torch.cat([state[0] for state in current if state is not None], dim=1))
-        return torch.stack(shown, dim=2), current  # type: ignore[return-value]
+            hidden.append(torch.cat([state[0] for state in current if state is not None], dim=1))
+        return torch.stack(hidden, dim=2), current  # type: ignore[return-value]

@@ -139,7 +139,7 @@ class PromptedDenoiser(nn.Module):
         """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
 
         Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`; all tensors have a row for each video. Unless
-        `sharded`, only videos with a gap are computed with their `unseen` latents.
+        `sharded`, only videos with a gap are computed with their `conv_context`.
         """
         if prompt_embeds is None:
             assert input_ids is not None and prompt_mask is not None
@@ -147,13 +147,13 @@ class PromptedDenoiser(nn.Module):
         inputs = {
             "hidden_states": latents, "timestep": timestep, "encoder_hidden_states": prompt_embeds, "groups": groups,
         } | conditions  # fmt: skip
-        if "resumes" not in inputs or self.sharded:
+        if "gap_index" not in inputs or self.sharded:
             return self.denoiser(**inputs, return_dict=False)[0]
-        gap, parts = inputs["resumes"] < latents.shape[2], []
+        gap, parts = inputs["gap_index"] < latents.shape[2], []
         order = gap.nonzero()[:, 0], (~gap).nonzero()[:, 0]
         for rows in order:
             if len(rows):
                 part = {key: value[rows] if torch.is_tensor(value) else value for key, value in inputs.items()}
-                told = part if gap[rows[0]] else part | {"unseen": None, "resumes": None}
+                told = part if gap[rows[0]] else part | {"conv_context": None, "gap_index": None}
                 parts.append(self.denoiser(**told, return_dict=False)[0])
         return torch.cat(parts)[torch.cat(order).argsort()]

@@ -72,7 +72,7 @@ def temporal_loss(
         total = total + config.difference_weight * _mean(change.abs(), weight)
     if config.warping_weight:
         assert motion is not None
-        error = (motion.fetch_next(video) - video[:, :, :-1]).abs()
+        error = (motion.warp_next(video) - video[:, :, :-1]).abs()
         total = total + config.warping_weight * _mean(error, weight, motion.visible)
     if config.matched_weight:
         total = total + config.matched_weight * _mean((change - (real[:, :, 1:] - real[:, :, :-1])).abs(), weight)
