@@ -21,6 +21,7 @@ from scripts import launch
 
 from vgen import VideoGenPipeline
 from vgen.data.shapes import ShapesWorld, render
+from vgen.io.pixels import to_frames
 
 PROMPT = "a red circle bounces"
 SHARED = {
@@ -63,7 +64,7 @@ def outputs(name: str) -> dict[str, str]:
     pipe = VideoGenPipeline.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     clip = render([ShapesWorld(split="held_out").scene(0)], num_frames=17, height=64, width=64)[0]
-    frames = clip.movedim(0, -1).add(1).mul(127.5).round().byte().numpy()
+    frames = to_frames(clip[None])[0]
     steps = {"num_inference_steps": 4}
     calls: dict[str, Callable[..., list[Any]]] = {
         "text": lambda seed: pipe([PROMPT, "a blue square"], generator=seed, output_type="latent", **steps).frames,

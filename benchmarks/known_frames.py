@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
 from vgen.hub import find_packaged
-from vgen.io.pixels import to_frames
+from vgen.io.pixels import from_frames, to_frames
 from vgen.metrics.reference import psnr, ssim
 from vgen.metrics.suites import WORLD_SEED, copy_last, flow_interpolation, linear_blend
 from vgen.models.convlstm import ConvLSTMPredictor
@@ -87,7 +87,7 @@ def main() -> None:
 
 def measure(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of frames `(f, h, w, 3)`, uint8."""
-    a, b = (torch.from_numpy(frames).movedim(-1, 0)[None] / 127.5 - 1 for frames in (made, true))
+    a, b = (from_frames(frames[None]) for frames in (made, true))
     return psnr(a, b).item(), ssim(a, b).item()
 
 
@@ -141,11 +141,6 @@ def by_convlstm(network: ConvLSTMPredictor, clips: np.ndarray, given: int) -> np
 def reconstruct(pipe: VideoGenPipeline, clips: np.ndarray) -> np.ndarray:
     """The clips, encoded and decoded."""
     return to_frames(pipe.vae.decode(pipe.vae.encode(from_frames(clips).to(pipe.device)).latent_dist.mode()).sample)
-
-
-def from_frames(clips: np.ndarray) -> torch.Tensor:
-    """`(b, 3, f, h, w)` in [-1, 1] of uint8 `(b, f, h, w, 3)`."""
-    return torch.from_numpy(clips).movedim(-1, 1) / 127.5 - 1
 
 
 if __name__ == "__main__":

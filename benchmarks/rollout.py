@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, render
-from vgen.io.pixels import to_frames
+from vgen.io.pixels import from_frames, to_frames
 from vgen.metrics.prompt import ObjectVerdict, check
 from vgen.metrics.suites import WORLD_SEED
 from vgen.metrics.temporal import border_differences, drift_slopes
@@ -163,7 +163,7 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
         starts.append(is_right(begun))
         motions.append(all(one.motion_right for one in begun))
         windows.append([is_right(check(part, scene).objects) for part in np.split(video, len(video) // WINDOW)])
-        clip = torch.from_numpy(video).movedim(-1, 0)[None] / 127.5 - 1
+        clip = from_frames(video[None])
         found = drift_slopes(clip)
         slopes.append([found[name].item() for name in ("brightness", "contrast")])
         seams.append([one.item() for one in border_differences(clip, chunk_size, s)])

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from einops import rearrange
 
 from vgen import CausalVideoVAE, TemporalState
 from vgen.data.video_io import VideoWriter, iter_video, video_info
 from vgen.hub import find_checkpoint
+from vgen.io.pixels import from_frames, to_frames
 
 source, target = map(Path, sys.argv[1:3])
 vae = CausalVideoVAE.from_pretrained(find_checkpoint("vgen/shapes-64"), subfolder="vae").eval()
@@ -23,11 +23,10 @@ unit = vae.spatial_compression_ratio
 with torch.no_grad(), VideoWriter(target, video_info(source).frame_rate or 8.0, overwrite=True) as writer:
     for frame in iter_video(source):
         height, width = (side // unit * unit for side in frame.shape[:2])
-        pixels = torch.from_numpy(frame[:height, :width]).float().div(127.5).sub(1)
-        piece = rearrange(pixels, "h w c -> 1 c 1 h w")
-        latents = vae.encode(piece, encoding).latent_dist.mode()  # no latent yet, or one
+        clip = from_frames(frame[None, None, :height, :width])
+        latents = vae.encode(clip, encoding).latent_dist.mode()  # no latent yet, or one
         decoded = vae.decode(latents, decoding).sample
-        frames = rearrange(decoded.add(1).mul(127.5).round().byte(), "1 c f h w -> f h w c").numpy()
+        frames = to_frames(decoded)[0]
         if len(frames):
             writer.append(frames)
     waiting = encoding.pending

@@ -20,6 +20,7 @@ from vgen.data.clips import Sampling, VideoFolder, stack_clips
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
+from vgen.io.pixels import from_uint8, to_uint8
 from vgen.metrics.prompt import check
 from vgen.metrics.reference import LPIPS, check_pair, frame_psnr, frame_ssim, psnr, ssim
 from vgen.metrics.temporal import check_clip, flicker, motion_magnitude, statistics, warping_error
@@ -293,7 +294,7 @@ def _between(clip: Tensor, keyframes: Sequence[int], prepare: Callable) -> Tenso
 
 def quantize(clip: Tensor) -> Tensor:
     """Rounds a clip to the values that 8 bits per channel can represent."""
-    return clip.clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
+    return from_uint8(to_uint8(clip))
 
 
 def score_pairs(

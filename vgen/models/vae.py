@@ -24,6 +24,7 @@ from vgen.models.convert import with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.models.tiling import Tiling, run_tiled
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample, append
+from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
 
@@ -518,17 +519,14 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"(h, w) of the clip must be multiples of {ratio}, got {(height, width)} (nearest: {nearest})"
             )
 
-    def _check_num_frames(self, clip: Tensor) -> None:
-        s = self.temporal_compression_ratio
-        if clip.shape[2] % s != 1 % s:
-            below = max(1, (clip.shape[2] - 1) // s * s + 1)
-            raise ValueError(
-                f"the number of frames must be {s}*k + 1, got {clip.shape[2]} (nearest: {below} and {below + s})"
-            )
+    @property
+    def grid(self) -> LatentGrid:
+        """How pixel frames and latents correspond."""
+        return LatentGrid(self.temporal_compression_ratio)
 
     def _encode(self, clip: Tensor, history: History | None) -> Tensor:
         if history is None:
-            self._check_num_frames(clip)
+            self.grid.check(clip.shape[2], "the number of frames")
         x = patchify(clip, self.config.patch_size)
         return self.quant_conv(self.encoder(_channels_last(x), history))
 
@@ -566,11 +564,12 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode_bounded(self, clip: Tensor) -> Tensor:
         s, n = self.temporal_compression_ratio, self._latents_per_piece
-        if clip.shape[2] <= 1 + s * (n - 1):
+        first = self.grid.num_frames(n)
+        if clip.shape[2] <= first:
             return self._encode(clip, None)
-        self._check_num_frames(clip)
-        rest = clip.shape[2] - 1 - s * (n - 1)
-        sizes = [1 + s * (n - 1), *(min(s * n, rest - begin) for begin in range(0, rest, s * n))]
+        self.grid.check(clip.shape[2], "the number of frames")
+        rest = clip.shape[2] - first
+        sizes = [first, *(min(s * n, rest - begin) for begin in range(0, rest, s * n))]
         state = TemporalState()
         return torch.cat([self._streamed(self._encode, piece, state) for piece in clip.split(sizes, dim=2)], dim=2)
 
@@ -612,11 +611,11 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         b, _, t, h, w = latents.shape
         if t <= self._latents_per_piece:
             return self._decode(latents, None)
-        s, ratio = self.temporal_compression_ratio, self.spatial_compression_ratio
+        ratio = self.spatial_compression_ratio
         clip, begin = None, 0
         for piece in self.decode_stream(latents, clamp=False):
             if clip is None:
-                clip = piece.new_empty(b, piece.shape[1], 1 + s * (t - 1), h * ratio, w * ratio)
+                clip = piece.new_empty(b, piece.shape[1], self.grid.num_frames(t), h * ratio, w * ratio)
             clip[:, :, begin : begin + piece.shape[2]] = piece
             begin += piece.shape[2]
         assert clip is not None

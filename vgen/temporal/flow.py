@@ -17,6 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from vgen.checks import check_choice
+from vgen.io.pixels import to_uint8
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue, ITU-R BT.601."""
@@ -139,7 +140,7 @@ def measure_motion(clip: Tensor, method: FlowMethod = "dis") -> Motion:
 def _to_gray(frames: Tensor) -> list[np.ndarray]:
     """Converts frames `(b, 3, h, w)` in [-1, 1] to a list of uint8 luminance images `(h, w)`."""
     gray = torch.einsum("b c h w, c -> b h w", frames.float(), torch.tensor(LUMINANCE, device=frames.device))
-    return list(gray.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy())
+    return list(to_uint8(gray).cpu().numpy())
 
 
 @lru_cache(maxsize=4)
