@@ -1,6 +1,13 @@
 import pytest
 
-from vgen.io.atomic import atomic_directory, backup_path
+from vgen.io.atomic import (
+    atomic_directory,
+    atomic_file,
+    backup_path,
+    remove_workspaces,
+    workspace_for,
+    write_text,
+)
 
 
 def write(folder, text):
@@ -45,3 +52,25 @@ def test_between_the_two_renamings_the_older_one_is_put_by(tmp_path, monkeypatch
     monkeypatch.undo()
     write(folder, "third")
     assert (folder / "a.txt").read_text() == "third" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_replaces_the_older_one_only_if_nothing_was_raised(tmp_path):
+    path = tmp_path / "record.json"
+    write_text(path, "first")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "second")
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
+
+
+def test_workspaces_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    left = [workspace_for(tmp_path / name) for name in ("a.mp4", "other.mp4")]
+    for name in (".a-notes", ".hidden", "a.mp4"):
+        (tmp_path / name).write_text("kept")
+    remove_workspaces(tmp_path, ["a.mp4", "b.mp4"])
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {".a-notes", ".hidden", "a.mp4", left[1].name.rpartition("/")[2]}
+    for workspace in left:
+        workspace.cleanup()

@@ -7,7 +7,6 @@ keeps all frames of a gif or webp in memory and merges equal ones. Folders of fr
 import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vgen.checks import check_integer, check_number
+from vgen.io.atomic import workspace_for
 
 __all__ = ["DEFAULT_FRAME_RATE", "IMAGE_SUFFIXES", "VideoWriter", "check_frame_rate", "join_videos", "write_video"]
 
@@ -80,7 +80,7 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
         raise FileExistsError(f"{output} already exists (overwrite=True replaces it)")
     if not paths:
         raise ValueError(f"{output} was not written: expected at least one video to join, got none")
-    with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
+    with workspace_for(output) as folder:
         partial = Path(folder, output.name)
         with av.open(str(partial), "w", options={"movflags": "faststart"}) as target:
             stream, expected, num_frames = None, None, 0
@@ -154,9 +154,7 @@ class VideoWriter:
         self._check_settings()
         self._check_target()
         with self._errors_naming_the_path():
-            self._workspace = tempfile.TemporaryDirectory(
-                prefix=f".{self.path.stem}-", dir=self.path.parent, ignore_cleanup_errors=True
-            )
+            self._workspace = workspace_for(self.path)
         self._partial = Path(self._workspace.name, self.path.name)
         self._sink: _EncodedFile | _ImageFolder | None = None
         self._frame_shape: tuple[int, ...] | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
@@ -23,6 +24,22 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file that appears whole."""
     with atomic_file(path) as partial:
         partial.write_text(text)
+
+
+def workspace_for(path: Path) -> TemporaryDirectory[str]:
+    """A hidden folder next to `path`, for writers that need the name and suffix of the final file.
+
+    The file is written in there and then moved to `path`; the folder goes with what is left.
+    """
+    return TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True)
+
+
+def remove_workspaces(folder: Path, names: Iterable[str]) -> None:
+    """Deletes the workspaces that killed processes left for files of these names."""
+    prefixes = {f".{Path(name).stem}-" for name in names}
+    for left in list(folder.glob(".*")):
+        if left.name[:-8] in prefixes:  # `tempfile` adds eight characters
+            shutil.rmtree(left)
 
 
 @contextmanager
