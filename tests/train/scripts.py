@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.warm import warm_python
+
 ROOT = Path(__file__).parents[2]
 
 VAE = {
@@ -43,24 +45,24 @@ TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "-
 ON_CPUS = ("--cpu", "--num_machines=1", "--mixed_precision=no")
 
 
-def launch(script, *arguments, check=True, processes=1, fresh=False, accelerate=ON_CPUS, **options):
-    """Runs a script as `accelerate launch` would; one that need not be fresh here, since starting takes seconds."""
+def launch(script, *arguments, check=True, processes=1, fresh=False, cold=False, accelerate=ON_CPUS, **options):
+    """Runs a script as `accelerate launch` would: here, in processes of their own (`fresh`), or in cold ones too."""
     words = [str(word) for pair in options.items() for word in pair]
     command = [str(ROOT / script), *map(str, arguments), *words]
-    if processes > 1 or fresh or accelerate is not ON_CPUS:
-        done = launch_processes(command, processes, accelerate)
+    if processes > 1 or fresh or cold or accelerate is not ON_CPUS:
+        done = launch_processes(sys.executable if cold else warm_python(), command, processes, accelerate)
     else:
         done = launch_here(command)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def launch_processes(command, processes, accelerate):
+def launch_processes(python, command, processes, accelerate):
     on_cpus = accelerate is ON_CPUS
     if on_cpus and processes > 1:  # --cpu would start one
         accelerate = ["--config_file=train/accelerate/ddp.yaml", "--mixed_precision=no"]
     launcher = ["-m", "accelerate.commands.launch", *accelerate]
-    command = [sys.executable, *launcher, "--num_processes", str(processes), "--main_process_port=0", *command]
+    command = [python, *launcher, "--num_processes", str(processes), "--main_process_port=0", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpus else {}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=600)
@@ -85,13 +87,14 @@ def launch_here(command):
     return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
-def train_vae(output_dir, check=True, processes=1, fresh=False, script=("train/train_vae.py",), **options):
+def train_vae(output_dir, check=True, script=("train/train_vae.py",), processes=1, fresh=False, cold=False, **options):
     settings = {
         "--output_dir": output_dir, "--model": json.dumps(VAE), "--height": 16, "--width": 16, "--num_frames": 5,
         "--image_steps": 2, "--image_batch_size": 4, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
         "--num_score_clips": 8, "--num_calibration_clips": 8,
     }  # fmt: skip
-    return launch(*script, check=check, processes=processes, fresh=fresh, **settings | TINY | options)
+    how = {"processes": processes, "fresh": fresh, "cold": cold}
+    return launch(*script, check=check, **how, **settings | TINY | options)
 
 
 def encode(vae_run, output_dir, check=True, processes=1, **options):

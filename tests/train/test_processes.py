@@ -9,7 +9,7 @@ from .scripts import ROOT, train_vae, train_vdm
 
 
 def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_dir, tmp_path):
-    train_vae(tmp_path / "vae", processes=2)
+    train_vae(tmp_path / "vae", processes=2, cold=True)
     train_vdm((vae_run, text_run, latents_dir), tmp_path / "two", processes=2)
     train_vdm((vae_run, text_run, latents_dir), tmp_path / "one")
     for run, expected in (("vae", vae_run), ("two", tmp_path / "one")):
