@@ -108,6 +108,8 @@ def supervise(connection: socket.socket) -> dict[str, Any]:
     request = b""
     while len(request) < int.from_bytes(size, "big"):
         request += connection.recv(1 << 20)
+    server = os.getppid()
+    os.setsid()  # what ends the tests' process group does not end this process
     child = os.fork()
     if child == 0:
         connection.close()
@@ -118,11 +120,11 @@ def supervise(connection: socket.socket) -> dict[str, Any]:
         return json.loads(request)
     for file in files:
         os.close(file)
-    watch(connection, child)
+    watch(connection, child, server)
 
 
-def watch(connection: socket.socket, child: int) -> NoReturn:
-    """Forwards signals to a program, tells its end, and kills it when its client is gone."""
+def watch(connection: socket.socket, child: int, server: int) -> NoReturn:
+    """Forwards signals to a program, tells its end, and kills it when its client or the server is gone."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -135,9 +137,12 @@ def watch(connection: socket.socket, child: int) -> NoReturn:
             for number in numbers:
                 os.kill(child, number)
             if not numbers:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                os._exit(0)
+                break
+        if os.getppid() != server:
+            break
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os._exit(0)
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
