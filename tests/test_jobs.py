@@ -192,7 +192,7 @@ def frames_in(folder):
 
 def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
-    options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 40}
+    options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 15}
     killed, plain = tmp_path / "killed", tmp_path / "plain"
     process = start("text_to_video.py", model, killed, **options)
     kill_when(process, lambda: (killed / "000002.mp4").exists())
