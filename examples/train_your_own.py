@@ -30,6 +30,8 @@ parser.add_argument("output", type=Path)
 parser.add_argument("--caption", default="")
 parser.add_argument("--vae-steps", type=int, default=300)
 parser.add_argument("--steps", type=int, default=300)
+parser.add_argument("--hop", type=int, default=2, help="frames between the starts of clips")
+parser.add_argument("--repeats", type=int, default=8, help="augmented copies of each clip")
 args = parser.parse_args()
 
 
@@ -65,18 +67,22 @@ for number, start in enumerate(np.arange(0, held_out - 2, 4)):
 
 # 2. validate, 3. the VAE, 4. latents, 5. the denoiser
 shipped = Path(vgen.__file__).parent / "checkpoints/shapes-64"
-launch = ("accelerate.commands.launch", "--num_processes=1", "--mixed_precision=bf16")
-fine = ("--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine")
+precision = "bf16" if torch.accelerator.is_available() else "no"  # many CPUs are slow in half precision
+launch = ("accelerate.commands.launch", "--num_processes=1", f"--mixed_precision={precision}")
+fine = (
+    "--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine",
+    f"--mixed_precision={precision}",
+)  # fmt: skip
 flips = '{"flip": 0.5, "crop": 0.7}'
-run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE, "--hop", 2)
+run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE, "--hop", args.hop)
 run(
-    *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rate", RATE, "--augment",
-    flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,
-    "--num_calibration_clips=64", *fine,
+    *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rates", f"[{RATE}]",
+    "--augment", flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,
+    "--num_score_clips=16", "--num_calibration_clips=64", *fine,
 )  # fmt: skip
 run(
-    *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", 2,
-    "--augment", flips, "--repeats", 8, "--output_dir", output / "latents",
+    *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", args.hop,
+    "--augment", flips, "--repeats", args.repeats, "--output_dir", output / "latents",
 )  # fmt: skip
 run(
     *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",

@@ -1,12 +1,13 @@
 """Rules of the house that no other test sees."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import warm_python
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "vgen").rglob("*.py"))
@@ -121,15 +122,12 @@ def test_scripts_are_not_named_like_a_dependency():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_script_compiles_and_says_what_it_does(path):
+def test_every_script_says_what_it_does(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
-
-
-def test_the_readmes_python_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+    if path.parent.name != "examples" and "__main__" in path.read_text():  # examples have tests that run them
+        done = subprocess.run([warm_python(), path, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "usage: " in done.stdout and "--help" in done.stdout
 
 
 def test_the_measured_tables_are_those_of_the_results():
@@ -163,5 +161,7 @@ def test_every_module_is_in_the_api_reference():
 
 
 def test_the_shipped_checkpoints_are_small():
-    for folder in (ROOT / "vgen/checkpoints").iterdir():
+    folders = list((ROOT / "vgen/checkpoints").iterdir())
+    assert folders
+    for folder in folders:
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6

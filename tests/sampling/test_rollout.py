@@ -267,6 +267,8 @@ def test_given_frames_may_come_one_by_one(randomize, video, given, chunk_size):
 def test_half_precision(pipe, video):
     pipe.to(torch.bfloat16)
     settings = {"num_inference_steps": 2, "generator": seeded()}
+    decoded = []  # frames are bytes, in which no number is infinite
+    pipe.vae.decoder.register_forward_hook(lambda _, inputs, output: decoded.append((inputs[0], output)))
     for frames in (
         frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, output_type="np", **settings)),
         frames_of(pipe.rollout(PROMPT, video[:7], num_frames=6, keyframe_interval=2, output_type="np", **settings)),
@@ -274,6 +276,7 @@ def test_half_precision(pipe, video):
         pipe(PROMPT, frames={0: video[0], 6: video[1]}, **settings).frames[0],
     ):
         assert frames.dtype == np.float32 and len(frames) >= 6 and np.isfinite(frames).all() and frames.std() > 0
+    assert len(decoded) >= 4 and all(part.isfinite().all() for pair in decoded for part in pair)
 
 
 def test_every_given_frame_matters(pipe, video):

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.warm import warm_python
 from vgen.data.video_io import VideoWriter, read_video, write_video
 from vgen.tasks.jobs import (
     Job,
@@ -165,7 +165,7 @@ def start(script, model, output_dir, *, processes=1, **options):
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += ["--main_process_port=0"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "pipelines" / script), *words]
+    command = [warm_python(), *(launcher if processes > 1 else []), str(ROOT / "pipelines" / script), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
@@ -192,7 +192,7 @@ def frames_in(folder):
 
 def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
-    options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 40}
+    options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 15}
     killed, plain = tmp_path / "killed", tmp_path / "plain"
     process = start("text_to_video.py", model, killed, **options)
     kill_when(process, lambda: (killed / "000002.mp4").exists())

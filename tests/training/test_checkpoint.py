@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.warm import warm_python
+
 SCRIPT = """
 import os, signal
 import torch
@@ -64,13 +66,12 @@ run.end(lambda weights: torch.save(network.state_dict(), config.output_dir / "re
 """
 
 
-def train(folder, check=True, launcher=("-c", SCRIPT), **environment):
+def train(folder, check=True, launcher=("-c", SCRIPT), cold=False, **environment):
     options = {"max_steps": 12, "save_every": 4, "log_every": 1, "batch_size": 4, "mixed_precision": "no"}
     words = [f"--{name}={value}" for name, value in (options | {"output_dir": folder}).items()]
     names = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
-    done = subprocess.run(
-        [sys.executable, *launcher, *words], capture_output=True, text=True, env=os.environ | names, check=False
-    )
+    command = [sys.executable if cold else warm_python(), *launcher, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | names, check=False)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -100,9 +101,10 @@ def assert_same(folder, whole):
 
 @pytest.mark.parametrize("moment", ["step3", "step6", "step8", "write4", "write8", "save4", "save8", "save12"])
 def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(whole, tmp_path, moment):
-    killed = train(tmp_path, check=False, KILL=moment)
+    cold = moment == "step6"
+    killed = train(tmp_path, check=False, cold=cold, KILL=moment)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result.pt").exists()
-    train(tmp_path)
+    train(tmp_path, cold=cold)
     assert_same(tmp_path, whole)
     assert names(tmp_path) == names(whole) == ["checkpoint-12", "checkpoint-8"]
 

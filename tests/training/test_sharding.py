@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.warm import warm_python
 from vgen.training.run import RunConfig, check_sharding
 
 SCRIPT = """
@@ -81,7 +81,7 @@ os._exit(0)  # gloo's threads may still free tensors of the last gathering, whic
 @pytest.mark.parametrize("name", ["vae", "transformer", "unet"])
 def test_a_sharded_network_gives_the_same_loss_and_gradients(tmp_path: Path, name: str):
     (tmp_path / "shard.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(tmp_path / "shard.py"), name],
         capture_output=True,

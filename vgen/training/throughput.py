@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 BACKWARD = 2
@@ -88,17 +89,23 @@ def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the product of two square matrices, the best of some tries."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        _wait(device)
-        begin = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    """Operations per second of the product of two square matrices: the best over sizes up to one that takes long."""
+    best, size, seconds = 0.0, 256, 0.0
+    generator = torch.Generator(device).manual_seed(0)
+    while size <= 8192 and seconds < 0.02:
+        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        seconds = min(_time_product(a, b) for _ in range(5))
+        best = max(best, 2 * size**3 / seconds)
+        size *= 2
+    return best
+
+
+def _time_product(a: Tensor, b: Tensor) -> float:
+    _wait(a.device)
+    begin = time.perf_counter()
+    a @ b
+    _wait(a.device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,35 @@
+"""The examples, run as they stand at tiny size."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.warm import warm_python
+from vgen.data.video_io import write_video
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# what they are given and write; one that is not named here takes nothing
+FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1"]
+ARGUMENTS = {
+    "streamed_decoding": ["clip.mp4", "out.mp4"],
+    "strip": ["strip.png"],
+    "train_your_own": ["clip.mp4", "own", "--caption=noise", *FEW],
+}
+WRITTEN = {"streamed_decoding": "out.mp4", "strip": "strip.png", "train_your_own": "own/strip.png"}
+SAID = {"train_your_own": ["before: ", "after: ", "the VAE alone: ", "the last frame repeated: "]}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(tmp_path, name):
+    frames = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), dtype=np.uint8)
+    write_video(frames, tmp_path / "clip.mp4", frame_rate=8.0)
+    command = [warm_python(), str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(words in done.stdout for words in SAID.get(name, [])), done.stdout
+    if name in WRITTEN:
+        assert (tmp_path / WRITTEN[name]).is_file()

@@ -1,0 +1,88 @@
+"""Training by several processes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from .scripts import ROOT, train_vae, train_vdm
+
+
+def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_dir, tmp_path):
+    train_vae(tmp_path / "vae", processes=2, cold=True)
+    train_vdm((vae_run, text_run, latents_dir), tmp_path / "two", processes=2)
+    train_vdm((vae_run, text_run, latents_dir), tmp_path / "one")
+    for run, expected in (("vae", vae_run), ("two", tmp_path / "one")):
+        assert (tmp_path / run / "checkpoint-4/random_states_1.pkl").is_file()
+        weights, wanted = (load_file(path / "checkpoint-2/ema.safetensors") for path in (tmp_path / run, expected))
+        assert max((weights[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-4
+        logged, alone = (EventAccumulator(str(path / "logs")).Reload() for path in (tmp_path / run, expected))
+        for name in ("l1", "kl") if run == "vae" else ("loss",):
+            values = [[event.value for event in events.Scalars(name)[:2]] for events in (logged, alone)]
+            assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(runs, tmp_path):
+    one_of_two = ["--cpu", "--num_machines=1", "--mixed_precision=no"]
+    done = train_vdm(runs, tmp_path, processes=2, check=False, accelerate=one_of_two)
+    assert done.returncode != 0 and "starts one process, whatever --num_processes says" in done.stderr
+
+
+@pytest.mark.gpu
+def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path):
+    options = {"--optimizer": "adamw", "--ema_decay": 0, "--save_every": 2}
+    launcher = ["--config_file=train/accelerate/fsdp2.yaml", "--mixed_precision=no"]
+    count = torch.cuda.device_count()
+    train_vdm(runs, tmp_path / "cpu", **options)
+    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options | {"--max_steps": 2})
+    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options)  # resumes
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    one, sharded = (load_file(tmp_path / name / file) for name in ("cpu", "fsdp"))
+    # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
+    assert max((one[key] - sharded[key]).abs().mean().item() for key in one) < 1e-4
+
+
+DESCENT = """
+import runpy, sys
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from vgen.training import run
+
+def descent(config, network):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    return [optimizer], [LambdaLR(optimizer, lambda step: 1.0)]
+
+def update(self, whole=run.Run.update):
+    if self.step == 0 and self.accelerator.is_main_process:
+        network = self.accelerator.unwrap_model(self.network)
+        gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+        torch.save(gradients, self.config.output_dir / "gradients.pt")
+    whole(self)
+
+run.make_optimizers, run.Run.update = descent, update
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("network", ["vae", "vdm"])
+def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path, network):
+    (tmp_path / "descent.py").write_text(DESCENT)
+    script = (tmp_path / "descent.py", ROOT / f"train/train_{network}.py")
+    options = {"--max_steps": 5, "--ema_decay": 0, "--max_grad_norm": 1e6}
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        options["--gradient_accumulation_steps"] = 3 - processes
+        how = {"processes": processes, "fresh": True, "script": script}
+        if network == "vae":  # on clips, with a loss between their frames
+            train_vae(tmp_path / name, **how, **options | {"--image_steps": 0, "--difference_weight": 0.5})
+        else:
+            train_vdm(runs, tmp_path / name, **how, **options)
+        weights = load_file(tmp_path / name / "checkpoint-5/model.safetensors")
+        found.append((torch.load(tmp_path / name / "gradients.pt"), weights))
+    (alone, weights_alone), (together, weights_together) = found
+    largest = max(gradient.abs().max() for gradient in alone.values())
+    assert largest > 1e-3 and alone.keys() == together.keys()
+    assert all((alone[name] - together[name]).abs().max() < 1e-5 * largest for name in alone)
+    for name, weight in weights_alone.items():
+        torch.testing.assert_close(weights_together[name], weight, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,205 @@
+"""A Python that starts warm: forks of one process that has imported torch and vgen and never computed.
+
+`warm_python()` gives the path of an executable that takes the arguments of `python` (a script, `-m` or `-c`). Its
+program is a process of its own: arguments, environment, folder, session and exit status are those of a fresh
+interpreter, it can be killed, and it starts others the same way through `sys.executable`. It shares the hash seed and
+the imported modules: some tests keep `sys.executable`, which starts cold.
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from pathlib import Path
+from typing import Any, NoReturn
+
+# without datasets, whose pyarrow starts threads
+PRELOADED = (
+    "accelerate.commands.launch", "diffusers", "multiprocessing.spawn", "numpy", "torch", "torch.distributed.run",
+    "torch.utils.data", "torch.utils.flop_counter", "torch.utils.tensorboard", "transformers", "vgen.cli",
+    "vgen.data.video_io", "vgen.tasks.evaluation", "vgen.tasks.jobs", "vgen.pipeline", "vgen.training.run",
+)  # fmt: skip
+
+# stands for the interpreter: hands its arguments to the server, forwards signals and ends as the program did
+CLIENT = """#!{python} -SE
+import json, os, signal, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request = json.dumps(request).encode()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(request)
+    code = int(server.recv(8) or 1)
+if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@functools.cache
+def warm_python() -> str:
+    """The path of the warm interpreter; the first call starts the server, which ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    client, address = folder / "python", folder / "socket"
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    client.chmod(0o755)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(address), str(client)]
+    with open(folder / "errors", "wb") as errors:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        server = subprocess.Popen(command, env=environment, **pipes)
+    assert server.stdin and server.stdout
+    atexit.register(server.stdin.close)  # which ends it
+    assert server.stdout.readline() == b"ready\n", (folder / "errors").read_text()
+    return str(client)
+
+
+def serve(address: str, client: str) -> dict[str, Any]:
+    """Forks at each request; returns only in the forks, with what to run."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    threads = Path("/proc/self/task")
+    assert not threads.exists() or len(list(threads.iterdir())) == 1, "a process with threads cannot be forked safely"
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.write(1, b"ready\n")
+    while True:
+        readable, _, _ = select.select([listener, 0], [], [])
+        if 0 in readable:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            sys.executable = client
+            return supervise(connection)
+        connection.close()
+
+
+def supervise(connection: socket.socket) -> dict[str, Any]:
+    """Forks once more and returns in the fork; the other process answers the client and never returns."""
+    size, files, *_ = socket.recv_fds(connection, 8, 3)
+    request = b""
+    while len(request) < int.from_bytes(size, "big"):
+        request += connection.recv(1 << 20)
+    server = os.getppid()
+    os.setsid()  # what ends the tests' process group does not end this process
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        os.setsid()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        return json.loads(request)
+    for file in files:
+        os.close(file)
+    watch(connection, child, server)
+
+
+def watch(connection: socket.socket, child: int, server: int) -> NoReturn:
+    """Forwards signals to a program, tells its end, and kills it when its client or the server is gone."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            try:
+                connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+            finally:
+                os._exit(0)
+        if select.select([connection], [], [], 0.005)[0]:
+            numbers = connection.recv(8)
+            for number in numbers:
+                os.kill(child, number)
+            if not numbers:
+                break
+        if os.getppid() != server:
+            break
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os._exit(0)
+
+
+def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    """Runs a program as `python` does."""
+    import random
+
+    import numpy
+    import torch
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    random.seed()
+    numpy.random.seed()
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    kind, *rest = arguments
+    if kind == "-m":
+        sys.argv, sys.path[0] = rest, folder
+        sys.modules.pop(rest[0], None)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if kind == "-c":
+        source, sys.argv, sys.path[0] = rest[0], ["-c", *rest[1:]], ""
+    else:
+        source, sys.argv, sys.path[0] = Path(kind).read_text(), arguments, str(Path(kind).resolve().parent)
+        main.__file__ = kind
+    exec(compile(source, "<string>" if kind == "-c" else kind, "exec"), main.__dict__)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a program without taking all modules apart, which takes half a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    program = serve(*sys.argv[1:])
+    try:
+        run(**program)
+    except SystemExit as stop:
+        if "WORLD_SIZE" in os.environ:  # processes that know of one another end as they would
+            raise
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        leave(1 if isinstance(stop.code, str) else stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        if "WORLD_SIZE" in os.environ:
+            raise SystemExit(1) from None
+        leave(1)
+    if "WORLD_SIZE" not in os.environ:
+        leave(0)
