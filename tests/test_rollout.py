@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from vgen import VideoGenPipeline
-from vgen.known_frames import encode_clip, encode_slots, fill_slots, to_clip
+from vgen.known_frames import encode_clip, encode_slots, to_clip
+from vgen.models.denoiser import pack_keyframes
 from vgen.rollout import Rollout
 from vgen.temporal.state import TemporalState
 
@@ -121,7 +122,7 @@ def test_frames_that_fill_no_latent_are_keyframes_of_the_first_chunk(pipe, video
     assert pixels.shape == (6, 16, 16, 3)
     clip = to_clip(video[:7])[None]
     slots = encode_slots(pipe.vae, {(0, 0): clip[:, :, 5], (0, 1): clip[:, :, 6]})
-    expected = fill_slots(slots, 1, 4, slots[0, 0])
+    expected = pack_keyframes(slots, 1, 4, slots[0, 0])
     filled = [one for one in told if one is not None and one.any()]
     assert len(filled) == 2 and all(torch.allclose(one, expected, atol=1e-5) for one in filled)
 

@@ -25,9 +25,10 @@ from transformers import AutoTokenizer
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
+from vgen.diffusion import make_scheduler, prediction_of, shift_of
 from vgen.folders import whole_folder
-from vgen.known_frames import fill_slots
 from vgen.metrics.prompt import adherence
+from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import load_vae
 from vgen.models.loading import encoder_digest, weights_digest
 from vgen.models.prompts import load_text_encoder, tokenize
@@ -42,9 +43,6 @@ from vgen.training.objective import (
     Objective,
     PromptedDenoiser,
     denoising_loss,
-    make_scheduler,
-    prediction_of,
-    shift_of,
 )
 from vgen.training.run import Run, RunConfig, compile_blocks, config_text, copy_of, generators, parse_config, start
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
@@ -600,7 +598,7 @@ def draw_row(
         for frame in draw_keyframes(choose(config.keyframes, rng), unknown, s, rng):
             latent, slot = 1 + (frame - 1) // s, (frame - 1) % s
             images[latent, slot] = clip.frames[s * (int(places[latent]) - 1) + slot][None].float()
-    row["keyframes"] = fill_slots(images, len(places), network.keyframe_slots, latents[None, :, 0])[0]
+    row["keyframes"] = pack_keyframes(images, len(places), network.keyframe_slots, latents[None, :, 0])[0]
     return row
 
 

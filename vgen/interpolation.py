@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vgen.known_frames import KnownFrames, Placement, encode_clip, encode_slots, fill_slots, place
+from vgen.known_frames import KnownFrames, Placement, encode_clip, encode_slots, place
+from vgen.models.denoiser import pack_keyframes
 from vgen.rollout import draw_noise
 from vgen.temporal.attention import make_groups
 from vgen.temporal.state import TemporalState
@@ -179,7 +180,7 @@ class Interpolator:
         places = {(len(seen) + k - first, j): self.given[frame] for frame, (k, j) in slots.items()}
         images = encode_slots(pipe.codec, places) if places else {}
         conditions: dict[str, Any] = {
-            "keyframes": fill_slots(images, count, s, leading[:, :, 0]).to(pipe.denoiser.dtype),
+            "keyframes": pack_keyframes(images, count, s, leading[:, :, 0]).to(pipe.denoiser.dtype),
             "groups": make_groups(
                 "full" if "full" in config.group_modes else config.group_modes[0], count, len(seen), config.chunk_size
             ),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import FrameByFrame
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
@@ -116,7 +117,7 @@ def encode_known_frames(
     if placement.slots:
         images = encode_slots(vae, {place: frames[index] for index, place in placement.slots.items()})
         num_latents = 1 + (num_frames - 1) // compression
-        keyframes = fill_slots(images, num_latents, compression, next(iter(images.values())))
+        keyframes = pack_keyframes(images, num_latents, compression, next(iter(images.values())))
     return KnownFrames(placement, leading, keyframes, dict(frames))
 
 
@@ -138,23 +139,6 @@ def encode_slots(
     alone = torch.stack(list(frames.values()))
     images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
     return dict(zip(frames, images, strict=True))
-
-
-def fill_slots(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int, like: Tensor) -> Tensor:
-    """Keyframe slots `(b, s * (c + 1), t, h, w)`: in each the latent of a frame alone and a mask; zero where empty.
-
-    Args:
-        images: Normalised latents `(b, c, h, w)` of single frames by (latent, slot).
-        num_latents: `t`.
-        num_slots: `s`.
-        like: A latent `(b, c, h, w)` that gives size, device and dtype.
-    """
-    b, c, h, w = like.shape
-    slots = like.new_zeros(b, num_slots, c + 1, num_latents, h, w)
-    for (latent, slot), image in images.items():
-        slots[:, slot, :c, latent] = image
-        slots[:, slot, c, latent] = 1
-    return slots.flatten(1, 2)
 
 
 def is_batch(video: Any) -> bool:

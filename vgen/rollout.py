@@ -22,11 +22,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vgen.diffusion import flow_sample
 from vgen.folders import older, whole_folder
-from vgen.known_frames import encode_clip, encode_slots, fill_slots, place, to_frames, to_pixels
+from vgen.known_frames import encode_clip, encode_slots, place, to_frames, to_pixels
+from vgen.models.denoiser import pack_keyframes
 from vgen.models.prompts import is_single, is_told, untold_as
 from vgen.temporal.state import TemporalState
-from vgen.training.objective import flow_sample
 
 if TYPE_CHECKING:
     from vgen.coarse_to_fine import CoarseToFine
@@ -285,7 +286,7 @@ class Rollout:
         noise = draw_noise(shape, self.generator, torch.float32).to(pipe._execution_device)
         keyframes = None
         if self._keyframes:
-            keyframes = fill_slots(self._keyframes, frames, pipe.vae_scale_factor_temporal, noise[:, :, 0])
+            keyframes = pack_keyframes(self._keyframes, frames, pipe.vae_scale_factor_temporal, noise[:, :, 0])
             keyframes = keyframes.to(pipe.denoiser.dtype)
         state, guidance = self.state.frozen(), dict[str, Any]()
         if self.history_guidance_scale != 1 and self._history:

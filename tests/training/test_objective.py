@@ -3,7 +3,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss, flow_sample, make_scheduler
+from vgen.diffusion import flow_sample, make_scheduler
+from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss
 
 from ..models.test_unet import inputs, make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,23 @@ class DispatchedAttention:
         if attention_op is not None:
             raise ValueError("xformers chooses its kernel itself here: leave attention_op out")
         self.set_attention_backend("xformers" if valid else "native")
+
+
+def pack_keyframes(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int, like: Tensor) -> Tensor:
+    """Keyframe slots `(b, s * (c + 1), t, h, w)`: in each the latent of a frame alone and a mask; zero where empty.
+
+    Args:
+        images: Normalised latents `(b, c, h, w)` of single frames by (latent, slot).
+        num_latents: `t`.
+        num_slots: `s`.
+        like: A latent `(b, c, h, w)` that gives size, device and dtype.
+    """
+    b, c, h, w = like.shape
+    slots = like.new_zeros(b, num_slots, c + 1, num_latents, h, w)
+    for (latent, slot), image in images.items():
+        slots[:, slot, :c, latent] = image
+        slots[:, slot, c, latent] = 1
+    return slots.flatten(1, 2)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

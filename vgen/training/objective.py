@@ -6,79 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.diffusion import flow_sample, level_to_timestep, prediction_of
 from vgen.models.prompts import embed
-
-PREDICTIONS = ("flow", "v_prediction", "epsilon")
-SCHEDULERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-
-
-def make_scheduler(prediction: str, name: str = "ddim", shift: float = 1.0, zero_terminal_snr: bool = False) -> Any:
-    """The scheduler that a pipeline is saved with.
-
-    Args:
-        prediction: `flow` for flow matching; `v_prediction` or `epsilon` for diffusion on the schedule of Stable
-            Diffusion.
-        name: `ddim`, `dpmsolver++` or `unipc`, for diffusion.
-        shift: Moves noise levels towards noise, for flow matching.
-        zero_terminal_snr: Whether the last timestep of diffusion is noise alone.
-
-    Raises:
-        ValueError: A name is unknown, or settings contradict each other.
-
-    Source: Common diffusion noise schedules and sample steps are flawed, arXiv 2305.08891.
-    """
-    if prediction not in PREDICTIONS or name not in SCHEDULERS:
-        raise ValueError(
-            f"prediction={prediction!r} with scheduler={name!r}: give one of {', '.join(PREDICTIONS)} and one of "
-            f"{', '.join(SCHEDULERS)}"
-        )
-    if prediction == "flow":
-        if zero_terminal_snr:
-            raise ValueError("flow matching ends in noise alone anyway: zero_terminal_snr is for v_prediction")
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    if shift != 1:
-        raise ValueError(f"level_shift={shift} is for flow matching, not for {prediction}")
-    if zero_terminal_snr and prediction == "epsilon":
-        raise ValueError("zero_terminal_snr with epsilon: noise alone says nothing of the video; take v_prediction")
-    options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
-    return SCHEDULERS[name](
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type=prediction,
-        rescale_betas_zero_snr=zero_terminal_snr,
-        timestep_spacing="trailing",
-        **options,
-    )
-
-
-def prediction_of(scheduler: Any) -> str:
-    """What networks for a scheduler predict.
-
-    Raises:
-        ValueError: It is none of `PREDICTIONS`.
-    """
-    name = "flow" if "shift" in scheduler.config else scheduler.config.get("prediction_type")
-    if name == "flow_prediction":  # UniPC and DPM-Solver++ with the noise levels of flow matching
-        return "flow"
-    if name not in PREDICTIONS or (name != "flow" and "beta_schedule" not in scheduler.config):
-        raise ValueError(f"{type(scheduler).__name__} with prediction_type={name!r} cannot be trained for")
-    return name
-
-
-def shift_of(scheduler: Any) -> float:
-    """How far a flow-matching scheduler moves noise levels towards noise; 1 is not at all."""
-    return scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
 
 
 class NoisySample(NamedTuple):
@@ -125,11 +59,10 @@ class Objective:
             levels: `(b, n)` in [0, 1], one for each token frame; `t` is a multiple of `n`. Diffusion rounds
                 up to whole timesteps; level 0 is clean.
         """
-        count = self.scheduler.config.num_train_timesteps
+        timestep = level_to_timestep(self.scheduler, levels)
         if self.prediction == "flow":
             noisy, target = flow_sample(latents, noise, levels)
-            return NoisySample(noisy, levels * count, target, torch.ones_like(levels))
-        timestep = (levels * count).ceil().long().sub(1).clamp_min(0)
+            return NoisySample(noisy, timestep, target, torch.ones_like(levels))
         k, times = latents.shape[2] // levels.shape[1], timestep.flatten()
         frames, noises = (rearrange(x, "b c (n k) h w -> (b n) c k h w", k=k) for x in (latents, noise))
         noisy = self.scheduler.add_noise(frames, noises, times)
@@ -163,22 +96,6 @@ class Objective:
         if self.prediction == "epsilon":
             return (noisy - sigma * prediction) / alpha, signal
         return alpha * noisy - sigma * prediction, signal
-
-
-def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy latents and the velocity to predict.
-
-    `x_l = (1 - l) x_0 + l e` and `v = e - x_0`, as `FlowMatchEulerDiscreteScheduler` expects.
-
-    Args:
-        latents: Clean and normalised, `(b, c, t, h, w)`.
-        noise: The same shape.
-        levels: `(b, n)` in [0, 1], one for each token frame; `t` is a multiple of `n`.
-
-    Source: Flow matching for generative modeling, arXiv 2210.02747; rectified flow, arXiv 2209.03003.
-    """
-    level = repeat(levels, "b n -> b 1 (n k) 1 1", k=latents.shape[2] // levels.shape[1]).to(latents)
-    return torch.lerp(latents, noise, level), noise - latents
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
