@@ -134,14 +134,16 @@ def test_only_clips_with_a_gap_are_computed_with_unseen_latents(randomize):
     latents, levels, prompt = inputs(4)
     unseen = torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     told = {"prompt_embeds": prompt, "unseen": unseen, "resumes": torch.tensor([5, 2, 5, 1])}
+    gaps = {"gap_order": torch.tensor([1, 3, 0, 2]), "num_gaps": 2}
     for groups in ("causal", [0, 0, 1, 1, 2], torch.arange(4)[:, None] // 2 + torch.tensor([0, 0, 1, 1, 2])):
-        found, model.sharded = model(latents, levels, groups=groups, **told), True
-        expected, model.sharded = model(latents, levels, groups=groups, **told), False
+        found = model(latents, levels, groups=groups, **told, **gaps)
+        expected = model(latents, levels, groups=groups, **told, **gaps | {"num_gaps": None})
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert [len(call["hidden_states"]) for call in calls] == [2, 2, 4]
         assert torch.equal(calls[0]["unseen"], unseen[[1, 3]]) and calls[1]["unseen"] is None
         calls.clear()
-    for resumes in (5, 2):
-        model(latents, levels, **told | {"resumes": torch.full((4,), resumes)})
+    for resumes, num_gaps in ((5, 0), (2, 4)):
+        gaps = {"gap_order": torch.arange(4), "num_gaps": num_gaps}
+        model(latents, levels, **told | {"resumes": torch.full((4,), resumes)}, **gaps)
         assert [len(call["hidden_states"]) for call in calls] == [4]
         calls.clear()

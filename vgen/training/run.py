@@ -42,6 +42,9 @@ class RunConfig:
     """Samples an optimiser step, over all processes and accumulation."""
     gradient_accumulation_steps: int = 1
     """Parts that each process takes its share of a batch in."""
+    num_workers: int | None = None
+    """Processes that prepare batches ahead of the step, for each training process; 0 prepares them in the step. `None`
+    takes 0 on the CPU, else one for each spare core, up to 4. Results do not depend on it."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass, to save memory."""
     mixed_precision: str = "bf16"
@@ -96,6 +99,8 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0, or null for the default")
         if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
             raise ValueError(
                 f"decay_steps={self.decay_steps} does not go with lr_schedule={self.lr_schedule!r}: "
@@ -112,6 +117,9 @@ class RunConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
+
+NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
+"""Settings on which a run's weights do not depend."""
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -349,9 +357,7 @@ class Run:
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
-            name: value
-            for name, value in yaml.safe_load(config_text(config)).items()
-            if name not in ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run")
+            name: value for name, value in yaml.safe_load(config_text(config)).items() if name not in NOT_IN_RESULTS
         }
         if data is not None:
             self._settings["data_sha256"] = data
