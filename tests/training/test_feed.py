@@ -8,12 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from vgen.data.latents import LatentSet, write_shard
+from vgen.diffusion import make_scheduler
 from vgen.models.prompts import make_word_tokenizer
 from vgen.training.feed import Feed, num_workers, to_device
+from vgen.training.objective import Objective, PromptedDenoiser, denoising_loss
 from vgen.training.run import RunConfig, micro_batches
-from vgen.training.sample import DenoiserBatches, DenoiserSpec, SampleConfig, Source
+from vgen.training.sample import (
+    DenoiserBatches,
+    DenoiserSpec,
+    SampleConfig,
+    Source,
+    conditioning,
+    denoiser_temporal_loss,
+)
 
 
 @dataclass
@@ -134,6 +144,33 @@ def test_sizes_may_differ_from_step_to_step(tmp_path):
     assert [(batch["step"], batch["size"]) for batch in feed] == [(0, 1)] * 2 + [(1, 1)] * 2 + [(2, 3)] * 2 + [
         (3, 3)
     ] * 2
+
+
+def test_a_step_needs_no_value_from_the_device(make, make_unet):
+    """Fake tensors have none: whatever asks for one, and so waits for the device, raises."""
+    config, batches = make()
+    steps = [batches[step, slice(0, 4)] for step in range(10)]
+    assert {batch["num_gaps"] for batch in steps} > {1, 2, 3}
+    assert {type(batch["groups"]) for batch in steps} == {list, torch.Tensor}
+    mode, objective = FakeTensorMode(), Objective(make_scheduler("flow"))
+    with mode:
+        denoiser = make_unet(keyframe_slots=4, sink=1, group_modes=["full", "chunk", "causal"])
+        model = PromptedDenoiser(denoiser, None)
+    for num_gaps_matters in (True, False):
+        for batch in steps:
+            batch = {name: mode.from_tensor(x) if torch.is_tensor(x) else x for name, x in batch.items()}
+            conditions = conditioning(batch) | ({} if num_gaps_matters else {"num_gaps": None})
+            del conditions["input_ids"], conditions["prompt_mask"]
+            with mode, torch.backends.mkldnn.flags(enabled=False):
+                conditions["prompt_embeds"] = torch.zeros(4, 8, 5)
+                sample = objective(batch["latents"], batch["noise"], batch["levels"])
+                prediction = model(sample.latents, sample.timestep, **conditions)
+                losses = denoising_loss(prediction, sample.target, sample.weight * batch["generated"])
+                losses += denoiser_temporal_loss(config, None, batch, *objective.estimate(sample, prediction))
+                losses.sum().backward()
+            assert losses.shape == (4,)
+        with mode, pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            (batch["resumes"] < 3).nonzero()
 
 
 def test_a_signal_to_all_processes_does_not_end_the_workers(tmp_path):

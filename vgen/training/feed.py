@@ -8,7 +8,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -56,7 +56,7 @@ class Feed:
     def __init__(self, run: Run, batches: Dataset, size: Callable[[int], int] | None = None):
         self.device = run.accelerator.device
         count = num_workers(run.config, self.device)
-        most = getattr(batches, "max_workers", None)
+        most = getattr(batches, "max_workers", None) if count else None
         count = count if most is None else min(count, most)
         options: dict[str, Any] = {}
         if count:
@@ -80,7 +80,7 @@ class Feed:
     def __next__(self) -> Any:
         """The next part, on the device."""
         if self._batches is None:
-            with deaf_children():
+            with deaf_children() if self._loader.num_workers else nullcontext():
                 self._batches = iter(self._loader)
             # without it, the program would wait at its end for workers that ignore its request to end
             self.close = weakref.finalize(self, getattr(self._batches, "_shutdown_workers", int))
