@@ -7,10 +7,9 @@ import hashlib
 import itertools
 import json
 import random
-import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.data.augment import Augmentation, augment
+from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
 from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
@@ -63,22 +63,20 @@ class Listed:
         return self._probe() if self.identity is None else probe_once(self.identity, self._probe)
 
     def _probe(self) -> VideoInfo:
-        with self.file() as path:
-            return video_info(path)
+        return replace(video_info(self.file()), path=self.path)
 
-    @contextmanager
-    def file(self) -> Iterator[Path]:
-        """The file, fetched into a temporary one if need be."""
+    def file(self) -> Any:
+        """The file's path, or the file in memory if it was fetched.
+
+        Raises:
+            OSError: It cannot be fetched.
+        """
         if self.content is None:
-            yield self.path
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / self.path.name
-            try:
-                path.write_bytes(self.content())
-            except Exception as error:  # of any library that reads from anywhere
-                raise OSError(f"it cannot be fetched: {error}") from error
-            yield path
+            return self.path
+        try:
+            return MemoryFile(self.path, self.content())
+        except Exception as error:  # of any library that reads from anywhere
+            raise OSError(f"it cannot be fetched: {error}") from error
 
 
 def _save_indices(listed: Iterable[Listed]) -> None:
@@ -446,11 +444,10 @@ class VideoFolder:
         wanted, last = {place - indices[0] for place in indices}, indices[-1] - indices[0]
         found: dict[int, np.ndarray] = {}
         try:
-            with listed.file() as path:
-                frames = iter_video(path, start=begin, end=listed.end, frame_rate=frame_rate)
-                for place, frame in enumerate(itertools.islice(frames, last + 1)):
-                    if place in wanted:
-                        found[place] = frame
+            frames = iter_video(listed.file(), start=begin, end=listed.end, frame_rate=frame_rate)
+            for place, frame in enumerate(itertools.islice(frames, last + 1)):
+                if place in wanted:
+                    found[place] = frame
         except (ValueError, OSError) as error:
             self._leave_out(listed, str(error))
             return None

@@ -88,14 +88,13 @@ class VideoStream:
     def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
         """The clips of one of its videos."""
         try:
-            with listed.file() as path:
-                there = replace(listed, path=path, content=None, root=None)
-                folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
-                for index in range(len(folder)):
-                    clip = folder.clip(index, epoch)
-                    if clip is None:
-                        raise ValueError(folder.refused[there])
-                    yield clip._replace(source=listed)
+            there = replace(listed, path=listed.file(), content=None, root=None)
+            folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
+            for index in range(len(folder)):
+                clip = folder.clip(index, epoch)
+                if clip is None:
+                    raise ValueError(folder.refused[there])
+                yield clip._replace(source=listed)
         except (ValueError, OSError) as error:
             self.refused[listed] = str(error)
             tell_left_out(listed, str(error))
