@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 from einops import rearrange
-from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -34,16 +33,15 @@ from vgen.data.clips import (
     Listed,
     Sampling,
     VideoFolder,
-    draw_frame_rates,
     list_videos,
     sort_into_buckets,
     stack_clips,
 )
 from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
-from vgen.data.shapes import ShapesWorld, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.io.settings import parse_settings
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
@@ -51,6 +49,7 @@ from vgen.processes import this_process
 from vgen.tasks.jobs import check_settings
 from vgen.temporal.flow import measure_motion
 from vgen.training.run import compile_blocks
+from vgen.training.sources import ShapesSource
 
 NUM_DRAWN = 20000
 NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
@@ -141,6 +140,7 @@ def main(config: EncodeConfig) -> None:
             settings = shard_settings(part, vae, text)
             if isinstance(clips, StreamClips):  # by which its videos are shared out
                 settings["processes"] = process.num_processes
+                settings |= {"shared_out": "shards"} if process.num_processes > 1 else {}
             if isinstance(clips, FolderClips):  # an added video would put all others into another order
                 settings["videos_sha256"] = clips.digest
             check_settings(part.output_dir, settings, ["*.safetensors"])
@@ -196,7 +196,7 @@ def encode_stream(
     clips: StreamClips,
     process: PartialState,
 ) -> None:
-    """Videos that come one after another: a process takes every so many, and passes by those of the shards there.
+    """Videos that come one after another: a process encodes its share, and skips those of the shards that exist.
 
     A shard is named by its process and the first and last number of its videos, and ends with a whole one.
     """
@@ -205,7 +205,6 @@ def encode_stream(
     first = int(shards[-1].stem.split("-")[-1]) if shards else 0
     left = math.inf if config.num_clips is None else -(-config.num_clips // process.num_processes)
     left -= sum(shard_length(path) for path in shards)
-    videos = itertools.islice(clips.videos(), process.process_index, None, process.num_processes)
     shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip")
 
     def flush(stop: int) -> None:
@@ -216,7 +215,7 @@ def encode_stream(
         shard, first = Shard(config, codec, text), stop
 
     stop = first
-    for stop, listed in enumerate(itertools.islice(videos, first, None), start=first + 1):
+    for stop, listed in enumerate(itertools.islice(clips.videos(), first, None), start=first + 1):
         if left <= 0:
             stop -= 1
             break
@@ -305,7 +304,7 @@ class WorldClips:
 
     def __init__(self, config: EncodeConfig):
         self.config = config
-        self.world = ShapesWorld(split="train", seed=config.seed)
+        self.source = ShapesSource("train", config.height, config.width, config.frame_rates, config.seed)
 
     def __len__(self) -> int:
         return NUM_DRAWN if self.config.num_clips is None else self.config.num_clips
@@ -313,14 +312,10 @@ class WorldClips:
     def batch(self, indices: range, device: torch.device) -> Batch:
         """Some of them."""
         config = self.config
-        rates = draw_frame_rates(config.frame_rates, config.seed, indices)
-        size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-        scenes = [self.world.scene(index) for index in indices]
-        clip = render(scenes, frame_rate=torch.tensor(rates), device=device, **size)
-        captions = [
-            [self.world.caption(index, variant) for variant in range(config.num_captions)] for index in indices
-        ]
-        return Batch(clip, captions, rates, torch.ones(len(clip), config.num_frames, dtype=torch.bool))
+        world, drawn = self.source.world, self.source.batch(indices, config.num_frames)
+        clip, real = self.source.clips(drawn, device)
+        captions = [[world.caption(index, variant) for variant in range(config.num_captions)] for index in indices]
+        return Batch(clip, captions, drawn["frame_rate"].tolist(), real.bool())
 
 
 class DigitClips:
@@ -368,7 +363,7 @@ class StreamClips:
         self.config, self.streams = config, streams
 
     def videos(self) -> Iterator[Listed]:
-        """All of them, in their order."""
+        """Those of this process, in their order."""
         return iter(self.streams[0].videos(0))
 
     def clips(self, listed: Listed) -> Iterator[Clip]:
@@ -437,4 +432,4 @@ def shard_settings(
 
 
 if __name__ == "__main__":
-    main(auto_cli(EncodeConfig))
+    main(parse_settings(EncodeConfig, __doc__))

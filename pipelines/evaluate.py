@@ -5,8 +5,8 @@ accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --
 
 import sys
 
+from vgen.io.settings import parse_settings
 from vgen.tasks.evaluation import EvaluationConfig, evaluate
-from vgen.tasks.jobs import parse_job
 
 
 def main(config: EvaluationConfig) -> int:
@@ -16,4 +16,4 @@ def main(config: EvaluationConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_job(EvaluationConfig, __doc__))))
+    sys.exit(min(1, main(parse_settings(EvaluationConfig, __doc__))))

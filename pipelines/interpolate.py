@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vgen.io.settings import parse_settings
 from vgen.sampling.options import InterpolationOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, run_jobs, run_settings, video_jobs
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
 from vgen.tasks.video_files import interpolate_file
 
 
@@ -44,4 +45,4 @@ def main(config: InterpolateConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_job(InterpolateConfig, __doc__))))
+    sys.exit(min(1, main(parse_settings(InterpolateConfig, __doc__))))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, run_jobs, run_settings, video_jobs
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
 from vgen.tasks.video_files import predict_file
 
 
@@ -50,4 +51,4 @@ def main(config: PredictConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_job(PredictConfig, __doc__))))
+    sys.exit(min(1, main(parse_settings(PredictConfig, __doc__))))

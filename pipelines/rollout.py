@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
 from vgen.tasks.video_files import rollout_in_segments
 
 
@@ -58,4 +59,4 @@ def main(config: RolloutConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_job(RolloutConfig, __doc__))))
+    sys.exit(min(1, main(parse_settings(RolloutConfig, __doc__))))

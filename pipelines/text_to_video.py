@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, parse_job, prompt_jobs, run_jobs, run_settings
+from vgen.io.settings import parse_settings
+from vgen.tasks.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
 from vgen.tasks.video_files import generate_file
 
 
@@ -56,4 +57,4 @@ def main(config: TextToVideoConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_job(TextToVideoConfig, __doc__))))
+    sys.exit(min(1, main(parse_settings(TextToVideoConfig, __doc__))))

@@ -1,6 +1,7 @@
 """Rules of the house that no other test sees."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,7 @@ def test_every_script_says_what_it_does(path):
         done = subprocess.run([warm_python(), path, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "usage: " in done.stdout and "--help" in done.stdout
+        assert "Unvalidated" not in done.stdout, "a setting whose type its script cannot resolve"
 
 
 def test_the_measured_tables_are_those_of_the_results():

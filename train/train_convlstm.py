@@ -7,18 +7,19 @@ A CPU-sized try:
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vgen.data.clips import Sampling, stack_clips
-from vgen.data.shapes import ShapesWorld, render
-from vgen.data.sources import open_clips
+from vgen.data.clips import Sampling
 from vgen.io.atomic import atomic_directory
 from vgen.metrics.reference import psnr
 from vgen.models.convlstm import ConvLSTMPredictor
+from vgen.training.feed import Feed
 from vgen.training.run import Run, RunConfig, config_text, copy_of, parse_config, start
+from vgen.training.sources import ClipBatches, ClipSource, ShapesSource, VideoSource, consecutive_clips
 
 
 @dataclass(kw_only=True)
@@ -61,18 +62,19 @@ def main(config: ConvLSTMConfig) -> None:
         print(config_text(config))
         return
     accelerator = start(config)
-    draw, fresh = open_source(config, 0), open_source(config, 1)
+    source, fresh = (open_source(config, seed) for seed in (config.seed, config.seed + 1))
     if config.init:
         model = ConvLSTMPredictor.from_pretrained(config.init)
     else:
         model = ConvLSTMPredictor(**config.model)
     run = Run(config, accelerator, model)
+    batches = ClipBatches(source, partial(consecutive_clips, config.batch_size, config.num_frames))
+    feed = Feed(run, batches)
 
-    for step in run.steps():
-        first = step * config.batch_size
+    for _ in run.steps():
         total = torch.zeros((), device=accelerator.device)
-        for part in run.parts(config.batch_size):
-            clip = draw(range(first + part.start, first + part.stop)).to(accelerator.device)
+        for _ in run.parts(config.batch_size):
+            clip, _ = source.clips(next(feed), accelerator.device)
             made = run.network(clip[:, :, : config.given], config.num_frames - config.given - 1)
             run.count(len(clip), clip[:, 0].numel(), clip.shape, lambda network, clip=clip: network(clip))
             error = made.float() - clip[:, :, 1:]
@@ -94,24 +96,21 @@ def main(config: ConvLSTMConfig) -> None:
     run.end(save_result)
 
 
-def open_source(config: ConvLSTMConfig, seed: int) -> Any:
-    """A function from numbers to clips `(b, 3, f, h, w)`."""
+def open_source(config: ConvLSTMConfig, seed: int) -> ClipSource:
+    """What the settings train on."""
+    size = {"height": config.height, "width": config.width, "seed": seed}
     if config.data is None:
-        world = ShapesWorld(split="train", seed=config.seed + seed)
-        size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-        rate = config.frame_rate or 8.0
-        return lambda numbers: render([world.scene(number) for number in numbers], frame_rate=rate, **size)
-    sampling = Sampling(num_frames=config.num_frames, frame_rate=config.frame_rate)
-    source = open_clips(config.data, sampling, config.height, config.width, config.seed + seed)
-    return lambda numbers: stack_clips([source.sample(number) for number in numbers], torch.device("cpu"))[0]
+        return ShapesSource("train", **size, frame_rates=[config.frame_rate or 8.0])
+    return VideoSource(config.data, [Sampling(num_frames=config.num_frames)], **size, frame_rates=[config.frame_rate])
 
 
 @torch.no_grad()
-def score(model: ConvLSTMPredictor, draw: Any, config: ConvLSTMConfig, device: torch.device) -> float:
+def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, device: torch.device) -> float:
     """Mean PSNR in dB of what is predicted behind the given frames of fresh clips."""
     values = []
     for first in range(0, config.num_score_clips, config.batch_size):
-        clip = draw(range(first, min(first + config.batch_size, config.num_score_clips))).to(device)
+        numbers = range(first, min(first + config.batch_size, config.num_score_clips))
+        clip, _ = source.draw(numbers, device, config.num_frames)
         made = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
         values.append(psnr(made.clamp(-1, 1), clip[:, :, config.given :]))
     return torch.cat(values).mean().item()

@@ -10,26 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from vgen.data.captions import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS
-from vgen.data.shapes import Scene, ShapesWorld, vocabulary
+from vgen.data.shapes import ShapesWorld, vocabulary
 from vgen.io.atomic import atomic_directory
-from vgen.models.prompts import embed, make_text_encoder, make_word_tokenizer, tokenize
+from vgen.models.prompts import make_text_encoder, make_word_tokenizer
+from vgen.training.attributes import ATTRIBUTES, NOT_SAID, AttributeReader, CaptionBatches, attribute_loss
+from vgen.training.feed import Feed, to_device
 from vgen.training.run import Run, RunConfig, config_text, parse_config, start
-
-ATTRIBUTES = {
-    "color": COLORS,
-    "shape": SHAPES,
-    "motion": MOTIONS,
-    "size": SIZES,
-    "speed": SPEEDS,
-    "background": BACKGROUNDS,
-    "number": (1, 2),
-}
-NOT_SAID = -100
 
 
 @dataclass(kw_only=True)
@@ -46,23 +34,6 @@ class TextEncoderConfig(RunConfig):
     """Captions of combinations never seen that a score is the mean over."""
 
 
-class AttributeReader(nn.Module):
-    """Reads the attributes of an object from the embedding of its colour's word; colours are unique in a scene.
-
-    Nothing else asks a denoiser's text encoder early on which words belong together.
-    """
-
-    def __init__(self, text_encoder: nn.Module, dim: int):
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.heads = nn.ModuleList(nn.Linear(dim, len(values)) for values in ATTRIBUTES.values())
-
-    def forward(self, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Logits `(b, l, values)` of each attribute."""
-        embeddings = embed(self.text_encoder, input_ids, mask)
-        return [head(embeddings) for head in self.heads]
-
-
 def main(config: TextEncoderConfig) -> None:
     """Trains; the same call goes on where an interrupted one stopped."""
     if config.dry_run:
@@ -76,18 +47,20 @@ def main(config: TextEncoderConfig) -> None:
         text_encoder.gradient_checkpointing_enable()
     model = AttributeReader(text_encoder, config.dim)
     run = Run(config, accelerator, model)
+    batches = CaptionBatches(world, tokenizer, config.batch_size, config.max_sequence_length)
+    feed = Feed(run, batches)
     if run.sharded:
         raise ValueError("this network is small: train it without FSDP or DeepSpeed")
 
-    for step in run.steps():
+    for _ in run.steps():
         total = torch.zeros((), device=accelerator.device)
-        for part in run.parts(config.batch_size):
-            first = step * config.batch_size
-            input_ids, mask, said = draw(world, tokenizer, range(first + part.start, first + part.stop), config)
-            logits = run.network(input_ids.to(accelerator.device), mask.to(accelerator.device))
-            tokens = (input_ids.to(accelerator.device), mask.to(accelerator.device))
-            run.count(len(mask), mask.numel(), mask.shape, lambda network, tokens=tokens: network(*tokens))
-            loss = torch.stack([_error(one, said[..., i]) for i, one in enumerate(logits)]).mean() / config.batch_size
+        for _ in run.parts(config.batch_size):
+            batch = next(feed)
+            tokens = batch["input_ids"], batch["mask"]
+            logits = run.network(*tokens)
+            size = tokens[0].shape
+            run.count(len(tokens[0]), size.numel(), size, lambda network, tokens=tokens: network(*tokens))
+            loss = attribute_loss(logits, batch["said"]) / config.batch_size
             run.backward(loss)
             total += loss.detach()
         run.update()
@@ -106,45 +79,18 @@ def main(config: TextEncoderConfig) -> None:
     run.end(save_result)
 
 
-def draw(
-    world: ShapesWorld, tokenizer: Any, indices: range, config: TextEncoderConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and mask `(b, l)` of captions, and what they say `(b, l, attributes)` at the words of colours."""
-    scenes = [world.scene(index) for index in indices]
-    captions = [world.caption(index) for index in indices]
-    input_ids, mask = tokenize(tokenizer, captions, config.max_sequence_length)
-    said = torch.full((*input_ids.shape, len(ATTRIBUTES)), NOT_SAID)
-    for row, scene in enumerate(scenes):
-        words = tokenizer.convert_ids_to_tokens(input_ids[row])
-        for number, one in enumerate(scene.objects):
-            said[row, words.index(one.color)] = torch.tensor(attributes(scene, number))
-    return input_ids, mask, said
-
-
-def attributes(scene: Scene, number: int) -> list[int]:
-    """Numbers of an object's values, in the order of `ATTRIBUTES`."""
-    one = scene.objects[number]
-    values = {"background": scene.background, "number": len(scene.objects)} | {
-        name: getattr(one, name) for name in ("color", "shape", "motion", "size")
-    }
-    values["speed"] = "normal" if one.motion in ("still", "bounce") else one.speed
-    return [legal.index(values[name]) for name, legal in ATTRIBUTES.items()]
-
-
-def _error(logits: Tensor, said: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), said.flatten().to(logits.device), reduction="sum")
-
-
 @torch.no_grad()
 def score(
     model: AttributeReader, tokenizer: Any, config: TextEncoderConfig, accelerator: Accelerator
 ) -> dict[str, float]:
     """Share of objects whose attribute is read right, in captions of combinations never seen."""
     world = ShapesWorld(split="held_out", seed=config.seed + 1)
-    input_ids, mask, said = draw(world, tokenizer, range(config.num_score_captions), config)
-    logits = model(input_ids.to(accelerator.device), mask.to(accelerator.device))
+    batches = CaptionBatches(world, tokenizer, config.num_score_captions, config.max_sequence_length)
+    batch = to_device(batches.draw(range(config.num_score_captions)), accelerator.device)
+    logits = model(batch["input_ids"], batch["mask"])
+    said = batch["said"]
     there = said[..., 0] != NOT_SAID
-    right = [(one.argmax(-1).cpu() == said[..., i])[there] for i, one in enumerate(logits)]
+    right = [(one.argmax(-1) == said[..., i])[there] for i, one in enumerate(logits)]
     return {name: one.float().mean().item() for name, one in zip(ATTRIBUTES, right, strict=True)}
 
 

@@ -1,5 +1,12 @@
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vgen.data.latents import LatentSet, epoch_order, write_shard
 
@@ -13,12 +20,92 @@ def test_what_was_written_is_read_in_the_order_of_names(tmp_path):
     write_shard(tmp_path / "0.safetensors", parts[0], [["a"], ["b"], ["c"]], [1.0, 2.0, 3.0], frames[:3], motion[:3])
     data = LatentSet(tmp_path)
     assert len(data) == 5
-    assert torch.equal(data.latents, torch.cat(parts).half())
+    assert torch.equal(torch.stack([clip.latents for clip in data]), torch.cat(parts).half())
+    assert data.shape == (4, 2, 2, 2) and data.num_latents == 2 and data.has_frames and data.has_motion
     assert [data[i].captions for i in range(5)] == [["a"], ["b"], ["c"], ["d"], ["e", "é"]]
     assert [data[i].frame_rate for i in range(5)] == [1, 2, 3, 4, 5]
     assert torch.equal(torch.stack([data[i].frames for i in range(5)]), frames.half())
     assert torch.equal(torch.stack([data[i].motion for i in range(5)]), motion.half())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Shards of 3, 1 and 4 clips with all that can be stored; in the second one nothing is padded."""
+    torch.manual_seed(0)
+    begin = 0
+    for count in (3, 1, 4):
+        captions = [
+            [f"{index} {wording}" for wording in range(1 + index % 2)] for index in range(begin, begin + count)
+        ]
+        write_shard(
+            tmp_path / f"{begin}.safetensors",
+            torch.randn(count, 2, 3, 2, 2),
+            captions,
+            [1.0 + index for index in range(begin, begin + count)],
+            frames=torch.randn(count, 8, 2, 2, 2),
+            motion=torch.randn(count, 3, 2, 2, 2),
+            embeddings=torch.randn(sum(map(len, captions)), 5, 6),
+            no_prompt=torch.ones(5, 6),
+            real=None if count == 1 else (torch.rand(count, 3) < 0.5).float(),
+        )
+        begin += count
+    return tmp_path
+
+
+def test_a_clip_is_what_whole_shards_have(folder):
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    whole = {name: torch.cat([shard[name] for shard in shards]) for name in ("latents", "frames", "motion")}
+    real = torch.cat([shard.get("real", torch.ones(1, 3)).bool() for shard in shards])
+    embeddings = iter(torch.cat([shard["embeddings"] for shard in shards]))
+    data = LatentSet(folder)
+    for copy in (data, pickle.loads(pickle.dumps(data))):
+        for index, clip in enumerate(copy):
+            for name, expected in whole.items():
+                assert torch.equal(getattr(clip, name), expected[index])
+            assert torch.equal(clip.real, real[index])
+    for index in range(8):
+        for caption in range(len(data[index].captions)):
+            assert torch.equal(data.embedding(index, caption), next(embeddings))
+        assert torch.equal(data.embedding(index, None), torch.ones(5, 6).half())
+
+
+def test_the_digest_is_that_of_runs_before(folder):
+    """A checkpoint records it: captions, rates and shape as JSON, then the bytes of up to 64 clips."""
+    data = LatentSet(folder)
+    latents = torch.cat([load_file(path)["latents"] for path in sorted(folder.glob("*.safetensors"))])
+    told = json.dumps([data.captions, data.frame_rates.tolist(), list(latents.shape)]).encode()
+    assert data.digest == hashlib.sha256(told + latents.numpy().tobytes()).hexdigest()
+
+
+def memory(kind):
+    """Bytes of this process, as Linux counts them."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by Linux")
+def test_memory_does_not_hold_the_set(tmp_path):
+    latents = torch.zeros(64, 16, 8, 64, 64)  # 64 MiB a shard in half precision
+    for number in range(2):
+        write_shard(tmp_path / f"{number}.safetensors", latents, [["a"]] * 64, [8.0] * 64)
+    size = 2 * latents.numel() * 2
+    del latents
+    before = memory("RssAnon")
+    data = LatentSet(tmp_path)
+    read = sum(data[index].latents.float().sum().item() for index in range(0, 128, 2))
+    assert read == 0 and memory("RssAnon") - before < size / 4
+
+
+def test_shards_that_differ_are_refused(tmp_path):
+    write_shard(tmp_path / "0.safetensors", torch.zeros(1, 1, 2, 1, 1), [["a"]], [8.0])
+    write_shard(
+        tmp_path / "1.safetensors", torch.zeros(1, 1, 2, 1, 1), [["a"]], [8.0], motion=torch.zeros(1, 3, 1, 1, 1)
+    )
+    with pytest.raises(ValueError, match="some shards of .* have motion, some have none"):
+        LatentSet(tmp_path)
+    write_shard(tmp_path / "1.safetensors", torch.zeros(1, 1, 3, 1, 1), [["a"]], [8.0])
+    with pytest.raises(ValueError, match="different shapes"):
+        LatentSet(tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

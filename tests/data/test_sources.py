@@ -1,11 +1,15 @@
 import gzip
+import itertools
 import json
 import random
 import struct
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vgen.data.augment import Augmentation
@@ -130,11 +134,11 @@ def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
         list_dataset(datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         open_clips(str(tmp_path / "nowhere"), SAMPLING, 16, 16)
-    stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
     with monkeypatch.context() as patch:
         patch.setattr("vgen.data.sources.place_among_processes", lambda: (1, 2))
         with pytest.raises(ValueError, match="no clip to process 1 of 2, which share its videos out: it is empty"):
-            VideoStream(lambda epoch: iter(list_videos(folder)[:1]), SAMPLING, 16, 16).sample(0)
+            VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16).sample(0)
+    stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
     with pytest.raises(ValueError, match="the stream gave no clip: it is empty"):
         stream.sample(0)
     long = Sampling(num_frames=50)
@@ -175,14 +179,52 @@ def test_clips_of_a_folder_are_augmented_anew_each_epoch_and_alike_each_time(fol
     assert np.array_equal(first.frames, again.frames) and not np.array_equal(first.frames, later.frames)
 
 
-def test_processes_draw_from_videos_of_their_own(folder, monkeypatch):
-    listed = list_videos(folder)
+@pytest.fixture
+def many(folder, tmp_path):
+    """Eight copies of a video, each with its number as caption, in four files of a dataset and in four tar files."""
+    content = (folder / "clip0.mp4").read_bytes()
+    features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+    for shard in range(4):
+        numbers = [2 * shard, 2 * shard + 1]
+        rows = {"video": [{"bytes": content, "path": "x.mp4"}] * 2, "text": [str(number) for number in numbers]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{shard}.parquet")
+        with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as tar:
+            for number in numbers:
+                tar.write({"__key__": f"{number}", "mp4": content, "txt": str(number)})
+    files = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
+    table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
+    return {"dataset": partial(stream_dataset, table), "shards": partial(stream_shards, f"{tmp_path}/{{0..3}}.tar")}
+
+
+@pytest.mark.parametrize("kind", ["dataset", "shards"])
+@pytest.mark.parametrize(("processes", "workers", "own"), [(1, 1, True), (2, 1, True), (2, 2, True), (4, 1, True),
+                                                           (3, 2, False), (5, 1, False), (1, 4, True)])  # fmt: skip
+def test_each_process_and_worker_has_videos_of_its_own(many, monkeypatch, kind, processes, workers, own):
     found = []
-    for rank in range(2):
-        monkeypatch.setattr("vgen.data.sources.place_among_processes", lambda rank=rank: (rank, 2))
-        stream = VideoStream(lambda epoch: iter(listed), SAMPLING, 16, 16)
-        found.append({stream.sample(number).source.path for number in range(6)})
-    assert found[0] | found[1] == {one.path for one in listed} and not found[0] & found[1]
+    for rank, worker in itertools.product(range(processes), range(workers)):
+        with monkeypatch.context() as patch:
+            info = SimpleNamespace(id=worker, num_workers=workers)
+            patch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info if workers > 1 else None)
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", str(processes))
+            found.append([int(one.captions[0]) for one in many[kind](process=(rank, processes), epoch=0)])
+    assert sorted(itertools.chain(*found)) == list(range(8))  # each video once
+    if own:
+        assert len({len(one) for one in found}) == 1
+        shards = [{number // 2 for number in numbers} for numbers in found]
+        assert sum(map(len, shards)) == 4  # none is read by two
+
+
+def test_a_stream_has_a_worker_for_each_of_its_shards_at_most(shards, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    urls = f"shards:{shards}/train-{{000..001}}.tar"
+    for processes, expected in ((1, 2), (2, 1), (3, 2)):  # of too few shards, all processes read each
+        monkeypatch.setattr("vgen.data.sources.place_among_processes", lambda count=processes: (0, count))
+        assert open_clips(urls, SAMPLING, 16, 16).max_workers == expected
+    assert open_clips(f"hf-stream:{folder}", SAMPLING, 16, 16).max_workers >= 1
+    with pytest.raises(ValueError, match="process 0 of 3, but webdataset takes it for 0 of 1"):
+        open_clips(urls, SAMPLING, 16, 16).sample(0)
 
 
 def test_videos_that_cannot_be_fetched_are_left_out(folder, caplog):

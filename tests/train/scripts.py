@@ -150,3 +150,8 @@ run.Run.update = update
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def latents_of(data):
+    """All of a `LatentSet`, in memory."""
+    return torch.stack([clip.latents for clip in data])

@@ -35,7 +35,7 @@ def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path):
     count = torch.cuda.device_count()
     train_vdm(runs, tmp_path / "cpu", **options)
     train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options | {"--max_steps": 2})
-    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options)  # resumes
+    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options)  # gap_index
     file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
     one, sharded = (load_file(tmp_path / name / file) for name in ("cpu", "fsdp"))
     # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each

@@ -1,28 +1,24 @@
 """Training of the text encoder."""
 
-import runpy
-
 from transformers import AutoTokenizer
 
 from vgen.data.captions import parse_caption
 from vgen.data.shapes import ShapesWorld
-
-from .scripts import ROOT
+from vgen.training.attributes import ATTRIBUTES, CaptionBatches
 
 
 def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
-    script = runpy.run_path(str(ROOT / "train/train_text_encoder.py"))
-    config = script["TextEncoderConfig"](output_dir=text_run)
     tokenizer = AutoTokenizer.from_pretrained(text_run / "tokenizer")
     world = ShapesWorld(seed=3)
-    input_ids, mask, said = script["draw"](world, tokenizer, range(50), config)
+    batch = CaptionBatches(world, tokenizer, 50, 32)[0, slice(0, 50)]
+    input_ids, mask, said = batch["input_ids"], batch["mask"], batch["said"]
     for row in range(50):
         scene = parse_caption(world.caption(row))
         words = tokenizer.convert_ids_to_tokens(input_ids[row][mask[row].bool()])
         places = [place for place, values in enumerate(said[row].tolist()) if values[0] >= 0]
         assert [words[place] for place in places] == [one.color for one in scene.objects]
         for place, one in zip(places, scene.objects, strict=True):
-            legal = script["ATTRIBUTES"].values()
+            legal = ATTRIBUTES.values()
             values = [names[number] for names, number in zip(legal, said[row, place].tolist(), strict=True)]
             assert values == [
                 one.color, one.shape, one.motion, one.size, one.speed, scene.background, len(scene.objects)

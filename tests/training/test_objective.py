@@ -127,21 +127,23 @@ def test_known_frames_carry_no_loss():
     assert torch.equal(denoising_loss(changed, target, weight), denoising_loss(prediction, target, weight))
 
 
-def test_only_clips_with_a_gap_are_computed_with_conv_context(randomize):
+def test_only_clips_with_a_gap_are_computed_with_unseen_latents(randomize):
     network, calls = make(randomize), []
     network.register_forward_pre_hook(lambda _, __, told: calls.append(told), with_kwargs=True)
     model = PromptedDenoiser(network, None)
     latents, levels, prompt = inputs(4)
-    unseen = torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-    told = {"prompt_embeds": prompt, "conv_context": unseen, "gap_index": torch.tensor([5, 2, 5, 1])}
+    conv_context = torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    told = {"prompt_embeds": prompt, "conv_context": conv_context, "gap_index": torch.tensor([5, 2, 5, 1])}
+    gaps = {"gap_order": torch.tensor([1, 3, 0, 2]), "num_gaps": 2}
     for groups in ("causal", [0, 0, 1, 1, 2], torch.arange(4)[:, None] // 2 + torch.tensor([0, 0, 1, 1, 2])):
-        found, model.sharded = model(latents, levels, groups=groups, **told), True
-        expected, model.sharded = model(latents, levels, groups=groups, **told), False
+        found = model(latents, levels, groups=groups, **told, **gaps)
+        expected = model(latents, levels, groups=groups, **told, **gaps | {"num_gaps": None})
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert [len(call["hidden_states"]) for call in calls] == [2, 2, 4]
-        assert torch.equal(calls[0]["conv_context"], unseen[[1, 3]]) and calls[1]["conv_context"] is None
+        assert torch.equal(calls[0]["conv_context"], conv_context[[1, 3]]) and calls[1]["conv_context"] is None
         calls.clear()
-    for resumes in (5, 2):
-        model(latents, levels, **told | {"gap_index": torch.full((4,), resumes)})
+    for gap_index, num_gaps in ((5, 0), (2, 4)):
+        gaps = {"gap_order": torch.arange(4), "num_gaps": num_gaps}
+        model(latents, levels, **told | {"gap_index": torch.full((4,), gap_index)}, **gaps)
         assert [len(call["hidden_states"]) for call in calls] == [4]
         calls.clear()

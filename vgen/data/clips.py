@@ -7,10 +7,9 @@ import hashlib
 import itertools
 import json
 import random
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,8 +21,10 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.data.augment import Augmentation, augment
+from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
-from vgen.data.video_io import VIDEO_SUFFIXES, iter_video, video_info
+from vgen.data.video_index import index_of, probe_once
+from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
 
 logger = logging.get_logger(__name__)
 _left_out: set[tuple[Path, str]] = set()
@@ -44,20 +45,44 @@ class Listed:
     """Seconds; `None` for its end."""
     content: Callable[[], bytes] | None = field(default=None, compare=False)
     """Fetches the file where it does not lie at `path`, which then is a name alone."""
+    root: Path | None = field(default=None, compare=False)
+    """The folder that lists it, where its index is."""
+    identity: Hashable = field(default=None, compare=False)
+    """What a fetched file is known by, so that it is probed once; `None` probes it each time."""
 
-    @contextmanager
-    def file(self) -> Iterator[Path]:
-        """The file, fetched into a temporary one if need be."""
+    def info(self) -> VideoInfo:
+        """Describes the file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: It cannot be fetched.
+            ValueError: It cannot be read as a video.
+        """
         if self.content is None:
-            yield self.path
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / self.path.name
-            try:
-                path.write_bytes(self.content())
-            except Exception as error:  # of any library that reads from anywhere
-                raise OSError(f"it cannot be fetched: {error}") from error
-            yield path
+            return video_info(self.path) if self.root is None else index_of(self.root).info(self.path)
+        return self._probe() if self.identity is None else probe_once(self.identity, self._probe)
+
+    def _probe(self) -> VideoInfo:
+        return replace(video_info(self.file()), path=self.path)
+
+    def file(self) -> Any:
+        """The file's path, or the file in memory if it was fetched.
+
+        Raises:
+            OSError: It cannot be fetched.
+        """
+        if self.content is None:
+            return self.path
+        try:
+            return MemoryFile(self.path, self.content())
+        except Exception as error:  # of any library that reads from anywhere
+            raise OSError(f"it cannot be fetched: {error}") from error
+
+
+def _save_indices(listed: Iterable[Listed]) -> None:
+    for root in {one.root for one in listed}:
+        if root is not None:
+            index_of(root).save()
 
 
 def list_videos(folder: Path) -> list[Listed]:
@@ -83,7 +108,7 @@ def list_videos(folder: Path) -> list[Listed]:
         listed = [_listed_row(folder, tables[0], number, row) for number, row in _rows(tables[0])]
     else:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-        listed = [Listed(path=path, captions=_beside(path)) for path in paths]
+        listed = [Listed(path=path, captions=_beside(path), root=folder) for path in paths]
     if not listed:
         raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
     return listed
@@ -137,7 +162,7 @@ def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> 
         raise ValueError(f"{table}, line {number}: start and end must be seconds") from error
     if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
         raise ValueError(f"{table}, line {number}: start={start}, end={end} is no part of a video")
-    return Listed(path=folder / name, captions=captions, start=start, end=end)
+    return Listed(path=folder / name, captions=captions, start=start, end=end, root=folder)
 
 
 def _beside(path: Path) -> tuple[str, ...]:
@@ -296,11 +321,11 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
         samplings: As there, all at one frame rate.
     """
     found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in samplings}
-    rate = next(iter(samplings.values())).frame_rate
+    rate, listed = next(iter(samplings.values())).frame_rate, list(listed)
     shortest = min(sampling.span for sampling in samplings.values())
     for one in listed:
         try:
-            info, available = video_info(one.path), count_frames(one, rate)[0]
+            info, available = one.info(), count_frames(one, rate)[0]
         except (ValueError, OSError) as error:
             tell_left_out(one, str(error))
             continue
@@ -309,6 +334,7 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
             tell_left_out(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
             found[bucket].append(one)
+    _save_indices(listed)
     return found
 
 
@@ -327,18 +353,29 @@ class Clip(NamedTuple):
     """Seconds from the start of the file to its first frame."""
 
 
+def stack_frames(clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
+    """Frames of clips as uint8 `(b, f, h, w, 3)`, and bool `(b, f)`, which of them are real; on the CPU."""
+    frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
+    return frames, torch.stack([torch.from_numpy(clip.real) for clip in clips])
+
+
+def frames_to_pixels(frames: Tensor) -> Tensor:
+    """Pixels `(b, 3, f, h, w)` in [-1, 1] of frames `(b, f, h, w, 3)`, uint8."""
+    return rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
+
+
 def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Clips side by side: pixels `(b, 3, f, h, w)` in [-1, 1], and bool `(b, f)`, which frames are real."""
-    pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).to(device)
-    real = torch.stack([torch.from_numpy(clip.real) for clip in clips]).to(device)
-    return rearrange(pixels, "b f h w c -> b c f h w").float() / 127.5 - 1, real
+    """Clips as one batch: pixels `(b, 3, f, h, w)` in [-1, 1], and bool `(b, f)`, which frames are real."""
+    frames, real = stack_frames(clips)
+    return frames_to_pixels(frames.to(device)), real.to(device)
 
 
 class VideoFolder:
     """Clips of a folder of videos, by number.
 
-    Opening it reads the first frame of each file, to know its length. A file that cannot be read is left out and
-    stands in `refused` with the reason; so does one that turns out to be damaged later, and its clips are `None`.
+    Opening it reads the first frame of each file, for its length, unless the folder's index has it from an earlier
+    time. A file that cannot be read is left out and stands in `refused` with the reason; so does one that turns out to
+    be damaged later, and its clips are `None`.
 
     Args:
         folder: As `list_videos` takes it, or the list.
@@ -380,6 +417,7 @@ class VideoFolder:
                 reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
                 self._leave_out(one, reason)
             self.clips += [(one, number, available, frame_rate) for number in range(count)]
+        _save_indices(listed)
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
             raise ValueError(f"none of {len(listed)} videos can be used: {reasons}")
@@ -406,11 +444,10 @@ class VideoFolder:
         wanted, last = {place - indices[0] for place in indices}, indices[-1] - indices[0]
         found: dict[int, np.ndarray] = {}
         try:
-            with listed.file() as path:
-                frames = iter_video(path, start=begin, end=listed.end, frame_rate=frame_rate)
-                for place, frame in enumerate(itertools.islice(frames, last + 1)):
-                    if place in wanted:
-                        found[place] = frame
+            frames = iter_video(listed.file(), start=begin, end=listed.end, frame_rate=frame_rate)
+            for place, frame in enumerate(itertools.islice(frames, last + 1)):
+                if place in wanted:
+                    found[place] = frame
         except (ValueError, OSError) as error:
             self._leave_out(listed, str(error))
             return None
@@ -463,8 +500,7 @@ def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
         FileNotFoundError: There is no such file.
         ValueError: It cannot be read, does not tell its length, or ends before the part begins.
     """
-    with listed.file() as path:
-        info = video_info(path)
+    info = listed.info()
     rate = frame_rate or info.frame_rate
     if rate is None or info.duration is None:
         raise ValueError(f"{listed.path} tells no frame rate or length")

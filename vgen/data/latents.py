@@ -1,7 +1,8 @@
-"""Clips encoded once: latents and captions in safetensors shards, read whole into memory."""
+"""Clips encoded once: latents and captions in safetensors shards, of which each clip is read when it is needed."""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -81,70 +82,116 @@ def shard_length(path: Path) -> int:
 
 
 class LatentSet(torch.utils.data.Dataset):
-    """All shards of a folder, in memory but for embeddings of captions, which are read when they are asked for.
+    """The clips of a folder's shards. Captions and frame rates are in memory; all else is read when a clip is.
+
+    Shards are memory-mapped, so what was read stays in the page cache, which processes share. Copies that are sent to
+    other processes open the files anew.
 
     Args:
         folder: Where `write_shard` wrote `*.safetensors`.
 
     Raises:
-        ValueError: The folder holds no shards.
+        ValueError: The folder holds no shards, or they do not go together.
     """
 
     def __init__(self, folder: Path):
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
+        self.paths = sorted(folder.glob("*.safetensors"))
+        if not self.paths:
             raise ValueError(f"{folder} holds no latents (*.safetensors): write them with pipelines/encode_latents.py")
         self.captions: list[list[str]] = []
-        parts: dict[str, list[Tensor]] = {}
-        self._embeddings: list[tuple[Any, int]] = []  # the open shard of each clip, and where its captions begin there
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                for name in names - {"embeddings", "no_prompt"}:
-                    parts.setdefault(name, []).append(file.get_tensor(name))
-                captions = json.loads(file.metadata()["captions"])
-                if "embeddings" in names:
-                    self.no_prompt = file.get_tensor("no_prompt")
-                    begins = itertools.accumulate((len(one) for one in captions[:-1]), initial=0)
-                    opened = safe_open(path, framework="pt")
-                    self._embeddings += [(opened, begin) for begin in begins]
-            self.captions.extend(captions)
-        if self._embeddings and len(self._embeddings) < len(self.captions):
-            raise ValueError(f"some shards of {folder} have embeddings of their captions, some have none")
-        self.latents = torch.cat(parts["latents"])
-        self.frame_rates = torch.cat(parts["frame_rates"])
-        self.frames = torch.cat(parts["frames"]) if "frames" in parts else None
-        self.motion = torch.cat(parts["motion"]) if "motion" in parts else None
-        whole = torch.ones(len(self.latents), self.latents.shape[2], dtype=torch.bool)
-        self.real = torch.cat(parts["real"]).bool() if "real" in parts else whole
+        self._files: dict[int, Any] = {}  # open shards
+        self._begins: list[int] = []  # number of each shard's first clip
+        self._first_caption: list[int] = []  # of each clip, among its shard's embeddings
+        rates, names, shapes = [], [], []
+        for number in range(len(self.paths)):
+            file = self._file(number)
+            captions = json.loads(file.metadata()["captions"])
+            self._begins.append(len(self.captions))
+            self._first_caption += itertools.accumulate((len(one) for one in captions[:-1]), initial=0)
+            self.captions += captions
+            rates.append(file.get_tensor("frame_rates"))
+            names.append(set(file.keys()))
+            shapes.append(tuple(file.get_slice("latents").get_shape()[1:]))
+        if len(set(shapes)) > 1:
+            raise ValueError(f"the shards of {folder} have latents of different shapes: {sorted(set(shapes))}")
+        self.shape: tuple[int, ...] = shapes[0]
+        """Of a clip's latents, `(c, t, h, w)`."""
+        self.frame_rates = torch.cat(rates)
+        """Pixel frames per second of each clip."""
+        for name in ("frames", "motion", "embeddings"):
+            if 0 < sum(name in one for one in names) < len(names):
+                raise ValueError(f"some shards of {folder} have {name}, some have none: encode them all alike")
+        self._names = names
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.captions)
 
     @property
-    def digest(self) -> str:
-        """Of all captions and rates, and of 64 clips spread over the folder."""
-        some = self.latents[torch.linspace(0, len(self) - 1, min(64, len(self))).long()]
-        told = json.dumps([self.captions, self.frame_rates.tolist(), list(self.latents.shape)]).encode()
-        return hashlib.sha256(told + some.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    def num_latents(self) -> int:
+        """Latent frames of a clip."""
+        return self.shape[1]
 
-    def __getitem__(self, index: int) -> EncodedClip:
-        """One clip."""
-        frames, motion = (None if part is None else part[index] for part in (self.frames, self.motion))
-        rate, real = self.frame_rates[index].item(), self.real[index]
-        return EncodedClip(self.latents[index], self.captions[index], rate, frames, motion, real)
+    @property
+    def has_frames(self) -> bool:
+        """Whether each frame was encoded alone, too."""
+        return "frames" in self._names[0]
+
+    @property
+    def has_motion(self) -> bool:
+        """Whether clips come with the motion between their latents."""
+        return "motion" in self._names[0]
 
     @property
     def has_embeddings(self) -> bool:
         """Whether captions were embedded when the clips were encoded."""
-        return bool(self._embeddings)
+        return "embeddings" in self._names[0]
+
+    @property
+    def digest(self) -> str:
+        """Of all captions and rates, and of 64 clips spread over the folder."""
+        told = json.dumps([self.captions, self.frame_rates.tolist(), [len(self), *self.shape]]).encode()
+        digest = hashlib.sha256(told)
+        for index in torch.linspace(0, len(self) - 1, min(64, len(self))).long().tolist():
+            latents = self._read("latents", *self._place(index))
+            digest.update(latents.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> EncodedClip:
+        """One clip."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        index %= len(self)
+        shard, row = self._place(index)
+        frames, motion, real = (
+            self._read(name, shard, row) if name in self._names[shard] else None
+            for name in ("frames", "motion", "real")
+        )
+        real = torch.ones(self.num_latents, dtype=torch.bool) if real is None else real.bool()
+        latents, rate = self._read("latents", shard, row), self.frame_rates[index].item()
+        return EncodedClip(latents, self.captions[index], rate, frames, motion, real)
 
     def embedding(self, index: int, caption: int | None) -> Tensor:
         """The embedding `(l, d)` of one of a clip's captions, or of "" for `None`."""
         if caption is None:
-            return self.no_prompt
-        shard, begin = self._embeddings[index]
-        return shard.get_slice("embeddings")[begin + caption]
+            return self._file(len(self.paths) - 1).get_tensor("no_prompt")
+        shard, _ = self._place(index)
+        return self._read("embeddings", shard, self._first_caption[index] + caption)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a clip, and its row there."""
+        shard = bisect.bisect_right(self._begins, index) - 1
+        return shard, index - self._begins[shard]
+
+    def _read(self, name: str, shard: int, row: int) -> Tensor:
+        return self._file(shard).get_slice(name)[row]
+
+    def _file(self, shard: int) -> Any:
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.paths[shard], framework="pt")
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

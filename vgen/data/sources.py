@@ -23,18 +23,19 @@ SHUFFLE_BUFFER = 32
 
 
 class VideoStream:
-    """Clips of videos that come one after another, too many to list; several processes share them out.
+    """Clips of videos that come one after another, too many to list.
 
     A video that cannot be used is left out and stands in `refused` with the reason. Where a stream stood is not
     remembered: a run that goes on begins it anew.
 
     Args:
-        videos: Gives the videos of an epoch.
+        videos: Gives the videos of an epoch that are this process's, and in a DataLoader's worker this worker's.
         sampling: Which frames of each make a clip.
         height: Of the frames, in pixels; the middle of a video is cropped to this shape.
         width: Of the frames.
         seed: Of random choices.
         augmentation: What else may change in a clip.
+        count_shards: Says how many workers of a DataLoader `videos` can be shared out to; `None` for one.
     """
 
     def __init__(
@@ -45,11 +46,21 @@ class VideoStream:
         width: int,
         seed: int = 0,
         augmentation: Augmentation | None = None,
+        count_shards: Callable[[], int] | None = None,
     ):
         self.videos, self.sampling, self.size = videos, sampling, (height, width)
         self.seed, self.augmentation = seed, augmentation
         self.refused: dict[Listed, str] = {}
+        self.count_shards = count_shards
         self._endless: Iterator[Clip] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_endless": None}  # a copy in another process begins anew
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers of a DataLoader that its videos can be shared out to."""
+        return 1 if self.count_shards is None else max(1, self.count_shards())
 
     def sample(self, number: int) -> Clip:
         """The next clip, whatever its number; epochs follow one another, each in an order that a buffer shuffles.
@@ -64,27 +75,26 @@ class VideoStream:
     def _epochs(self) -> Iterator[Clip]:
         for epoch in itertools.count():
             rng, empty = random.Random(self.seed * 1_000_003 + epoch), True
-            rank, count = place_among_processes()  # each draws from videos of its own
-            for listed in _shuffled(itertools.islice(self.videos(epoch), rank, None, count), rng):
+            for listed in _shuffled(self.videos(epoch), rng):
                 for clip in self.clips(listed, epoch):
                     empty = False
                     yield clip
             if empty:
                 reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+                rank, count = place_among_processes()
                 share = "" if count == 1 else f" to process {rank} of {count}, which share its videos out"
                 raise ValueError(f"the stream gave no clip{share}: {reasons or 'it is empty'}")
 
     def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
         """The clips of one of its videos."""
         try:
-            with listed.file() as path:
-                there = replace(listed, path=path, content=None)
-                folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
-                for index in range(len(folder)):
-                    clip = folder.clip(index, epoch)
-                    if clip is None:
-                        raise ValueError(folder.refused[there])
-                    yield clip._replace(source=listed)
+            there = replace(listed, path=listed.file(), content=None, root=None)
+            folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
+            for index in range(len(folder)):
+                clip = folder.clip(index, epoch)
+                if clip is None:
+                    raise ValueError(folder.refused[there])
+                yield clip._replace(source=listed)
         except (ValueError, OSError) as error:
             self.refused[listed] = str(error)
             tell_left_out(listed, str(error))
@@ -129,12 +139,14 @@ def open_clips(
     """
     kind, _, name = data.partition(":")
     rest = (sampling, height, width, seed, augmentation)
+    process = place_among_processes()
     if kind == "hf":
         return VideoFolder(list_dataset(*_split(name)), *rest)
     if kind == "hf-stream":
-        return VideoStream(partial(stream_dataset, *_split(name)), *rest)
+        opened = (*_split(name), process)
+        return VideoStream(partial(stream_dataset, *opened), *rest, partial(count_dataset_shards, *opened))
     if kind == "shards":
-        return VideoStream(partial(stream_shards, name), *rest)
+        return VideoStream(partial(stream_shards, name, process), *rest, partial(count_shards, name, process))
     path, first, last = _sliced(data.removesuffix(STOCHASTIC))
     if kind != "hf-digits" and not (path.is_file() and "idx3" in path.name):
         return VideoFolder(list_videos(Path(data)), *rest)
@@ -176,7 +188,9 @@ def list_dataset(name: str | Any, split: str = "train") -> list[Listed]:
     listed = []
     for index, text in enumerate(texts):
         content = partial(_content_of_row, dataset, index, video)
-        listed.append(Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(text), content=content))
+        identity = (dataset._fingerprint, index)
+        path = Path(f"{index:08d}.mp4")
+        listed.append(Listed(path=path, captions=_captions(text), content=content, identity=identity))
     return listed
 
 
@@ -194,12 +208,42 @@ def _content(video: dict[str, Any]) -> bytes:
         return file.read()
 
 
-def stream_dataset(name: str | Any, split: str = "train", epoch: int = 0) -> Iterator[Listed]:
-    """The videos of a Hugging Face dataset as they come, without the whole of it on disk; as `list_dataset`."""
-    dataset, video = _open_dataset(name, split, streaming=True)
+def stream_dataset(
+    name: str | Any, split: str = "train", process: tuple[int, int] = (0, 1), epoch: int = 0
+) -> Iterator[Listed]:
+    """A process's videos of a Hugging Face dataset as they come, without the whole of it on disk.
+
+    Where the number of processes divides that of the dataset's shards, each reads shards of its own; elsewhere each
+    reads all and keeps its share of the videos. Workers of a DataLoader share the shards of their process.
+
+    Args:
+        name: As for `list_dataset`.
+        split: As for `list_dataset`.
+        process: Number of this process, and how many there are.
+        epoch: Has no effect: the order is the dataset's.
+
+    Raises:
+        ValueError: It has no column of videos.
+        ImportError: Datasets is not installed.
+    """
+    dataset, video = _open_stream(name, split, process)
     for index, row in enumerate(dataset):
         content = partial(_content, row[video])
         yield Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(row.get("text", "")), content=content)
+
+
+def count_dataset_shards(name: str | Any, split: str = "train", process: tuple[int, int] = (0, 1)) -> int:
+    """Shards that a process reads of a Hugging Face dataset."""
+    return _open_stream(name, split, process)[0].num_shards
+
+
+def _open_stream(name: str | Any, split: str, process: tuple[int, int]) -> tuple[Any, str]:
+    dataset, video = _open_dataset(name, split, streaming=True)
+    if process[1] > 1:
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = split_dataset_by_node(dataset, *process)
+    return dataset, video
 
 
 def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, str]:
@@ -214,26 +258,42 @@ def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, st
     return dataset.cast_column(columns[0], Video(decode=False)), columns[0]
 
 
-def stream_shards(urls: str, epoch: int = 0) -> Iterator[Listed]:
-    """The videos of WebDataset's tar files: a video and, with the same key, a `.txt` of its wordings, one a line.
+def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) -> Iterator[Listed]:
+    """A process's videos of WebDataset's tar files: a video and, with the same key, a `.txt` of its wordings.
+
+    Each process reads shards of its own; where there are fewer shards than processes, each reads all and keeps its
+    share of the videos. Workers of a DataLoader share the shards that their process reads.
 
     Args:
         urls: Paths or addresses, `{000..099}` for a range of numbers.
+        process: Number of this process, and how many there are, as webdataset counts them.
         epoch: Shards come in another order each time.
 
     Raises:
         ImportError: Webdataset is not installed.
+        ValueError: Webdataset counts other processes.
     """
-    try:
-        import webdataset
-    except ImportError as error:
-        raise ImportError("tar shards need webdataset: pip install vgen[data]") from error
+    webdataset = _webdataset()
     shards = webdataset.shardlists.expand_urls(urls)
     random.Random(epoch).shuffle(shards)
+    found = webdataset.utils.pytorch_worker_info()[:2]
+    if found != tuple(process):
+        raise ValueError(
+            f"this is process {process[0]} of {process[1]}, but webdataset takes it for {found[0]} of {found[1]}: "
+            "start processes by accelerate launch or torchrun"
+        )
+    shares_shards = len(shards) >= process[1]
     # a shard that breaks off gives what came before, with a warning by webdataset
-    dataset = webdataset.WebDataset(
-        shards, shardshuffle=False, handler=webdataset.warn_and_continue, empty_check=False, nodesplitter=None
-    )  # processes share out videos, not shards
+    dataset: Any = webdataset.WebDataset(
+        shards,
+        shardshuffle=False,
+        handler=webdataset.warn_and_continue,
+        empty_check=False,
+        nodesplitter=webdataset.split_by_node if shares_shards else None,
+        workersplitter=webdataset.split_by_worker,
+    )
+    if not shares_shards:
+        dataset = itertools.islice(dataset, process[0], None, process[1])
     for sample in dataset:
         name = next((key for key in sample if f".{key.split('.')[-1].lower()}" in VIDEO_SUFFIXES), None)
         if name is None:
@@ -244,6 +304,20 @@ def stream_shards(urls: str, epoch: int = 0) -> Iterator[Listed]:
             captions=captions,
             content=partial(bytes, sample[name]),
         )
+
+
+def count_shards(urls: str, process: tuple[int, int] = (0, 1)) -> int:
+    """Shards that a process reads of WebDataset's tar files, the fewest of any."""
+    count = len(_webdataset().shardlists.expand_urls(urls))
+    return count // process[1] or count
+
+
+def _webdataset() -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError("tar shards need webdataset: pip install vgen[data]") from error
+    return webdataset
 
 
 def _captions(text: str | Iterable[str] | None) -> tuple[str, ...]:

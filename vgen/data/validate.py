@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.clips import Bucket, Listed, Sampling, choose_bucket, list_videos
-from vgen.data.video_io import iter_video, video_info
+from vgen.data.video_io import iter_video
 
 
 def validate_folder(
@@ -76,7 +76,7 @@ def _entry(
     entry |= {"captions": list(listed.captions), "accepted": False, "reason": None, "num_frames": 0}
     entry |= {"height": None, "width": None, "nearest_length": None, "bucket": None, "num_clips": 0}
     try:
-        rate = frame_rate or video_info(listed.path).frame_rate
+        rate = frame_rate or listed.info().frame_rate
         for frame in iter_video(listed.path, start=listed.start, end=listed.end, frame_rate=rate):
             entry["num_frames"] += 1
             entry["height"], entry["width"] = frame.shape[:2]

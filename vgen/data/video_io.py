@@ -17,13 +17,14 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import imageio.v3 as iio
 import numpy as np
 
 from vgen.checks import check_integer, check_number
+from vgen.data.memory_file import MemoryFile
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
     IMAGE_SUFFIXES,
@@ -156,7 +157,7 @@ def read_video(
 def _checked(
     path: str | os.PathLike, start: float | None = None, end: float | None = None, frame_rate: float | None = None
 ) -> Path:
-    path = Path(path)
+    path = cast(Path, path) if isinstance(path, MemoryFile) else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
@@ -225,7 +226,7 @@ def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_Vi
         yield _Animation(path)
     else:
         try:
-            container = av.open(str(path))
+            container = av.open(path.open("rb") if isinstance(path, MemoryFile) else str(path))
         except (av.FFmpegError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a readable video, or is truncated: {error}") from error
         with container:
@@ -334,7 +335,7 @@ def _natural_order(path: Path) -> list[tuple[int, int | str]]:
 @contextlib.contextmanager
 def _opened_image(path: Path) -> Iterator[Any]:
     try:
-        with iio.imopen(path, "r", plugin="pillow") as file:
+        with iio.imopen(path.content if isinstance(path, MemoryFile) else path, "r", plugin="pillow") as file:
             yield file
     except (OSError, SyntaxError, EOFError, IndexError, struct.error) as error:  # the exceptions that Pillow raises
         raise ValueError(f"{path} is not an image, or is damaged or truncated: {error.__cause__ or error}") from error

@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -32,8 +31,6 @@ from vgen.io.atomic import write_text
 from vgen.io.fingerprint import digest_json
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
-
-ConfigT = TypeVar("ConfigT", bound="ModelConfig")
 
 MANIFEST = "manifest.jsonl"
 PATIENCE = timedelta(days=30)
@@ -84,17 +81,6 @@ class JobConfig(ModelConfig):
     """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
     fps: float | None = None
     """Frames per second of the files; those of the content by default."""
-
-
-def parse_job(config_class: type[ConfigT], description: str, args: list[str] | None = None) -> ConfigT:
-    """Reads `--config settings.yaml` and `--name value` overrides into a dataclass; `--help` shows its fields."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
-    parser.add_class_arguments(config_class)
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    return config_class(**values)
 
 
 def load_pipeline(config: ModelConfig) -> VideoGenPipeline:

@@ -123,8 +123,6 @@ class PromptedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.text_encoder = text_encoder
-        self.sharded = False
-        """Whether each process holds a part of the weights; all then have to call the denoiser equally often."""
 
     def forward(
         self,
@@ -134,12 +132,23 @@ class PromptedDenoiser(nn.Module):
         prompt_mask: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         groups: str | Sequence[int] | Tensor = "full",
+        gap_order: Tensor | None = None,
+        num_gaps: int | None = None,
         **conditions: Any,
     ) -> Tensor:
         """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
 
-        Prompts come tokenised, `(b, l)`, or embedded, `(b, l, d)`; all tensors have a row for each video. Unless
-        `sharded`, only videos with a gap are computed with their `conv_context`.
+        Args:
+            latents: Noisy.
+            timestep: Of each token frame.
+            input_ids: Tokens of the prompts, `(b, l)`, with `prompt_mask`.
+            prompt_mask: 1 for tokens of the prompt.
+            prompt_embeds: Embedded prompts `(b, l, d)` instead.
+            groups: As a denoiser takes them.
+            gap_order: A permutation `(b,)` of the videos that puts those with a gap first.
+            num_gaps: How many have one. The others are then computed without their `conv_context`. `None` computes all
+                with it, as sharded networks must, which all processes call equally often.
+            conditions: Other arguments of the denoiser, with a row for each video.
         """
         if prompt_embeds is None:
             assert input_ids is not None and prompt_mask is not None
@@ -147,13 +156,12 @@ class PromptedDenoiser(nn.Module):
         inputs = {
             "hidden_states": latents, "timestep": timestep, "encoder_hidden_states": prompt_embeds, "groups": groups,
         } | conditions  # fmt: skip
-        if "gap_index" not in inputs or self.sharded:
+        if gap_order is None or num_gaps is None:
             return self.denoiser(**inputs, return_dict=False)[0]
-        gap, parts = inputs["gap_index"] < latents.shape[2], []
-        order = gap.nonzero()[:, 0], (~gap).nonzero()[:, 0]
-        for rows in order:
+        parts = []
+        for rows, has_gap in ((gap_order[:num_gaps], True), (gap_order[num_gaps:], False)):
             if len(rows):
                 part = {key: value[rows] if torch.is_tensor(value) else value for key, value in inputs.items()}
-                told = part if gap[rows[0]] else part | {"conv_context": None, "gap_index": None}
-                parts.append(self.denoiser(**told, return_dict=False)[0])
-        return torch.cat(parts)[torch.cat(order).argsort()]
+                part |= {} if has_gap else {"conv_context": None, "gap_index": None}
+                parts.append(self.denoiser(**part, return_dict=False)[0])
+        return torch.cat(parts)[gap_order.argsort()]

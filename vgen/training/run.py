@@ -14,12 +14,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
-from jsonargparse import ActionYesNo, ArgumentParser
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from vgen.io.settings import parse_settings
 from vgen.processes import check_processes, let_threads_finish, on_cpus
 from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
@@ -42,6 +42,9 @@ class RunConfig:
     """Samples an optimiser step, over all processes and accumulation."""
     gradient_accumulation_steps: int = 1
     """Parts that each process takes its share of a batch in."""
+    num_workers: int | None = None
+    """Processes that prepare batches ahead of the step, for each training process; 0 prepares them in the step. `None`
+    takes 0 on the CPU, else one for each spare core, up to 4. Results do not depend on it."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass, to save memory."""
     mixed_precision: str = "bf16"
@@ -96,6 +99,8 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0, or null for the default")
         if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
             raise ValueError(
                 f"decay_steps={self.decay_steps} does not go with lr_schedule={self.lr_schedule!r}: "
@@ -113,18 +118,15 @@ class RunConfig:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
 
+NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
+"""Settings on which a run's weights do not depend."""
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def parse_config(config_class: type[ConfigT], description: str, args: list[str] | None = None) -> ConfigT:
     """Reads `--config recipe.yaml` and `--name value` overrides into a checked `config_class`."""
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override it")
-    parser.add_class_arguments(config_class, skip={"dry_run"})
-    parser.add_argument("--dry_run", action=ActionYesNo, default=False, help="print the resolved settings and stop")
-    values = parser.parse_args(args).as_dict()
-    values.pop("config")
-    config = config_class(**values)
+    config = parse_settings(config_class, description, args)
     config.check()
     return config
 
@@ -349,9 +351,7 @@ class Run:
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
-            name: value
-            for name, value in yaml.safe_load(config_text(config)).items()
-            if name not in ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run")
+            name: value for name, value in yaml.safe_load(config_text(config)).items() if name not in NOT_IN_RESULTS
         }
         if data is not None:
             self._settings["data_sha256"] = data

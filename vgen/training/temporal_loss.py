@@ -1,13 +1,11 @@
 """Losses between neighbouring frames: stillness, agreement along the clip's motion, or the clip's own changes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vgen.temporal.flow import FLOW_METHODS, Motion
+from vgen.temporal.flow import FLOW_METHODS, FlowMethod, Motion
 
 
 @dataclass(kw_only=True)
@@ -21,7 +19,7 @@ class TemporalLossConfig:
     that can be trusted."""
     matched_weight: float = 0.0
     """Weight of the absolute difference between the changes from frame to frame and the real clip's changes."""
-    flow: str = "dis"
+    flow: FlowMethod = "dis"
     """Method of `vgen.temporal.flow.optical_flow` for `warping_weight`."""
 
     @property

@@ -1,0 +1,94 @@
+"""What videos say about themselves, probed once: for all frame rates and lengths of clips, and for later runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vgen.data.video_io import VideoInfo, video_info
+
+INDEX = ".vgen-index.json"
+"""Name of a folder's index."""
+
+
+class VideoIndex:
+    """The probed files of a folder, kept in a file there as long as their sizes and times of change stay.
+
+    A folder that cannot be written keeps none, and a damaged one is written anew; then files are probed once for each
+    process.
+
+    Args:
+        folder: Of the videos.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._entries = self._read()
+        self._changed = False
+
+    def info(self, path: Path) -> VideoInfo:
+        """Describes a file of the folder; see `video_info`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It cannot be read as a video.
+        """
+        if not path.is_file():  # a folder of frames may change without its time
+            return video_info(path)
+        name, status = os.path.relpath(path, self.folder), path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = self._entries.get(name)
+        if entry is not None and entry["stamp"] == stamp:
+            return VideoInfo(path=path, **entry["info"])
+        info = video_info(path)
+        self._entries[name] = {"stamp": stamp, "info": {k: v for k, v in asdict(info).items() if k != "path"}}
+        self._changed = True
+        return info
+
+    def save(self) -> None:
+        """Writes what was found, with what another process wrote meanwhile, if the folder can be written."""
+        if not self._changed:
+            return
+        self._entries = self._read() | self._entries
+        partial = self.folder / f"{INDEX}.{uuid.uuid4().hex}.partial"
+        with suppress(OSError):
+            partial.write_text(json.dumps(self._entries, indent=0))
+            partial.replace(self.folder / INDEX)
+            self._changed = False
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries = json.loads((self.folder / INDEX).read_text())
+            for entry in entries.values():
+                VideoInfo(path=self.folder, **entry["info"])
+                size, time = entry["stamp"]
+                if not isinstance(size, int) or not isinstance(time, int):
+                    return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
+            return {}
+        return entries
+
+
+@lru_cache(maxsize=16)
+def index_of(folder: Path) -> VideoIndex:
+    """A folder's index, the same one each time."""
+    return VideoIndex(folder)
+
+
+_PROBED: dict[Hashable, VideoInfo] = {}
+
+
+def probe_once(key: Hashable, probe: Callable[[], VideoInfo]) -> VideoInfo:
+    """What `probe` returned when it was first called for this key in this process."""
+    if key not in _PROBED:
+        _PROBED[key] = probe()
+    return _PROBED[key]

@@ -1,0 +1,529 @@
+"""What a denoiser's training sample is: a window of an encoded clip, its known frames, noise levels and conditioning.
+
+A sample is a function of the seed, the optimiser step and its index in the batch alone. Axes: `b` batch, `c` channels,
+`t h w` latent frames, rows and columns, `n` token frames.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vgen.data.latents import EncodedClip, LatentSet, epoch_order
+from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.models.denoiser import pack_keyframes
+from vgen.models.image_vae import PerFrameVAE
+from vgen.models.prompts import tokenize
+from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.attention import GROUP_MODES, make_groups
+from vgen.temporal.flow import Motion, measure_motion
+from vgen.training.mixture import KEYFRAMES, KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
+from vgen.training.noise_levels import KINDS, draw_levels
+from vgen.training.run import RunConfig, generators
+from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
+
+CONDITIONING_KEYS = (
+    "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "conv_context", "gap_index", "groups",
+    "gap_order", "num_gaps",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class SampleConfig(RunConfig, TemporalLossConfig):
+    """Settings of a denoiser's training samples."""
+
+    latents_dir: Path
+    """Folder that `pipelines/encode_latents.py` wrote."""
+    max_sequence_length: int = 32
+    """Tokens of a prompt."""
+    groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
+    """How often a step has which groups; `full` has the leading known frames in a group of their own."""
+    windows: dict[str, float] = field(default_factory=lambda: {"start": 1.0})
+    """How often a sample is the start of its clip, a later part of it (`anywhere`), or its sink and a later part."""
+    window_lengths: list[int] = field(default_factory=list)
+    """Token frames of a sample, drawn for each step; empty takes whole clips."""
+    known: dict[str, float] = field(default_factory=lambda: {"none": 1.0})
+    """How often a sample has no known frames, leading ones, keyframes, or both."""
+    num_leading: list[int] = field(default_factory=list)
+    """Number of leading known token frames, drawn for each sample that has some; empty allows any."""
+    keyframes: dict[str, float] = field(default_factory=lambda: {"every": 1.0, "last": 1.0, "any": 1.0, "next": 1.0})
+    """How often keyframes are every n-th frame, the last one, any, or those next to the known beginning."""
+    corrupted: float = 0.5
+    """How often leading frames are not clean, but each noised at a level of its own."""
+    corrupted_level: float = 1 / 3
+    """Highest such level."""
+    levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
+    """How often a sample has noise levels that are shared, per group, or independent per frame."""
+    prediction: str = "flow"
+    """`flow`, `v_prediction` or `epsilon`."""
+    level_mean: float = 0.0
+    """Mean of the logit of a noise level."""
+    level_std: float = 1.0
+    """Standard deviation of the logit of a noise level."""
+    level_shift: float = 1.0
+    """Moves noise levels towards noise, in training and at inference."""
+    temporal_space: str = "latent"
+    """Where the temporal loss of the estimated clean clip is taken: `latent`, or `pixel`, which decodes it."""
+    text_dropout: float = 0.1
+    """How often the caption is replaced by ""."""
+    frame_rate_dropout: float = 0.1
+    """How often a sample has no frame-rate conditioning."""
+
+    def check(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            ValueError: A setting is out of range or unknown.
+        """
+        super().check()
+        self.check_temporal_loss()
+        for name, legal in (
+            ("groups", GROUP_MODES),
+            ("windows", WINDOWS),
+            ("known", KNOWN),
+            ("keyframes", KEYFRAMES),
+            ("levels", KINDS),
+        ):
+            given = getattr(self, name)
+            if not given or set(given) - set(legal) or min(given.values()) < 0:
+                raise ValueError(f"{name}={given} must weigh some of {', '.join(legal)}")
+        if min(self.num_leading, default=1) < 1:
+            raise ValueError(f"num_leading={self.num_leading} must be at least 1")
+        for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.temporal_space not in ("latent", "pixel"):
+            raise ValueError(f"temporal_space={self.temporal_space!r} must be one of latent, pixel")
+
+
+class Source(NamedTuple):
+    """Encoded clips, and the settings of the samples that they support."""
+
+    data: LatentSet
+    config: SampleConfig
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """What a sample depends on in a denoiser."""
+
+    patch_frames: int
+    """Latent frames of a token frame."""
+    chunk_size: int
+    """Token frames of a run in `chunk` groups."""
+    sink: int
+    """Token frames that a rollout never evicts."""
+    keyframe_slots: int
+    """Pixel frames of a latent that can be keyframes; 0 if none can."""
+    conv_history: int = 0
+    """Latents that temporal convolutions see before a gap."""
+
+    @classmethod
+    def of(cls, denoiser: Any) -> DenoiserSpec:
+        """The spec of a denoiser of this package."""
+        config = denoiser.config
+        history = getattr(denoiser, "conv_history", 0)
+        return cls(denoiser.patch_size[0], config.chunk_size, config.sink, config.keyframe_slots, history)
+
+
+def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
+    """Records in a denoiser's config what it is trained for, and fills in the window lengths.
+
+    Raises:
+        ValueError: The clips are too short, or known frames have no latents or no slots.
+    """
+    network = denoiser.config
+    whole = data.num_latents // denoiser.patch_size[0]
+    lengths = config.window_lengths or [whole]
+    used = {kind for kind, weight in config.known.items() if weight > 0}
+    if used & {"keyframes", "both"} and not (data.has_frames and network.keyframe_slots):
+        raise ValueError(
+            f"known={config.known} needs keyframe_slots in the model (it has {network.keyframe_slots}) and latents of "
+            "single frames: pipelines/encode_latents.py --keyframes true"
+        )
+    if used - {"none"} and min(lengths) < 2:
+        raise ValueError(
+            f"window_lengths={lengths} with known={config.known}: known frames need 2 token frames or more"
+        )
+    kinds = [kind for kind, weight in config.windows.items() if weight > 0]
+    for kind, length in itertools.product(kinds, lengths):
+        draw_window(kind, length, whole, network.sink, random.Random(0))
+    trained = ["leading"] if used & {"leading", "both"} or set(kinds) - {"start"} else []
+    trained += ["keyframes"] if used & {"keyframes", "both"} else []
+    denoiser.register_to_config(
+        tasks=list(dict.fromkeys([*network.tasks, *trained])),
+        trained_token_frames=max(*lengths, network.trained_token_frames or 0),
+    )
+    return Source(data, replace(config, window_lengths=lengths))
+
+
+def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
+    """Drops from the settings what some clips do not support.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    whole = data.num_latents // denoiser.patch_size[0]
+    lengths = [length for length in config.window_lengths if length <= whole]
+    # a window after a gap needs one frame more than the window
+    windows = {
+        kind: weight for kind, weight in config.windows.items() if kind != "sink" or max(lengths, default=0) < whole
+    }
+    known = {kind: weight for kind, weight in config.known.items() if data.has_frames or kind in ("none", "leading")}
+    if not lengths or not sum(windows.values()) or not sum(known.values()):
+        raise ValueError(
+            f"clips of {whole} token frames support none of window_lengths={config.window_lengths}, "
+            f"windows={config.windows}, known={config.known}"
+        )
+    return Source(data, replace(config, window_lengths=lengths, windows=windows, known=known))
+
+
+def check_encoders(sources: Sequence[Source], vae: Any, text_encoder: Any | None, max_sequence_length: int) -> None:
+    """Refuses latents of another VAE, and embedded captions of another text encoder or length.
+
+    Args:
+        sources: What is trained on.
+        vae: Of the pipeline.
+        text_encoder: Of the pipeline; `None` if captions are not read embedded.
+        max_sequence_length: Tokens of a prompt in the pipeline.
+
+    Raises:
+        ValueError: The VAE's encoder or statistics, or the text encoder, are not those of the pipeline.
+    """
+    digest = encoder_digest(vae)
+    text: dict[str, Any] = {}
+    if text_encoder is not None:
+        text = {"max_sequence_length": max_sequence_length, "text_encoder_sha256": weights_digest(text_encoder)}
+    for source in sources:
+        folder = source.config.latents_dir
+        path = folder / "settings.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        if settings.get("vae_sha256", digest) != digest:
+            raise ValueError(
+                f"the latents in {folder} were encoded by another VAE than this pipeline has: encode them again, or "
+                "give the VAE that did it with --vae"
+            )
+        wrong = [name for name, value in text.items() if settings.get(name) != value]
+        if wrong:
+            raise ValueError(
+                f"the captions in {folder} were embedded with another {', '.join(wrong)} than this pipeline has: "
+                "encode them with its text encoder, or without --text_encoder"
+            )
+
+
+def check_motion(config: SampleConfig, sources: Sequence[Source]) -> None:
+    """Refuses a temporal loss that the latents do not support.
+
+    Raises:
+        ValueError: They were encoded without motion, or a loss between pixels has windows that cannot be decoded.
+    """
+    if config.temporal_space == "latent":
+        if config.warping_weight and not all(source.data.has_motion for source in sources):
+            raise ValueError("warping_weight needs latents with motion: pipelines/encode_latents.py --flow dis")
+    elif {kind for kind, weight in config.windows.items() if weight > 0} != {"start"}:
+        raise ValueError(
+            f"temporal_space=pixel decodes windows, which must begin with their clip: windows={config.windows}"
+        )
+
+
+class StepPlan(NamedTuple):
+    """What all samples of a step have in common."""
+
+    mode: str
+    """Kind of groups."""
+    source: int
+    """Index of the clips' source."""
+    length: int
+    """Token frames of the windows."""
+
+
+def plan_step(config: SampleConfig, sources: Sequence[Source], shares: Sequence[float], step: int) -> StepPlan:
+    """Draws what all samples of a step have in common."""
+    rng = random.Random(config.seed * 1_000_003 + step)
+    mode = choose(config.groups, rng)
+    source = rng.choices(range(len(sources)), shares)[0]
+    return StepPlan(mode, source, rng.choice(sources[source].config.window_lengths))
+
+
+def choose(weights: Mapping[str, float], rng: random.Random) -> str:
+    """One of the names, by their weights."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def clip_of(source: Source, sample: int) -> int:
+    """The clip that a sample is drawn from; samples count from the start of the run, epoch after epoch."""
+    epoch, place = divmod(sample, len(source.data))
+    return int(_order(len(source.data), source.config.seed, epoch)[place])
+
+
+_order = lru_cache(maxsize=8)(epoch_order)
+
+
+class DenoiserBatches(Dataset):
+    """A denoiser's training batches, by step and part of the batch, as tensors on the CPU.
+
+    Args:
+        config: Of the run.
+        sources: Encoded clips, each with the settings that it supports.
+        shares: How often a step draws from each source.
+        spec: Of the denoiser.
+        tokenizer: Of the text encoder; `None` takes embeddings of the captions from the sources.
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        sources: Sequence[Source],
+        shares: Sequence[float],
+        spec: DenoiserSpec,
+        tokenizer: Any | None,
+    ):
+        self.config, self.sources, self.shares, self.spec = config, list(sources), list(shares), spec
+        self.tokenizer = tokenizer
+
+    def plan(self, step: int) -> StepPlan:
+        """See `plan_step`."""
+        return plan_step(self.config, self.sources, self.shares, step)
+
+    def __getitem__(self, key: tuple[int, slice]) -> dict[str, Any]:
+        """The samples of a step whose indices in the batch lie in a slice; see `make_batch`."""
+        step, part = key
+        plan = self.plan(step)
+        return make_batch(self.sources[plan.source], self.spec, step, part, plan.mode, plan.length, self.tokenizer)
+
+    def name(self, step: int) -> str:
+        """Names a step's clips, by number and folder."""
+        plan = self.plan(step)
+        source, first = self.sources[plan.source], step * self.config.batch_size
+        clips = [str(clip_of(source, sample)) for sample in range(first, first + self.config.batch_size)]
+        return f"{plan.length} token frames of clips {', '.join(clips)} in {source.config.latents_dir}"
+
+
+def make_batch(
+    source: Source, spec: DenoiserSpec, step: int, part: slice, mode: str, length: int, tokenizer: Any | None
+) -> dict[str, Any]:
+    """A part of a step's batch.
+
+    Args:
+        source: Of the clips.
+        spec: Of the denoiser.
+        step: Optimiser steps before this one.
+        part: Indices in the batch.
+        mode: Kind of groups.
+        length: Token frames of the windows.
+        tokenizer: Of the text encoder; `None` takes embeddings of the captions from the source.
+
+    Returns:
+        What `make_sample` returns, stacked, and the prompts: `input_ids` and `prompt_mask` `(b, l)`, or
+        `prompt_embeds` `(b, l, d)`. `groups` is a list of integers if all samples share them, so that full groups need
+        no mask. With `gap_index`, there are `gap_order`, a permutation that puts samples with a gap first, and their
+        number `num_gaps`.
+    """
+    data, config = source
+    first = step * config.batch_size
+    rows: list[dict[str, Tensor]] = []
+    prompts: list[str] = []
+    for index, generator in zip(range(part.start, part.stop), generators(config.seed, step, part), strict=True):
+        rng = random.Random(torch.randint(2**62, (), generator=generator).item())
+        number = clip_of(source, first + index)
+        clip = data[number]
+        caption = None if rng.random() < config.text_dropout else rng.randrange(len(clip.captions))
+        row = make_sample(clip, spec, config, mode, length, rng, generator)
+        if tokenizer is None:
+            row["prompt_embeds"] = data.embedding(number, caption).float()
+        else:
+            prompts.append("" if caption is None else clip.captions[caption])
+        rows.append(row)
+    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if tokenizer is not None:
+        batch["input_ids"], batch["prompt_mask"] = tokenize(tokenizer, prompts, config.max_sequence_length)
+    groups = batch["groups"]
+    if (groups == groups[0]).all():
+        batch["groups"] = groups[0].tolist()
+    if "gap_index" in batch:
+        has_gap = batch["gap_index"] < batch["latents"].shape[2]
+        batch["gap_order"] = (~has_gap).int().argsort(stable=True)
+        batch["num_gaps"] = int(has_gap.sum())
+    return batch
+
+
+def conditioning(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the denoiser is conditioned on, as arguments of `PromptedDenoiser`."""
+    return {name: batch[name] for name in CONDITIONING_KEYS if name in batch}
+
+
+class Window(NamedTuple):
+    """The token frames of a clip that a sample trains on."""
+
+    kind: str
+    frames: list[int]
+    """Token frames of the clip."""
+    latents: Tensor
+    """Their latent frames, `(t,)`."""
+
+
+def make_sample(
+    clip: EncodedClip,
+    spec: DenoiserSpec,
+    config: SampleConfig,
+    mode: str,
+    length: int,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """A sample: a window of a clip, its known frames, noise and conditioning other than the prompt.
+
+    Args:
+        clip: To take the window from.
+        spec: Of the denoiser.
+        config: The mixture.
+        mode: Kind of groups.
+        length: Token frames of the window.
+        rng: Of this sample.
+        generator: Of this sample, on the CPU.
+
+    Returns:
+        `latents` and `noise` `(c, t, h, w)`; `levels` `(n,)`, the noise level of each token frame; `groups` `(n,)`;
+        `generated` and `real`, bool `(n,)`, whether a token frame is to be generated and is not padding; `frame_rate`,
+        NaN for none. Where the settings ask for it: `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and
+        `motion` for the temporal loss, `keyframes` (see `pack_keyframes`).
+    """
+    p = spec.patch_frames
+    kind = choose(config.windows, rng)
+    frames = draw_window(kind, length, clip.latents.shape[1] // p, spec.sink, rng)
+    window = Window(kind, frames, torch.tensor([frame * p + i for frame in frames for i in range(p)]))
+    latents = clip.latents[:, window.latents].float()
+    known = choose(config.known, rng)
+    num_leading = draw_num_leading(known, length, least_known(kind, spec.sink), config.num_leading, rng)
+    real = clip.real[window.latents].unflatten(0, (-1, p)).all(1)
+    groups = torch.tensor(make_groups(mode, length, num_leading, spec.chunk_size))
+    groups = torch.where(real, groups, groups.max() + 1)  # padding is a group that no real frame attends to
+    sample = {
+        "latents": latents,
+        "levels": sample_levels(config, groups, num_leading, rng, generator),
+        "noise": torch.randn(latents.shape, generator=generator),
+        "groups": groups,
+        "generated": torch.arange(length) >= num_leading,
+        "real": real,
+        "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
+    }
+    if spec.conv_history and spec.sink and config.windows.get("sink"):
+        sample |= gap_context(clip, window, spec)
+    if config.wants_temporal_loss:
+        sample |= pairs_of(clip, window)
+    if clip.frames is not None and spec.keyframe_slots:
+        sample["keyframes"] = sample_keyframes(clip, window, spec, config, known, num_leading, latents, rng)
+    return sample
+
+
+def sample_levels(
+    config: SampleConfig, groups: Tensor, num_leading: int, rng: random.Random, generator: torch.Generator
+) -> Tensor:
+    """Noise levels `(n,)`; leading known frames are clean, or each is noised a little at a level of its own."""
+    kind, length = choose(config.levels, rng), len(groups)
+    if config.prediction == "flow":
+        levels = draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift)
+    else:
+        levels = draw_levels(kind, groups, generator, uniform=True)
+    history = torch.rand(length, generator=generator) * config.corrupted_level
+    if rng.random() >= config.corrupted:
+        history = torch.zeros(length)
+    return torch.where(torch.arange(length) >= num_leading, levels, history)
+
+
+def gap_context(clip: EncodedClip, window: Window, spec: DenoiserSpec) -> dict[str, Tensor]:
+    """The latents before a window's gap, `conv_context` `(c, k, h, w)`, and the token frame after it, `gap_index`.
+
+    A window without a gap has the start of its clip, and the window's length.
+    """
+    has_gap = window.kind == "sink"
+    first = window.frames[spec.sink] if has_gap else spec.conv_history
+    gap_index = spec.sink if has_gap else len(window.frames)
+    return {
+        "conv_context": clip.latents[:, first - spec.conv_history : first].float(),
+        "gap_index": torch.tensor(gap_index),
+    }
+
+
+def pairs_of(clip: EncodedClip, window: Window) -> dict[str, Tensor]:
+    """Whether neighbouring latents follow each other in the clip, `(t - 1,)`, and the motion between them."""
+    pairs = {"adjacent": window.latents.diff() == 1}
+    if clip.motion is not None:
+        pairs["motion"] = clip.motion[:, window.latents[:-1].clamp_max(clip.motion.shape[1] - 1)].float()
+    return pairs
+
+
+def sample_keyframes(
+    clip: EncodedClip,
+    window: Window,
+    spec: DenoiserSpec,
+    config: SampleConfig,
+    known: str,
+    num_leading: int,
+    latents: Tensor,
+    rng: random.Random,
+) -> Tensor:
+    """Keyframe slots `(s * (c + 1), t, h, w)`, filled where the sample has known keyframes."""
+    assert clip.frames is not None
+    images: dict[tuple[int, int], Tensor] = {}
+    if known in ("keyframes", "both"):
+        s, begin = spec.keyframe_slots, max(num_leading * spec.patch_frames, 1)
+        unknown = range(s * (begin - 1) + 1, s * (len(window.latents) - 1) + 1)
+        for frame in draw_keyframes(choose(config.keyframes, rng), unknown, s, rng):
+            latent, slot = 1 + (frame - 1) // s, (frame - 1) % s
+            images[latent, slot] = clip.frames[s * (int(window.latents[latent]) - 1) + slot][None].float()
+    return pack_keyframes(images, len(window.latents), spec.keyframe_slots, latents[None, :, 0])[0]
+
+
+def denoiser_temporal_loss(
+    config: SampleConfig,
+    codec: CausalVideoVAE | PerFrameVAE | None,
+    batch: Mapping[str, Tensor],
+    clean: Tensor,
+    signal: Tensor,
+) -> Tensor:
+    """The temporal loss `(b,)` of an estimate of the clean clip, in which known frames are replaced by the true ones.
+
+    Args:
+        config: The weights, and whether to compare latents or pixels.
+        codec: Decodes for a loss between pixels.
+        batch: See `make_batch`.
+        clean: The estimate `(b, c, t, h, w)`.
+        signal: How far each frame's estimate can be trusted, `(b, t)`; see `Objective.estimate`.
+    """
+    real = batch["latents"]
+    k = real.shape[2] // batch["generated"].shape[1]
+    generated, real_frames = (batch[name].repeat_interleave(k, dim=1) for name in ("generated", "real"))
+    counted = generated & real_frames
+    clean = torch.where(generated[:, None, :, None, None], clean, real)
+    signal = torch.where(generated, signal, 1.0)
+    motion = None
+    if config.temporal_space == "pixel":
+        assert codec is not None  # latents come from one
+        clean = codec.decode(codec.denormalize(clean), clamp=False).sample
+        with torch.no_grad():
+            real = codec.decode(codec.denormalize(real), clamp=False).sample
+            motion = measure_motion(real, config.flow) if config.warping_weight else None
+        s = codec.temporal_compression_ratio
+        signal, counted, real_frames = (
+            torch.cat([x[:, :1], x[:, 1:].repeat_interleave(s, 1)], 1) for x in (signal, counted, real_frames)
+        )
+        adjacent: Tensor | float = 1.0
+    else:
+        adjacent = batch["adjacent"]
+        if config.warping_weight:
+            motion = Motion(batch["motion"][:, :2], batch["motion"][:, 2:])
+    real_pairs = real_frames[:, 1:] & real_frames[:, :-1]
+    either = counted[:, 1:] | counted[:, :-1]
+    weight = torch.minimum(signal[:, 1:], signal[:, :-1]) * (either & real_pairs) * adjacent
+    return temporal_loss(config, clean, real, motion, weight)
