@@ -184,7 +184,7 @@ def test_damaged_files_are_left_out_and_named(folder):
     drawn = [clips.sample(number).source.path.name for number in range(6)]
     assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["a.mp4", "b.gif", "c.mp4"]
     (folder / "a.mp4").unlink()  # while it is being used
-    assert clips[0] is None and "no file" in clips.refused[clips.clips[0][0]]
+    assert clips[0] is None and "no such file" in clips.refused[clips.clips[0][0]]
     assert {clips.sample(number).source.path.name for number in range(3)} == {"b.gif", "c.mp4"}
     (folder / "short").mkdir()
     write_clip(folder / "short/d.mp4", num_frames=3)

@@ -1,9 +1,12 @@
 import gzip
 import struct
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 from vgen.data.clips import Sampling, stack_clips
 from vgen.data.shapes import ShapesWorld, render
@@ -147,6 +150,27 @@ def test_digits_bounce(digits):
 def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         open_suite(SuiteConfig(**WORLD | settings))
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The first base class of a configuration, as that of an evaluation has."""
+
+    output_dir: Path = Path()
+
+
+@dataclass(kw_only=True)
+class ConfigWithTwoBases(ModelConfig, SuiteConfig):
+    """The settings of a suite come from the second base class."""
+
+
+def test_command_lines_check_the_suite_of_configs_that_inherit_it():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ConfigWithTwoBases)
+    assert "Unvalidated" not in parser.format_help()
+    assert parser.parse_args(["--suite", "folder"]).suite == "folder"
+    with pytest.raises(ArgumentError, match="suite"):
+        parser.parse_args(["--suite", "shape"])
 
 
 def test_data_of_another_suite_raises(digits):

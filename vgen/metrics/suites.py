@@ -3,8 +3,6 @@
 Clips are `(b, 3, f, h, w)` in [-1, 1].
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +41,7 @@ class Samples(NamedTuple):
     """One caption per clip; `None` for a clip without one."""
 
 
+# Annotations are evaluated here, because jsonargparse looks names up only in modules of first base classes.
 @dataclass(kw_only=True)
 class SuiteConfig:
     """The clips that a model is evaluated on, and the frames of them that it is given."""
