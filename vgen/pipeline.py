@@ -282,7 +282,10 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_frames = self.config.num_frames if num_frames is None else num_frames
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = self._guidance(guidance_scale, guider)
+        self._check_guidance(guidance_scale, guider)
+        guidance = Guidance(
+            scale=self.config.guidance_scale if guidance_scale is None else guidance_scale, guider=guider
+        )
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt,
@@ -399,19 +402,11 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         config = self.denoiser.config
         check_tasks(config, self.grid, {"leading"})
         options = (options or RolloutOptions()).updated(**overrides).resolve(self.config, config, prompted=prompted)
-        interval, guidance = options.keyframe_interval or 1, self._guidance(overrides.get("guidance_scale"), guider)
-        if guider is None:
-            guidance = Guidance(scale=options.guidance_scale or 0.0)
-        guidance = replace(guidance, history_scale=options.history_guidance_scale or 1.0)
+        self._check_guidance(overrides.get("guidance_scale"), guider)
+        guidance, interval = Guidance.of(options, guider), options.keyframe_interval or 1
         single = is_single(prompt) and (prompt_embeds is None or len(prompt_embeds) == 1)
         count = 1 if single else len(prompt if prompt_embeds is None else prompt_embeds)  # type: ignore[arg-type]
-        clips: Iterable[Tensor] = []
-        if video is not None and isinstance(video, Iterator) and single and interval == 1:
-            clips, (height, width) = _peek(stream_clips(video), height, width)
-        elif video is not None:
-            whole = to_clips(list(video) if isinstance(video, Iterator) else video, count, batched=not single)
-            clips, (height, width) = _peek(iter([whole]), height, width)
-        size = (self.config.height if height is None else height, self.config.width if width is None else width)
+        clips, size = self._clips_to_continue(video, single, count, interval > 1, height, width)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         for texts in schedule.prompts.values():
             self.check_inputs(
@@ -423,9 +418,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
                 options.num_inference_steps or 0,
                 prompt_embeds,
                 negative_prompt_embeds,
-                (0,),
-                "np",
-                tensor_inputs,
+                callback_on_step_end_tensor_inputs=tensor_inputs,
+                groups=(0,),
                 max_sequence_length=max_sequence_length,
                 attention_kwargs=attention_kwargs,
             )
@@ -470,8 +464,31 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             rollout = Rollout(sampler, state, hooks, output_type)
             rollout.take(clips)
             return rollout
-        clip = next(iter(clips), None)
-        return begin_coarse_to_fine(sampler, state, hooks, output_type, clip)
+        return begin_coarse_to_fine(sampler, state, hooks, output_type, next(iter(clips), None))
+
+    def _clips_to_continue(
+        self, video: Any, single: bool, count: int, whole: bool, height: int | None, width: int | None
+    ) -> tuple[Iterable[Tensor], tuple[int, int]]:
+        """Given frames of `count` videos as clips `(b, 3, f, h, w)`, as one if `whole`, and the size of the frames.
+
+        Raises:
+            ValueError: They are not videos, there is another number of them, or another size was asked for.
+        """
+        if video is None:
+            return [], (
+                self.config.height if height is None else height,
+                self.config.width if width is None else width,
+            )
+        if isinstance(video, Iterator):
+            video = video if single and not whole else list(video)
+        clips = stream_clips(video) if isinstance(video, Iterator) else iter([to_clips(video, count, not single)])
+        first = next(clips)
+        size = (first.shape[-2], first.shape[-1])
+        if (height or size[0], width or size[1]) != size:
+            raise ValueError(
+                f"the video must have the size {height or size[0]}x{width or size[1]}, got {size_text(first)}"
+            )
+        return itertools.chain([first], clips), size
 
     def _hooks(
         self, state: RolloutState, sampler: Sampler, callback: Callback | None, tensor_inputs: Sequence[str]
@@ -605,9 +622,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         """
         base = options or InterpolationOptions()
         options = base.updated(factor=factor, **overrides).resolve(self.config, prompted=has_prompt(prompt))
-        guidance = self._guidance(overrides.get("guidance_scale"), guider)
-        if guider is None:
-            guidance = Guidance(scale=options.guidance_scale or 0.0)
+        self._check_guidance(overrides.get("guidance_scale"), guider)
+        guidance = Guidance.of(options, guider)
         sampler = self.sampler(guidance)
         check_factor(options.factor, self.grid, max_latents(sampler))
         check_tasks(self.denoiser.config, self.grid, {"leading", "keyframes"})
@@ -894,8 +910,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         for sampler in list(self._samplers) if running is None else [running]:
             sampler.interrupt = value
 
-    def _guidance(self, scale: float | None, guider: BaseGuidance | None) -> Guidance:
-        """The guidance of a call.
+    def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
+        """Checks that guidance is asked for in one way.
 
         Raises:
             ValueError: Both kinds are asked for, or a guider with FasterCache.
@@ -904,7 +920,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError("pass guidance_scale or guider, not both: the guider has a weight of its own")
         if guider is not None and isinstance(self.denoiser._cache_config, FasterCacheConfig):
             raise ValueError("FasterCache needs guidance in one batch: call disable_cache(), or pass no guider")
-        return Guidance(scale=self.config.guidance_scale if scale is None else scale, guider=guider)
 
     def _encode_given(self, given: dict[int, Tensor], num_frames: int, num_videos_per_prompt: int) -> KnownFrames:
         """What the denoiser gets of known frames.
@@ -948,12 +963,7 @@ def load_rollout(
     is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
     device = pipe._execution_device
     state = RolloutState.load(folder / "coarse" if is_coarse else folder, device, pipe.fingerprint())
-    options = state.options
-    sampler = pipe.sampler(
-        Guidance(
-            scale=options.guidance_scale or 0.0, guider=guider, history_scale=options.history_guidance_scale or 1.0
-        )
-    )
+    sampler = pipe.sampler(Guidance.of(state.options, guider))
     tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
     rollout = Rollout(sampler, state, pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs), output_type)
     if not is_coarse:
@@ -971,19 +981,6 @@ def load_rollout(
 def _one_per_video(prompt: Any, video: Any) -> Any:
     """The prompt; for several videos without one, `None` for each."""
     return [None] * len(video) if prompt is None and is_batch(video) else prompt
-
-
-def _peek(clips: Iterator[Tensor], height: int | None, width: int | None) -> tuple[Iterable[Tensor], tuple[int, int]]:
-    """Clips, and their height and width.
-
-    Raises:
-        ValueError: Another height or width was asked for.
-    """
-    first = next(clips)
-    size = (height or first.shape[-2], width or first.shape[-1])
-    if size != first.shape[-2:]:
-        raise ValueError(f"the video must have the size {size[0]}x{size[1]}, got {size_text(first)}")
-    return itertools.chain([first], clips), (size[0], size[1])
 
 
 def _count(prompt: Any, prompt_embeds: Tensor | None) -> int:

@@ -13,6 +13,8 @@ import torch
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
+from vgen.sampling.options import SamplingOptions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
@@ -24,6 +26,13 @@ class Guidance:
     """One of diffusers' guiders instead of classifier-free guidance with `scale`."""
     history_scale: float = 1.0
     """Weight of history guidance; off at 1."""
+
+    @classmethod
+    def of(cls, options: SamplingOptions, guider: BaseGuidance | None = None) -> Guidance:
+        """The guidance of resolved options."""
+        assert options.guidance_scale is not None
+        history_scale = getattr(options, "history_guidance_scale", 1.0)
+        return cls(scale=options.guidance_scale, guider=guider, history_scale=history_scale)
 
     @property
     def needs_negative(self) -> bool:
