@@ -1,25 +1,39 @@
 """The examples, run as they stand at tiny size."""
 
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.warm import warm_python
-from vgen.data.video_io import write_video
+from vgen import VideoGenPipeline
+from vgen.data.video_io import read_video, write_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what they are given and write; one that is not named here takes nothing
 FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1"]
 ARGUMENTS = {
+    "interactive": ["--num_chunks=10", "--num_inference_steps=1"],
+    "own_loop": ["--num_chunks=3", "--num_inference_steps=1"],
     "streamed_decoding": ["clip.mp4", "out.mp4"],
     "strip": ["strip.png"],
     "train_your_own": ["clip.mp4", "own", "--caption=noise", *FEW],
 }
-WRITTEN = {"streamed_decoding": "out.mp4", "strip": "strip.png", "train_your_own": "own/strip.png"}
-SAID = {"train_your_own": ["before: ", "after: ", "the VAE alone: ", "the last frame repeated: "]}
+WRITTEN = {
+    "interactive": "live.mp4",
+    "own_loop": "loop.mp4",
+    "streamed_decoding": "out.mp4",
+    "strip": "strip.png",
+    "train_your_own": "own/strip.png",
+}
+SAID = {
+    "interactive": ["a fork at frame "],
+    "train_your_own": ["before: ", "after: ", "the VAE alone: ", "the last frame repeated: "],
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
@@ -33,3 +47,13 @@ def test_an_example_runs(tmp_path, name):
     assert all(words in done.stdout for words in SAID.get(name, [])), done.stdout
     if name in WRITTEN:
         assert (tmp_path / WRITTEN[name]).is_file()
+
+
+def test_a_loop_of_ones_own_gives_what_the_rollout_gives(tmp_path):
+    runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]("a red circle bounces", 6, 2, str(tmp_path / "loop"))
+    frames, _ = read_video(tmp_path / "loop")  # a folder of frames, without loss
+    pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
+    settings = {"num_frames": 21, "chunk_size": 1, "num_inference_steps": 2}
+    rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), **settings)
+    expected = np.concatenate(list(rollout))
+    assert frames.shape == expected.shape and abs(frames.astype(int) - expected).max() <= 1
