@@ -132,7 +132,7 @@ def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
         open_clips(str(tmp_path / "nowhere"), SAMPLING, 16, 16)
     stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
     with monkeypatch.context() as patch:
-        patch.setattr("vgen.data.sources.place_among_processes", lambda: (1, 2))
+        patch.setattr("vgen.data.sources.rank_and_world_size", lambda: (1, 2))
         with pytest.raises(ValueError, match="no clip to process 1 of 2, which share its videos out: it is empty"):
             VideoStream(lambda epoch: iter(list_videos(folder)[:1]), SAMPLING, 16, 16).sample(0)
     with pytest.raises(ValueError, match="the stream gave no clip: it is empty"):
@@ -179,7 +179,7 @@ def test_processes_draw_from_videos_of_their_own(folder, monkeypatch):
     listed = list_videos(folder)
     found = []
     for rank in range(2):
-        monkeypatch.setattr("vgen.data.sources.place_among_processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("vgen.data.sources.rank_and_world_size", lambda rank=rank: (rank, 2))
         stream = VideoStream(lambda epoch: iter(listed), SAMPLING, 16, 16)
         found.append({stream.sample(number).source.path for number in range(6)})
     assert found[0] | found[1] == {one.path for one in listed} and not found[0] & found[1]

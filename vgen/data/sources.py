@@ -15,7 +15,7 @@ from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, tell_left_out
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
-from vgen.processes import place_among_processes
+from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"
 SHUFFLE_BUFFER = 32
@@ -64,7 +64,7 @@ class VideoStream:
     def _epochs(self) -> Iterator[Clip]:
         for epoch in itertools.count():
             rng, empty = random.Random(self.seed * 1_000_003 + epoch), True
-            rank, count = place_among_processes()  # each draws from videos of its own
+            rank, count = rank_and_world_size()  # each draws from videos of its own
             for listed in _shuffled(itertools.islice(self.videos(epoch), rank, None, count), rng):
                 for clip in self.clips(listed, epoch):
                     empty = False
