@@ -30,9 +30,9 @@ def film(jump=None, f=23):
 @pytest.mark.parametrize("jump", [9, 14])
 def test_an_event_is_marked_at_its_frame(jump):
     pipe = Repeats()
-    found = find_anomalies(pipe, film(jump), ahead=1)
-    assert found.jumps == [jump] and np.isnan(found.scores[:5]).all() and np.isfinite(found.scores[5:]).all()
-    assert found.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
+    result = find_anomalies(pipe, film(jump), ahead=1)
+    assert result.jumps == [jump] and np.isnan(result.scores[:5]).all() and np.isfinite(result.scores[5:]).all()
+    assert result.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
     assert np.array_equal(pipe.given[2], film(jump)[2:7])  # true frames, not predicted ones
 
 
@@ -46,16 +46,16 @@ def test_the_packaged_checkpoint_marks_a_change_of_the_object():
     video = np.concatenate([first[:11], second[11:]])
     pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
     pipe.set_progress_bar_config(disable=True)
-    found = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
-    assert found.jumps[0] == 11 and found.scores[11] > 100 * np.nanmedian(found.scores[:11])
+    result = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
+    assert result.jumps[0] == 11 and result.scores[11] > 100 * np.nanmedian(result.scores[:11])
     assert find_anomalies(pipe, first, ahead=2, num_inference_steps=4).jumps == []
 
 
 def test_without_an_event_no_frame_is_marked():
     assert find_anomalies(Repeats(), film(), ahead=4).jumps == []
     still = np.full((12, 8, 8, 3), 7, np.uint8)
-    found = find_anomalies(Repeats(), still)
-    assert found.jumps == [] and found.scores[5:].max() == 0
+    result = find_anomalies(Repeats(), still)
+    assert result.jumps == [] and result.scores[5:].max() == 0
 
 
 @pytest.mark.parametrize(

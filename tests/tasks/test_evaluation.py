@@ -100,17 +100,17 @@ def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
     torch.manual_seed(0)
     options = settings(model, videos, tmp_path, tasks=["rollout"], rollout_frames=25, num_clips=2)
     results = evaluate(EvaluationConfig(**options))
-    found = results["tasks"]["rollout"]["the model"]
-    assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(found)
-    assert all(np.isfinite(values).all() for values in found.values())
+    scores = results["tasks"]["rollout"]["the model"]
+    assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(scores)
+    assert all(np.isfinite(values).all() for values in scores.values())
     shapes = {"suite": "shapes", "data": None, "output_dir": tmp_path / "shapes"}
     results = evaluate(EvaluationConfig(**options | shapes))
     assert list(results["tasks"]["rollout"]) == ["the model", "true clips"]  # ShapesWorld renders videos of any length
-    assert results["tasks"]["rollout"]["true clips"].keys() == found.keys()
+    assert results["tasks"]["rollout"]["true clips"].keys() == scores.keys()
 
 
 def test_seams_are_where_the_chunks_of_rollouts_meet(videos, tmp_path):
-    found = {}
+    ratios = {}
     for size in (1, 2):
         pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=4, sink=1, chunk_size=2)
         pipe.register_to_config(rollout_defaults={"chunk_size": size})
@@ -121,8 +121,8 @@ def test_seams_are_where_the_chunks_of_rollouts_meet(videos, tmp_path):
         with pytest.raises(ValueError, match=f"rollout_frames must be an integer of at least {4 * size + 2}"):
             evaluate(EvaluationConfig(**options, rollout_frames=4 * size + 1))
         results = evaluate(EvaluationConfig(**options, rollout_frames=17))
-        found[size] = results["tasks"]["rollout"]["the model"]["seam ratio"]
-    assert np.isfinite(found[1]).all() and not np.allclose(found[1], found[2], rtol=1e-3)
+        ratios[size] = results["tasks"]["rollout"]["the model"]["seam ratio"]
+    assert np.isfinite(ratios[1]).all() and not np.allclose(ratios[1], ratios[2], rtol=1e-3)
 
 
 def test_distances_between_distributions_carry_their_protocol(model, videos, tmp_path):
@@ -140,11 +140,11 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     ).save_pretrained(tmp_path / "features")
     options = settings(model, videos, tmp_path / "out", tasks=["prediction"], features=str(tmp_path / "features"))
     results = evaluate(EvaluationConfig(**options))
-    found = results["distances"]["prediction"]
-    assert set(found) == set(results["tasks"]["prediction"]) - {"true clips"}
-    one = found["copy of the last frame"]["FVD"]
-    assert np.isfinite(one["value"]) and one["low"] < one["value"] < one["high"]
-    assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
+    measured = results["distances"]["prediction"]
+    assert set(measured) == set(results["tasks"]["prediction"]) - {"true clips"}
+    distance = measured["copy of the last frame"]["FVD"]
+    assert np.isfinite(distance["value"]) and distance["low"] < distance["value"] < distance["high"]
+    assert distance["protocol"]["num_frames"] == 4 and distance["protocol"]["known_frames_counted"] is False
     with pytest.raises(ValueError, match="num_frames must be at least 10, because .* needs 4 frames"):
         evaluate(EvaluationConfig(**options | {"given": 6, "output_dir": tmp_path / "other"}))
     path = tmp_path / "out" / "results.json"
@@ -154,7 +154,7 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
         "evaluate", model, "-o", tmp_path / "again", "--suite", "folder", "--data", videos, "--steps", 1,
         "--task", "prediction", "--features", tmp_path / "features",
     )  # fmt: skip
-    assert f"copy of the last frame: FVD {one['value']:.3f} [{one['low']:.3f}" in done.output
+    assert f"copy of the last frame: FVD {distance['value']:.3f} [{distance['low']:.3f}" in done.output
     assert "known_frames_counted False, resize bilinear" in done.output
 
 

@@ -35,12 +35,12 @@ class Maker:
     """Writes the prompt into the file; fails for some names."""
 
     def __init__(self, bad=()):
-        self.bad, self.made = bad, []
+        self.bad, self.written = bad, []
 
     def __call__(self, job, path):
         if job.name in self.bad:
             raise ValueError("two\nlines")
-        self.made.append(job.name)
+        self.written.append(job.name)
         path.write_text(job.inputs["prompt"])
         return {"num_frames": 1}
 
@@ -51,7 +51,7 @@ def run(folder, maker, jobs=JOBS, **settings):
 
 def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys):
     first, again = Maker(bad=["2.txt"]), Maker()
-    assert run(tmp_path, first) == 1 and first.made == ["0.txt", "1.txt", "3.txt"]
+    assert run(tmp_path, first) == 1 and first.written == ["0.txt", "1.txt", "3.txt"]
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["0.txt", "1.txt", "2.txt", "3.txt"]
     assert lines[2]["status"] == "failed" and lines[2]["error"] == "two lines"
@@ -59,7 +59,7 @@ def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys)
         "name": "0.txt", "status": "done", "prompt": "number 0", "seed": 0, "num_frames": 1, "seconds": 0, "time": 0
     }  # fmt: skip
     assert "3 of 4 done, 1 failed" in capsys.readouterr().out
-    assert run(tmp_path, again) == 0 and again.made == ["2.txt"]
+    assert run(tmp_path, again) == 0 and again.written == ["2.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json"
     ]  # fmt: skip
@@ -70,9 +70,9 @@ def test_jobs_with_changed_inputs_or_missing_files_run_again(tmp_path):
     changed = [Job("0.txt", {"prompt": "another", "seed": 0}), *JOBS[1:]]
     (tmp_path / "3.txt").unlink()
     maker = Maker()
-    assert run(tmp_path, maker, changed) == 0 and maker.made == ["0.txt", "3.txt"]
+    assert run(tmp_path, maker, changed) == 0 and maker.written == ["0.txt", "3.txt"]
     back = Maker()
-    assert run(tmp_path, back) == 0 and back.made == ["0.txt"]  # its first line is older than its file
+    assert run(tmp_path, back) == 0 and back.written == ["0.txt"]  # its first line is older than its file
     assert (tmp_path / "0.txt").read_text() == "number 0"
 
 
@@ -86,7 +86,7 @@ def test_a_truncated_manifest_and_leftovers_of_a_killed_writer_do_no_harm(tmp_pa
     (tmp_path / ".1-abcd_123" / "1.txt").write_text("half")
     (tmp_path / ".11-keep").mkdir()
     maker = Maker()
-    assert run(tmp_path, maker) == 0 and maker.made == ["1.txt", "2.txt"]
+    assert run(tmp_path, maker) == 0 and maker.written == ["1.txt", "2.txt"]
     assert set(read_manifest(tmp_path)) == {"0.txt", "1.txt", "2.txt", "3.txt"}
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json", ".11-keep"}
@@ -298,5 +298,5 @@ def test_a_damaged_video_is_recorded_and_does_not_stop_the_rest(model, tmp_path)
         lines = read_manifest(folder)
         assert lines["bad"]["status"] == "failed" and "bad.mp4" in lines["bad"]["error"]
         assert lines["good"]["num_frames"] == count and "24x24" in lines["good"]["fit"]
-        made, rate = read_video(folder / "good")
-        assert made.shape == (count, 24, 24, 3) and rate == pytest.approx(4)
+        frames, rate = read_video(folder / "good")
+        assert frames.shape == (count, 24, 24, 3) and rate == pytest.approx(4)
