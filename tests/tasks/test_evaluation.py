@@ -19,6 +19,7 @@ from vgen.data.video_io import write_video
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
+from vgen.tasks.jobs import parse_job
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,16 @@ def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
 def test_invalid_settings_are_an_error_that_names_them(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluationConfig(output_dir=tmp_path, **options))
+
+
+@pytest.mark.parametrize("words", [["--tasks", "[predict]"], ["--suite", "shape"], ["--dtype", "float64"]])
+def test_the_command_line_of_the_script_checks_choices(words, capsys):
+    valid = ["--output_dir", "out", "--tasks", "[prediction, rollout]", "--dtype", "float16"]
+    config = parse_job(EvaluationConfig, "", valid)
+    assert config.tasks == ["prediction", "rollout"] and config.dtype == "float16" and config.output_dir == Path("out")
+    with pytest.raises(SystemExit):
+        parse_job(EvaluationConfig, "", [*valid, *words])
+    assert words[0][2:] in capsys.readouterr().err
 
 
 def test_unsupported_tasks_are_an_error_unless_they_are_defaults(videos, tmp_path):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -99,6 +99,8 @@ def parse_job(config_class: type[ConfigT], description: str, args: list[str] | N
         args: Arguments such as `--config settings.yaml --name value`; `None` uses `sys.argv`.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # inherited fields are annotated with names that only their own module can resolve
+    config_class.__init__.__annotations__.update(get_type_hints(config_class))
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(config_class)
