@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vgen.hub import find_checkpoint
 from vgen.metrics.report import summarize
-from vgen.tasks.evaluation import OURS
+from vgen.tasks.evaluation import MODEL
 
 PIXELS = 64 * 64
 TRIAL, WARM = 60, 20
@@ -119,7 +119,7 @@ def results(folder: Path) -> list[list[str]]:
                 digits = 1 if factor > 1 else 2 if metric == "psnr" else 3
                 half = None if summary is None else factor * (summary.high - summary.low) / 2
                 cells.append("" if summary is None else f"{factor * summary.mean:.{digits}f} ± {half:.{digits}f}")
-            rows.setdefault(way.replace(OURS, title), cells)
+            rows.setdefault(way.replace(MODEL, title), cells)
     ours = [way for way in rows if way.startswith(tuple(DENOISERS.values()))]
     others = [way for way in rows if way not in ours]
     header = ["", "MSE", "MAE", "SSIM", "PSNR, dB", "sharpness"]

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on a suite, shared out over processes; the same command goes on where it stopped.
+"""Evaluates a checkpoint on a suite of clips, in several processes. The same command resumes an interrupted run.
 
 accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --output_dir runs/evaluation
 """
@@ -10,7 +10,7 @@ from vgen.tasks.evaluation import EvaluationConfig, evaluate
 
 
 def main(config: EvaluationConfig) -> int:
-    """Writes `results.json` and `report.html`; returns how many clips could not be measured."""
+    """Writes `results.json` and `report.html`; returns the number of clips that failed."""
     results = evaluate(config)
     return results["missing"] if results else 0
 

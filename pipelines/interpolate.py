@@ -1,4 +1,4 @@
-"""The frames between those of a folder of videos; the same command goes on where it stopped.
+"""Interpolates each video of a folder. The same command resumes an interrupted run.
 
 accelerate launch pipelines/interpolate.py --videos clips --factor 4 --output_dir runs/slow
 """
@@ -16,16 +16,16 @@ from vgen.tasks.video_files import interpolate_file
 
 @dataclass(kw_only=True)
 class InterpolateConfig(InterpolationOptions, JobConfig):
-    """What to interpolate."""
+    """Settings of interpolation."""
 
     videos: Path
-    """Folder of videos: files, or folders of frames."""
+    """Folder of video files or folders of frames."""
     prompt: str | None = None
-    """What happens in all of them; may be left out."""
+    """Prompt for all videos; unconditional if not set."""
 
 
 def main(config: InterpolateConfig) -> int:
-    """Makes the missing videos; returns how many failed."""
+    """Generates the videos that are not done yet; returns the number of failures."""
     jobs = video_jobs(config.videos, config)
     pipe = load_pipeline(config)
 

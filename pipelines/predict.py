@@ -1,4 +1,4 @@
-"""Continuations of a folder of videos; the same command goes on where it stopped.
+"""Continues each video of a folder. The same command resumes an interrupted run.
 
 accelerate launch pipelines/predict.py --videos clips --num_frames 16 --output_dir runs/futures
 """
@@ -16,20 +16,20 @@ from vgen.tasks.video_files import predict_file
 
 @dataclass(kw_only=True)
 class PredictConfig(RolloutOptions, JobConfig):
-    """What to continue."""
+    """Settings of prediction."""
 
     videos: Path
-    """Folder of videos: files, or folders of frames."""
+    """Folder of video files or folders of frames."""
     num_frames: int = 16
-    """New frames."""
+    """Number of new frames."""
     prompt: str | None = None
-    """What happens in all of them; may be left out."""
+    """Prompt for all videos; unconditional if not set."""
     with_input: bool = False
-    """Whether the given frames are written too."""
+    """Whether to write the input frames before the new ones."""
 
 
 def main(config: PredictConfig) -> int:
-    """Makes the missing videos; returns how many failed."""
+    """Generates the videos that are not done yet; returns the number of failures."""
     jobs = video_jobs(config.videos, config)
     pipe = load_pipeline(config)
 

@@ -1,4 +1,4 @@
-"""Long videos of a file of prompts; the same command goes on where it stopped, in the middle of a video too.
+"""Generates a long video for each prompt of a file. The same command resumes, even in the middle of a video.
 
 accelerate launch pipelines/rollout.py --prompts prompts.txt --num_frames 1000 --output_dir runs/long
 """
@@ -18,21 +18,23 @@ from vgen.tasks.video_files import rollout_in_segments
 
 @dataclass(kw_only=True)
 class RolloutConfig(RolloutOptions, JobConfig):
-    """What to roll out."""
+    """Settings of rollouts."""
 
     prompts: Path
-    """A text file with one prompt a line, or a `.jsonl` file of objects with `prompt` (it may be a schedule such as
-    `{"0": "...", "64": "..."}`), `name` and `seed`."""
+    """A text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and `seed`. A prompt
+    may be a schedule such as `{"0": "...", "64": "..."}`."""
     num_frames: int = 256
-    """Frames of each video."""
+    """Number of frames per video."""
     segment_frames: int = 256
-    """Frames after which a video is safe from being stopped."""
+    """Minimum number of frames between saved states, from which an interrupted video resumes."""
 
 
 def main(config: RolloutConfig) -> int:
-    """Makes the missing videos; returns how many failed."""
+    """Generates the videos that are not done yet; returns the number of failures."""
     if config.suffix != ".mp4":
-        raise ValueError(f"suffix={config.suffix!r}: long videos are made in segments, which join in .mp4 files only")
+        raise ValueError(
+            f"suffix must be '.mp4', because other formats cannot be joined from segments, got {config.suffix!r}"
+        )
     jobs = prompt_jobs(config.prompts, config, schedules=True)
     pipe = load_pipeline(config)
 
@@ -41,7 +43,7 @@ def main(config: RolloutConfig) -> int:
         schedule = prompt if isinstance(prompt, str) else {int(frame): text for frame, text in prompt.items()}
         work = config.output_dir / f".{path.stem}.{job.digest}"
         for other in config.output_dir.glob(f".{glob.escape(path.stem)}.????????????"):
-            if other != work:  # of another prompt
+            if other != work:  # segments of another prompt
                 shutil.rmtree(other)
         return rollout_in_segments(
             pipe,

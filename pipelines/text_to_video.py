@@ -1,4 +1,4 @@
-"""Videos of a file of prompts; the same command goes on where it stopped.
+"""Generates a video for each prompt of a file. The same command resumes an interrupted run.
 
 accelerate launch pipelines/text_to_video.py --prompts prompts.txt --output_dir runs/videos
 """
@@ -11,28 +11,29 @@ from typing import Any
 from vgen.io.settings import parse_settings
 from vgen.tasks.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
 from vgen.tasks.video_files import generate_file
+from vgen.temporal.attention import GroupMode
 
 
 @dataclass(kw_only=True)
 class TextToVideoConfig(JobConfig):
-    """What to generate."""
+    """Settings of text to video."""
 
     prompts: Path
-    """A text file with one prompt a line, or a `.jsonl` file of objects with `prompt`, `name` and `seed`."""
+    """A text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and `seed`."""
     negative_prompt: str | None = None
-    """What to steer away from."""
+    """Prompt to steer away from."""
     num_frames: int | None = None
-    """All frames."""
+    """Number of frames; the checkpoint's default if not set."""
     height: int | None = None
-    """Pixels."""
+    """Height in pixels; the checkpoint's default if not set."""
     width: int | None = None
-    """Pixels."""
-    groups: str = "full"
-    """Which frames see which: full, causal or chunk."""
+    """Width in pixels; the checkpoint's default if not set."""
+    groups: GroupMode = "full"
+    """Attention mask over frames: all frames, causal, or causal between chunks."""
 
 
 def main(config: TextToVideoConfig) -> int:
-    """Makes the missing videos; returns how many failed."""
+    """Generates the videos that are not done yet; returns the number of failures."""
     jobs = prompt_jobs(config.prompts, config)
     pipe = load_pipeline(config)
 

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The `vgen` command, as a user runs it."""
 
 import json
 import subprocess
@@ -79,7 +79,7 @@ def test_predict_continues_a_video_at_its_size_and_rate(able, tmp_path, clip):
     assert np.array_equal(everything[:6], clip[:, :, 8:32]) and np.array_equal(everything[6:], frames)
 
 
-def test_interpolate_keeps_the_rate_unless_told(able, tmp_path, clip):
+def test_interpolate_keeps_the_frame_rate_without_fps(able, tmp_path, clip):
     for name, fps, arguments in (("slow", 4, []), ("smooth", 12, ["--fps", 12])):
         done = run("interpolate", tmp_path / "clip", "-o", tmp_path / name, "--factor", 3, "--model", able, *arguments)
         assert done.exit_code == 0, done.output
@@ -116,19 +116,19 @@ def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):
     assert np.array_equal(plain[:6], clip[:, :, 8:32])
 
 
-def test_rollout_is_told_how_much_to_remember(able, tmp_path):
+def test_rollout_options_set_the_context(able, tmp_path):
     options = {"chunk_size": 1, "window": 3, "sink": 0}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = run("rollout", PROMPT, "--num-frames", 25, "--model", able, "--steps", 1, *words, "-o", tmp_path / "v")
     assert done.exit_code == 0, done.output
     pipe = VideoGenPipeline.from_pretrained(able)
     settings = {"num_frames": 25, "num_inference_steps": 1}
-    told, untold = (
+    with_options, without = (
         np.concatenate(list(pipe.rollout(PROMPT, generator=torch.Generator().manual_seed(0), **settings, **some)))
         for some in (options, {})
     )
     written, _ = read_video(tmp_path / "v")
-    assert np.array_equal(written, told) and not np.array_equal(told, untold)
+    assert np.array_equal(written, with_options) and not np.array_equal(with_options, without)
 
 
 def test_animate_begins_with_the_image(able, tmp_path, clip):
@@ -149,18 +149,18 @@ def test_animate_begins_with_the_image(able, tmp_path, clip):
         (["interpolate", "clip", "--model", "poor"], "trained for keyframes and leading"),
         (["rollout", PROMPT, "--at", "soon"], "FRAME=PROMPT"),
         (["rollout", PROMPT, "--with-input"], "--with-input needs --video"),
-        (["animate", "text.png", PROMPT], "no image"),
+        (["animate", "text.png", PROMPT], "not an image"),
         (["animate", "nothing.png", PROMPT], "nothing.png"),
     ],
 )
 def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("not pixels")
     arguments = [model if word == "poor" else word for word in arguments]
     chosen = [] if "--model" in arguments else ["--model", able]
     done = run(*arguments, "-o", "out.mp4", *chosen)
-    told = [line for line in done.stderr.splitlines() if "for the model" not in line]
-    assert done.exit_code == 2 and len(told) == 1 and message in told[0]
+    errors = [line for line in done.stderr.splitlines() if "for the model" not in line]
+    assert done.exit_code == 2 and len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -171,7 +171,7 @@ def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, 
         (["--model", "vgen/nothing"], "no model"),
         (["--steps", 0], "num_inference_steps"),
         (["--fps", 0], "frame"),
-        (["--device", "nonsense"], "--device nonsense"),
+        (["--device", "nonsense"], "--device nonsense is not available"),
         (["--output", "video.xyz"], ".xyz"),
         (["--output", "no/such/folder/video.mp4"], "does not exist"),
         (["--output", "taken.mp4"], "exists already"),
@@ -194,7 +194,7 @@ def test_overwrite_replaces(model, tmp_path):
     assert done.exit_code == 0 and len(read_video(tmp_path / "taken.mp4")[0]) == 9
 
 
-def test_anomaly_plots_and_tells_every_score(able, tmp_path, clip):
+def test_anomaly_plots_and_prints_every_score(able, tmp_path, clip):
     done = run("anomaly", tmp_path / "clip", "-o", tmp_path / "plot.png", "--model", able, "--steps", 1, "--json")
     assert done.exit_code == 0, done.output
     scores = json.loads(done.stdout)["scores"]
@@ -203,7 +203,7 @@ def test_anomaly_plots_and_tells_every_score(able, tmp_path, clip):
         assert plot.width > 300
 
 
-def test_info_tells_defaults_abilities_and_sizes(model):
+def test_info_shows_defaults_capabilities_and_sizes(model):
     done = run("info", model)
     assert done.exit_code == 0
     for word in ("num_frames 9", "full, causal, chunk", "CausalVideoVAE", "M parameters"):
@@ -211,7 +211,7 @@ def test_info_tells_defaults_abilities_and_sizes(model):
     assert "of rollouts" not in done.output
 
 
-def test_info_tells_defaults_of_rollouts(tmp_path):
+def test_info_shows_rollout_defaults(tmp_path):
     pipe = make_pipeline()
     pipe.register_to_config(rollout_defaults={"history_noise": 0.25})
     pipe.save_pretrained(tmp_path)
@@ -228,11 +228,11 @@ def test_a_folder_of_videos_is_validated(tmp_path):
     sizes = ["--bucket", "17x64x64", "--bucket", "17x64x96", "--batch-size", "1"]
     done = run("data", "validate", tmp_path, *sizes)
     assert done.exit_code == 0, done.output
-    assert "long.mp4: 40 frames of 48x32, legal length 37, 2 clips of 17x64x96" in done.output
-    assert "short.mp4: left out: 9 frames; the shortest clip needs 17; the nearest legal length is 9" in done.output
-    assert "cut.mp4: left out: " in done.output
+    assert "long.mp4: 40 frames of 48x32, valid length 37, 2 clips of 17x64x96" in done.output
+    assert "short.mp4: skipped: 9 frames; the shortest clip needs 17; the nearest legal length is 9" in done.output
+    assert "cut.mp4: skipped: " in done.output
     assert "17x64x96: 2 clips, 2 batches of 1, 1.195 MiB of pixels each" in done.output
-    assert "1 videos can be used, 2 cannot, 2 have no caption" in done.output
+    assert "1 videos are usable, 2 are not, 2 have no caption" in done.output
     report = json.loads(run("data", "validate", tmp_path, *sizes, "--frame-rate", "4", "--json").stdout)
     assert {Path(clip["path"]).name: clip["num_frames"] for clip in report["clips"] if clip["accepted"]} == {
         "long.mp4": 20
@@ -249,12 +249,13 @@ def test_a_folder_of_videos_is_validated(tmp_path):
     assert run("data", "validate", tmp_path, "--short", "loop").exit_code == 2
 
 
-def test_nothing_to_train_on_and_wrong_shapes_are_mistakes(tmp_path):
+def test_folders_without_usable_videos_and_invalid_buckets_are_errors(tmp_path):
     assert run("data", "validate", tmp_path).exit_code == 2
     (tmp_path / "empty.mp4").write_bytes(b"")
     assert run("data", "validate", tmp_path).exit_code == 1
     assert run("data", "validate", tmp_path, "--bucket", "17x64").exit_code == 2
-    assert run("data", "validate", tmp_path, "--bucket", "18x64x64").exit_code == 2
+    done = run("data", "validate", tmp_path, "--bucket", "18x64x64")
+    assert done.exit_code == 2 and "--bucket must have 4*k + 1 frames, got 18x64x64 (nearest: 17)" in done.stderr
 
 
 def test_import_and_help_load_nothing_heavy():

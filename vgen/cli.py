@@ -1,4 +1,4 @@
-"""The command `vgen`. Heavy imports wait until a command runs, so that `--help` is quick."""
+"""The `vgen` command. Heavy modules are imported when a command runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -21,17 +21,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-data_app = typer.Typer(help="Videos to train on.", no_args_is_help=True)
+data_app = typer.Typer(help="Commands for training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Option(help="A packaged checkpoint, a folder, or a Hub id.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help=".mp4, .gif, .webp, or a folder of frames.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Weight of the prompt; 1 is unguided.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same video.")]
-Fps = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is by default.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Video to write: .mp4, .gif, .webp, or a folder of frames.")
+]
+Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free guidance; 1 turns it off.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; the same seed gives the same video.")
+]
+Fps = Annotated[float | None, typer.Option(help="Frames per second of the file; the content's by default.")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; the fastest available one by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
 FLAGS = {
@@ -39,11 +43,11 @@ FLAGS = {
     "guidance_scale": "--guidance",
     "history_guidance_scale": "--history-guidance",
 }
-"""Short names of options; the long ones are those of the fields."""
+"""Short flags of options. The long flags are the names of the fields."""
 
 
 def _with_options(options: type[SamplingOptions]) -> Callable[[Callable], Callable]:
-    """Gives a command with `**options` one option for each field of a dataclass."""
+    """Adds an option for each field of a dataclass to a command with `**options`."""
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)
@@ -62,7 +66,7 @@ def _with_options(options: type[SamplingOptions]) -> Callable[[Callable], Callab
 
 @app.callback()
 def version_callback(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Video diffusion that is causal in time."""
     if version:
@@ -74,22 +78,25 @@ def version_callback(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
     output: Output,
     model: Model = DEFAULT_MODEL,
-    num_frames: Annotated[int | None, typer.Option(help="All frames.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    groups: Annotated[Literal["full", "causal", "chunk"], typer.Option(help="Which frames attend to which.")] = "full",
+    negative_prompt: Annotated[str | None, typer.Option(help="Prompt to steer away from.")] = None,
+    groups: Annotated[
+        Literal["full", "causal", "chunk"],
+        typer.Option(help="Attention mask over frames: all frames, causal, or causal between chunks."),
+    ] = "full",
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a sentence into a video."""
+    """Generate a video from a prompt."""
     with _writing(output, overwrite) as done:
         from vgen.tasks.video_files import generate_file
 
@@ -102,11 +109,11 @@ def generate(
 
 @app.command()
 def animate(
-    image: Annotated[Path, typer.Argument(help="The first frame.")],
-    prompt: Annotated[str, typer.Argument(help="What happens.")],
+    image: Annotated[Path, typer.Argument(help="Image file with the first frame.")],
+    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
     output: Output,
     model: Model = DEFAULT_MODEL,
-    num_frames: Annotated[int | None, typer.Option(help="All frames.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -114,7 +121,7 @@ def animate(
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn an image and a sentence into a video."""
+    """Generate a video from a first frame and a prompt."""
     with _writing(output, overwrite) as done:
         from vgen.tasks.video_files import generate_file
 
@@ -127,11 +134,13 @@ def animate(
 @app.command()
 @_with_options(RolloutOptions)
 def predict(
-    clip: Annotated[Path, typer.Argument(help="The video to continue: a file or a folder of frames.")],
+    clip: Annotated[Path, typer.Argument(help="Video to continue: a file or a folder of frames.")],
     output: Output,
-    num_frames: Annotated[int, typer.Option(help="New frames.")] = 16,
-    prompt: Annotated[str | None, typer.Option(help="What happens; may be left out.")] = None,
-    with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
+    num_frames: Annotated[int, typer.Option(help="Number of new frames.")] = 16,
+    prompt: Annotated[str | None, typer.Option(help="Describes the new frames; unconditional if omitted.")] = None,
+    with_input: Annotated[
+        bool, typer.Option("--with-input", help="Write the input frames before the new ones.")
+    ] = False,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
     fps: Fps = None,
@@ -152,9 +161,9 @@ def predict(
 @app.command()
 @_with_options(InterpolationOptions)
 def interpolate(
-    clip: Annotated[Path, typer.Argument(help="The video: a file or a folder of frames.")],
+    clip: Annotated[Path, typer.Argument(help="Video to interpolate: a file or a folder of frames.")],
     output: Output,
-    prompt: Annotated[str | None, typer.Option(help="What happens; may be omitted.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Describes the video; unconditional if omitted.")] = None,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file; the input's by default.")] = None,
@@ -162,7 +171,7 @@ def interpolate(
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
-    """Make the frames between those of a video: slow motion at its own frame rate, or smoother with --fps."""
+    """Generate the frames between those of a video: slow motion at its frame rate, or smoother motion with --fps."""
     with _writing(output, overwrite) as done:
         from vgen.tasks.video_files import interpolate_file
 
@@ -176,10 +185,14 @@ def interpolate(
 def rollout(
     prompt: Annotated[str, typer.Argument(help="Describes the video.")],
     output: Output,
-    num_frames: Annotated[int, typer.Option(help="New frames, any number.")] = 64,
-    at: Annotated[list[str] | None, typer.Option(help="FRAME=PROMPT: another prompt from this new frame on.")] = None,
-    video: Annotated[Path | None, typer.Option(help="A video to continue.")] = None,
-    with_input: Annotated[bool, typer.Option("--with-input", help="Write the given frames too.")] = False,
+    num_frames: Annotated[int, typer.Option(help="Number of new frames, without a limit.")] = 64,
+    at: Annotated[
+        list[str] | None, typer.Option(help="FRAME=PROMPT changes the prompt at this new frame; can be repeated.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Video to continue: a file or a folder of frames.")] = None,
+    with_input: Annotated[
+        bool, typer.Option("--with-input", help="Write the input frames before the new ones.")
+    ] = False,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
     fps: Fps = None,
@@ -187,7 +200,7 @@ def rollout(
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
-    """Make a video of any length, chunk after chunk."""
+    """Generate a video of any length, chunk by chunk."""
     with _writing(output, overwrite) as done:
         from vgen.tasks.video_files import predict_file, rollout_file
 
@@ -209,7 +222,7 @@ def rollout(
 
 @app.command()
 def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")]) -> None:
-    """Tell what a checkpoint is and can do."""
+    """Show the components, defaults and supported tasks of a checkpoint."""
     with _one_line_errors():
         from rich.console import Console
         from rich.table import Table
@@ -218,11 +231,12 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
         table = Table(show_header=False, title=model)
         defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
         table.add_row("defaults", ", ".join(f"{name} {pipe.config[name]}" for name in defaults))
-        own = pipe.config.rollout_defaults
-        if own:
-            table.add_row("defaults of rollouts", ", ".join(f"{name} {value}" for name, value in own.items()))
-        abilities = ("tasks", "group_modes", "trained_token_frames", "chunk_size", "window", "sink")
-        for name in abilities:
+        rollout_defaults = pipe.config.rollout_defaults
+        if rollout_defaults:
+            values = ", ".join(f"{name} {value}" for name, value in rollout_defaults.items())
+            table.add_row("defaults of rollouts", values)
+        capabilities = ("tasks", "group_modes", "trained_token_frames", "chunk_size", "window", "sink")
+        for name in capabilities:
             value = pipe.denoiser.config[name]
             table.add_row(name, ", ".join(value) if isinstance(value, (list, tuple)) else str(value))
         for name, component in pipe.components.items():
@@ -238,31 +252,43 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json and report.html.")],
-    suite: Annotated[Literal["shapes", "folder", "moving-mnist"], typer.Option(help="Clips to use.")] = "shapes",
-    data: Annotated[str | None, typer.Option(help="A folder of videos, or an IDX file of digits.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Of the tasks; may be repeated.")] = None,
-    num_clips: Annotated[int, typer.Option(help="That are measured.", min=1)] = 100,
-    num_frames: Annotated[int, typer.Option(help="Of a clip; the checkpoint's default if 0.")] = 0,
-    given: Annotated[int, typer.Option(help="Frames that a prediction starts from.")] = 5,
-    factor: Annotated[int, typer.Option(help="Every so many'th frame is given to an interpolation.")] = 4,
-    prompted: Annotated[bool, typer.Option("--prompted", help="Predictions and interpolations get captions.")] = False,
-    num_samples: Annotated[int, typer.Option(help="Predictions of each clip.", min=1)] = 1,
-    features: Annotated[
-        str | None, typer.Option(help="A video model of transformers, for distances between distributions.")
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and report.html.")],
+    suite: Annotated[
+        Literal["shapes", "folder", "moving-mnist"], typer.Option(help="Suite of clips to evaluate on.")
+    ] = "shapes",
+    data: Annotated[str | None, typer.Option(help="Folder of videos, or IDX file of digits.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task: reconstruction, prediction, interpolation, generation or rollout; can be repeated. By default "
+            "all supported ones except rollout."
+        ),
     ] = None,
-    convlstm: Annotated[str | None, typer.Option(help="A ConvLSTM that predicts beside the model, or none.")] = None,
+    num_clips: Annotated[int, typer.Option(help="Number of clips.", min=1)] = 100,
+    num_frames: Annotated[int, typer.Option(help="Frames per clip; 0 uses the checkpoint's default.")] = 0,
+    given: Annotated[int, typer.Option(help="Number of leading frames that a prediction is given.")] = 5,
+    factor: Annotated[
+        int, typer.Option(help="Interpolation factor N: an interpolation is given every N-th frame.")
+    ] = 4,
+    prompted: Annotated[
+        bool, typer.Option("--prompted", help="Condition predictions and interpolations on the captions.")
+    ] = False,
+    num_samples: Annotated[int, typer.Option(help="Number of predictions per clip.", min=1)] = 1,
+    features: Annotated[
+        str | None, typer.Option(help="Video model of transformers, for distances between distributions.")
+    ] = None,
+    convlstm: Annotated[str | None, typer.Option(help="ConvLSTM baseline for prediction; none turns it off.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure a checkpoint beside simple ways; pipelines/evaluate.py has all settings and several processes."""
+    """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and several processes."""
     with _one_line_errors():
         from vgen.tasks.evaluation import EvaluationConfig
         from vgen.tasks.evaluation import evaluate as run
 
         config = EvaluationConfig(
-            output_dir=output, model=model, suite=suite, data=data, tasks=task or None, num_clips=num_clips,
+            output_dir=output, model=model, suite=suite, data=data, tasks=cast(Any, task or None), num_clips=num_clips,
             num_frames=num_frames, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
             features=features, convlstm=convlstm,
             num_inference_steps=steps, guidance_scale=guidance, seed=seed,
@@ -272,27 +298,25 @@ def evaluate(
         _print_tables(results)
     typer.echo(f"wrote {output / 'results.json'} and {output / 'report.html'}")
     if results["missing"]:
-        typer.echo(
-            f"{results['missing']} clips could not be measured: {output / 'clips' / 'manifest.jsonl'}", err=True
-        )
+        typer.echo(f"{results['missing']} clips failed, see {output / 'clips' / 'manifest.jsonl'}", err=True)
         raise typer.Exit(1)
 
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="A results.json.")],
-    second: Annotated[Path, typer.Argument(help="Another one, on the same clips.")],
+    first: Annotated[Path, typer.Argument(help="A results.json of `vgen evaluate`.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same clips.")],
 ) -> None:
-    """Tell how the second results differ from the first, clip by clip, with 95% confidence intervals."""
+    """Compare two results clip by clip, with 95% confidence intervals."""
     import json
 
     with _one_line_errors():
         from vgen.metrics.report import column_title, compare_distances, display_scale, format_summary
         from vgen.metrics.report import compare as differences
 
-        told = [json.loads(path.read_text()) for path in (first, second)]
+        results = [json.loads(path.read_text()) for path in (first, second)]
         table = _table("task", "method", "metric", "first", "second", "difference [95% interval]", "")
-        for one in differences(*told):
+        for one in differences(*results):
             sign, scale = "differs" if one.is_significant else "", display_scale(one.metric)
             cells = (
                 f"{scale * one.first:.4g}",
@@ -301,79 +325,85 @@ def compare(
                 sign,
             )
             table.add_row(one.task, one.method, column_title(one.metric), *cells)
-        for task, way, a, b in compare_distances(*told):
+        for task, method, a, b in compare_distances(*results):
             value, low, high = b.minus(a)
             interval, sign = f"{value:.3f} [{low:.3f}, {high:.3f}]", "differs" if low > 0 or high < 0 else ""
-            table.add_row(task, way, a.name, f"{a.value:.3f}", f"{b.value:.3f}", interval, sign)
+            table.add_row(task, method, a.name, f"{a.value:.3f}", f"{b.value:.3f}", interval, sign)
         _console().print(table)
 
 
 @app.command()
 def anomaly(
-    video: Annotated[Path, typer.Argument(help="A file or a folder of frames.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .svg or .pdf.")],
+    video: Annotated[Path, typer.Argument(help="Video to check: a file or a folder of frames.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write: .png, .svg or .pdf.")],
     model: Model = DEFAULT_MODEL,
-    given: Annotated[int, typer.Option(help="Frames that each prediction starts from.", min=1)] = 5,
-    ahead: Annotated[int, typer.Option(help="Frames that are predicted at once; an event marks the rest.")] = 4,
-    threshold: Annotated[float, typer.Option(help="Robust deviations above what is usual that stand out.")] = 6.0,
+    given: Annotated[int, typer.Option(help="Number of true frames that each prediction starts from.", min=1)] = 5,
+    ahead: Annotated[
+        int, typer.Option(help="Frames per prediction; after an event, its other frames are marked too.")
+    ] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Robust standard deviations above the median from which a frame is anomalous.")
+    ] = 6.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
     steps: Steps = None,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Plot how well each frame of a video could be predicted, and name those that stand out."""
+    """Find frames of a video that the model predicts unusually badly, and plot the prediction errors."""
     import json
 
     with _one_line_errors():
         _check_output(output, overwrite)
         from vgen.metrics.report import check_installed, plot_scores
         from vgen.tasks.anomaly import find_anomalies
-        from vgen.tasks.video_files import read_given
+        from vgen.tasks.video_files import read_fitted
 
         check_installed()
         if output.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"{output}: a plot is a .png, .svg or .pdf file")
+            raise ValueError(f"--output must be a .png, .svg or .pdf file, got {output}")
         pipe = _load(model, device)
         pipe.set_progress_bar_config(disable=True)
-        frames, rate = read_given(pipe, video)
-        found = find_anomalies(
+        frames, rate = read_fitted(pipe, video)
+        result = find_anomalies(
             pipe, frames, given=given, ahead=ahead, threshold=threshold, seed=seed, num_inference_steps=steps,
             frame_rate=rate,
         )  # fmt: skip
-        plot_scores(found.scores.tolist(), found.jumps, "mean squared error of prediction").savefig(output, dpi=150)
+        plot_scores(result.scores.tolist(), result.jumps, "mean squared error of prediction").savefig(output, dpi=150)
     if as_json:
-        scores = [None if score != score else score for score in found.scores.tolist()]
-        typer.echo(json.dumps({"scores": scores, "jumps": found.jumps}))
+        scores = [None if score != score else score for score in result.scores.tolist()]
+        typer.echo(json.dumps({"scores": scores, "jumps": result.jumps}))
     else:
-        typer.echo(f"frames that stand out: {', '.join(map(str, found.jumps)) or 'none'}")
+        typer.echo(f"anomalous frames: {', '.join(map(str, result.jumps)) or 'none'}")
         typer.echo(f"wrote {output}")
 
 
 @data_app.command()
 def validate(
-    folder: Annotated[Path, typer.Argument(help="Videos with captions, as for training.")],
-    bucket: Annotated[list[str] | None, typer.Option(help="FRAMESxHEIGHTxWIDTH of clips; may be repeated.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of videos with captions, as for training.")],
+    bucket: Annotated[list[str] | None, typer.Option(help="FRAMESxHEIGHTxWIDTH of clips; can be repeated.")] = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second to resample to.")] = None,
-    compression: Annotated[int, typer.Option(help="Frames of a latent.", min=1)] = 4,
-    batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=1)] = 8,
-    stride: Annotated[int, typer.Option(help="From one frame of a clip to the next.")] = 1,
-    hop: Annotated[int | None, typer.Option(help="From one clip of a video to the next.")] = None,
-    short: Annotated[str, typer.Option(help="What becomes of videos with too few frames: skip or pad.")] = "skip",
+    compression: Annotated[int, typer.Option(help="Temporal compression of the VAE.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Clips per training step.", min=1)] = 8,
+    stride: Annotated[int, typer.Option(help="Video frames from one frame of a clip to the next.")] = 1,
+    hop: Annotated[int | None, typer.Option(help="Video frames from one clip to the next.")] = None,
+    short: Annotated[Literal["skip", "pad"], typer.Option(help="What to do with videos of too few frames.")] = "skip",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Decode a folder of videos and say which can be trained on, and why the others cannot."""
+    """Decode a folder of videos and list which are usable for training, and why the others are not."""
     import json
 
     from vgen.data.clips import Bucket
     from vgen.data.validate import validate_folder
+    from vgen.temporal.grid import LatentGrid
 
     with _one_line_errors():
         buckets = []
         for text in bucket or ["17x64x64"]:
             buckets.append(Bucket.parse(text))
-            if (buckets[-1].num_frames - 1) % compression:
-                raise ValueError(f"--bucket {text}: clips have 1 + {compression} * k frames")
+            nearest = LatentGrid(compression).nearest(buckets[-1].num_frames)
+            if nearest != buckets[-1].num_frames:
+                raise ValueError(f"--bucket must have {compression}*k + 1 frames, got {text} (nearest: {nearest})")
         report = validate_folder(folder, buckets, frame_rate, compression, batch_size, stride, hop, short)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
@@ -381,13 +411,15 @@ def validate(
         for clip in report["clips"]:
             if clip["accepted"]:
                 size = f"{clip['num_frames']} frames of {clip['width']}x{clip['height']}"
-                told = f"{size}, legal length {clip['nearest_length']}, {clip['num_clips']} clips of {clip['bucket']}"
-            typer.echo(f"{clip['path']}: " + (told if clip["accepted"] else f"left out: {clip['reason']}"))
+                description = (
+                    f"{size}, valid length {clip['nearest_length']}, {clip['num_clips']} clips of {clip['bucket']}"
+                )
+            typer.echo(f"{clip['path']}: " + (description if clip["accepted"] else f"skipped: {clip['reason']}"))
         for name, one in report["buckets"].items():
             batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
             typer.echo(f"{name}: {one['clips']} clips, {batches}")
         typer.echo(
-            f"{report['accepted']} videos can be used, {report['refused']} cannot, "
+            f"{report['accepted']} videos are usable, {report['refused']} are not, "
             f"{report['without_caption']} have no caption"
         )
     if not report["accepted"]:
@@ -401,7 +433,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A user's mistake prints one line and exits with 2."""
+    """Prints a user's mistake as one line and exits with status 2."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -411,18 +443,18 @@ def _one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def _writing(output: Path, overwrite: bool) -> Iterator[dict[str, Any]]:
-    """Tells what was written, by the facts that come into the dictionary; or one line of what is wrong."""
-    facts: dict[str, Any] = {}
+    """Prints what was written, from the entries that the command adds to the dictionary; see `_one_line_errors`."""
+    entries: dict[str, Any] = {}
     with _one_line_errors():
         _check_output(output, overwrite)
-        yield facts
-    if "fit" in facts:
-        typer.echo(facts["fit"], err=True)
-    typer.echo(f"wrote {output}: {facts['num_frames']} frames")
+        yield entries
+    if "fit" in entries:
+        typer.echo(entries["fit"], err=True)
+    typer.echo(f"wrote {output}: {entries['num_frames']} frames")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Finds out about a wrong output before a model is loaded."""
+    """Checks an output path before a model is loaded."""
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already: choose another output, or pass --overwrite")
     if not output.absolute().parent.is_dir():
@@ -430,7 +462,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _console() -> Any:
-    """Of rich, which draws tables as wide as they are where no terminal sets a width."""
+    """A rich console, 200 columns wide if the output is not a terminal."""
     from rich.console import Console
 
     console = Console()
@@ -447,20 +479,20 @@ def _print_tables(results: dict[str, Any]) -> None:
     from vgen.metrics.frechet import Distance
     from vgen.metrics.report import table as rows_of
 
-    for task, ways in results["tasks"].items():
-        columns, rows = rows_of(ways)
-        table = _table("", *columns, title=f"{task}: means, whose intervals are in the report")
-        for way, cells in rows.items():
-            table.add_row(way, *(cell.partition(" ")[0] for cell in cells))
+    for task, methods in results["tasks"].items():
+        columns, rows = rows_of(methods)
+        table = _table("", *columns, title=f"{task}: means over clips (intervals are in the report)")
+        for method, cells in rows.items():
+            table.add_row(method, *(cell.partition(" ")[0] for cell in cells))
         _console().print(table)
-    for task, ways in results["distances"].items():
-        for way, measured in ways.items():
+    for task, methods in results["distances"].items():
+        for method, measured in methods.items():
             for one in map(Distance.from_dict, measured.values()):
-                typer.echo(f"{task}, {way}: {one}")
+                typer.echo(f"{task}, {method}: {one}")
 
 
 def _load(model: str, device: str | None) -> Any:
-    """The pipeline, on a device."""
+    """Loads a pipeline onto a device."""
     import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -474,7 +506,7 @@ def _load(model: str, device: str | None) -> Any:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
     return VideoGenPipeline.from_pretrained(model).to(device)
 
 

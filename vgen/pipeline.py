@@ -29,7 +29,7 @@ from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_cli
 from vgen.models.convert import from_wan_index
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
-from vgen.models.loading import refuse_pickles
+from vgen.models.loading import check_not_pickled
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import encode_texts, warn_unknown_words
 from vgen.models.transformer import SpacetimeTransformer
@@ -154,7 +154,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             kwargs.setdefault("dtype", torch.float32)  # transformers would keep the file's half precision
         if isinstance(source, Path):
             for component in sorted(path for path in source.iterdir() if path.is_dir()):
-                refuse_pickles(component)
+                check_not_pickled(component)
             return super().from_pretrained(str(source), **kwargs)
         hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
         try:

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` started, on GPUs or on CPUs."""
+"""Processes started by `accelerate launch` or `torchrun`, on GPUs or on CPUs."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from accelerate.utils import parse_flag_from_env
 
 
 def on_cpus() -> bool:
-    """Whether processes compute on CPUs: they were told so, or there is no accelerator."""
+    """Whether processes compute on CPUs: `ACCELERATE_USE_CPU` is set, or there is no accelerator."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def this_process(**options: Any) -> PartialState:
-    """This process among the others, with the device that it computes on.
+    """Returns accelerate's state of this process: its device, its rank and the world size.
+
+    The first call initializes the process group. Later calls return the same state.
 
     Args:
-        options: Of `torch.distributed.init_process_group`.
+        options: Arguments of `torch.distributed.init_process_group`.
 
     Raises:
-        ValueError: See `check_processes`.
+        ValueError: As in `check_world_size`.
     """
     process = PartialState(cpu=on_cpus(), **options)
-    check_processes(process.num_processes)
+    check_world_size(process.num_processes)
     if process.num_processes > 1:
-        atexit.register(let_threads_finish)
+        atexit.register(drain_gloo_threads)
     return process
 
 
-def let_threads_finish() -> None:
-    """Comes before processes part: a thread of gloo's needs the interpreter to drop the last work it did.
+def drain_gloo_threads() -> None:
+    """Sleeps before the process group is destroyed, so that gloo's threads can finish.
 
-    A group that is destroyed before waits for that thread, and the thread for the interpreter, for ever (torch 2.13).
+    Destroying the group while a gloo thread waits for the GIL deadlocks (torch 2.13): the thread needs the GIL to
+    release its last work, and the destructor waits for the thread.
     """
     time.sleep(1)
 
 
-def place_among_processes() -> tuple[int, int]:
-    """The number of this process and how many there are; `(0, 1)` before they were made known to each other."""
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process and the number of processes; `(0, 1)` without an initialized process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
-def check_processes(found: int) -> None:
-    """Refuses to run where several processes were asked for and do not know of one another.
+def check_world_size(world_size: int) -> None:
+    """Checks that the process group has as many processes as were launched.
 
     Args:
-        found: How many do.
+        world_size: Number of processes in the process group.
 
     Raises:
-        ValueError: It says how many there should be.
+        ValueError: The launcher announced another number (`WORLD_SIZE`), or `accelerate launch --cpu` was used,
+            which always starts a single process.
     """
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if asked != found:
-        raise ValueError(f"{asked} processes were started, but this one knows of {found}")
-    # accelerate says where processes meet, and then starts a single one
-    if found == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != world_size:
+        raise ValueError(f"the process group must have WORLD_SIZE={launched} processes, got {world_size}")
+    # `--cpu` sets the rendezvous address for the processes, but starts only one
+    if world_size == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise ValueError(
-            "`accelerate launch --cpu` starts one process, whatever --num_processes says; several on CPUs: "
+            "`accelerate launch --cpu` starts one process, whatever --num_processes says; for several on CPUs, use "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )

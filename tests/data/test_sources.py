@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         open_clips(str(tmp_path / "nowhere"), SAMPLING, 16, 16)
     with monkeypatch.context() as patch:
-        patch.setattr("vgen.data.sources.place_among_processes", lambda: (1, 2))
+        patch.setattr("vgen.data.sources.rank_and_world_size", lambda: (1, 2))
         with pytest.raises(ValueError, match="no clip to process 1 of 2, which share its videos out: it is empty"):
             VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16).sample(0)
     stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
@@ -220,7 +220,7 @@ def test_a_stream_has_a_worker_for_each_of_its_shards_at_most(shards, folder, mo
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     urls = f"shards:{shards}/train-{{000..001}}.tar"
     for processes, expected in ((1, 2), (2, 1), (3, 2)):  # of too few shards, all processes read each
-        monkeypatch.setattr("vgen.data.sources.place_among_processes", lambda count=processes: (0, count))
+        monkeypatch.setattr("vgen.data.sources.rank_and_world_size", lambda count=processes: (0, count))
         assert open_clips(urls, SAMPLING, 16, 16).max_workers == expected
     assert open_clips(f"hf-stream:{folder}", SAMPLING, 16, 16).max_workers >= 1
     with pytest.raises(ValueError, match="process 0 of 3, but webdataset takes it for 0 of 1"):

@@ -374,7 +374,7 @@ def test_xformers_gets_masks_whose_rows_lie_as_its_kernels_want(make_denoiser, p
 def test_a_backend_without_masks_names_the_way_out(make_denoiser):
     case = Transformer(make_denoiser)
     case.network.set_attention_backend("_native_flash")
-    with pytest.raises(ValueError, match=r'takes no mask.*set_attention_backend\("native"\)'):
+    with pytest.raises(ValueError, match=r'does not support attention masks.*set_attention_backend\("native"\)'):
         case._call(case.network, case.input, encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
 
 

@@ -21,7 +21,7 @@ def text_encoder():
     return make_text_encoder(len(WORDS) + 3, dim=32, num_layers=2).eval()
 
 
-def test_words_become_ids_whatever_their_case_and_punctuation(tokenizer):
+def test_case_and_punctuation_of_words_do_not_change_their_ids(tokenizer):
     ids, mask = tokenize(tokenizer, PROMPTS, 8)
     a, red, circle, moves, right, comma = range(3, 9)
     assert ids.tolist() == [
@@ -33,7 +33,7 @@ def test_words_become_ids_whatever_their_case_and_punctuation(tokenizer):
     assert torch.equal(mask, (ids != 0).long())
 
 
-def test_long_prompt_is_cut_and_still_ends(tokenizer):
+def test_a_long_prompt_is_truncated_and_keeps_its_end_token(tokenizer):
     ids, mask = tokenize(tokenizer, ["a " * 20], 8)
     assert ids.tolist() == [[3] * 7 + [1]] and mask.sum() == 8
 
@@ -57,7 +57,7 @@ def test_known_words_are_sorted_and_without_special_tokens(tokenizer):
     assert known_words(tokenizer) == sorted(WORDS)
 
 
-def test_other_tokenizers_know_no_whole_words(tokenizer):
+def test_other_tokenizers_have_no_known_or_unknown_words(tokenizer):
     assert known_words(SimpleNamespace()) == []
     assert unknown_words(SimpleNamespace(), "anything") == []
 
@@ -85,7 +85,7 @@ def test_padding_changes_nothing(tokenizer, text_encoder):
 
 
 @torch.no_grad()
-def test_embeddings_of_clip_stay_after_the_prompt():
+def test_clip_embeddings_after_the_prompt_are_kept():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=20, max_position_embeddings=8, **sizes)).eval()
@@ -95,7 +95,7 @@ def test_embeddings_of_clip_stay_after_the_prompt():
     assert embeddings[0, 3].abs().max() > 0
 
 
-def test_text_encoder_follows_its_seed_and_leaves_the_global_generator_alone(tmp_path):
+def test_the_text_encoder_depends_on_its_seed_and_not_on_the_global_generator(tmp_path):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     first, same, other = (make_text_encoder(9, 32, 1, seed=seed) for seed in (0, 0, 1))

@@ -268,7 +268,7 @@ def test_after_eviction_a_stream_equals_a_replay_in_plain_lists(
             fresh = TemporalState(window, sink)
             fresh.bind(network)
             lists = PlainLists(fresh)
-            patch.setattr(FrameCache, "opened", lambda *_: lists)  # noqa: B023
+            patch.setattr(FrameCache, "open", lambda *_: lists)  # noqa: B023
             for before in parts[:index]:
                 network(clean[:, :, before], zeros[:, before], prompt, state=fresh)
             expected = network(*piece, state=fresh).sample

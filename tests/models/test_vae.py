@@ -370,7 +370,7 @@ def test_state_of_another_config_raises(make_vae):
         make_vae().encode(draw(1, 3, 1, 8, 8), state)
         for call in ("encode", "decode"):
             piece = draw(1, 3, 1, 8, 8)
-            with pytest.raises(ValueError, match="belongs to CausalVideoVAE .* cannot serve CausalVideoVAE"):
+            with pytest.raises(ValueError, match="belongs to CausalVideoVAE .* cannot be used with CausalVideoVAE"):
                 getattr(make_vae(num_res_blocks=2), call)(piece, state)
 
 

@@ -8,7 +8,7 @@ from vgen.tasks.anomaly import find_anomalies
 
 
 class Repeats:
-    """Predicts that nothing moves; what it was given is written down."""
+    """A pipeline that repeats the last frame, and records its inputs."""
 
     def __init__(self):
         self.given = []
@@ -28,42 +28,45 @@ def film(jump=None, f=23):
 
 
 @pytest.mark.parametrize("jump", [9, 14])
-def test_a_planted_event_stands_out_where_it_happens(jump):
+def test_an_event_is_marked_at_its_frame(jump):
     pipe = Repeats()
-    found = find_anomalies(pipe, film(jump), ahead=1)
-    assert found.jumps == [jump] and np.isnan(found.scores[:5]).all() and np.isfinite(found.scores[5:]).all()
-    assert found.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
+    result = find_anomalies(pipe, film(jump), ahead=1)
+    assert result.jumps == [jump] and np.isnan(result.scores[:5]).all() and np.isfinite(result.scores[5:]).all()
+    assert result.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
     assert np.array_equal(pipe.given[2], film(jump)[2:7])  # true frames, not predicted ones
 
 
-def test_an_event_in_a_piece_marks_its_rest():
-    assert find_anomalies(Repeats(), film(14), ahead=4).jumps == [14, 15, 16]  # pieces begin at 5, 9, 13, 17, 21
+def test_an_event_marks_the_rest_of_its_prediction():
+    assert find_anomalies(Repeats(), film(14), ahead=4).jumps == [14, 15, 16]  # predictions begin at 5, 9, 13, 17, 21
 
 
-def test_the_shipped_model_did_not_expect_another_object():
+def test_the_packaged_checkpoint_marks_a_change_of_the_object():
     world = ShapesWorld(num_objects=(1,), seed=7)
     first, second = to_frames(render([world.scene(0), world.scene(1)]))
     video = np.concatenate([first[:11], second[11:]])
     pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
     pipe.set_progress_bar_config(disable=True)
-    found = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
-    assert found.jumps[0] == 11 and found.scores[11] > 100 * np.nanmedian(found.scores[:11])
+    result = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
+    assert result.jumps[0] == 11 and result.scores[11] > 100 * np.nanmedian(result.scores[:11])
     assert find_anomalies(pipe, first, ahead=2, num_inference_steps=4).jumps == []
 
 
-def test_where_nothing_happens_nothing_stands_out():
+def test_without_an_event_no_frame_is_marked():
     assert find_anomalies(Repeats(), film(), ahead=4).jumps == []
     still = np.full((12, 8, 8, 3), 7, np.uint8)
-    found = find_anomalies(Repeats(), still)
-    assert found.jumps == [] and found.scores[5:].max() == 0
+    result = find_anomalies(Repeats(), still)
+    assert result.jumps == [] and result.scores[5:].max() == 0
 
 
-@pytest.mark.parametrize(("options", "message"), [({"given": 30}, "more than given=30"), ({"ahead": 0}, "ahead=0")])
-def test_impossible_settings_are_named(options, message):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"given": 30}, "more than given=30"), ({"ahead": 0}, "ahead must be an integer of at least 1, got 0")],
+)
+def test_invalid_settings_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         find_anomalies(Repeats(), film(), **options)
 
 
-def test_values_other_than_bytes_are_refused():
-    with pytest.raises(ValueError, match="float64 values: give uint8"):
+def test_a_video_that_is_not_uint8_is_an_error():
+    with pytest.raises(ValueError, match="video must be uint8, got float64"):
         find_anomalies(Repeats(), film() / 255)

@@ -1,4 +1,4 @@
-"""Evaluation of a tiny checkpoint, by the command and by the script."""
+"""Evaluation of a tiny checkpoint, from Python and from the command line."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
 from vgen.data.clips import VideoFolder
 from vgen.data.video_io import write_video
+from vgen.io.settings import parse_settings
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
@@ -49,7 +50,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
+def test_results_include_the_baselines_of_each_task(model, videos, tmp_path):
     torch.manual_seed(0)
     ConvLSTMPredictor(channels=(4,)).save_pretrained(tmp_path / "convlstm")
     config = EvaluationConfig(
@@ -57,7 +58,7 @@ def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
     )
     results = evaluate(config)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text()) and results["numbers"] == [0, 1, 2]
-    assert {task: list(ways) for task, ways in results["tasks"].items()} == {
+    assert {task: list(methods) for task, methods in results["tasks"].items()} == {
         "reconstruction": ["the VAE", "true clips"],
         "prediction": [
             "the model", "the model, mean of 2", "the model, best of 2", "ConvLSTM", "copy of the last frame",
@@ -69,12 +70,14 @@ def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
         ],
         "generation": ["the model", "true clips", "the VAE, of true clips"],
     }  # fmt: skip
-    for ways in results["tasks"].values():
-        assert all(len(values) == 3 and np.isfinite(values).all() for one in ways.values() for values in one.values())
+    for methods in results["tasks"].values():
+        assert all(
+            len(values) == 3 and np.isfinite(values).all() for one in methods.values() for values in one.values()
+        )
     prediction = results["tasks"]["prediction"]
     assert prediction["the model, mean of 2"]["psnr"] != prediction["the model"]["psnr"]
     assert "psnr" not in prediction["true clips"] and prediction["true clips"]["sharpness"]
-    best, single = (prediction[way]["ssim"] for way in ("the model, best of 2", "the model"))
+    best, single = (prediction[method]["ssim"] for method in ("the model, best of 2", "the model"))
     assert all(a >= b for a, b in zip(best, single, strict=True))
     curve = results["curves"]["prediction"]["copy of the last frame"]["ssim"]
     assert results["frames"]["prediction"] == [5, 6, 7, 8] and len(curve) == 4 and max(curve) < 0.9  # noise
@@ -82,7 +85,7 @@ def test_every_number_stands_beside_simple_ways(model, videos, tmp_path):
     assert page.count("<svg") == 6 and "copy of the last frame" in page
 
 
-def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(model, videos, tmp_path):
+def test_a_run_resumes_and_other_settings_are_an_error(model, videos, tmp_path):
     options = settings(model, videos, tmp_path, tasks=["reconstruction"])
     first = evaluate(EvaluationConfig(**options))
     kept, lost = tmp_path / "clips" / "000000.json", tmp_path / "clips" / "000002.json"
@@ -90,7 +93,7 @@ def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(model, videos
     lost.unlink()
     assert evaluate(EvaluationConfig(**options)) == first
     assert kept.stat().st_mtime_ns == before and lost.exists()
-    with pytest.raises(ValueError, match="another given"):
+    with pytest.raises(ValueError, match=r"different settings \(given\)"):
         evaluate(EvaluationConfig(**options | {"given": 1}))
 
 
@@ -98,17 +101,17 @@ def test_long_videos_have_drift_and_seams(model, videos, tmp_path):
     torch.manual_seed(0)
     options = settings(model, videos, tmp_path, tasks=["rollout"], rollout_frames=25, num_clips=2)
     results = evaluate(EvaluationConfig(**options))
-    found = results["tasks"]["rollout"]["the model"]
-    assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(found)
-    assert all(np.isfinite(values).all() for values in found.values())
+    scores = results["tasks"]["rollout"]["the model"]
+    assert {"brightness drift", "sharpness drift", "contrast, end from start", "seam ratio"} <= set(scores)
+    assert all(np.isfinite(values).all() for values in scores.values())
     shapes = {"suite": "shapes", "data": None, "output_dir": tmp_path / "shapes"}
     results = evaluate(EvaluationConfig(**options | shapes))
-    assert list(results["tasks"]["rollout"]) == ["the model", "true clips"]  # of which there is no end
-    assert results["tasks"]["rollout"]["true clips"].keys() == found.keys()
+    assert list(results["tasks"]["rollout"]) == ["the model", "true clips"]  # ShapesWorld renders videos of any length
+    assert results["tasks"]["rollout"]["true clips"].keys() == scores.keys()
 
 
 def test_seams_are_where_the_chunks_of_rollouts_meet(videos, tmp_path):
-    found = {}
+    ratios = {}
     for size in (1, 2):
         pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=4, sink=1, chunk_size=2)
         pipe.register_to_config(rollout_defaults={"chunk_size": size})
@@ -116,11 +119,11 @@ def test_seams_are_where_the_chunks_of_rollouts_meet(videos, tmp_path):
         options = settings(
             str(tmp_path / f"model-{size}"), videos, tmp_path / str(size), tasks=["rollout"], num_clips=2
         )
-        with pytest.raises(ValueError, match=f"give {4 * size + 2} or more"):
+        with pytest.raises(ValueError, match=f"rollout_frames must be an integer of at least {4 * size + 2}"):
             evaluate(EvaluationConfig(**options, rollout_frames=4 * size + 1))
         results = evaluate(EvaluationConfig(**options, rollout_frames=17))
-        found[size] = results["tasks"]["rollout"]["the model"]["seam ratio"]
-    assert np.isfinite(found[1]).all() and not np.allclose(found[1], found[2], rtol=1e-3)
+        ratios[size] = results["tasks"]["rollout"]["the model"]["seam ratio"]
+    assert np.isfinite(ratios[1]).all() and not np.allclose(ratios[1], ratios[2], rtol=1e-3)
 
 
 def test_distances_between_distributions_carry_their_protocol(model, videos, tmp_path):
@@ -138,12 +141,12 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     ).save_pretrained(tmp_path / "features")
     options = settings(model, videos, tmp_path / "out", tasks=["prediction"], features=str(tmp_path / "features"))
     results = evaluate(EvaluationConfig(**options))
-    found = results["distances"]["prediction"]
-    assert set(found) == set(results["tasks"]["prediction"]) - {"true clips"}
-    one = found["copy of the last frame"]["FVD"]
-    assert np.isfinite(one["value"]) and one["low"] < one["value"] < one["high"]
-    assert one["protocol"]["num_frames"] == 4 and one["protocol"]["known_frames_counted"] is False
-    with pytest.raises(ValueError, match="takes 4 frames, and 3 are not given: make num_frames at least 10"):
+    measured = results["distances"]["prediction"]
+    assert set(measured) == set(results["tasks"]["prediction"]) - {"true clips"}
+    distance = measured["copy of the last frame"]["FVD"]
+    assert np.isfinite(distance["value"]) and distance["low"] < distance["value"] < distance["high"]
+    assert distance["protocol"]["num_frames"] == 4 and distance["protocol"]["known_frames_counted"] is False
+    with pytest.raises(ValueError, match="num_frames must be at least 10, because .* needs 4 frames"):
         evaluate(EvaluationConfig(**options | {"given": 6, "output_dir": tmp_path / "other"}))
     path = tmp_path / "out" / "results.json"
     done = run("compare", path, path)
@@ -152,7 +155,7 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
         "evaluate", model, "-o", tmp_path / "again", "--suite", "folder", "--data", videos, "--steps", 1,
         "--task", "prediction", "--features", tmp_path / "features",
     )  # fmt: skip
-    assert f"copy of the last frame: FVD {one['value']:.3f} [{one['low']:.3f}" in done.output
+    assert f"copy of the last frame: FVD {distance['value']:.3f} [{distance['low']:.3f}" in done.output
     assert "known_frames_counted False, resize bilinear" in done.output
 
 
@@ -165,7 +168,7 @@ def test_distances_of_a_task_do_not_depend_on_the_others():
     assert feature_frames(replace(config, num_feature_frames=3), network, "generation") == 3
 
 
-def test_the_packaged_convlstm_stands_beside_what_it_was_trained_on():
+def test_the_packaged_convlstm_is_the_baseline_for_clips_like_its_training_data():
     pipe = SimpleNamespace(config={"num_frames": 17, "height": 64, "width": 64, "frame_rate": 8.0})
     config = EvaluationConfig(output_dir=Path())
     assert with_defaults(config, pipe).convlstm == "vgen/shapes-64-convlstm"
@@ -174,7 +177,7 @@ def test_the_packaged_convlstm_stands_beside_what_it_was_trained_on():
         assert with_defaults(replace(config, **other), pipe).convlstm is None
 
 
-def test_clips_of_another_folder_are_refused_in_the_same_results(model, videos, tmp_path):
+def test_results_of_a_folder_reject_clips_of_another_folder(model, videos, tmp_path):
     options = settings(model, videos, tmp_path / "out", tasks=["reconstruction"])
     evaluate(EvaluationConfig(**options))
     more = shutil.copytree(videos, tmp_path / "more")
@@ -194,27 +197,39 @@ def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
     assert done.exit_code == 0, done.output
     assert "the model" in done.output and "psnr" in done.output
     done = run("compare", a, c)
-    assert done.exit_code == 2 and "differ in given 5 and 1" in done.stderr
+    assert done.exit_code == 2 and "cannot be compared, because they differ in given 5 and 1" in done.stderr
     done = run("evaluate", model, "-o", tmp_path / "d", "--suite", "shape")
-    assert done.exit_code == 2 and "Invalid value for '--suite'" in done.stderr
+    assert done.exit_code == 2 and "'shapes'" in done.stderr and "moving-mnist" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["predict"]}, "reconstruction, prediction"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"features": "a", "torchscript": "b"}, "not both"),
-        ({"num_feature_frames": 0}, "num_feature_frames=0"),
+        ({"tasks": ["predict"]}, "tasks must be one of 'reconstruction', 'prediction'"),
+        ({"tasks": "prediction"}, "tasks must be a sequence"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1"),
+        ({"features": "a", "torchscript": "b"}, "cannot be used together"),
+        ({"num_feature_frames": 0}, "num_feature_frames must be an integer of at least 1"),
         ({"suite": "folder"}, "data must be set"),
+        ({"dtype": "float64"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float64'"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, options, message):
+def test_invalid_settings_are_an_error_that_names_them(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluationConfig(output_dir=tmp_path, **options))
 
 
-def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tmp_path):
+@pytest.mark.parametrize("words", [["--tasks", "[predict]"], ["--suite", "shape"], ["--dtype", "float64"]])
+def test_the_command_line_of_the_script_checks_choices(words, capsys):
+    valid = ["--output_dir", "out", "--tasks", "[prediction, rollout]", "--dtype", "float16"]
+    config = parse_settings(EvaluationConfig, "", valid)
+    assert config.tasks == ["prediction", "rollout"] and config.dtype == "float16" and config.output_dir == Path("out")
+    with pytest.raises(SystemExit):
+        parse_settings(EvaluationConfig, "", [*valid, *words])
+    assert words[0][2:] in capsys.readouterr().err
+
+
+def test_unsupported_tasks_are_an_error_unless_they_are_defaults(videos, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "poor")
     options = settings(str(tmp_path / "poor"), videos, tmp_path / "out")
     with pytest.raises(ValueError, match="trained for leading"):
@@ -225,20 +240,20 @@ def test_a_checkpoint_that_cannot_is_told_so_and_measured_on_the_rest(videos, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["generation"], "num_frames": 8}, "num_frames=8 is not possible"),
-        ({"tasks": ["rollout"], "rollout_frames": 9}, "rollout_frames=9: give 10 or more"),
+        ({"tasks": ["generation"], "num_frames": 8}, r"num_frames must be 4\*k \+ 1, got 8"),
+        ({"tasks": ["rollout"], "rollout_frames": 9}, "rollout_frames must be an integer of at least 10, got 9"),
         ({"tasks": ["interpolation"], "factor": 1}, "factor must be an integer from 2"),
-        ({"features": "somewhere", "num_clips": 1, "tasks": ["prediction"]}, "2 clips or more"),
+        ({"features": "somewhere", "num_clips": 1, "tasks": ["prediction"]}, "at least 2 clips, got 1"),
         ({"features": "somewhere", "tasks": ["reconstruction"]}, "one of the tasks prediction, generation"),
     ],
 )
-def test_what_would_fail_clip_by_clip_is_refused_before(model, videos, tmp_path, options, message):
+def test_settings_that_fail_for_all_clips_are_an_error_before_the_first(model, videos, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluationConfig(**settings(model, videos, tmp_path, **options)))
     assert not (tmp_path / "clips").exists()
 
 
-def test_clips_that_are_damaged_are_counted_and_named(model, videos, tmp_path, monkeypatch):
+def test_damaged_clips_are_counted_and_named(model, videos, tmp_path, monkeypatch):
     def broken(self, index, epoch=0, whole=VideoFolder.clip):
         listed = self.clips[index][0]
         if listed.path.name != "1.mp4":
@@ -252,19 +267,19 @@ def test_clips_that_are_damaged_are_counted_and_named(model, videos, tmp_path, m
     assert "cut off" in (tmp_path / "clips" / "manifest.jsonl").read_text()
 
 
-def test_the_model_is_told_the_frame_rate_of_the_clips(model, videos, tmp_path, monkeypatch):
-    told = []
+def test_the_model_is_conditioned_on_the_frame_rate_of_the_clips(model, videos, tmp_path, monkeypatch):
+    rates = []
 
-    def listening(whole):
-        def listen(self, *args, **options):
-            told.append(options["frame_rate"])
+    def recording(whole):
+        def record(self, *args, **options):
+            rates.append(options["frame_rate"])
             return whole(self, *args, **options)
 
-        return listen
+        return record
 
     for name in ("__call__", "predict", "interpolate"):
-        monkeypatch.setattr(VideoGenPipeline, name, listening(getattr(VideoGenPipeline, name)))
+        monkeypatch.setattr(VideoGenPipeline, name, recording(getattr(VideoGenPipeline, name)))
     evaluate(
         EvaluationConfig(**settings(model, videos, tmp_path, num_clips=1, frame_rate=16.0, num_frames=5, given=1))
     )
-    assert told == [16.0, 4.0, 16.0]  # every fourth frame is given to an interpolation
+    assert rates == [16.0, 4.0, 16.0]  # every fourth frame is given to an interpolation

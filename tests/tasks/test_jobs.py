@@ -1,4 +1,4 @@
-"""Jobs over many inputs: everything is made once, whatever stops them."""
+"""Jobs over many inputs: every file is written once, however often a run is interrupted."""
 
 import json
 import os
@@ -32,15 +32,15 @@ JOBS = [Job(f"{index}.txt", {"prompt": f"number {index}", "seed": index}) for in
 
 
 class Maker:
-    """Writes the prompt into the file; some prompts cannot be made."""
+    """Writes the prompt into the file; fails for some names."""
 
     def __init__(self, bad=()):
-        self.bad, self.made = bad, []
+        self.bad, self.written = bad, []
 
     def __call__(self, job, path):
         if job.name in self.bad:
             raise ValueError("two\nlines")
-        self.made.append(job.name)
+        self.written.append(job.name)
         path.write_text(job.inputs["prompt"])
         return {"num_frames": 1}
 
@@ -49,9 +49,9 @@ def run(folder, maker, jobs=JOBS, **settings):
     return run_jobs(jobs, folder, settings, maker)
 
 
-def test_what_is_done_is_skipped_and_what_failed_is_tried_again(tmp_path, capsys):
+def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys):
     first, again = Maker(bad=["2.txt"]), Maker()
-    assert run(tmp_path, first) == 1 and first.made == ["0.txt", "1.txt", "3.txt"]
+    assert run(tmp_path, first) == 1 and first.written == ["0.txt", "1.txt", "3.txt"]
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["0.txt", "1.txt", "2.txt", "3.txt"]
     assert lines[2]["status"] == "failed" and lines[2]["error"] == "two lines"
@@ -59,24 +59,24 @@ def test_what_is_done_is_skipped_and_what_failed_is_tried_again(tmp_path, capsys
         "name": "0.txt", "status": "done", "prompt": "number 0", "seed": 0, "num_frames": 1, "seconds": 0, "time": 0
     }  # fmt: skip
     assert "3 of 4 done, 1 failed" in capsys.readouterr().out
-    assert run(tmp_path, again) == 0 and again.made == ["2.txt"]
+    assert run(tmp_path, again) == 0 and again.written == ["2.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json"
     ]  # fmt: skip
 
 
-def test_other_inputs_and_lost_files_are_made_again(tmp_path):
+def test_jobs_with_changed_inputs_or_missing_files_run_again(tmp_path):
     run(tmp_path, Maker())
     changed = [Job("0.txt", {"prompt": "another", "seed": 0}), *JOBS[1:]]
     (tmp_path / "3.txt").unlink()
     maker = Maker()
-    assert run(tmp_path, maker, changed) == 0 and maker.made == ["0.txt", "3.txt"]
+    assert run(tmp_path, maker, changed) == 0 and maker.written == ["0.txt", "3.txt"]
     back = Maker()
-    assert run(tmp_path, back) == 0 and back.made == ["0.txt"]  # its first line is older than its file
+    assert run(tmp_path, back) == 0 and back.written == ["0.txt"]  # its first line is older than its file
     assert (tmp_path / "0.txt").read_text() == "number 0"
 
 
-def test_a_torn_manifest_and_what_a_killed_writer_left_do_no_harm(tmp_path):
+def test_a_truncated_manifest_and_leftovers_of_a_killed_writer_do_no_harm(tmp_path):
     run(tmp_path, Maker())
     whole = (tmp_path / "manifest.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "manifest.jsonl").unlink()
@@ -86,22 +86,22 @@ def test_a_torn_manifest_and_what_a_killed_writer_left_do_no_harm(tmp_path):
     (tmp_path / ".1-abcd_123" / "1.txt").write_text("half")
     (tmp_path / ".11-keep").mkdir()
     maker = Maker()
-    assert run(tmp_path, maker) == 0 and maker.made == ["1.txt", "2.txt"]
+    assert run(tmp_path, maker) == 0 and maker.written == ["1.txt", "2.txt"]
     assert set(read_manifest(tmp_path)) == {"0.txt", "1.txt", "2.txt", "3.txt"}
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json", ".11-keep"}
 
 
-def test_other_settings_and_double_names_are_refused(tmp_path):
+def test_other_settings_and_duplicate_names_are_an_error(tmp_path):
     run(tmp_path, Maker(), model="a", steps=3)
-    with pytest.raises(ValueError, match="another steps: choose another folder"):
+    with pytest.raises(ValueError, match=r"different settings \(steps\): choose another folder"):
         run(tmp_path, Maker(), model="a", steps=4)
     with pytest.raises(ValueError, match="'0.txt'"):
         run(tmp_path / "new", Maker(), [JOBS[0], JOBS[0]])
     with pytest.raises(ValueError, match="'a/b'"):
         run(tmp_path / "new", Maker(), [Job("a/b", {})])
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match="unknown settings"):
+    with pytest.raises(ValueError, match="no settings.json"):
         check_settings(tmp_path, {}, ["*.txt"])
 
 
@@ -115,11 +115,12 @@ def test_inputs_become_jobs(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     named, scheduled = prompt_jobs(tmp_path / "b.jsonl", config, schedules=True)
     assert named == Job("x.mp4", {"prompt": "one", "seed": 1}) and scheduled.inputs["prompt"]["8"] == "two"
-    with pytest.raises(ValueError, match="text for its prompt"):
+    with pytest.raises(ValueError, match="prompt and name must be strings"):
         prompt_jobs(tmp_path / "b.jsonl", config)
     for name, text, message in (
-        ("c.jsonl", "{", "not JSON"), ("d.txt", " ", "no prompts"), ("e.jsonl", "3", "must"),
-        ("f.jsonl", '{"prompt": "x", "seed": "y"}', "whole number"), ("g.jsonl", '{"prompt": 3}', "text for its"),
+        ("c.jsonl", "{", "expected one JSON object"), ("d.txt", " ", "at least one prompt"),
+        ("e.jsonl", "3", "must have a prompt"), ("f.jsonl", '{"prompt": "x", "seed": "y"}', "seed an integer"),
+        ("g.jsonl", '{"prompt": 3}', "must be strings"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -129,11 +130,15 @@ def test_inputs_become_jobs(tmp_path):
     for name in ("b.mp4", "a.gif", "notes.txt", ".hidden.mp4"):
         (folder / name).touch()
     assert [job.name for job in video_jobs(folder, config)] == ["a.mp4", "b.mp4", "frames.mp4"]
-    with pytest.raises(ValueError, match="holds no videos"):
+    with pytest.raises(ValueError, match="expected videos"):
         video_jobs(folder / "frames", config)
+    config.suffix = ".avi"
+    for make, source in ((prompt_jobs, tmp_path / "a.txt"), (video_jobs, folder)):
+        with pytest.raises(ValueError, match="suffix must be one of '.mp4', '.gif', '.webp', '', got '.avi'"):
+            make(source, config)
 
 
-def test_a_video_is_another_job_when_it_is_replaced_and_the_same_beside_others(tmp_path):
+def test_a_job_changes_if_its_video_is_replaced_but_not_with_other_videos(tmp_path):
     def jobs(**options):
         return {job.name: job for job in video_jobs(tmp_path, JobConfig(output_dir=tmp_path, **options))}
 
@@ -207,7 +212,7 @@ def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(mode
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_segments_go_on_from_the_state_and_join_once(tmp_path, monkeypatch, stride):
+def test_an_interrupted_rollout_resumes_from_its_saved_state(tmp_path, monkeypatch, stride):
     pipe = make_pipeline(tasks=["text", "leading", "keyframes"], window=2, sink=1, trained_token_frames=5)
     work, output = tmp_path / ".v.1", tmp_path / "v.mp4"
     settings = {"num_frames": 60, "num_inference_steps": 1, "segment_frames": 16, "keyframe_interval": stride}
@@ -238,16 +243,16 @@ def test_segments_go_on_from_the_state_and_join_once(tmp_path, monkeypatch, stri
     assert 0 < saved[0] < saved[1] < 60 and not output.exists()
     (work / f"{saved[1]:09d}.mp4").write_bytes((work / "000000000.mp4").read_bytes())  # its state was not saved
     with monkeypatch.context() as patch:
-        patch.setattr(pipe, "rollout", lambda *_, **__: pytest.fail("began anew"))
+        patch.setattr(pipe, "rollout", lambda *_, **__: pytest.fail("started again"))
         assert record() == {"num_frames": 60}
     frames, _ = read_video(output)
     assert len(frames) == 60 and np.array_equal(np.concatenate(written), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     work.mkdir()
-    write_video(expected[:16], work / "000000000.mp4")  # segments without a state are no beginning
+    write_video(expected[:16], work / "000000000.mp4")  # segments without a state are not resumed
     assert record() == {"num_frames": 60}
     assert np.array_equal(read_video(output)[0], frames)
-    with pytest.raises(ValueError, match="mp4 files"):
+    with pytest.raises(ValueError, match="num_frames must be set"):
         record(num_frames=None)
 
 
@@ -259,11 +264,11 @@ def test_a_checkpoint_with_other_defaults_makes_other_files(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(one, default=str))
     check_settings(tmp_path, run_settings(config, make_pipeline()), ["*.mp4"])
     pipe.register_to_config(rollout_defaults={"chunk_size": 1})
-    with pytest.raises(ValueError, match="another defaults: choose"):
+    with pytest.raises(ValueError, match=r"different settings \(defaults\): choose"):
         check_settings(tmp_path, run_settings(config, pipe), ["*.mp4"])
 
 
-def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):
+def test_a_killed_rollout_resumes_in_the_middle_of_a_video(model, tmp_path):
     rows = [{"prompt": {"0": "a red circle", "40": "a blue square"}, "name": "long"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]))
     options = {"prompts": tmp_path / "prompts.jsonl", "num_frames": 120, "segment_frames": 16,
@@ -282,7 +287,7 @@ def test_a_rollout_goes_on_in_the_middle_of_a_video(model, tmp_path):
     assert {path.name for path in killed.iterdir()} == {"long.mp4", "manifest.jsonl", "settings.json"}
 
 
-def test_a_bad_video_is_told_and_does_not_stop_the_rest(model, tmp_path):
+def test_a_damaged_video_is_recorded_and_does_not_stop_the_rest(model, tmp_path):
     (tmp_path / "videos").mkdir()
     frames = np.random.default_rng(0).integers(0, 256, (6, 24, 40, 3), dtype=np.uint8)
     write_video(frames, tmp_path / "videos" / "good.gif", frame_rate=4.0)
@@ -293,5 +298,5 @@ def test_a_bad_video_is_told_and_does_not_stop_the_rest(model, tmp_path):
         lines = read_manifest(folder)
         assert lines["bad"]["status"] == "failed" and "bad.mp4" in lines["bad"]["error"]
         assert lines["good"]["num_frames"] == count and "24x24" in lines["good"]["fit"]
-        made, rate = read_video(folder / "good")
-        assert made.shape == (count, 24, 24, 3) and rate == pytest.approx(4)
+        frames, rate = read_video(folder / "good")
+        assert frames.shape == (count, 24, 24, 3) and rate == pytest.approx(4)

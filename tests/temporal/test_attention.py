@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 
 def plain_attention(attn: SpacetimeAttention, x: Tensor, source: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Attention without positions, spelt out; `visible` is `(n, m)`."""
+    """Attention without positions, written out; `visible` is `(n, m)`."""
     query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
     query, key, value = (rearrange(part, "b n (h d) -> b h n d", h=attn.heads) for part in (query, key, value))
     scores = query @ key.mT / math.sqrt(query.shape[-1])
@@ -55,8 +55,8 @@ def test_group_modes(mode, num_leading, chunk_size, expected):
     assert make_groups(mode, 7, num_leading, chunk_size) == expected
 
 
-def test_unknown_group_mode_is_refused_by_name():
-    with pytest.raises(ValueError, match="'block' is no group mode: give one of full, causal, chunk"):
+def test_an_unknown_group_mode_is_an_error_that_lists_the_modes():
+    with pytest.raises(ValueError, match="groups must be one of 'full', 'causal', 'chunk', got 'block'"):
         make_groups("block", 3)
 
 
@@ -67,8 +67,8 @@ def test_groups_that_hide_nothing_need_no_mask():
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0, 0], torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 1, 4)])
-def test_groups_of_another_length_are_refused(groups):
-    with pytest.raises(ValueError, match="do not fit 4 token frames"):
+def test_groups_of_another_shape_are_an_error(groups):
+    with pytest.raises(ValueError, match=r"groups must have shape \(4,\) or \(batch, 4\)"):
         group_tensor(groups, 4, 1, CPU)
 
 
@@ -78,7 +78,7 @@ def test_groups_of_each_sample_may_be_lists():
 
 
 @pytest.mark.parametrize("num_cached", [0, 2])
-def test_mask_shows_earlier_groups_and_every_cached_frame(num_cached):
+def test_frames_attend_to_earlier_groups_and_to_all_cached_frames(num_cached):
     groups = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 2]])
     mask = group_mask(groups, num_cached, torch.float64)
     assert mask.shape == (2, 1, 4, num_cached + 4) and mask.dtype == torch.float64
@@ -119,7 +119,7 @@ def test_attention_equals_that_of_diffusers(randomize):
     torch.testing.assert_close(ours(x, rotary_emb=rotary), wan(x, rotary_emb=doubled), atol=1e-5, rtol=1e-5)
 
 
-def test_attention_with_a_mask_equals_softmax_over_what_is_visible(randomize):
+def test_attention_with_a_mask_equals_softmax_over_visible_keys(randomize):
     attn = randomize(SpacetimeAttention(24, 2, 12))
     x, groups = draw(2, 5, 24), torch.tensor([0, 1, 1, 3, 2])
     visible = groups[None, :] <= groups[:, None]
@@ -161,11 +161,11 @@ def test_backend_without_masks_gives_the_same(randomize, monkeypatch, groups, nu
         options |= {"cache": cache, "cache_rotary_emb": rope(torch.arange(3), 1, 1)}
     masked = attn(x, **options)
     monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
-    asked = []
+    masks = []
     dispatch = attn.processor._dispatch
-    monkeypatch.setattr(attn.processor, "_dispatch", lambda *args: asked.append(args[3]) or dispatch(*args))
+    monkeypatch.setattr(attn.processor, "_dispatch", lambda *args: masks.append(args[3]) or dispatch(*args))
     torch.testing.assert_close(attn(x, **options), masked, atol=1e-5, rtol=1e-5)
-    assert len(asked) == len(set(groups)) and all(mask is None for mask in asked)
+    assert len(masks) == len(set(groups)) and all(mask is None for mask in masks)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_backend_without_masks_gives_the_same(randomize, monkeypatch, groups, nu
         (torch.bfloat16, False, True, 5, "native", "native"),
     ],
 )
-def test_short_rows_in_half_precision_train_by_math_on_cpus(
+def test_short_rows_in_half_precision_are_trained_with_the_math_backend_on_cpus(
     monkeypatch, dtype, autocast, trains, keys, chosen, expected
 ):
     backends, dispatch = [], vgen.temporal.attention.dispatch_attention_fn
@@ -208,13 +208,13 @@ def test_short_rows_in_half_precision_train_by_math_on_cpus(
             torch.testing.assert_close(one.grad.double(), other.grad, atol=5e-2, rtol=5e-2)
 
 
-def test_backend_without_masks_refuses_masks_of_their_own_by_name(randomize, monkeypatch):
+def test_a_backend_without_masks_rejects_masks_per_sample_by_name(randomize, monkeypatch):
     attn = randomize(SpacetimeAttention(24, 2, 12))
     monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
     mask = group_mask(torch.tensor([[0, 1], [1, 0]]), 0, torch.float32)
-    with pytest.raises(ValueError, match="attention backend 'native' takes no mask"):
+    with pytest.raises(ValueError, match="attention backend 'native' does not support attention masks"):
         attn(draw(2, 2, 24), attention_mask=mask)
-    with pytest.raises(ValueError, match="attention backend 'native' takes no mask"):
+    with pytest.raises(ValueError, match="attention backend 'native' does not support attention masks"):
         attn(draw(1, 2, 24), draw(1, 3, 24), attention_mask=torch.zeros(1, 1, 1, 3))
 
 

@@ -31,19 +31,20 @@ def assert_same(a: TemporalState, b: TemporalState) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits, name", [({"window": 0}, "window"), ({"window": -1}, "window"), ({"sink": -1}, "sink")]
+    "limits, name",
+    [({"window": 0}, "window"), ({"window": 2.0}, "window"), ({"window": -1}, "window"), ({"sink": -1}, "sink")],
 )
-def test_impossible_limits_are_refused(limits, name):
-    with pytest.raises(ValueError, match=f"{name}=.*at least"):
+def test_invalid_limits_are_an_error(limits, name):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least"):
         TemporalState(**limits)
 
 
-def test_least_limits_are_legal():
+def test_smallest_limits_are_valid():
     state = TemporalState(window=1, sink=0)
     assert (state.window, state.sink) == (1, 0)
 
 
-def test_binding_fills_limits_that_were_left_open_from_the_config(make_transformer):
+def test_binding_takes_limits_that_are_none_from_the_config(make_transformer):
     network = make_transformer(window=5, sink=2)
     for given, filled_in in [((None, None), (5, 2)), ((3, None), (3, 2)), ((None, 0), (5, 0)), ((7, 1), (7, 1))]:
         state = TemporalState(*given)
@@ -57,7 +58,7 @@ def test_state_belongs_to_one_class_and_config(make_transformer, make_vae):
     state.bind(make_transformer(window=5, seed=1))  # other weights, same network
     with pytest.raises(ValueError, match="belongs to SpacetimeTransformer.*one TemporalState for each network"):
         state.bind(make_transformer(window=6))
-    with pytest.raises(ValueError, match="cannot serve CausalVideoVAE"):
+    with pytest.raises(ValueError, match="cannot be used with CausalVideoVAE"):
         state.bind(make_vae())
 
 
@@ -151,7 +152,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_an_error(tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     for name in ("weights.safetensors", "text.safetensors"):
@@ -176,13 +177,13 @@ def test_move_to_changes_floats_in_place_branches_included():
     assert state.get("frames").dtype == torch.int64
 
 
-def test_hooks_that_move_arguments_pass_the_very_object_on():
+def test_hooks_that_move_arguments_pass_the_same_object_on():
     state = filled()
     assert not hasattr(state, "to") and not isinstance(state, Mapping)
     assert send_to_device({"state": state}, "meta")["state"] is state
     assert state.get("conv").device.type == "cpu"
 
 
-def test_pending_is_none_before_the_first_piece():
+def test_pending_is_none_before_the_first_call():
     assert TemporalState().pending is None
     assert filled().pending.shape == (1, 3, 0, 4, 4)

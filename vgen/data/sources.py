@@ -15,7 +15,7 @@ from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, tell_left_out
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
-from vgen.processes import place_among_processes
+from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"
 SHUFFLE_BUFFER = 32
@@ -81,7 +81,7 @@ class VideoStream:
                     yield clip
             if empty:
                 reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
-                rank, count = place_among_processes()
+                rank, count = rank_and_world_size()
                 share = "" if count == 1 else f" to process {rank} of {count}, which share its videos out"
                 raise ValueError(f"the stream gave no clip{share}: {reasons or 'it is empty'}")
 
@@ -139,7 +139,7 @@ def open_clips(
     """
     kind, _, name = data.partition(":")
     rest = (sampling, height, width, seed, augmentation)
-    process = place_among_processes()
+    process = rank_and_world_size()
     if kind == "hf":
         return VideoFolder(list_dataset(*_split(name)), *rest)
     if kind == "hf-stream":

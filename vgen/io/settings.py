@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
@@ -14,12 +14,13 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
     """Reads `--config file.yaml` and `--name value` overrides; `--help` shows the documentation of every field.
 
     Args:
-        settings: A dataclass. Its modules must not postpone the evaluation of annotations that name other types than
-            built-in ones, because subclasses in scripts could not resolve them.
+        settings: A dataclass.
         description: Of the script.
         args: Words of the command line; `None` takes those of the process.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # a script cannot resolve the names in annotations that it inherits
+    settings.__init__.__annotations__.update(get_type_hints(settings))
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
     names: Any = {field.name for field in fields(settings)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What both denoisers have."""
+"""Parts that both denoisers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 
 class FrameRateEmbedder(nn.Module):
-    """Frames per second, on a logarithmic scale, to something that starts as zero."""
+    """Embeds the frame rate on a logarithmic scale. The output layer is zero-initialised.
+
+    Args:
+        dim: Channels of the embedding.
+        freq_dim: Channels of the sinusoids.
+    """
 
     def __init__(self, dim: int, freq_dim: int) -> None:
         super().__init__()
@@ -22,7 +27,14 @@ class FrameRateEmbedder(nn.Module):
         nn.init.zeros_(self.embedder.linear_2.bias)
 
     def forward(self, frame_rate: Tensor) -> Tensor:
-        """Rates `(b,)`, where NaN adds nothing, to `(b, 1, d)`."""
+        """Embeds frame rates.
+
+        Args:
+            frame_rate: Frames per second `(b,)`. NaN stands for an unknown rate, whose embedding is zero.
+
+        Returns:
+            Embeddings `(b, 1, d)`.
+        """
         known = frame_rate.isfinite()
         octaves = torch.where(known, frame_rate, 1.0).log2()
         embedding = self.embedder(self.proj(100 * octaves).to(dtype_of(self.embedder)))
@@ -30,39 +42,58 @@ class FrameRateEmbedder(nn.Module):
 
 
 class DispatchedAttention:
-    """Comes before diffusers' `ModelMixin`: all attention goes through its dispatcher, xformers included."""
+    """Sends all attention, including xformers', through diffusers' dispatcher.
+
+    A mixin that must precede diffusers' `ModelMixin` in the list of base classes.
+    """
 
     def set_attention_backend(self, backend: str) -> None:
-        """Chooses what computes attention, as diffusers names it.
+        """Sets the attention backend.
+
+        Args:
+            backend: Name of a backend of diffusers, such as `native`, `flash` or `xformers`.
 
         Raises:
-            RuntimeError: What it needs is not there.
-            ValueError: There is no backend of that name.
+            RuntimeError: The backend's library or hardware is not available.
+            ValueError: The backend is unknown.
         """
         if backend.lower() == "xformers" and not (is_xformers_available() and torch.cuda.is_available()):
-            raise RuntimeError("xformers needs CUDA and is an extra: pip install vgen[xformers]")
+            raise RuntimeError("the backend xformers needs a CUDA device and the extra: pip install vgen[xformers]")
         super().set_attention_backend(backend)  # type: ignore[misc]
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """What `enable_xformers_memory_efficient_attention` and its opposite call: the backend `xformers` or `native`.
+        """Switches between the backends `xformers` and `native`.
+
+        diffusers' `enable_xformers_memory_efficient_attention` and `disable_xformers_memory_efficient_attention` call
+        it.
+
+        Args:
+            valid: Whether to use `xformers`.
+            attention_op: Must be `None`, because the dispatcher lets xformers choose its kernel.
 
         Raises:
-            RuntimeError: xformers or CUDA is not there.
-            ValueError: `attention_op` is given; xformers chooses its kernel.
+            RuntimeError: xformers or CUDA is not available.
+            ValueError: `attention_op` is not `None`.
         """
         if attention_op is not None:
-            raise ValueError("xformers chooses its kernel itself here: leave attention_op out")
+            raise ValueError(f"attention_op must be None, because xformers chooses its kernel, got {attention_op!r}")
         self.set_attention_backend("xformers" if valid else "native")
 
 
 def pack_keyframes(images: Mapping[tuple[int, int], Tensor], num_latents: int, num_slots: int, like: Tensor) -> Tensor:
-    """Keyframe slots `(b, s * (c + 1), t, h, w)`: in each the latent of a frame alone and a mask; zero where empty.
+    """Packs keyframes into the keyframe input of a denoiser.
+
+    Each latent frame has one slot per pixel frame. A slot holds the latent of that frame, encoded alone, and a mask
+    channel of ones. Empty slots are zero.
 
     Args:
-        images: Normalised latents `(b, c, h, w)` of single frames by (latent, slot).
-        num_latents: `t`.
-        num_slots: `s`.
-        like: A latent `(b, c, h, w)` that gives size, device and dtype.
+        images: Normalised latents `(b, c, h, w)` of single frames, by indices of latent frame and slot.
+        num_latents: Number of latent frames, `t`.
+        num_slots: Slots per latent frame, `s`: the temporal compression of the VAE.
+        like: A latent `(b, c, h, w)` that sets the shape, device and dtype.
+
+    Returns:
+        Keyframe slots `(b, s * (c + 1), t, h, w)`.
     """
     b, c, h, w = like.shape
     slots = like.new_zeros(b, num_slots, c + 1, num_latents, h, w)
@@ -73,5 +104,5 @@ def pack_keyframes(images: Mapping[tuple[int, int], Tensor], num_latents: int, n
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of a module's weights."""
+    """The data type of a module's first parameter."""
     return next(module.parameters()).dtype

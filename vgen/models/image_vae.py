@@ -1,4 +1,4 @@
-"""A 2D autoencoder where the pipeline expects a video's: each frame by itself, time as it is.
+"""A 2D image VAE with the interface of a video VAE. It processes each frame independently.
 
 Axes: `b` videos, `c` channels, `n` frames, `h w` rows and columns.
 """
@@ -19,15 +19,15 @@ from vgen.models.loading import load_strictly
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
 
-PIECE = 8
-"""Frames that are decoded at once in a stream."""
+FRAMES_PER_SLICE = 8
+"""Frames that `decode_stream` decodes at once."""
 
 
 class PerFrameVAE:
-    """What `VideoGenPipeline` asks of a VAE, by a 2D one that it does not change.
+    """Wraps a 2D VAE in the interface of `CausalVideoVAE` that `VideoGenPipeline` uses.
 
     Args:
-        vae: Of an image pipeline.
+        vae: VAE of an image pipeline. It is not changed.
     """
 
     temporal_compression_ratio = 1
@@ -38,40 +38,60 @@ class PerFrameVAE:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Data type of the weights."""
         return self.vae.dtype
 
     def encode(self, clip: Tensor, state: TemporalState | None = None) -> AutoencoderKLOutput:
-        """Pixels `(b, 3, n, h, w)` to a distribution over latents `(b, c, n, h', w')`; frames need no state."""
+        """Encodes frames independently.
+
+        Args:
+            clip: Pixels `(b, 3, n, h, w)` in [-1, 1].
+            state: Ignored, because frames are independent.
+
+        Returns:
+            An output whose `latent_dist` is the posterior of raw latents `(b, c, n, h', w')`.
+        """
         frames = self.vae.encode(rearrange(clip, "b c n h w -> (b n) c h w")).latent_dist.parameters
         parameters = rearrange(frames, "(b n) c h w -> b c n h w", b=clip.shape[0])
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters))
 
     def decode(self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True) -> DecoderOutput:
-        """Raw latents `(b, c, n, h', w')` to pixels `(b, 3, n, h, w)`; frames need no state."""
+        """Decodes frames independently.
+
+        Args:
+            latents: Raw latents `(b, c, n, h', w')`.
+            state: Ignored, because frames are independent.
+            clamp: Whether to clamp pixels to [-1, 1].
+
+        Returns:
+            An output whose `sample` has pixels `(b, 3, n, h, w)`.
+        """
         frames = self.vae.decode(rearrange(latents, "b c n h w -> (b n) c h w")).sample
         frames = frames.clamp(-1, 1) if clamp else frames
         return DecoderOutput(sample=rearrange(frames, "(b n) c h w -> b c n h w", b=latents.shape[0]))
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yields the pixels of `decode` piece by piece."""
-        for piece in latents.split(PIECE, dim=2):
-            yield self.decode(piece).sample
+        """Decodes raw latents a few frames at a time; yields pixels `(b, 3, n, h, w)`."""
+        for part in latents.split(FRAMES_PER_SLICE, dim=2):
+            yield self.decode(part).sample
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents as the denoiser sees them."""
+        """Converts raw latents to the normalised ones that the denoiser uses."""
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
+        """Converts normalised latents back to raw ones."""
         return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
 
 
 def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
-    """The VAE of a folder or Hub id, or of the pipeline there, by the class that its config names.
+    """Loads a VAE of the class that its config names.
+
+    Args:
+        source: A folder or Hub id of a VAE, or of a pipeline with a `vae` subfolder.
 
     Raises:
-        ValueError: Its weights are pickled, or do not fit its config.
+        ValueError: The weights are pickled, or do not match the config.
     """
     options: dict[str, str] = {}
     try:
@@ -85,5 +105,5 @@ def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
 
 
 def as_video_vae(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | PerFrameVAE:
-    """What encodes and decodes videos with a VAE's weights."""
+    """Returns the object that encodes and decodes videos: a video VAE itself, or an image VAE in `PerFrameVAE`."""
     return PerFrameVAE(vae) if isinstance(vae, AutoencoderKL) else vae

@@ -1,4 +1,4 @@
-"""Loading that never guesses: weights fit their config to the last key, or an error names what does not."""
+"""Strict loading of weights: safetensors only, and every key must match the config."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from typing import Any
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PARALLELISM = (
-    "context and tensor parallelism are not served: they would split the tokens, heads or channels of a video between "
-    "devices, but not the noise levels, groups and states that belong to whole frames; share out videos instead"
+    "context and tensor parallelism are not supported, because noise levels, frame groups and states belong to whole "
+    "frames; to use several devices, distribute the videos over processes"
 )
 
 
 class StrictLoading:
-    """Comes before diffusers' `ModelMixin` and refuses weights that do not fit or are pickled, and parallelism."""
+    """Rejects pickled weights, weights that do not match the config, and model parallelism.
+
+    A mixin that must precede diffusers' `ModelMixin` in the list of base classes.
+    """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Loads as diffusers does, from safetensors only.
+        """Loads a network as diffusers does, but strictly.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id.
+            kwargs: Further arguments of diffusers' `from_pretrained`.
 
         Raises:
-            ValueError: The weights are pickled, or keys of weights and config do not agree, which are named; or
+            ValueError: The weights are pickled, or keys are missing or unexpected (the error names them). Or
                 `parallel_config` is given.
         """
         if kwargs.pop("parallel_config", None) is not None:
@@ -30,48 +37,56 @@ class StrictLoading:
         return load_strictly(load, cls.__name__, pretrained_model_name_or_path, **kwargs)
 
     def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Always raises: a video is not split between devices.
+        """Not supported.
 
         Raises:
-            ValueError: Says why.
+            ValueError: Always.
         """
         raise ValueError(NO_PARALLELISM)
 
 
 def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
-    """What `load`, diffusers' `from_pretrained` of a class of this name, makes of a folder or Hub id.
+    """Loads a network with one of diffusers' `from_pretrained` methods, from safetensors only.
+
+    Args:
+        load: The `from_pretrained` of the class.
+        name: Name of the class, for errors.
+        source: A folder or Hub id.
+        kwargs: Further arguments of `load`.
 
     Raises:
-        ValueError: The weights are pickled, or keys of weights and config do not agree, which are named.
+        ValueError: The weights are pickled, or keys are missing or unexpected (the error names them).
     """
     folder = Path(str(source)) / (kwargs.get("subfolder") or "")
-    refuse_pickles(folder)
+    check_not_pickled(folder)
     wants_info = kwargs.pop("output_loading_info", False)
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
     if not kwargs["use_safetensors"]:
-        raise ValueError("use_safetensors=False asks for a pickle, which can run code: only safetensors are loaded")
+        raise ValueError(
+            f"use_safetensors must be True, because pickles can run code, got {kwargs['use_safetensors']!r}"
+        )
     model, info = load(source, output_loading_info=True, **kwargs)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
     if problems:
-        told = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
-        raise ValueError(f"the weights of {name} in {folder} do not fit its config: {told}")
+        details = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
+        raise ValueError(f"the weights of {name} in {folder} do not match its config: {details}")
     return (model, info) if wants_info else model
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raises where a local folder's weights are pickled and nothing else.
+def check_not_pickled(folder: Path) -> None:
+    """Checks that a local folder has weights in safetensors if it has any. Other sources are not checked.
 
     Raises:
-        ValueError: Names the file.
+        ValueError: The folder has pickled weights only. The error names a file.
     """
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
-        raise ValueError(f"{folder / pickled[0]} is a pickle, which can run code: only safetensors are loaded")
+        raise ValueError(f"weights must be safetensors, got {folder / pickled[0]}, which is a pickle and can run code")
 
 
-def _shorten(keys: list[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _shorten(keys: list[str], limit: int = 8) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,4 +1,4 @@
-"""From prompts to embeddings, for any transformers text encoder."""
+"""Prompt embeddings, with any text encoder of transformers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ logger = logging.get_logger(__name__)
 
 
 def load_text_encoder(source: str) -> Any:
-    """The transformers text encoder in the subfolder `text_encoder` of a folder or Hub id, in float32."""
+    """Loads the text encoder of a pipeline in float32.
+
+    Args:
+        source: A folder or Hub id with a subfolder `text_encoder`.
+    """
     return AutoModelForTextEncoding.from_pretrained(
         source, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
     )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask `(b, max_length)`; longer prompts are cut."""
+    """Cleans and tokenizes prompts as WanPipeline does.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        prompts: `b` prompts. Longer ones are truncated.
+        max_length: Number of tokens that prompts are padded to.
+
+    Returns:
+        Token ids and attention mask, integers `(b, max_length)`.
+    """
     batch = tokenizer(
         [prompt_clean(prompt) for prompt in prompts],
         padding="max_length",
@@ -39,7 +52,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
 
 
 def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings `(b, l, d)`: zeros after the prompt as in WanPipeline; CLIP's stay as in StableDiffusionPipeline."""
+    """Computes prompt embeddings from tokens.
+
+    Embeddings after the end of a prompt are zero, as in WanPipeline. CLIP's are kept, as in StableDiffusionPipeline.
+
+    Args:
+        text_encoder: A text encoder of transformers.
+        input_ids: Token ids `(b, l)`.
+        mask: Attention mask `(b, l)`.
+
+    Returns:
+        Embeddings `(b, l, d)`.
+    """
     if text_encoder.config.model_type == "clip_text_model":
         return text_encoder(input_ids).last_hidden_state
     embeddings = text_encoder(input_ids, mask).last_hidden_state
@@ -54,15 +78,18 @@ def encode_texts(
     device: torch.device,
     lora_scale: float | None = None,
 ) -> Tensor:
-    """Embeddings `(b, l, d)` of texts.
+    """Computes the embeddings of texts.
 
     Args:
-        text_encoder: Of transformers.
-        tokenizer: Of the text encoder.
-        texts: `b` of them.
-        max_length: `l`, tokens of each.
-        device: Where the text encoder computes.
-        lora_scale: Scales the text encoder's LoRA layers; `None` leaves them alone.
+        text_encoder: A text encoder of transformers.
+        tokenizer: The text encoder's tokenizer.
+        texts: `b` texts.
+        max_length: Tokens per text, `l`.
+        device: Device of the text encoder.
+        lora_scale: Weight of the text encoder's LoRA layers during this call; `None` does not change it.
+
+    Returns:
+        Embeddings `(b, l, d)`.
     """
     scaled = lora_scale is not None and getattr(text_encoder, "_hf_peft_config_loaded", False)
     with lock_of(text_encoder):
@@ -77,17 +104,17 @@ def encode_texts(
 
 
 def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Warns of words that a whole-word tokenizer does not know; silent for other tokenizers."""
+    """Logs a warning that lists the words outside a whole-word tokenizer's vocabulary, if there are any."""
     words = dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text))
     if words:
         logger.warning(
-            f"this checkpoint was not trained with the words: {', '.join(words)}. "
-            f"It knows: {' '.join(known_words(tokenizer))}"
+            f"the prompt has words that this checkpoint was not trained with: {', '.join(words)}. "
+            f"Its vocabulary: {' '.join(known_words(tokenizer))}"
         )
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """The words of a prompt that a tokenizer of whole words has never seen; nothing for other tokenizers."""
+    """The words of a prompt that are not in a whole-word tokenizer's vocabulary; empty for other tokenizers."""
     vocabulary = known_words(tokenizer)
     if not vocabulary:
         return []
@@ -98,7 +125,7 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
 
 
 def known_words(tokenizer: Any) -> list[str]:
-    """The words of a tokenizer of whole words, sorted; nothing for other tokenizers."""
+    """The sorted vocabulary of a whole-word tokenizer without special tokens; empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.WordLevel):
         return []
@@ -107,11 +134,18 @@ def known_words(tokenizer: Any) -> list[str]:
 
 
 def make_word_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows whole words, whatever their case, and ends each prompt with `</s>`."""
+    """Creates a whole-word tokenizer.
+
+    It ignores case, drops punctuation except commas, and appends `</s>` to each prompt.
+
+    Args:
+        words: The vocabulary, in lower case.
+        max_length: Default maximum number of tokens.
+    """
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    # a comma is a word, other punctuation is dropped
+    # a comma is a token, other punctuation is dropped
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[^\w,]+"), behavior="removed"),
@@ -129,13 +163,13 @@ def make_word_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedToke
 
 
 def make_text_encoder(num_words: int, dim: int, num_layers: int, seed: int = 0) -> T5EncoderModel:
-    """A small T5 encoder with random weights, to be trained with a denoiser.
+    """Creates a small T5 encoder with random weights, to be trained together with a denoiser.
 
     Args:
-        num_words: Size of the tokenizer's vocabulary.
-        dim: Channels of the embeddings; heads have 32.
-        num_layers: Blocks.
-        seed: Of the weights.
+        num_words: Size of the tokenizer's vocabulary, including special tokens.
+        dim: Channels of the embeddings, a multiple of 32. Attention heads have 32 channels.
+        num_layers: Number of blocks.
+        seed: Seed of the weights.
     """
     config = T5Config(
         vocab_size=num_words,

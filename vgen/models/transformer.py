@@ -392,7 +392,7 @@ class SpacetimeTransformer(
             )
         n, rows, columns = t // p_t, height // p_h, width // p_w
 
-        cache = None if state is None else FrameCache.opened(self, state, n)
+        cache = None if state is None else FrameCache.open(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         positions = torch.arange(offset, offset + n, device=hidden_states.device)
         rotary_emb = self.rope(positions, rows, columns)

@@ -593,7 +593,7 @@ class UNet3D(
                 raise ValueError("conv_context needs gap_index and cannot be used with a state")
             hidden_states, timestep, keyframes = _append_context(conv_context, hidden_states, timestep, keyframes)
             n = hidden_states.shape[2]
-        cache = None if state is None else FrameCache.opened(self, state, n)
+        cache = None if state is None else FrameCache.open(self, state, n)
         offset = 0 if cache is None else cache.num_frames
         device = hidden_states.device
         positions, past = torch.arange(offset, offset + n, device=device), None

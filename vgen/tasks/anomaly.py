@@ -1,4 +1,4 @@
-"""Where a video does what the model did not expect: the error of predicting each frame from those before it."""
+"""Anomaly detection: how badly the model predicts each frame of a video from the frames before it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from vgen.checks import check_integer, check_number
+
 if TYPE_CHECKING:
     from vgen.pipeline import VideoGenPipeline
 
 
 class Anomaly(NamedTuple):
-    """Of one video."""
+    """Prediction errors and anomalous frames of one video."""
 
     scores: np.ndarray
-    """Mean squared error of each predicted frame, float `(f,)`, in units of the range of brightness; NaN for the first
-    ones, which nothing precedes."""
+    """Mean squared error of each predicted frame, float `(f,)`, for pixels in [0, 1]. NaN for the first frames, which
+    are not predicted."""
     jumps: list[int]
-    """Frames whose score stands out."""
+    """Indices of the frames with an unusually high score."""
 
 
 def find_anomalies(
@@ -32,49 +34,50 @@ def find_anomalies(
     seed: int = 0,
     **options: Any,
 ) -> Anomaly:
-    """Predicts each piece of a video from the true frames before it and compares.
+    """Predicts a video a few frames at a time, each time from the true frames before, and scores the errors.
 
-    What is usual is told by the lower half of the scores, since an event may spoil the predictions of all that follow.
-    A frame stands out if the logarithm of its score is more than `threshold` robust deviations (1.4826 times the
-    median distance to the median, at least 0.3) above the usual median. An event in the middle of a piece marks what
-    is left of it; the first frame marked is when it happened.
+    A frame is anomalous if the logarithm of its score exceeds the median by more than `threshold` robust standard
+    deviations (1.4826 times the median absolute deviation, at least 0.3). Both statistics are of the lower half of the
+    scores, because an event may spoil the predictions of all later frames. After an event, the other frames of the
+    same prediction are also marked; the first marked frame is the time of the event.
 
     Args:
-        pipe: A checkpoint that predicts.
-        video: uint8 `(f, h, w, 3)`.
-        given: Frames that each prediction starts from.
-        ahead: Frames of a piece.
-        threshold: What stands out.
-        seed: Of the noise.
+        pipe: A pipeline that supports prediction.
+        video: Frames, uint8 `(f, h, w, 3)`.
+        given: Number of true frames that each prediction starts from.
+        ahead: Number of frames per prediction.
+        threshold: Number of robust standard deviations above which a frame is anomalous.
+        seed: Seed of the noise.
         options: Further arguments of `VideoGenPipeline.predict`.
 
     Raises:
-        ValueError: The video is not uint8 or too short, or as `predict`.
+        ValueError: The video is not uint8 or too short, a number is out of range, or as in `VideoGenPipeline.predict`.
     """
     if video.dtype != np.uint8:
-        raise ValueError(f"the video has {video.dtype} values: give uint8")
-    if given < 1 or ahead < 1:
-        raise ValueError(f"given={given} and ahead={ahead} must be at least 1")
+        raise ValueError(f"video must be uint8, got {video.dtype}")
+    check_integer("given", given, 1)
+    check_integer("ahead", ahead, 1)
+    check_number("threshold", threshold)
     if len(video) <= given:
-        raise ValueError(f"the video has {len(video)} frames: more than given={given} are needed")
+        raise ValueError(f"video must have more than given={given} frames, got {len(video)}")
     scores = np.full(len(video), np.nan)
-    for begin, made in _predictions(pipe, video, given, ahead, seed, options):
-        true = video[begin : begin + len(made)] / 255.0
-        scores[begin : begin + len(made)] = np.square(made - true).mean((1, 2, 3))
-    logs = np.log(np.maximum(scores, 1e-6))  # 60 dB is as good as exact
-    usual = np.sort(logs[given:])[: (len(logs) - given + 1) // 2]
-    middle = np.median(usual)
-    deviation = 1.4826 * np.median(np.abs(usual - middle))
-    jumps = np.flatnonzero(logs > middle + threshold * max(deviation, 0.3))
+    for begin, predicted in _predictions(pipe, video, given, ahead, seed, options):
+        true = video[begin : begin + len(predicted)] / 255.0
+        scores[begin : begin + len(predicted)] = np.square(predicted - true).mean((1, 2, 3))
+    logs = np.log(np.maximum(scores, 1e-6))  # errors below 60 dB PSNR count as equal
+    lower_half = np.sort(logs[given:])[: (len(logs) - given + 1) // 2]
+    median = np.median(lower_half)
+    deviation = 1.4826 * np.median(np.abs(lower_half - median))
+    jumps = np.flatnonzero(logs > median + threshold * max(deviation, 0.3))
     return Anomaly(scores, jumps.tolist())
 
 
 def _predictions(
     pipe: VideoGenPipeline, video: np.ndarray, given: int, ahead: int, seed: int, options: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Pieces of at most `ahead` frames with their places."""
+    """Yields predictions of at most `ahead` frames, with the index of their first frame."""
     for begin in range(given, len(video), ahead):
         count = min(ahead, len(video) - begin)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + begin)
-        made = pipe.predict(video[begin - given : begin], count, generator=generator, **options).frames[0]
-        yield begin, np.asarray(made)
+        predicted = pipe.predict(video[begin - given : begin], count, generator=generator, **options).frames[0]
+        yield begin, np.asarray(predicted)

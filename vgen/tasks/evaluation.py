@@ -1,7 +1,7 @@
-"""Measuring a checkpoint on a suite: every number beside those of simple ways, with intervals, in one file.
+"""Evaluation of a checkpoint on a suite of clips, compared with simple baselines, with confidence intervals.
 
-A run writes `clips/*.json`, one file a batch of clips, which a run that was stopped does not make again; then
-`results.json`, in which every clip has its values, and `report.html`.
+A run writes `clips/*.json`, one file per batch of clips, which a resumed run does not compute again. At the end it
+writes `results.json`, with the values of every clip, and `report.html`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from vgen.checks import check_choices, check_integer
 from vgen.hub import find_packaged
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import weights_digest
@@ -56,63 +57,66 @@ from vgen.tasks.jobs import Job, ModelConfig, is_done, load_pipeline, read_manif
 
 logger = logging.get_logger(__name__)
 
-TASKS = ("reconstruction", "prediction", "interpolation", "generation", "rollout")
-OURS = "the model"
+Task = Literal["reconstruction", "prediction", "interpolation", "generation", "rollout"]
+TASKS: tuple[Task, ...] = get_args(Task)
+MODEL = "the model"
+"""Name of the evaluated checkpoint among the methods of the results."""
 TRUE, CEILING = "true clips", "the VAE, of true clips"
+"""Names of the true clips and of their reconstructions, the best that a latent model can reach."""
 PAIRED = ("reconstruction", "prediction", "interpolation")
-"""Tasks whose videos have a true one to be compared with."""
+"""Tasks whose videos are compared with the true clip."""
 FEATURED = ("prediction", "generation")
-"""Tasks whose videos have a distribution to be compared with."""
+"""Tasks whose videos are compared with the true clips as distributions."""
 STRIP = 9
-"""Frames of a picture."""
+"""Frames per strip of pictures."""
 CONVLSTM = "vgen/shapes-64-convlstm"
 CONVLSTM_CLIPS = {"suite": "shapes", "height": 64, "width": 64, "frame_rate": 8.0}
-"""The packaged ConvLSTM, and the clips that it was trained on."""
+"""The packaged ConvLSTM baseline, and settings of the clips that it was trained on."""
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(ModelConfig, SuiteConfig):
-    """What is measured."""
+    """Settings of an evaluation."""
 
-    tasks: list[str] | None = None
-    """Some of `reconstruction`, `prediction`, `interpolation`, `generation` (from captions) and `rollout` (long videos
-    from captions); by default all but the last that model and suite allow."""
+    tasks: list[Task] | None = None
+    """Tasks to evaluate. `generation` and `rollout` generate clips and long videos from captions. By default all that
+    model and suite support, except `rollout`."""
     prompted: bool = False
-    """Whether predictions and interpolations are told the captions."""
+    """Whether predictions and interpolations are conditioned on the captions."""
     num_samples: int = 1
-    """Predictions of each clip; of several, their mean and the best one are measured too."""
+    """Number of predictions per clip; from 2 on, their mean and the best one are also scored."""
     rollout_frames: int = 128
-    """Of a long video."""
+    """Number of frames per rollout."""
     convlstm: str | None = None
-    """Packaged checkpoint, folder or Hub id of a ConvLSTM that predicts beside the model (`train/train_convlstm.py`);
-    by default the packaged one for clips like those it was trained on, `none` for none."""
+    """ConvLSTM baseline for prediction (`train/train_convlstm.py`): a packaged checkpoint, a folder or a Hub id. By
+    default the packaged one, if the clips are like those that it was trained on; `none` turns the baseline off."""
     lpips: bool = False
-    """Whether LPIPS is measured, by the package of that name."""
+    """Whether to compute LPIPS, which needs the package `lpips`."""
     features: str | None = None
-    """Folder or Hub id of a video model of transformers, for distances between distributions."""
+    """Feature network of the distances between distributions: folder or Hub id of a video model of transformers."""
     torchscript: Path | None = None
-    """An I3D network in TorchScript instead."""
+    """Feature network as a TorchScript file, such as I3D, instead of `features`."""
     trust_torchscript: bool = False
-    """Says that the program in it may run."""
+    """Allows the code in the TorchScript file to run."""
     count_known_frames: bool = False
-    """Whether distances between predictions take clips from their first frame on, given ones included; else their last
-    frames."""
+    """Whether the distances of predictions include the frames that the model was given. By default only new frames
+    count."""
     num_feature_frames: int | None = None
-    """Frames that distances are taken of, for networks that take any number; `None` takes all that count."""
+    """Frames per clip for the distances, if the feature network accepts any number; all that count if not set."""
     batch_size: int = 10
-    """Clips at once, and of one file."""
+    """Number of clips per batch and per file."""
     num_strips: int = 4
-    """Clips that the report shows."""
+    """Number of clips that the report shows."""
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
-    """Measures a checkpoint; the same call goes on where an interrupted one stopped.
+    """Evaluates a checkpoint. The same call resumes an interrupted run.
 
     Returns:
-        The results, as `results.json` has them; `None` in processes that do not gather.
+        The contents of `results.json` in the main process; `None` in the others.
 
     Raises:
-        ValueError: A setting cannot work, the checkpoint cannot do a task, or no clip could be measured.
+        ValueError: A setting is invalid, the checkpoint does not support a task, or all clips failed.
         ImportError: A library that a metric needs is not installed.
     """
     check_installed()
@@ -128,9 +132,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
 
     def make(job: Job, path: Path) -> dict[str, Any]:
         first, count = job.inputs["first"], job.inputs["count"]
-        found = measure(suite.samples(range(first, first + count)))
-        write_text(path, json.dumps(found))
-        return {"num_clips": len(found["numbers"])} | ({"left_out": dict(suite.left_out)} if suite.left_out else {})
+        batch = measure(suite.samples(range(first, first + count)))
+        write_text(path, json.dumps(batch))
+        return {"num_clips": len(batch["numbers"])} | ({"left_out": dict(suite.left_out)} if suite.left_out else {})
 
     settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
     settings |= measure.digests
@@ -143,14 +147,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     done = [json.loads((folder / job.name).read_text()) for job in jobs if is_done(job, lines, folder)]
     if not done:
         reason = next(line["error"] for line in lines.values() if "error" in line)
-        raise ValueError(f"no clip could be measured: {reason}")
+        raise ValueError(f"all clips failed, the first one because of: {reason}")
     results = gather_results(config, done, settings, measure.features)
     results["missing"] = len(suite) - len(results["numbers"])
     strips = {
         f"{task}, clip {number}": rows
         for batch in done
-        for number, shown in batch["strips"].items()
-        for task, rows in shown.items()
+        for number, tasks in batch["strips"].items()
+        for task, rows in tasks.items()
     }
     write_text(config.output_dir / "results.json", json.dumps(results, indent=1))
     write_text(config.output_dir / "report.html", make_report(results, strips))
@@ -158,23 +162,23 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
 
 
 class Measurement:
-    """What is measured of one checkpoint on one suite.
+    """Runs and scores the tasks on batches of clips.
 
     Args:
-        config: The settings.
+        config: The settings, with defaults filled in.
         pipe: The checkpoint.
         suite: The clips.
 
     Raises:
-        ValueError: The checkpoint cannot do a task that was asked for, or clips are too short for the features.
+        ValueError: The checkpoint or the suite does not support a task, or clips are too short for the features.
     """
 
     def __init__(self, config: EvaluationConfig, pipe: VideoGenPipeline, suite: Suite):
         self.config, self.pipe, self.suite = config, pipe, suite
         self.tasks = list(TASKS[:-1] if config.tasks is None else config.tasks)
         if config.tasks is None:
-            able = set(pipe.denoiser.config.tasks)
-            self.tasks = [task for task in self.tasks if self._needs(task) <= able]
+            supported = set(pipe.denoiser.config.tasks)
+            self.tasks = [task for task in self.tasks if self._required_tasks(task) <= supported]
             if pipe.video_vae is None:
                 self.tasks.remove("reconstruction")
             if (not suite.captioned or pipe.text_encoder is None) and "generation" in self.tasks:
@@ -188,108 +192,113 @@ class Measurement:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the clips, and of the networks beside the pipeline's."""
-        found = {} if self.suite.digest is None else {"clips_sha256": self.suite.digest}
-        found |= {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
-        return found if self.features is None else found | {"features_sha256": self.features.digest}
+        """Hashes of the clips and of the networks outside the pipeline."""
+        digests = {} if self.suite.digest is None else {"clips_sha256": self.suite.digest}
+        digests |= {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
+        return digests if self.features is None else digests | {"features_sha256": self.features.digest}
 
-    def _needs(self, task: str) -> set[str]:
-        """What a checkpoint must have been trained for."""
+    def _required_tasks(self, task: str) -> set[str]:
+        """The training tasks that a checkpoint needs for a task of the evaluation."""
         both = {"leading", "keyframes"}
         given = {"leading"} if self.pipe.grid.is_valid(self.config.given) else both
         return {"prediction": given, "interpolation": both, "rollout": {"leading"}}.get(task, set())
 
     def _check(self) -> None:
-        """Refuses early what would fail clip by clip."""
+        """Raises early for settings that would fail in every batch."""
         config, pipe = self.config, self.pipe
         size = (config.height, config.width)
         for task in self.tasks:
-            check_tasks(pipe.denoiser.config, pipe.grid, self._needs(task))
+            check_tasks(pipe.denoiser.config, pipe.grid, self._required_tasks(task))
         if "reconstruction" in self.tasks and pipe.video_vae is None:
-            raise ValueError("a pipeline without a VAE reconstructs nothing: leave out the task")
+            raise ValueError("the task reconstruction needs a pipeline with a VAE")
         steps = config.num_inference_steps or pipe.config.num_inference_steps
         if {"generation", "rollout"} & set(self.tasks):
             if not self.suite.captioned:
-                raise ValueError("generation and rollout need clips that all have captions")
+                raise ValueError("the tasks generation and rollout need a suite in which every clip has a caption")
             frames = config.num_frames if "generation" in self.tasks else pipe.grid.first
             pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps)
         if "interpolation" in self.tasks:
             pipe.interpolator(config.factor, size=size, frame_rate=config.frame_rate, num_inference_steps=steps)
-        least = self._seam_unit + 2
-        if "rollout" in self.tasks and config.rollout_frames < least:
-            raise ValueError(f"rollout_frames={config.rollout_frames}: give {least} or more, which have a seam")
+        if "rollout" in self.tasks:  # two chunks are needed for a seam
+            check_integer("rollout_frames", config.rollout_frames, self._chunk_frames + 2)
         if config.features or config.torchscript:
             if not set(FEATURED) & set(self.tasks):
                 raise ValueError(f"distances between distributions need one of the tasks {', '.join(FEATURED)}")
             if len(self.suite) < 2:
-                raise ValueError("distances between distributions need 2 clips or more")
+                raise ValueError(f"distances between distributions need at least 2 clips, got {len(self.suite)}")
         if config.prompted and not self.suite.captioned:
-            raise ValueError("prompted=True needs clips that all have captions")
+            raise ValueError("prompted=True needs a suite in which every clip has a caption")
 
     @property
-    def _seam_unit(self) -> int:
-        """Frames of a chunk."""
+    def _chunk_frames(self) -> int:
+        """Pixel frames per chunk of a rollout."""
         options = RolloutOptions().resolve(self.pipe.config, self.pipe.denoiser.config, prompted=True)
         assert options.chunk_size is not None
         return self.pipe.grid.compression * options.chunk_size
 
     def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
-        """Refuses clips that are too short for the features of a task."""
+        """Raises if clips have fewer new frames than the feature network needs."""
         for task in [task for task in FEATURED if task in self.tasks]:
-            count, shown = feature_frames(self.config, network, task), shown_frames(self.config, task)
-            if shown < count:
+            needed, available = feature_frames(self.config, network, task), countable_frames(self.config, task)
+            if available < needed:
                 raise ValueError(
-                    f"{network.name} takes {count} frames, and {shown} are not given: make num_frames at least "
-                    f"{self.config.num_frames + count - shown}"
+                    f"num_frames must be at least {self.config.num_frames + needed - available}, because "
+                    f"{network.name} needs {needed} frames that count in the task {task}, got {self.config.num_frames}"
                 )
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Any]:
-        """The values of each task, way and metric for these clips, in their order."""
-        found: dict[str, Any] = {"numbers": samples.numbers, "frames": {}}
-        found |= {name: {} for name in ("tasks", "curves", "features", "strips")}
+        """Runs all tasks on a batch of clips.
+
+        Returns:
+            Values by task, method and metric, one per clip; also the clips' numbers, curves, features and strips.
+        """
+        results: dict[str, Any] = {"numbers": samples.numbers, "frames": {}}
+        results |= {name: {} for name in ("tasks", "curves", "features", "strips")}
         decoded = self._reconstruct(samples)
         for task in self.tasks:
-            ways, counted = getattr(self, f"_{task}")(samples)
+            methods, counted = getattr(self, f"_{task}")(samples)
             if task != "rollout" and decoded is not None:
-                ways["the VAE" if task == "reconstruction" else CEILING] = decoded
+                methods["the VAE" if task == "reconstruction" else CEILING] = decoded
             if task in PAIRED:
-                ways[TRUE] = samples.clips
-            ways = {name: clips[:, :, : next(iter(ways.values())).shape[2]] for name, clips in ways.items()}
+                methods[TRUE] = samples.clips
+            methods = {name: clips[:, :, : next(iter(methods.values())).shape[2]] for name, clips in methods.items()}
             values: dict[str, Any] = {}
-            for name, clips in ways.items():
+            for name, clips in methods.items():
                 values[name] = tolist(self._values(task, name, clips, samples, counted))
                 if task in PAIRED and name != TRUE:
-                    found["frames"][task] = counted
+                    results["frames"][task] = counted
                     true = samples.clips[:, :, : clips.shape[2]]
-                    found["curves"].setdefault(task, {})[name] = tolist(curves(clips, true, counted))
+                    results["curves"].setdefault(task, {})[name] = tolist(curves(clips, true, counted))
                 if self.features is not None and task in FEATURED:
-                    found["features"].setdefault(task, {})[name] = self._features_of(task, clips)
-            found["tasks"][task] = values
-            self._draw(found["strips"], task, samples, ways)
-        return found
+                    results["features"].setdefault(task, {})[name] = self._features_of(task, clips)
+            results["tasks"][task] = values
+            self._draw(results["strips"], task, samples, methods)
+        return results
 
-    def _values(self, task: str, way: str, clips: Tensor, samples: Samples, counted: list[int]) -> dict[str, Tensor]:
-        """Of one way to do a task, `(b,)` for each metric."""
+    def _values(
+        self, task: str, method: str, clips: Tensor, samples: Samples, counted: list[int]
+    ) -> dict[str, Tensor]:
+        """Scores the clips of one method for a task, `(b,)` for each metric."""
         if task == "rollout":
             slopes = {f"{name} drift": value for name, value in drift_slopes(clips).items()}
             ends = {f"{name}, end from start": value for name, value in start_end_difference(clips).items()}
-            if self._seam_unit == 1 or self.pipe.denoiser.patch_size[0] > 1:
-                return slopes | ends  # all borders of frames are seams, or the first chunk has another length
+            if self._chunk_frames == 1 or self.pipe.denoiser.patch_size[0] > 1:
+                return slopes | ends  # every frame is a seam, or the first chunk has another length
             s = self.pipe.vae_scale_factor_temporal
-            # at rest there are no seams; and one that moves at seams only has a ratio beyond all others
-            seams = seam_ratio(clips, self._seam_unit // s, s).nan_to_num(1.0, posinf=100.0)
+            # a still video has no seams (NaN), and one that moves only at seams has an infinite ratio
+            seams = seam_ratio(clips, self._chunk_frames // s, s).nan_to_num(1.0, posinf=100.0)
             return slopes | ends | {"seam ratio": seams}
-        found = {}
-        if way == TRUE and task in PAIRED:
-            found = {"sharpness": statistics(clips[:, :, counted])["sharpness"].mean(1)}
+        values = {}
+        if method == TRUE and task in PAIRED:
+            values = {"sharpness": statistics(clips[:, :, counted])["sharpness"].mean(1)}
         elif task in PAIRED:
-            found = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
-        found |= score_time(clips)
+            values = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
+        values |= score_time(clips)
         if task in ("reconstruction", "generation"):
             each = [self.suite.right(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
-            found |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
-        return found
+            values |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
+        return values
 
     def _reconstruction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         return {}, list(range(self.config.num_frames))
@@ -298,31 +307,31 @@ class Measurement:
         config, given = self.config, self.config.given
         counted = list(range(given, config.num_frames))
         known = samples.clips[:, :, :given]
-        drawn = torch.stack(
+        predictions = torch.stack(
             [
                 torch.cat([known, self._predict(samples, self._generators(samples, draw))], dim=2)
                 for draw in range(config.num_samples)
             ]
         )
-        ways = {OURS: drawn[0]}
+        methods = {MODEL: predictions[0]}
         if config.num_samples > 1:
-            ways |= {f"{OURS}, {name}": one for name, one in combine(drawn, samples.clips, counted).items()}
+            methods |= {f"{MODEL}, {name}": one for name, one in combine(predictions, samples.clips, counted).items()}
         if self.convlstm is not None:
             new = self.convlstm.predict(known.to(self.convlstm.device), config.num_frames - given)
-            ways["ConvLSTM"] = torch.cat([known, new.clamp(-1, 1).cpu()], dim=2)
-        ways["copy of the last frame"] = copy_last(samples.clips, given)
-        return ways, counted
+            methods["ConvLSTM"] = torch.cat([known, new.clamp(-1, 1).cpu()], dim=2)
+        methods["copy of the last frame"] = copy_last(samples.clips, given)
+        return methods, counted
 
     def _interpolation(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         keyframes = keyframes_of(self.config)
         counted = [index for index in range(keyframes[-1]) if index not in keyframes]
-        ways = {
-            OURS: self._interpolate(samples),
+        methods = {
+            MODEL: self._interpolate(samples),
             "copy of the last keyframe": hold_keyframes(samples.clips, keyframes),
             "linear blend": linear_blend(samples.clips, keyframes),
             "optical flow (DIS)": flow_interpolation(samples.clips, keyframes),
         }
-        return ways, counted
+        return methods, counted
 
     def _generation(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         config = self.config
@@ -331,7 +340,7 @@ class Measurement:
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
             frame_rate=config.frame_rate, generator=self._generators(samples), output_type="pt",
         ).frames  # fmt: skip
-        return {OURS: from_frames(frames), TRUE: samples.clips}, []
+        return {MODEL: from_frames(frames), TRUE: samples.clips}, []
 
     def _rollout(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         config = self.config
@@ -341,18 +350,18 @@ class Measurement:
             frame_rate=config.frame_rate, generator=self._generators(samples),
         )  # fmt: skip
         frames = torch.from_numpy(np.concatenate(list(chunks), axis=1))
-        ways = {OURS: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}
+        methods = {MODEL: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}
         true = self.suite.long(samples.numbers, config.rollout_frames)
-        return ways if true is None else ways | {TRUE: true}, []
+        return methods if true is None else methods | {TRUE: true}, []
 
     def _predict(self, samples: Samples, generators: list[torch.Generator]) -> Tensor:
-        """New frames behind the given ones, of each clip."""
+        """Predicts the frames after the given ones, `(b, 3, f, h, w)`."""
         given, count = range(self.config.given), self.config.num_frames - self.config.given
         options = {"num_frames": count, "frame_rate": self.config.frame_rate}
         return from_frames(self._from_known(self.pipe.predict, samples, given, generators, **options))
 
     def _interpolate(self, samples: Samples) -> Tensor:
-        """Clips from every so many'th frame."""
+        """Interpolates clips from every N-th frame."""
         config, generators = self.config, self._generators(samples)
         options = {"factor": config.factor, "frame_rate": config.frame_rate / config.factor}
         return from_frames(
@@ -362,7 +371,7 @@ class Measurement:
     def _from_known(
         self, call: Callable, samples: Samples, known: Iterable[int], generators: list[torch.Generator], **options: Any
     ) -> Tensor:
-        """Frames `(b, f, 3, h, w)` in [0, 1] that the pipeline makes of these ones of each clip."""
+        """Calls a method of the pipeline with some frames of each clip; returns `(b, f, 3, h, w)` in [0, 1]."""
         frames = rearrange(samples.clips[:, :, list(known)], "b c f h w -> b f h w c")
         given = list(to_uint8(frames).numpy())
         options |= {"num_inference_steps": self.config.num_inference_steps, "output_type": "pt"}
@@ -373,69 +382,70 @@ class Measurement:
     def _captions(self, samples: Samples) -> list[str]:
         missing = [number for number, text in zip(samples.numbers, samples.captions, strict=True) if text is None]
         if missing:
-            raise ValueError(f"clips {missing} have no caption, which this task needs")
+            raise ValueError(f"the task needs captions, which these clips do not have: {missing}")
         return [text for text in samples.captions if text is not None]
 
     def _generators(self, samples: Samples, draw: int = 0) -> list[torch.Generator]:
-        """A source of noise for each clip, by its number alone."""
+        """One generator per clip, seeded by its number, so that results do not depend on the batches."""
         seeds = [(self.config.seed * 1009 + draw) * 1_000_003 + number for number in samples.numbers]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _reconstruct(self, samples: Samples) -> Tensor | None:
-        """The clips, encoded and decoded; where their length cannot be, with the last frame repeated for that."""
-        codec = self.pipe.video_vae
-        if codec is None:
+        """Encodes and decodes the clips, padded with their last frame to a valid length; `None` without a VAE."""
+        vae = self.pipe.video_vae
+        if vae is None:
             return None
-        clips, count = samples.clips.to(self.pipe.device, codec.dtype), self.config.num_frames
-        missing = (1 - count) % codec.temporal_compression_ratio
-        clips = torch.cat([clips, *[clips[:, :, -1:]] * missing], dim=2)
-        return codec.decode(codec.encode(clips).latent_dist.mode()).sample[:, :, :count].float().cpu()
+        clips, count = samples.clips.to(self.pipe.device, vae.dtype), self.config.num_frames
+        padding = (1 - count) % vae.temporal_compression_ratio
+        clips = torch.cat([clips, *[clips[:, :, -1:]] * padding], dim=2)
+        return vae.decode(vae.encode(clips).latent_dist.mode()).sample[:, :, :count].float().cpu()
 
     def _features_of(self, task: str, clips: Tensor) -> list[list[float]]:
-        """Of the frames that distances are taken of."""
+        """Features of the frames that count in the distances."""
         assert self.features is not None
         count = feature_frames(self.config, self.features, task)
         last = task == "prediction" and not self.config.count_known_frames
         part = clips[:, :, -count:] if last else clips[:, :, :count]
         return self.features(part.to(self.pipe.device)).double().cpu().tolist()
 
-    def _draw(self, strips: dict[str, Any], task: str, samples: Samples, ways: dict[str, Tensor]) -> None:
-        """Pictures of the first clips of the suite, one row a way."""
+    def _draw(self, strips: dict[str, Any], task: str, samples: Samples, methods: dict[str, Tensor]) -> None:
+        """Adds strips of pictures of the suite's first clips, one per method."""
         for row, number in enumerate(samples.numbers):
             if number < self.config.num_strips:
-                shown = {name: draw_strip(clips[row]) for name, clips in ways.items()}
-                strips.setdefault(str(number), {})[task] = shown
+                strips.setdefault(str(number), {})[task] = {
+                    name: draw_strip(clips[row]) for name, clips in methods.items()
+                }
 
 
 def check_evaluation(config: EvaluationConfig) -> None:
-    """Refuses what cannot work.
+    """Checks settings that do not depend on the checkpoint, after defaults have been filled in.
 
     Raises:
         ValueError: A setting is unknown or out of range.
     """
     check_suite(config)
-    if set(config.tasks or ()) - set(TASKS):
-        raise ValueError(f"tasks={config.tasks} must be some of {', '.join(TASKS)}")
-    if min(config.num_samples, config.batch_size) < 1:
-        raise ValueError(f"num_samples={config.num_samples}, batch_size={config.batch_size} must be at least 1")
+    if config.tasks is not None:
+        check_choices("tasks", config.tasks, Task)
+    check_integer("num_samples", config.num_samples, 1)
+    check_integer("batch_size", config.batch_size, 1)
     if config.features and config.torchscript:
-        raise ValueError("give features or torchscript, not both")
-    if config.num_feature_frames is not None and config.num_feature_frames < 1:
-        raise ValueError(f"num_feature_frames={config.num_feature_frames} must be at least 1")
+        raise ValueError("features and torchscript cannot be used together: set only one of them")
+    if config.num_feature_frames is not None:
+        check_integer("num_feature_frames", config.num_feature_frames, 1)
 
 
 def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> EvaluationConfig:
-    """The settings with the checkpoint's defaults where they are 0."""
+    """Fills in the checkpoint's defaults for settings that are 0, and the packaged ConvLSTM where it applies."""
     names = ("num_frames", "height", "width", "frame_rate")
     config = replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
-    known = config.convlstm is None and all(getattr(config, name) == one for name, one in CONVLSTM_CLIPS.items())
-    return replace(config, convlstm=CONVLSTM) if known else config
+    applies = config.convlstm is None and all(getattr(config, name) == one for name, one in CONVLSTM_CLIPS.items())
+    return replace(config, convlstm=CONVLSTM) if applies else config
 
 
 def gather_results(
     config: EvaluationConfig, batches: list[dict[str, Any]], settings: dict[str, Any], network: Any
 ) -> dict[str, Any]:
-    """One record of all batches of clips."""
+    """Combines the batches into the contents of `results.json`."""
     results: dict[str, Any] = {
         "format": FORMAT,
         "model": config.model,
@@ -450,10 +460,10 @@ def gather_results(
         "distances": {},
     }
     features = join([batch["features"] for batch in batches])
-    for task, ways in features.items():
-        real = torch.tensor(ways.pop(TRUE), dtype=torch.float64)
+    for task, methods in features.items():
+        real = torch.tensor(methods.pop(TRUE), dtype=torch.float64)
         if len(real) < 2:
-            logger.warning(f"{task}: one clip only could be measured, too few for distances between distributions")
+            logger.warning(f"{task}: distances between distributions need at least 2 clips, got {len(real)}")
             continue
         protocol = Protocol(
             num_clips=len(real),
@@ -466,25 +476,25 @@ def gather_results(
             values=network.values,
             feature_network=network.digest,
         )
-        for way, made in ways.items():
-            measured = distances(real, torch.tensor(made, dtype=torch.float64), protocol)
-            told = {name: asdict(one) for name, one in measured.items()}
-            results["distances"].setdefault(task, {})[way] = told
+        for method, generated in methods.items():
+            measured = distances(real, torch.tensor(generated, dtype=torch.float64), protocol)
+            values = {name: asdict(distance) for name, distance in measured.items()}
+            results["distances"].setdefault(task, {})[method] = values
     return json.loads(json.dumps(results, default=str))
 
 
 def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPredictor | None:
-    """The recurrent network that predicts beside the model, if there is one."""
+    """Loads the ConvLSTM baseline; `None` without one."""
     if config.convlstm in (None, "none"):
         return None
     return ConvLSTMPredictor.from_pretrained(find_packaged(config.convlstm) or config.convlstm).eval().to(device)
 
 
 def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetwork | ScriptedFeatures | None:
-    """The network whose features distances are taken of, if one is given.
+    """Loads the feature network of the distances; `None` without one.
 
     Raises:
-        ValueError: It takes another number of frames than was asked for, or as the networks say.
+        ValueError: The network needs another number of frames than `num_feature_frames`, or cannot be loaded.
     """
     network: FeatureNetwork | ScriptedFeatures
     if config.torchscript is not None:
@@ -495,49 +505,49 @@ def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetw
         return None
     if config.num_feature_frames and network.num_frames not in (None, config.num_feature_frames):
         raise ValueError(
-            f"num_feature_frames={config.num_feature_frames}, but {network.name} takes {network.num_frames}"
+            f"num_feature_frames must be {network.num_frames} for {network.name}, got {config.num_feature_frames}"
         )
     return network.to(device)
 
 
-def shown_frames(config: EvaluationConfig, task: str) -> int:
-    """Frames of a clip that distances can be taken of: without those that were given, unless these count."""
+def countable_frames(config: EvaluationConfig, task: str) -> int:
+    """Frames per clip that count in distances: all but the given ones, unless `count_known_frames` is set."""
     return config.num_frames - (config.given if task == "prediction" and not config.count_known_frames else 0)
 
 
 def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, task: str) -> int:
-    """Frames of a clip that distances are taken of."""
-    return network.num_frames or config.num_feature_frames or shown_frames(config, task)
+    """Frames per clip that the feature network gets."""
+    return network.num_frames or config.num_feature_frames or countable_frames(config, task)
 
 
 def from_frames(frames: Tensor) -> Tensor:
-    """Clips from what the pipeline gives as `pt`."""
+    """Converts `pt` outputs of the pipeline, `(b, f, c, h, w)` in [0, 1], to clips `(b, c, f, h, w)` in [-1, 1]."""
     return rearrange(frames.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
 
 
 def draw_strip(clip: Tensor) -> str:
-    """Some frames of a clip `(3, f, h, w)` side by side, as a PNG in base64."""
-    places = np.linspace(0, clip.shape[1] - 1, min(STRIP, clip.shape[1])).round().astype(int)
-    row = rearrange(clip[:, places], "c f h w -> h (f w) c")
+    """Draws evenly spaced frames of a clip `(3, f, h, w)` side by side, as a PNG in base64."""
+    indices = np.linspace(0, clip.shape[1] - 1, min(STRIP, clip.shape[1])).round().astype(int)
+    row = rearrange(clip[:, indices], "c f h w -> h (f w) c")
     file = BytesIO()
     Image.fromarray(row.add(1).mul(127.5).round().clamp(0, 255).byte().numpy()).save(file, "png")
     return b64encode(file.getvalue()).decode()
 
 
 def tolist(values: dict[str, Tensor]) -> dict[str, list]:
-    """For JSON."""
+    """Converts tensors to lists with 6 significant digits, for JSON."""
     return {name: np.vectorize(lambda x: float(f"{x:.6g}"))(one.numpy()).tolist() for name, one in values.items()}
 
 
 def join(parts: list[Any]) -> Any:
-    """Nested dictionaries whose lists follow one another."""
+    """Concatenates the lists of nested dictionaries with the same keys."""
     if isinstance(parts[0], dict):
         return {name: join([part[name] for part in parts]) for name in parts[0]}
     return [value for part in parts for value in part]
 
 
 def average(curves: Any) -> Any:
-    """Nested dictionaries whose tables `(b, f)` become their means over clips."""
+    """Averages tables `(b, f)` in nested dictionaries over the clips."""
     if isinstance(curves, dict):
         return {name: average(one) for name, one in curves.items()}
     return np.mean(curves, axis=0).round(6).tolist()

@@ -1,9 +1,9 @@
-"""Jobs over many inputs: shared out over processes, with a manifest, skipping what is done.
+"""Jobs over many inputs, distributed over processes and resumable.
 
-Each job makes one file in the output folder. `settings.json` says what all files have in common, `manifest.jsonl` has
-one line for each. A job is done if its file is there and its line says that it was made from the same inputs; so a
-run that was stopped, however hard, is finished by the same command. While processes run, each appends to a manifest of
-its own; the last act of a run gathers them.
+Each job writes one file in the output folder. `settings.json` holds the settings that all files share, and
+`manifest.jsonl` has one line per file. A job is done if its file exists and its line records the same inputs.
+Therefore the same command finishes a run that was stopped or killed. During a run, each process appends to its own
+manifest. At the end, the main process merges them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from vgen.checks import check_choice
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import digest_json
@@ -33,76 +34,81 @@ from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
 
 MANIFEST = "manifest.jsonl"
-PATIENCE = timedelta(days=30)
-"""How long a process that is ready waits for the others, whose share may be much longer."""
+BARRIER_TIMEOUT = timedelta(days=30)
+"""How long a process that has finished its jobs waits for the others, which may take much longer."""
+DType = Literal["float32", "bfloat16", "float16"]
+Suffix = Literal[".mp4", ".gif", ".webp", ""]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to make."""
+    """One file to write."""
 
     name: str
-    """Of the file or folder, in the output folder."""
+    """Name of the file or folder in the output folder."""
     inputs: dict[str, Any]
-    """What it is made from beside the settings of the run; of JSON's kinds."""
+    """Inputs of this job, in addition to the settings of the run; must be JSON serializable."""
 
     @property
     def digest(self) -> str:
-        """Of the inputs."""
+        """Hash of the inputs, 12 hexadecimal digits."""
         return digest_json(self.inputs)[:12]
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Settings of everything that runs a checkpoint over many inputs."""
+    """Settings of all scripts that run a checkpoint on many inputs."""
 
     output_dir: Path
-    """Folder of the results."""
+    """Output folder."""
     model: str = "vgen/shapes-64"
     """A packaged checkpoint, a folder, or a Hub id."""
-    dtype: str = "float32"
-    """Precision of the weights."""
+    dtype: DType = "float32"
+    """Data type of the weights."""
     num_inference_steps: int | None = None
-    """Denoising steps."""
+    """Number of denoising steps; the checkpoint's default if not set."""
     guidance_scale: float | None = None
-    """Weight of the prompt; 1 is unguided."""
+    """Weight of classifier-free guidance; 1 turns it off. The checkpoint's default if not set."""
     seed: int = 0
-    """Of the noise, which differs from input to input."""
+    """Seed of the noise. Each input gets different noise."""
 
 
 @dataclass(kw_only=True)
 class JobConfig(ModelConfig):
-    """Settings of every job that writes videos.
+    """Settings of all jobs that write videos.
 
-    The n-th prompt, from 0, has `seed + n` unless it brings its own; a video has one by its name, wherever it stands.
+    The seed of prompt n, counted from 0, is `seed + n`, unless its line sets one. The seed of an input video depends
+    on `seed` and its file name, not on the other files.
     """
 
-    suffix: str = ".mp4"
-    """Kind of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
+    suffix: Suffix = ".mp4"
+    """Suffix of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
     fps: float | None = None
-    """Frames per second of the files; those of the content by default."""
+    """Frames per second of the files; the frame rate of the content if not set."""
 
 
 def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
-    """The pipeline of a run, on the device of this process.
+    """Loads the pipeline of a run onto the device of this process.
 
     Raises:
-        ValueError: The precision is unknown, or as `VideoGenPipeline.from_pretrained`.
+        ValueError: The data type is not supported, or as in `VideoGenPipeline.from_pretrained`.
     """
-    if config.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={config.dtype!r} must be float32, bfloat16 or float16")
+    check_choice("dtype", config.dtype, DType)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    pipe.to(this_process(timeout=PATIENCE).device)
+    pipe.to(this_process(timeout=BARRIER_TIMEOUT).device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> dict[str, Any]:
-    """What all files of a run have in common: its settings, the networks, and what they take for what is not set.
+    """Collects what all files of a run share: the settings, the networks, and the checkpoint's defaults.
 
-    Where it reads and writes is left out.
+    Args:
+        config: Settings of the run.
+        pipe: The checkpoint.
+        inputs: Names of settings to leave out, because they only select the inputs.
     """
     skipped = ("output_dir", "model", "seed", *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
@@ -111,23 +117,25 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
 
 
 def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
-    """Jobs of a file of prompts: a text file has one a line; a `.jsonl` file has objects.
-
-    An object has a `prompt` and may have a `name` for its file and a `seed`.
+    """Creates one job per prompt of a file.
 
     Args:
-        path: Of the file.
-        config: Of the run.
-        schedules: Whether a prompt may be a schedule, such as `{"0": "...", "64": "..."}`.
+        path: A text file with one prompt per line, or a `.jsonl` file with one object per line. An object has a
+            `prompt`, and optionally a `name` for the output file and a `seed`.
+        config: Settings of the run.
+        schedules: Whether a prompt may be a schedule by frame, such as `{"0": "...", "64": "..."}`.
 
     Raises:
-        ValueError: The file holds no prompts, or a line is no such object.
+        ValueError: The file has no prompts, a line is not such an object, or the suffix is not supported.
     """
+    check_choice("suffix", config.suffix, Suffix)
     lines = [line for line in path.read_text().splitlines() if line.strip()]
-    kinds = (str, dict) if schedules else (str,)
-    rows = [_parse_row(path, line, kinds) if path.suffix == ".jsonl" else {"prompt": line.strip()} for line in lines]
+    prompt_types = (str, dict) if schedules else (str,)
+    rows = [
+        _parse_row(path, line, prompt_types) if path.suffix == ".jsonl" else {"prompt": line.strip()} for line in lines
+    ]
     if not rows:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path}: expected at least one prompt, got none")
     return [
         Job(
             row.get("name", f"{index:06d}") + config.suffix,
@@ -138,15 +146,20 @@ def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> li
 
 
 def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
-    """Jobs of a folder of videos: files that can be read, and folders of frames, in the order of their names.
+    """Creates one job per video of a folder, sorted by name.
+
+    Args:
+        folder: Contains video files and folders of frames. Hidden and other files are ignored.
+        config: Settings of the run.
 
     Raises:
-        ValueError: The folder holds no videos.
+        ValueError: The folder has no videos, or the suffix is not supported.
     """
+    check_choice("suffix", config.suffix, Suffix)
     entries = sorted(entry for entry in folder.iterdir() if entry.name[:1] != ".")
     videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
-        raise ValueError(f"{folder} holds no videos: {', '.join(VIDEO_SUFFIXES)}, or folders of frames")
+        raise ValueError(f"{folder}: expected videos ({', '.join(VIDEO_SUFFIXES)}) or folders of frames, got none")
     return [
         Job(
             video.stem + config.suffix,
@@ -157,9 +170,12 @@ def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
 
 
 def _version(video: Path) -> dict[str, Any]:
-    """Tells a file, or a folder of frames, from what may once take its place; of a broken link there is nothing."""
-    found = [file.stat() for file in (video.iterdir() if video.is_dir() else [video]) if file.exists()]
-    return {"bytes": sum(one.st_size for one in found), "modified": max((one.st_mtime for one in found), default=0)}
+    """Size and modification time of a file or a folder of frames, to notice if it is replaced; 0 for broken links."""
+    stats = [file.stat() for file in (video.iterdir() if video.is_dir() else [video]) if file.exists()]
+    return {
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified": max((stat.st_mtime for stat in stats), default=0),
+    }
 
 
 def run_jobs(
@@ -168,37 +184,41 @@ def run_jobs(
     settings: dict[str, Any],
     make: Callable[[Job, Path], dict[str, Any]],
 ) -> int:
-    """Makes what is missing, this process's share of it; returns the number of jobs that failed anywhere.
+    """Runs this process's share of the jobs that are not done yet.
 
-    A job whose input is bad (`ValueError`, `OSError`, or more than memory holds) is told in the manifest and does not
-    stop the others.
+    A job that fails with `ValueError`, `OSError` or out of memory is recorded in the manifest and does not stop the
+    others. Other errors are raised.
 
     Args:
         jobs: All jobs, the same in all processes.
         output_dir: Folder of the files.
-        settings: What all files have in common.
-        make: Writes a job's file, over an older one, and returns facts for the manifest.
+        settings: The settings that all files share, see `run_settings`.
+        make: Writes the file of a job, replacing an older one, and returns entries for the manifest.
+
+    Returns:
+        The number of jobs that failed in any process.
 
     Raises:
-        ValueError: Two jobs have one name, or the folder holds files that were made with other settings.
+        ValueError: Job names are not unique file names, or the folder has files with other settings.
     """
     process = this_process()
     names = [job.name for job in jobs]
-    double = sorted(name for name, count in Counter(names).items() if count > 1)
-    if double or any(Path(name).name != name for name in names):
-        raise ValueError(f"each input needs a name of its own without folders in it, got {(double or names)[0]!r}")
+    invalid = [name for name, count in sorted(Counter(names).items()) if count > 1]
+    invalid += [name for name in names if Path(name).name != name]
+    if invalid:
+        raise ValueError(f"names of jobs must be unique and have no folder, got {invalid[0]!r}")
     if process.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_settings(output_dir, settings, [glob.escape(name) for name in names])
         hidden = {f".{Path(name).stem}-" for name in names}
-        for left in list(output_dir.glob(".*")):  # of a writer that was killed, named by `tempfile`
-            if left.name[:-8] in hidden:
-                shutil.rmtree(left)
+        for leftover in list(output_dir.glob(".*")):  # temporary folders of killed writers, named by `tempfile`
+            if leftover.name[:-8] in hidden:
+                shutil.rmtree(leftover)
     process.wait_for_everyone()
     lines = read_manifest(output_dir)
-    own = output_dir / f"manifest-{process.process_index:05d}.jsonl"
-    mine = jobs[process.process_index :: process.num_processes]
-    for job in tqdm(mine, unit="file", disable=not process.is_main_process):
+    own_manifest = output_dir / f"manifest-{process.process_index:05d}.jsonl"
+    own_jobs = jobs[process.process_index :: process.num_processes]
+    for job in tqdm(own_jobs, unit="file", disable=not process.is_main_process):
         path = output_dir / job.name
         if is_done(job, lines, output_dir):
             continue
@@ -209,41 +229,41 @@ def run_jobs(
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             line |= {"status": "failed", "error": " ".join(str(error).split())}
         now = time.time()
-        append_line(own, line | {"seconds": round(now - begin, 3), "time": now})
+        append_line(own_manifest, line | {"seconds": round(now - begin, 3), "time": now})
     process.wait_for_everyone()
     lines = read_manifest(output_dir)
     failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
-    process.wait_for_everyone()  # all have read before one gathers
+    process.wait_for_everyone()  # all must have read the manifests before they are merged
     if process.is_main_process:
-        gather(output_dir, lines)
+        merge_manifests(output_dir, lines)
         print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {output_dir / MANIFEST}")
     return failed
 
 
 def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[str]) -> None:
-    """Writes down what the files of a folder were made with, or checks that it is the same.
+    """Writes `settings.json` in a folder, or checks that it has the same settings.
 
     Args:
-        folder: Of the files.
-        settings: Of JSON's kinds.
-        patterns: Of the files' names.
+        folder: Folder of the files.
+        settings: Settings of the run. Values that JSON does not support are compared as strings.
+        patterns: Glob patterns of the files.
 
     Raises:
-        ValueError: The folder holds files of other or unknown settings; what differs is named.
+        ValueError: The folder has files with other or unknown settings. The error lists the settings that differ.
     """
     path = folder / "settings.json"
-    found = json.loads(path.read_text()) if path.exists() else None
+    stored = json.loads(path.read_text()) if path.exists() else None
     settings = json.loads(json.dumps(settings, default=str))
-    if found is None and any(any(folder.glob(pattern)) for pattern in patterns):
-        raise ValueError(f"{folder} holds files of unknown settings: choose an empty folder")
-    differing = [] if found is None else [name for name in settings if found.get(name) != settings[name]]
+    if stored is None and any(any(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(f"{folder} has files, but no settings.json: choose an empty folder")
+    differing = [] if stored is None else [name for name in settings if stored.get(name) != settings[name]]
     if differing:
-        raise ValueError(f"{folder} holds files made with another {', '.join(differing)}: choose another folder")
+        raise ValueError(f"{folder} has files with different settings ({', '.join(differing)}): choose another folder")
     write_text(path, json.dumps(settings, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The latest line of each job, from all manifests of a folder; a line that was cut short does not count."""
+    """Reads the latest line of each job from all manifests of a folder. Truncated lines are ignored."""
     lines: dict[str, dict[str, Any]] = {}
     for path in folder.glob("manifest*.jsonl"):
         for text in path.read_text().splitlines():
@@ -257,40 +277,40 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_done(job: Job, lines: dict[str, dict[str, Any]], folder: Path) -> bool:
-    """Whether a job's file is there, made from the same inputs."""
+    """Whether the file of a job exists and its line in the manifest has the same inputs."""
     line = lines.get(job.name, {})
     same = all(line.get(name) == value for name, value in json.loads(json.dumps(job.inputs)).items())
     return line.get("status") == "done" and same and (folder / job.name).exists()
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends to a manifest, behind whatever a killed process left of its last line."""
+    """Appends a line to a manifest; starts a new line if a killed process left a truncated one."""
     with open(path, "a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        truncated = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * truncated + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def gather(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
-    """Writes one manifest, in the order of names, and removes those of processes."""
+def merge_manifests(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
+    """Writes one manifest, sorted by name, and removes those of the processes."""
     write_text(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
     for path in folder.glob("manifest-*.jsonl"):
         path.unlink()
 
 
-def _parse_row(path: Path, line: str, kinds: tuple[type, ...]) -> dict[str, Any]:
+def _parse_row(path: Path, line: str, prompt_types: tuple[type, ...]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {line!r} is not JSON: {error}") from error
-    legal: dict[str, Any] = {"prompt": kinds, "name": str, "seed": int}
-    if not isinstance(row, dict) or "prompt" not in row or set(row) - set(legal):
-        raise ValueError(f"{path}: {line!r} must have a prompt, and may have a name and a seed")
+        raise ValueError(f"{path}: expected one JSON object per line, got {line!r}: {error}") from error
+    types: dict[str, Any] = {"prompt": prompt_types, "name": str, "seed": int}
+    if not isinstance(row, dict) or "prompt" not in row or set(row) - set(types):
+        raise ValueError(f"{path}: each line must have a prompt, and optionally a name and a seed, got {line!r}")
     schedule = row["prompt"] if isinstance(row["prompt"], dict) else {}
-    if not all(isinstance(value, legal[name]) for name, value in row.items()) or not all(
+    if not all(isinstance(value, types[name]) for name, value in row.items()) or not all(
         frame.isdecimal() and isinstance(text, str) for frame, text in schedule.items()
     ):
-        raise ValueError(f"{path}: {line!r} must have text for its prompt and name, and a whole number for its seed")
+        raise ValueError(f"{path}: prompt and name must be strings and seed an integer, got {line!r}")
     return row

@@ -1,8 +1,9 @@
-"""From files to video files: each task of a pipeline as the command and the jobs run it.
+"""The tasks of a pipeline with files as inputs and outputs, for the `vgen` command and for jobs.
 
-Inputs are cropped and resized to what the checkpoint needs, outputs back to the crop's size. Videos are read and
-written as they go, so that memory does not depend on their length (but on that of a video to continue from coarse to
-fine). Every function returns what it did, for a record.
+Inputs are cropped and resized to the checkpoint's size, and outputs are resized back to the size of the crop. Videos
+are streamed, so memory does not grow with their length. The exception is the input of a prediction with a
+`keyframe_interval`, which is held in memory. Every function returns entries for a job's manifest: `num_frames`, and
+`fit` if frames were cropped or resized.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from vgen.io.pixels import to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline, load_rollout
 from vgen.sampling.rollout import is_saved
 
-PIECE = 16
-"""Frames of a video that are handled at once."""
+FRAMES_PER_SLICE = 16
+"""Frames of an input video that are converted at once."""
 
 
 def generate_file(
@@ -39,20 +40,20 @@ def generate_file(
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Turns a sentence, and perhaps a first frame, into a video.
+    """Generates a video from a prompt and optionally a first frame.
 
     Args:
-        pipe: Generates.
-        prompt: What to show.
-        output: As for `VideoWriter`.
-        seed: Of the noise.
-        image: The first frame.
-        fps: Frames per second of the file; those of the content if not given.
-        overwrite: Whether an existing output is replaced.
-        options: Arguments of the pipeline's call.
+        pipe: The pipeline.
+        prompt: Describes the video.
+        output: Path of the video, as in `VideoWriter`.
+        seed: Seed of the noise.
+        image: Image file with the first frame.
+        fps: Frames per second of the file; `None` uses the frame rate of the content.
+        overwrite: Whether to replace an existing output.
+        options: Further arguments of `VideoGenPipeline.__call__`.
 
     Raises:
-        ValueError: The image cannot be read, or as the pipeline's call.
+        ValueError: The image cannot be read, or as in `VideoGenPipeline.__call__`.
     """
     fit = None
     if image is not None:
@@ -62,14 +63,14 @@ def generate_file(
     rate = options.get("frame_rate") or pipe.config.frame_rate
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
         latents = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).frames
-        pieces = (piece[0] for piece in pipe.decode_stream(latents))
+        slices = (frames[0] for frames in pipe.decode_stream(latents))
         if fit is not None:
-            piece = next(pieces)
-            piece[0] = options["image"]
-            pieces = (fit.back(piece) for piece in itertools.chain([piece], pieces))
-        for piece in pieces:
-            writer.append(piece)
-    return _facts(writer, fit)
+            leading = next(slices)
+            leading[0] = options["image"]
+            slices = (fit.back(frames) for frames in itertools.chain([leading], slices))
+        for frames in slices:
+            writer.append(frames)
+    return _manifest_entries(writer, fit)
 
 
 def predict_file(
@@ -84,21 +85,21 @@ def predict_file(
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Continues a video; `options` are arguments of `VideoGenPipeline.rollout`, the others those of `generate_file`.
+    """Continues a video.
 
     Args:
-        pipe: Continues.
-        video: What to continue.
-        output: As for `VideoWriter`.
-        prompt: What to show.
-        seed: Of the noise.
-        with_input: Whether the given frames are written too.
-        fps: Frames per second of the file; the input's if not given.
-        overwrite: Whether an existing output is replaced.
-        options: The rest.
+        pipe: The pipeline.
+        video: The video to continue: a file or a folder of frames.
+        output: Path of the new video, as in `VideoWriter`.
+        prompt: Describes the new frames, or a schedule of prompts by new frame; `None` is unconditional.
+        seed: Seed of the noise.
+        with_input: Whether to write the input frames before the new ones.
+        fps: Frames per second of the file; `None` uses the input's.
+        overwrite: Whether to replace an existing output.
+        options: Further arguments of `VideoGenPipeline.rollout`.
 
     Raises:
-        ValueError: The video cannot be read, or as `rollout`.
+        ValueError: The video cannot be read, or as in `VideoGenPipeline.rollout`.
     """
     fit, frames, rate = _open(pipe, video)
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
@@ -113,14 +114,21 @@ def predict_file(
         options["frame_rate"] = options.get("frame_rate") or rate
         for chunk in pipe.rollout(prompt, given(), generator=generator, **options):
             writer.append(fit.back(chunk))
-    return _facts(writer, fit)
+    return _manifest_entries(writer, fit)
 
 
-def read_given(pipe: VideoGenPipeline, video: Path) -> tuple[np.ndarray, float]:
-    """All frames `(f, h, w, 3)` of a video, uint8, as the checkpoint needs them, and their rate.
+def read_fitted(pipe: VideoGenPipeline, video: Path) -> tuple[np.ndarray, float]:
+    """Reads a whole video, cropped and resized to the checkpoint's size.
+
+    Args:
+        pipe: The pipeline.
+        video: A video file or a folder of frames.
+
+    Returns:
+        Frames, uint8 `(f, h, w, 3)`, and the frames per second.
 
     Raises:
-        ValueError: The video cannot be read, or holds no frames.
+        ValueError: The video cannot be read, or has no frames.
     """
     fit, frames, rate = _open(pipe, video)
     return fit.to_target(np.stack(list(frames))), rate
@@ -138,30 +146,30 @@ def interpolate_file(
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Makes the frames between those of a video.
+    """Generates the frames between those of a video.
 
     Args:
-        pipe: Makes them.
-        video: What to interpolate.
-        output: As for `VideoWriter`.
-        factor: Given frames become every `factor`-th.
-        prompt: What to show.
-        seed: Of the noise.
-        fps: Frames per second of the file; the input's if not given, which is slow motion.
-        overwrite: Whether an existing output is replaced.
-        options: Arguments of `VideoGenPipeline.interpolator`.
+        pipe: The pipeline.
+        video: The video to interpolate: a file or a folder of frames.
+        output: Path of the new video, as in `VideoWriter`.
+        factor: Interpolation factor N: input frames become every N-th output frame.
+        prompt: Describes the video; `None` is unconditional.
+        seed: Seed of the noise.
+        fps: Frames per second of the file; `None` uses the input's, which gives slow motion.
+        overwrite: Whether to replace an existing output.
+        options: Further arguments of `VideoGenPipeline.interpolator`.
 
     Raises:
-        ValueError: The video cannot be read, or as `interpolate`.
+        ValueError: The video cannot be read, or as in `VideoGenPipeline.interpolator`.
     """
     fit, frames, rate = _open(pipe, video)
     generator = torch.Generator().manual_seed(seed)
     options["frame_rate"] = options.get("frame_rate") or rate
-    make = pipe.interpolator(factor, prompt, size=fit.target, generator=generator, **options)
+    interpolator = pipe.interpolator(factor, prompt, size=fit.target, generator=generator, **options)
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
-        for piece in make.stream(_clips(fit, frames)):
-            writer.append(fit.back(to_frames(piece)[0]))
-    return _facts(writer, fit)
+        for clip in interpolator.stream(_clips(fit, frames)):
+            writer.append(fit.back(to_frames(clip)[0]))
+    return _manifest_entries(writer, fit)
 
 
 def rollout_file(
@@ -174,13 +182,13 @@ def rollout_file(
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes a rollout from nothing; the arguments are those of `predict_file`."""
+    """Generates a video of any length without input frames; arguments as in `predict_file`."""
     rate = options.get("frame_rate") or pipe.config.frame_rate
     chunks = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
         for chunk in chunks:
             writer.append(chunk)
-    return _facts(writer, None)
+    return _manifest_entries(writer, None)
 
 
 def rollout_in_segments(
@@ -194,25 +202,29 @@ def rollout_in_segments(
     fps: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes a rollout as closed segments with its state after each, so that the same call goes on after any stop.
+    """Generates a long video in segments and saves the rollout's state after each.
 
-    The finished segments are joined without encoding them again, and replace an older output.
+    The same call resumes after an interruption. At the end, the segments are joined without encoding them again, and
+    replace an older output.
 
     Args:
-        pipe: Makes the video.
-        prompt: What to show.
-        output: An mp4 file.
-        work: A folder of this video's own beside it, for segments and state; it is removed at the end.
-        seed: Of the noise.
-        segment_frames: Frames of a segment, at least.
-        fps: Frames per second of the file.
-        options: Arguments of `VideoGenPipeline.rollout`.
+        pipe: The pipeline.
+        prompt: Describes the video, or a schedule of prompts by frame.
+        output: Path of an mp4 file.
+        work: Folder for the segments and the state of this video, in the folder of `output`. It is removed at the end.
+        seed: Seed of the noise.
+        segment_frames: Minimum number of frames per segment.
+        fps: Frames per second of the file; `None` uses the frame rate of the content.
+        options: Further arguments of `VideoGenPipeline.rollout`. `num_frames` is required.
 
     Raises:
-        ValueError: The output is no mp4 file, the video has no end, or as `rollout` and `load_rollout`.
+        ValueError: The output is not an mp4 file, `num_frames` is `None`, or as in `VideoGenPipeline.rollout` and
+            `load_rollout`.
     """
-    if output.suffix.lower() != ".mp4" or options.get("num_frames") is None:
-        raise ValueError(f"{output}: segments join in .mp4 files of a given num_frames only")
+    if output.suffix.lower() != ".mp4":
+        raise ValueError(f"the output must be an .mp4 file, which can be joined from segments, got {output}")
+    if options.get("num_frames") is None:
+        raise ValueError("num_frames must be set for a rollout in segments, got None")
     rate = options.get("frame_rate") or pipe.config.frame_rate
     rollout = load_rollout(work / "state", pipe) if is_saved(work / "state") else None
     if rollout is None or not _has_segments(work, rollout.frames_done):
@@ -226,14 +238,14 @@ def rollout_in_segments(
                 writer.append(chunk)
         rollout.save(work / "state")
     join_videos(sorted(work.glob("*.mp4")), output, overwrite=True)
-    finished = work.with_name(f".{output.stem}-finished")  # so that half of it is never taken for the whole
+    finished = work.with_name(f".{output.stem}-finished")  # a partly removed folder must not be resumed
     shutil.rmtree(finished, ignore_errors=True)
     shutil.rmtree(work.rename(finished))
     return {"num_frames": rollout.frames_done}
 
 
 def _has_segments(work: Path, num_frames: int) -> bool:
-    """Whether the segments hold these frames; what was written behind them, without a state, is removed."""
+    """Whether the segments have exactly `num_frames` frames. Removes later segments, whose state was not saved."""
     position = 0
     for segment in sorted(work.glob("*.mp4")):
         if int(segment.stem) >= num_frames:
@@ -244,7 +256,7 @@ def _has_segments(work: Path, num_frames: int) -> bool:
 
 
 def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray], float]:
-    """How a video's frames come to the checkpoint's size, the frames, and their rate."""
+    """Opens a video: the crop and resize to the checkpoint's size, the frames, and the frames per second."""
     rate = video_info(video).frame_rate or DEFAULT_FRAME_RATE
     frames = iter_video(video)
     first = next(frames)
@@ -252,8 +264,8 @@ def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray
 
 
 def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
-    while piece := list(itertools.islice(frames, PIECE)):
-        yield to_clip(fit.to_target(np.stack(piece)))[None]
+    while part := list(itertools.islice(frames, FRAMES_PER_SLICE)):
+        yield to_clip(fit.to_target(np.stack(part)))[None]
 
 
 def _fit(pipe: VideoGenPipeline, frame: np.ndarray) -> Fit:
@@ -261,15 +273,15 @@ def _fit(pipe: VideoGenPipeline, frame: np.ndarray) -> Fit:
     return Fit((height, width), (pipe.config.height, pipe.config.width))
 
 
-def _facts(writer: VideoWriter, fit: Fit | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"num_frames": writer.num_frames}
-    return facts if fit is None or fit.source == fit.target else facts | {"fit": str(fit)}
+def _manifest_entries(writer: VideoWriter, fit: Fit | None) -> dict[str, Any]:
+    entries: dict[str, Any] = {"num_frames": writer.num_frames}
+    return entries if fit is None or fit.source == fit.target else entries | {"fit": str(fit)}
 
 
 def _read_image(path: Path) -> np.ndarray:
-    """Pixels `(h, w, 3)`, uint8, of an image file."""
+    """Reads an image file as uint8 `(h, w, 3)`, rotated as its EXIF data says."""
     try:
         with Image.open(path) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image that can be read") from error
+        raise ValueError(f"{path} is not an image in a supported format") from error

@@ -1,12 +1,12 @@
-"""Attention over space and time: frame groups, rotary positions, and a cache of keys and values.
+"""Attention over space and time: frame groups, rotary positions, and the KV cache.
 
-Axes: `b` batch, `n` tokens or token frames, `h` heads, `p` tokens of a frame, `d` channels.
+Axes: `b` batch, `n` tokens or token frames, `h` heads, `p` tokens per token frame, `d` channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -14,12 +14,14 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispa
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from vgen.checks import check_choice
 from vgen.temporal.state import TemporalState
 
-GROUP_MODES = ("full", "causal", "chunk")
+GroupMode = Literal["full", "causal", "chunk"]
+GROUP_MODES = get_args(GroupMode)
 Groups = str | Sequence[int] | Tensor
 
-# prefixes of the dispatcher's names of backends that refuse or ignore a mask
+# prefixes of the names of backends that reject or ignore an attention mask
 _MASKLESS_BACKENDS = (
     "flash",
     "sage",
@@ -29,36 +31,46 @@ _MASKLESS_BACKENDS = (
 
 
 def make_groups(mode: str, num_frames: int, num_leading: int = 0, chunk_size: int = 1) -> list[int]:
-    """Spells a group mode as one integer a token frame; frame i sees frame j iff `groups[j] <= groups[i]`.
+    """Converts a group mode to one group id per token frame.
+
+    Frame i attends to frame j iff `groups[j] <= groups[i]`.
 
     Args:
-        mode: `full`: leading known frames are group 0, all others 1. `causal`: 0, 1, 2, ... `chunk`: frame 0 alone,
-            then runs of `chunk_size`, restarting at the first generated frame.
-        num_frames: Token frames.
-        num_leading: How many of them are known.
-        chunk_size: Length of a run, in token frames.
+        mode: `full`: leading known frames are group 0 and all others group 1. `causal`: 0, 1, 2, ... `chunk`: frame 0
+            alone, then runs of `chunk_size` frames, which restart at the first generated frame.
+        num_frames: Number of token frames.
+        num_leading: Number of leading token frames that are known.
+        chunk_size: Token frames per run in `chunk` mode.
 
     Raises:
-        ValueError: There is no such mode.
+        ValueError: The mode is unknown.
     """
+    check_choice("groups", mode, GroupMode)
     if mode == "full":
         return [int(frame >= num_leading) for frame in range(num_frames)]
     if mode == "causal":
         return list(range(num_frames))
-    if mode == "chunk":
-        starts = {0, *range(1, num_leading, chunk_size), *range(max(num_leading, 1), num_frames, chunk_size)}
-        groups: list[int] = []
-        for frame in range(num_frames):
-            groups.append((groups[-1] if groups else -1) + (frame in starts))
-        return groups
-    raise ValueError(f"groups={mode!r} is no group mode: give one of {', '.join(GROUP_MODES)}, or integers")
+    starts = {0, *range(1, num_leading, chunk_size), *range(max(num_leading, 1), num_frames, chunk_size)}
+    groups: list[int] = []
+    for frame in range(num_frames):
+        groups.append((groups[-1] if groups else -1) + (frame in starts))
+    return groups
 
 
 def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch.device) -> Tensor | None:
-    """Turns the `groups` argument of a denoiser into integers `(n,)` or `(b, n)`; `None` if all see all.
+    """Converts the `groups` argument of a denoiser to group ids.
+
+    Args:
+        groups: A group mode, or integers `(n,)` or `(b, n)`.
+        num_frames: Number of token frames, `n`.
+        chunk_size: Token frames per run in `chunk` mode.
+        device: Device of the result.
+
+    Returns:
+        Integers `(n,)` or `(b, n)`; `None` if all frames attend to all frames, so that no mask is needed.
 
     Raises:
-        ValueError: The mode is unknown, or the number of integers is not that of the token frames.
+        ValueError: The mode is unknown, or the integers have another shape.
     """
     if isinstance(groups, str):
         groups = make_groups(groups, num_frames, 0, chunk_size)
@@ -68,13 +80,23 @@ def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch
         groups = torch.tensor(groups)
     if groups.shape[-1] != num_frames or groups.ndim > 2:
         raise ValueError(
-            f"groups of shape {tuple(groups.shape)} do not fit {num_frames} token frames: give (n,) or (b, n) integers"
+            f"groups must have shape ({num_frames},) or (batch, {num_frames}), one integer per token frame, "
+            f"got {tuple(groups.shape)}"
         )
     return groups.to(device)
 
 
 def group_mask(groups: Tensor | None, num_cached: int, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask `(b | 1, 1, n, num_cached + n)` over frames; cached frames are seen by all."""
+    """Builds the additive attention mask over token frames.
+
+    Args:
+        groups: Group ids `(n,)` or `(b, n)`; `None` gives no mask.
+        num_cached: Number of token frames in the KV cache. Every frame attends to all of them.
+        dtype: Data type of the mask.
+
+    Returns:
+        A mask `(b | 1, 1, n, num_cached + n)` with 0 where attention is allowed and -inf elsewhere.
+    """
     if groups is None:
         return None
     groups = groups if groups.ndim == 2 else groups[None]
@@ -84,12 +106,13 @@ def group_mask(groups: Tensor | None, num_cached: int, dtype: torch.dtype) -> Te
 
 
 class RotaryPositions(nn.Module):
-    """Rotary angles of time, height and width side by side in one head, split as in Wan.
+    """Rotary position embeddings of time, height and width.
 
-    Angles come from positions at each call, so there is no table to run out of.
+    The channels of a head are split between the three axes as in Wan. Angles are computed at each call instead of read
+    from a table, so positions have no upper limit.
 
     Args:
-        head_dim: Channels of a head.
+        head_dim: Channels per head.
         theta: Base of the frequencies.
 
     Source: RoFormer, arXiv 2104.09864; diffusers' `WanRotaryPosEmbed`.
@@ -102,7 +125,16 @@ class RotaryPositions(nn.Module):
         self.theta = theta
 
     def forward(self, frames: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(n * height * width, d / 2)`, float32, of tokens at time positions `frames` `(n,)`."""
+        """Computes the rotary angles of a grid of tokens.
+
+        Args:
+            frames: Time positions of the token frames, `(n,)`.
+            height: Token rows.
+            width: Token columns.
+
+        Returns:
+            Cosines and sines, float32 `(n * height * width, d / 2)`.
+        """
         device = frames.device
         axes = (frames, torch.arange(height, device=device), torch.arange(width, device=device))
         t, h, w = (self._angles(axis, dim) for axis, dim in zip(axes, self.dims, strict=True))
@@ -124,9 +156,14 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates neighbouring channel pairs of `(b, n, h, d)` by the angles of `(n, d / 2)`; products in float32."""
+    """Applies rotary embeddings to queries or keys, in float32 or higher precision.
+
+    Args:
+        x: Queries or keys `(b, n, h, d)`. Adjacent channels form the pairs that are rotated.
+        rotary: Cosines and sines `(n, d / 2)`.
+    """
     cos, sin = (rearrange(part, "n d -> n 1 d") for part in rotary)
-    if torch.compiler.is_compiling():  # which generates no code for complex numbers
+    if torch.compiler.is_compiling():  # torch.compile does not support complex numbers
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
     wide = x if x.dtype == torch.float64 else x.float()
@@ -135,48 +172,62 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class FrameCache:
-    """The keys and values of a stream's past token frames, in the ring buffers of a `TemporalState`.
+    """The KV cache of a stream: keys and values of past token frames, in the ring buffers of a `TemporalState`.
 
-    The first `sink` frames stay; of the others the last `window` do. Positions count from the oldest frame kept, so
-    that they never exceed `sink + window`, however long the stream.
+    It keeps the first `sink` token frames of the stream and the most recent `window` ones. Positions are counted from
+    the oldest frame in the cache. They therefore stay below `sink + window`, however long the stream is.
+
+    Args:
+        state: The state that holds the buffers. Its window must be set.
+
+    Raises:
+        ValueError: The state has no window.
     """
 
     def __init__(self, state: TemporalState) -> None:
         if state.window is None:
-            raise ValueError("a state for attention needs a window: TemporalState(window=...), or one in the config")
+            raise ValueError("attention with a state needs a window: set TemporalState(window=...) or the config's")
         self.state = state
         self.sink = state.sink or 0
         self.capacity = self.sink + state.window
         self.num_frames = min(state.num_frames, self.capacity)
 
     @classmethod
-    def opened(cls, network: Any, state: TemporalState, num_frames: int) -> FrameCache:
-        """Binds a state to a network and checks that a piece of `num_frames` fits behind what it remembers.
+    def open(cls, network: Any, state: TemporalState, num_frames: int) -> FrameCache:
+        """Binds a state to a network and checks that new token frames fit after the cached ones.
+
+        Args:
+            network: The denoiser.
+            state: The state of the stream.
+            num_frames: Number of new token frames.
 
         Raises:
-            ValueError: A step cache would skip what is to be written, or more frames than were trained are asked for.
+            ValueError: The state belongs to another network. Or a step cache is enabled, which would skip blocks whose
+                keys and values must be written. Or cached and new frames exceed the number of frames that the network
+                was trained with.
         """
         if network.is_cache_enabled and state.writable:
             raise ValueError(
-                "a step cache skips blocks, whose keys and values a writable state needs: disable_cache()"
+                "a step cache (enable_cache) skips blocks, but a writable state needs the keys and values of all "
+                "blocks: call disable_cache() or pass state.frozen()"
             )
         state.bind(network)
         cache = cls(state)
         limit = network.config.trained_token_frames
         if limit is not None and cache.capacity >= limit:
             raise ValueError(
-                f"a sink of {cache.sink} and a window of {cache.capacity - cache.sink} leave no room for new token "
-                f"frames: this network was trained with {limit} in all"
+                f"sink + window must be below {limit}, the number of token frames in training, to leave room for new "
+                f"ones; got {cache.sink} + {cache.capacity - cache.sink}"
             )
         if limit is not None and cache.num_frames + num_frames > limit:
             raise ValueError(
-                f"{cache.num_frames} remembered and {num_frames} new token frames exceed the {limit} that this "
-                f"network was trained with: give at most {limit - cache.num_frames} at once, or a smaller window"
+                f"cached and new token frames must be at most {limit}, as in training, got {cache.num_frames} + "
+                f"{num_frames}: pass at most {limit - cache.num_frames} at once, or use a smaller window"
             )
         return cache
 
     def positions(self, device: torch.device) -> Tensor:
-        """Time positions `(num_frames,)` of the cached frames, in the order of their slots."""
+        """Time positions `(num_frames,)` of the cached frames, in the order in which the ring buffers hold them."""
         slots = torch.arange(self.num_frames, device=device)
         if self.num_frames < self.capacity:
             return slots
@@ -184,10 +235,18 @@ class FrameCache:
         return torch.where(slots < self.sink, slots, self.sink + (slots - self._total(device)) % window)
 
     def read(self, key: str, batch_size: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Keys, not rotated, and values `(b, num_frames, p, h, d)` of one attention layer; `None` at the start.
+        """Reads the keys and values of one attention layer.
+
+        Args:
+            key: The layer's key in the state.
+            batch_size: Batch size of the call.
+            num_tokens: Tokens per token frame, `p`.
+
+        Returns:
+            Keys before rotation, and values, `(b, num_frames, p, h, d)`; `None` if the cache is empty.
 
         Raises:
-            ValueError: The stream has another batch size or number of tokens in a frame.
+            ValueError: The stream has another batch size or another number of tokens per token frame.
         """
         if self.num_frames == 0:
             return None
@@ -195,13 +254,17 @@ class FrameCache:
         assert keys is not None and values is not None
         if (keys.shape[0], keys.shape[2]) != (batch_size, num_tokens):
             raise ValueError(
-                f"a piece of {batch_size} samples with {num_tokens} tokens a frame does not continue this stream of "
-                f"{keys.shape[0]} with {keys.shape[2]}: use a new TemporalState"
+                f"the input does not continue this stream: expected a batch of {keys.shape[0]} with {keys.shape[2]} "
+                f"tokens per frame, got {batch_size} with {num_tokens}; use a new TemporalState for another stream"
             )
         return keys[:, : self.num_frames], values[:, : self.num_frames]
 
     def write(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Appends the new frames' keys and values `(b, n, p, h, d)` of every layer; the oldest make room."""
+        """Appends new token frames in place and evicts the oldest ones outside the sink.
+
+        Args:
+            layers: Keys before rotation, and values, `(b, n, p, h, d)`, by the key of every attention layer.
+        """
         first = next(iter(layers.values()))[0]
         n, window = first.shape[1], self.capacity - self.sink
         frames = self._total(first.device) + torch.arange(n, device=first.device)
@@ -212,7 +275,7 @@ class FrameCache:
                 if buffer is None:
                     buffer = new.new_zeros(new.shape[0], self.capacity, *new.shape[2:])
                     self.state.put(f"{key}.{name}", buffer)
-                for begin in range(0, n, window):  # within `window` frames no two share a slot
+                for begin in range(0, n, window):  # no two of `window` consecutive frames share a slot
                     part = slice(begin, begin + window)
                     buffer.index_copy_(1, slots[part], new[:, part].detach().to(buffer))
         self.state.put("frames", self._total(first.device) + n)
@@ -224,9 +287,9 @@ class FrameCache:
 
 
 def _trains_short_rows_on_cpu(query: Tensor, key: Tensor) -> bool:
-    """Whether PyTorch's math beats the fused kernel that it would choose: in half precision, forward and backward.
+    """Whether PyTorch's math backend is faster than the fused kernel that it would choose.
 
-    The numbers are in docs/experiments.md.
+    That is so for training on CPUs in half precision with at most 128 keys. The numbers are in docs/experiments.md.
     """
     if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()) or key.shape[1] > 128:
         return False
@@ -235,27 +298,37 @@ def _trains_short_rows_on_cpu(query: Tensor, key: Tensor) -> bool:
 
 
 class DispatchedAttnProcessor:
-    """Runs attention through diffusers' dispatcher, with masks or, where a backend has none, group by group."""
+    """Runs attention through diffusers' dispatcher.
+
+    For backends without attention masks, tokens with the same visible keys are processed together, without a mask.
+    """
 
     _attention_backend = None
     _parallel_config = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of `(b, n, h, d)` to `(b, m, h, d)` under an additive mask `(b | 1, 1, n | 1, m)`.
+        """Computes attention `(b, n, h, d)`.
+
+        Args:
+            query: `(b, n, h, d)`.
+            key: `(b, m, h, d)`.
+            value: `(b, m, h, d)`.
+            mask: Additive attention mask `(b | 1, 1, n | 1, m)`, or `None`.
 
         Raises:
-            ValueError: The backend takes no masks and this one cannot do without.
+            ValueError: The backend does not support attention masks, and this one differs between samples or masks
+                tokens of a prompt.
         """
         if mask is None or self._takes_mask():
             return self._dispatch(query, key, value, mask)
-        return self._row_by_row(query, key, value, mask)
+        return self._attend_without_mask(query, key, value, mask)
 
-    def _row_by_row(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Serves a backend without masks: tokens that see the same keys are asked together, with those keys only."""
+    def _attend_without_mask(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Runs one unmasked call per set of visible keys, for the tokens that attend to exactly these keys."""
         if mask.shape[0] > 1 or mask.shape[2] != query.shape[1]:
             raise ValueError(
-                f"the attention backend {self._backend_name()!r} takes no mask, which groups of their own for each "
-                'sample and masked prompts need: set_attention_backend("native")'
+                f"the attention backend {self._backend_name()!r} does not support attention masks, which groups per "
+                'sample and prompt masks need: use set_attention_backend("native")'
             )
         patterns, member = torch.unique(mask[0, 0] == 0, dim=0, return_inverse=True)
         out = torch.empty_like(query)
@@ -265,7 +338,7 @@ class DispatchedAttnProcessor:
         return out
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None and self._backend_name() == "xformers":  # which wants rows that begin at multiples of 8
+        if mask is not None and self._backend_name() == "xformers":  # needs rows aligned to 8 elements
             mask = nn.functional.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
         backend = self._attention_backend
         if backend is None and self._backend_name() == "native" and _trains_short_rows_on_cpu(query, key):
@@ -288,7 +361,7 @@ class DispatchedAttnProcessor:
 
 
 class SpacetimeAttnProcessor(DispatchedAttnProcessor):
-    """Attention of frames and tokens, with rotary positions and a cache."""
+    """Attention with rotary positions and a KV cache."""
 
     def __call__(
         self,
@@ -301,11 +374,11 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
         cache_rotary_emb: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
     ) -> Any:
-        """Attends; see `SpacetimeAttention.forward`."""
+        """Computes attention; see `SpacetimeAttention.forward`."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
         query, key, value = (rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in (query, key, value))
-        new = (key, value) if return_key_value else ()  # else the keys can go when they are rotated
+        new = (key, value) if return_key_value else ()  # otherwise their memory is freed after the rotation
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         if cache is not None and cache_rotary_emb is not None:
@@ -320,15 +393,15 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
 
 
 class SpacetimeAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with normalised queries and keys, of tokens to one another or to a prompt.
+    """Multi-head self- or cross-attention with RMS-normalised queries and keys.
 
-    Parameter names are those of diffusers' `WanAttention`.
+    The parameters have the names of diffusers' `WanAttention`.
 
     Args:
         dim: Channels of the tokens.
         heads: Number of heads.
-        dim_head: Channels of a head.
-        eps: Of the norms.
+        dim_head: Channels per head.
+        eps: Epsilon of the norms.
         is_cross_attention: Whether keys and values come from a prompt.
     """
 
@@ -363,16 +436,19 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         cache_rotary_emb: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
     ) -> Any:
-        """Maps tokens `(b, n, d)` to the same shape.
+        """Computes attention; the output has the shape of `hidden_states`.
 
         Args:
-            hidden_states: `(b, n, d)`.
-            encoder_hidden_states: A prompt `(b, m, d)` to attend to instead of one another.
-            attention_mask: Additive, `(b | 1, 1, n | 1, m)` with `m` the number of keys, cached ones first.
-            rotary_emb: Cosines and sines `(n, d / 2)`.
-            cache: Keys, not rotated, and values `(b, c, h, d)` from before.
-            cache_rotary_emb: Cosines and sines `(c, d / 2)` of the cached keys.
-            return_key_value: Whether to return this call's own keys, not rotated, and values too.
+            hidden_states: Tokens `(b, n, d)`.
+            encoder_hidden_states: Prompt embeddings `(b, m, d)` for cross-attention; `None` for self-attention.
+            attention_mask: Additive mask `(b | 1, 1, n | 1, m)`, where `m` is the number of keys, cached ones first.
+            rotary_emb: Cosines and sines `(n, d / 2)` of the tokens' positions.
+            cache: Cached keys before rotation, and cached values, `(b, c, h, d)`.
+            cache_rotary_emb: Cosines and sines `(c, d / 2)` of the cached keys' positions.
+            return_key_value: Whether to also return the keys (before rotation) and values of this call.
+
+        Returns:
+            The output `(b, n, d)`; with `return_key_value`, a tuple of output, keys and values.
         """
         return self.processor(
             self,

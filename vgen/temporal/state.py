@@ -1,4 +1,7 @@
-"""What a stream remembers between its pieces, as one object that the caller owns."""
+"""The memory of a stream between calls of a network, as one object that the caller owns.
+
+A stream is a video that is processed in consecutive parts, one call per part.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vgen.checks import check_integer
 from vgen.io.atomic import atomic_file
 
 _FORMAT = "vgen.TemporalState/1"
 _HEADER = ("window", "sink", "identity", "num_frames")
-_NOT_ARCHITECTURE = ("latents_mean", "latents_std")  # a calibrated VAE continues the streams that it began
+_IGNORED_SETTINGS = ("latents_mean", "latents_std")  # calibration may change these within a stream
 
 
 def register_state_keys(network: nn.Module) -> None:
-    """Gives every module of `network` its key in a `TemporalState`; call it once at the end of `__init__`.
+    """Sets `state_key`, the key in a `TemporalState`, of every module of `network` that has this attribute.
 
-    Keys come from the module tree as it is built, so wrappers that later rename paths (DDP, `torch.compile`,
-    adapters) leave them alone.
+    Call it once at the end of `__init__`. Keys are the module paths at that time, so wrappers that rename paths later
+    (DDP, `torch.compile`, adapters) do not change them.
     """
     for name, module in network.named_modules():
         if hasattr(module, "state_key"):
@@ -32,21 +36,24 @@ def register_state_keys(network: nn.Module) -> None:
 
 
 def network_identity(network: Any) -> dict[str, str]:
-    """The class and the hash of the configuration that a state is bound to."""
+    """The class of a network and a hash of its config, which a `TemporalState` is bound to."""
     config = {
         key: value
         for key, value in dict(network.config).items()
-        if not key.startswith("_") and key not in _NOT_ARCHITECTURE
+        if not key.startswith("_") and key not in _IGNORED_SETTINGS
     }
     text = json.dumps(config, sort_keys=True, default=str)
     return {"class": type(network).__name__, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 class History:
-    """One call's reading of a state and what it will leave there.
+    """Reads and pending writes of one call on a state.
 
-    Modules read with `get` and leave with `put`; nothing reaches the state before the network's top level commits,
-    so a call that fails leaves the state as it was.
+    Modules read with `get` and write with `put`. Writes reach the state only when the network's top level calls
+    `TemporalState.commit`, so a call that fails leaves the state unchanged.
+
+    Args:
+        tensors: Contents of the state before the call, by key.
     """
 
     def __init__(self, tensors: dict[str, Tensor]):
@@ -54,46 +61,50 @@ class History:
         self.new: dict[str, Tensor] = {}
 
     def get(self, key: str) -> Tensor | None:
-        """The tensor that the stream's previous piece left under `key`, or `None` at the first piece."""
+        """The tensor that the previous call stored under `key`; `None` in the first call of a stream."""
         return self._old.get(key)
 
     def put(self, key: str, value: Tensor) -> None:
-        """Leaves `value` under `key` for the next piece."""
+        """Stores `value` under `key` for the next call, once it is committed."""
         self.new[key] = value
 
 
 class TemporalState:
-    """The memory of a stream: convolution context, keys and values, and frames that wait for company.
+    """The memory of a stream: convolution context, the KV cache, and buffered frames that do not fill a latent yet.
 
-    The first network that writes a state binds it: later calls of another network raise. `None` limits are filled
-    from that network's config. The object is deliberately no mapping and has no `.to`, because accelerate's hooks
-    would hand a module a copy of either; `move_to` moves it.
+    The first network that writes to a state binds it to its class and config. Later calls with another network raise.
+    The object is not a mapping and has no `.to`, because accelerate's hooks copy such arguments; use `move_to`.
 
     Args:
-        window: How many recent token frames attention remembers; `None` takes the network's `window`.
-        sink: How many token frames from the start of the stream are never forgotten; `None` takes the network's
-            `sink`.
+        window: Number of recent token frames in the KV cache. `None` uses the network's `window`.
+        sink: Number of token frames from the start of the stream that are never evicted from the KV cache. `None` uses
+            the network's `sink`.
+
+    Raises:
+        ValueError: `window` is not an integer of at least 1, or `sink` not one of at least 0.
     """
 
     def __init__(self, window: int | None = None, sink: int | None = None):
         for name, value, least in (("window", window, 1), ("sink", sink, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} token frames is not possible: give at least {least}, or None")
+            if value is not None:
+                check_integer(name, value, least)
         self.window = window
         self.sink = sink
         self.identity: dict[str, str] | None = None
         self.writable = True
         self.num_frames = 0
-        """Token frames in the attention cache, at most `sink + window`."""
+        """Token frames in the KV cache, at most `sink + window`."""
         self._tensors: dict[str, Tensor] = {}
         self._branches: dict[str, TemporalState] = {}
 
     def bind(self, network: Any) -> None:
-        """Claims this state for `network`, or checks that it was claimed by its like.
+        """Binds this state to a network; if it is bound already, checks that the class and config are the same.
+
+        Limits that are `None` are set from the network's config. A frozen view is checked, but never binds.
 
         Raises:
-            ValueError: The state holds the stream of another class or configuration, or would be written twice
-                under gradient checkpointing.
+            ValueError: The state belongs to a network of another class or config. Or gradient checkpointing is
+                enabled, whose second forward pass would write to the state again.
         """
         if self.writable and torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False):
             raise ValueError(
@@ -108,16 +119,16 @@ class TemporalState:
             self.sink = network.config.get("sink") if self.sink is None else self.sink
         elif self.identity != identity:
             raise ValueError(
-                f"this state belongs to {_describe(self.identity)} and cannot serve {_describe(identity)}: "
+                f"this state belongs to {_describe(self.identity)} and cannot be used with {_describe(identity)}: "
                 "use one TemporalState for each network"
             )
 
     def history(self) -> History:
-        """What the modules of one call read and write."""
+        """Starts a call: returns the object that its modules read from and write to."""
         return History(self._tensors)
 
     def commit(self, history: History) -> None:
-        """Takes over what one call left, unless this view is frozen."""
+        """Stores the writes of one call. In a frozen view this does nothing."""
         if self.writable:
             self._tensors.update((key, value.detach()) for key, value in history.new.items())
 
@@ -126,28 +137,37 @@ class TemporalState:
         return self._tensors.get(key)
 
     def put(self, key: str, value: Tensor) -> None:
-        """Stores `value` under `key`.
+        """Stores `value`, detached, under `key`.
 
         Raises:
             RuntimeError: This is a frozen view.
         """
         if not self.writable:
-            raise RuntimeError("a frozen view of a TemporalState cannot be written")
+            raise RuntimeError("a frozen view of a TemporalState is read-only: use copy() for a writable state")
         self._tensors[key] = value.detach()
 
     @property
     def pending(self) -> Tensor | None:
-        """Pixel frames `(b, c, n, h, w)`, `0 <= n < s`, that fill no latent yet; `None` before the first piece."""
+        """Buffered pixel frames `(b, c, n, h, w)` that do not fill a latent yet; `None` before the first call.
+
+        `n` is at least 0 and below the VAE's temporal compression.
+        """
         return self._tensors.get("pending")
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, branches included."""
+        """Bytes of all tensors, including those of branches."""
         own = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
         return own + sum(branch.num_bytes for branch in self._branches.values())
 
     def frozen(self) -> TemporalState:
-        """A view that reads what this state holds and never changes it; for the steps that denoise one chunk."""
+        """Returns a read-only view, for example for the denoising steps of a chunk.
+
+        Calls with the view never change this state. The view shares its tensors, including the ring buffers of the KV
+        cache, so it costs no memory. The ring buffers are written in place: a later write to this state changes the
+        keys and values that the view reads, but not its positions. Do not use a view after such a write; `copy` gives
+        an independent state.
+        """
         view = TemporalState(self.window, self.sink)
         view.identity = self.identity
         view.writable = False
@@ -157,7 +177,10 @@ class TemporalState:
         return view
 
     def copy(self) -> TemporalState:
-        """An independent state that continues the same stream; writable, also where this is a frozen view."""
+        """Returns an independent copy that continues the same stream.
+
+        All tensors are cloned, including those of branches. The copy is writable, even if this is a frozen view.
+        """
         copy = TemporalState()
         for name in _HEADER:
             setattr(copy, name, getattr(self, name))
@@ -166,11 +189,16 @@ class TemporalState:
         return copy
 
     def has_branch(self, name: str) -> bool:
-        """Whether `branch` was called with this name."""
+        """Whether a branch of this name exists."""
         return name in self._branches
 
     def branch(self, name: str) -> TemporalState:
-        """An independent part of this state, made at first use: another guidance history or a spatial tile."""
+        """Returns the nested state of this name, which is created at first use.
+
+        It has this state's `window` and `sink`, but tensors of its own. History guidance keeps its noisier copy of the
+        history in a branch, and a tiled VAE has one branch per tile. `copy`, `frozen`, `save`, `move_to` and
+        `num_bytes` include branches.
+        """
         if name not in self._branches:
             branch = TemporalState(self.window, self.sink)
             branch.writable = self.writable
@@ -178,9 +206,13 @@ class TemporalState:
         return self._branches[name]
 
     def move_to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TemporalState:
-        """Moves all tensors and returns the state; `dtype` applies to floating-point tensors only.
+        """Moves all tensors, including those of branches, in place and returns the state.
 
-        A frozen view that is moved leaves the state that it views where it was.
+        Moving a frozen view does not move the original.
+
+        Args:
+            device: Target device; `None` keeps the device.
+            dtype: Target type of floating-point tensors; `None` keeps the types.
         """
         self._tensors = {
             key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -191,7 +223,7 @@ class TemporalState:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Writes the state, branches included, to one safetensors file that appears whole or not at all."""
+        """Writes the state and its branches to one safetensors file, atomically: an error leaves an older file."""
         tensors: dict[str, Tensor] = {}
         headers: list[dict[str, Any]] = []
         for number, (names, state) in enumerate(self._walk(())):
@@ -202,16 +234,16 @@ class TemporalState:
 
     @classmethod
     def load(cls, path: str | Path) -> TemporalState:
-        """Reads a state that `save` wrote.
+        """Reads a state that `save` wrote. The result is writable.
 
         Raises:
-            ValueError: The file is no saved state.
+            ValueError: The file is not a saved state.
         """
         root = cls()
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                # copies lie where PyTorch aligns them, on which the rounding of some processors' kernels depends
+                # clones have PyTorch's memory alignment, which affects the rounding of some CPU kernels
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a saved TemporalState: {error}") from error

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from vgen.io.settings import parse_settings
-from vgen.processes import check_processes, let_threads_finish, on_cpus
+from vgen.processes import check_world_size, drain_gloo_threads, on_cpus
 from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
@@ -147,7 +147,7 @@ def start(config: RunConfig) -> Accelerator:
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
-    check_processes(accelerator.num_processes)
+    check_world_size(accelerator.num_processes)
     _check_strategy(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -492,7 +492,7 @@ class Run:
                 with self.average:
                     save_result(weights)
         if self.accelerator.num_processes > 1:
-            let_threads_finish()
+            drain_gloo_threads()
         self.accelerator.end_training()
 
     def _check_finite(self) -> None:
