@@ -23,8 +23,8 @@ from vgen.models.image_vae import load_vae
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import measure_motion
 from vgen.training.adversarial import (
-    JudgedVAE,
     PatchDiscriminator,
+    VAEWithDiscriminator,
     adaptive_weight,
     discriminator_loss,
 )
@@ -110,7 +110,7 @@ def main(config: VAEConfig) -> None:
         compile_blocks(vae)
         if config.gan_weight:  # its adaptive weight goes back through a part of the network before all of it does
             torch._functorch.config.donated_buffer = False
-    model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
+    model = VAEWithDiscriminator(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
     batches = ClipBatches(source, partial(plan_clips, config))
     run = Run(config, accelerator, model, batches.name, source.digest)
@@ -120,14 +120,15 @@ def main(config: VAEConfig) -> None:
 
     for step in run.steps():
         size, images = batches.size(step), batches.plan(step).num_frames == 1
-        judges = config.gan_weight > 0 and step >= config.gan_start and not images
+        use_discriminator = config.gan_weight > 0 and step >= config.gan_start and not images
         total: dict[str, Tensor] = {}
         for part in run.parts(size):
             clip, real = source.clips(next(feed), accelerator.device)
-            options = {"judge": judges} if config.gan_weight else {}
+            options = {"use_discriminator": use_discriminator} if config.gan_weight else {}
             out = run.network(clip, generator=generators(config.seed, step, part), **options)
             run.count(
-                *batch_stats(vae, clip, judges), lambda network, clip=clip, options=options: network(clip, **options)
+                *batch_stats(vae, clip, use_discriminator),
+                lambda network, clip=clip, options=options: network(clip, **options),
             )
             error = out.sample.float() - clip
             l1, mse = (masked_mean(one, real) for one in (error.abs(), error.square()))
@@ -144,11 +145,11 @@ def main(config: VAEConfig) -> None:
                     parts["temporal"] = temporal_loss(config, out.sample.float(), clip, motion, real[:, 1:]).mean()
                 error = error + parts["temporal"]
             loss = error + config.kl_weight * kl
-            if judges:
-                fooling = -out.fooling.float().mean()
-                weight = adaptive_weight(error, fooling, vae.decoder.conv_out.weight)
+            if use_discriminator:
+                generator_loss = -out.generator_logits.float().mean()
+                weight = adaptive_weight(error, generator_loss, vae.decoder.conv_out.weight)
                 parts["discriminator"] = discriminator_loss(out.real, out.fake)
-                loss = loss + config.gan_weight * weight * fooling + parts["discriminator"]
+                loss = loss + config.gan_weight * weight * generator_loss + parts["discriminator"]
             share = (part.stop - part.start) / size
             run.backward(loss * share)
             for name, value in parts.items():
@@ -172,11 +173,13 @@ def main(config: VAEConfig) -> None:
     run.end(save_result)
 
 
-def batch_stats(vae: CausalVideoVAE, clip: Tensor, judges: bool) -> tuple[int, int, tuple[torch.Size, bool]]:
+def batch_stats(
+    vae: CausalVideoVAE, clip: Tensor, use_discriminator: bool
+) -> tuple[int, int, tuple[torch.Size, bool]]:
     """Clips, latent pixels (the tokens of a denoiser with patches of one) and what operations a part takes."""
     b, _, f, h, w = clip.shape
     t = 1 + (f - 1) // vae.temporal_compression_ratio
-    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, judges)
+    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
 
 
 def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[str, float]:

@@ -108,7 +108,7 @@ def test_shards_give_their_videos_and_name_damaged_ones(shards):
     found = grays(stream.sample(index) for index in range(6))
     assert sorted(found) == sorted(((f"gray {i // 2}", f"level {i // 2}"), i // 2) for i in range(6))
     stream.sample(6)  # the next epoch
-    assert [one.path.name for one in stream.refused] == ["damaged.mp4"]
+    assert [one.path.name for one in stream.skipped] == ["damaged.mp4"]
 
 
 def test_a_shard_that_breaks_off_gives_what_came_before(shards, tmp_path):
@@ -227,7 +227,7 @@ def test_a_stream_has_a_worker_for_each_of_its_shards_at_most(shards, folder, mo
         open_clips(urls, SAMPLING, 16, 16).sample(0)
 
 
-def test_videos_that_cannot_be_fetched_are_left_out(folder, caplog):
+def test_videos_that_cannot_be_fetched_are_skipped(folder, caplog):
     def fail():
         raise RuntimeError("the network is gone")
 

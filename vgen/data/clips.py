@@ -27,7 +27,7 @@ from vgen.data.video_index import index_of, probe_once
 from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
 
 logger = logging.get_logger(__name__)
-_left_out: set[tuple[Path, str]] = set()
+_skipped: set[tuple[Path, str]] = set()
 Rate = TypeVar("Rate")
 SAMPLINGS = ("random", "uniform", "segments", "sliding")
 
@@ -259,11 +259,11 @@ class Sampling:
         return [first + index * self.stride for index in range(self.num_frames)], self.num_frames
 
 
-def tell_left_out(listed: Listed, reason: str) -> None:
+def warn_skipped(listed: Listed, reason: str) -> None:
     """Names a video that cannot be used, each one once, with how many there are by now."""
-    if (listed.path, reason) not in _left_out:
-        _left_out.add((listed.path, reason))
-        logger.warning(f"left out, {len(_left_out)} by now: {listed.path}: {reason}")
+    if (listed.path, reason) not in _skipped:
+        _skipped.add((listed.path, reason))
+        logger.warning(f"skipped ({len(_skipped)} so far): {listed.path}: {reason}")
 
 
 class Bucket(NamedTuple):
@@ -327,11 +327,11 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
         try:
             info, available = one.info(), count_frames(one, rate)[0]
         except (ValueError, OSError) as error:
-            tell_left_out(one, str(error))
+            warn_skipped(one, str(error))
             continue
         bucket = choose_bucket(samplings, available, info.height, info.width)
         if bucket is None:
-            tell_left_out(one, f"{available} frames; the shortest bucket needs {shortest}")
+            warn_skipped(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
             found[bucket].append(one)
     _save_indices(listed)
@@ -404,22 +404,22 @@ class VideoFolder:
         listed = list_videos(folder) if isinstance(folder, Path) else list(folder)
         self.sampling, self.size, self.seed, self.augmentation = sampling, (height, width), seed, augmentation
         self.quiet = quiet
-        self.refused: dict[Listed, str] = {}
+        self.skipped: dict[Listed, str] = {}
         self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
         for one in listed:
             try:
                 available, frame_rate = count_frames(one, sampling.frame_rate)
             except (ValueError, OSError) as error:
-                self._leave_out(one, str(error))
+                self._skip(one, str(error))
                 continue
             count = sampling.num_clips(available)
             if not count:
                 reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
-                self._leave_out(one, reason)
+                self._skip(one, reason)
             self.clips += [(one, number, available, frame_rate) for number in range(count)]
         _save_indices(listed)
         if not self.clips:
-            reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+            reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
             raise ValueError(f"none of {len(listed)} videos can be used: {reasons}")
 
     def __len__(self) -> int:
@@ -449,11 +449,11 @@ class VideoFolder:
                 if place in wanted:
                     found[place] = frame
         except (ValueError, OSError) as error:
-            self._leave_out(listed, str(error))
+            self._skip(listed, str(error))
             return None
         missing = wanted - set(found)
         if missing and (self.sampling.short == "skip" or not found):
-            self._leave_out(listed, "it has fewer frames than it says it has")
+            self._skip(listed, "it has fewer frames than it says it has")
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
@@ -463,10 +463,10 @@ class VideoFolder:
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
 
-    def _leave_out(self, listed: Listed, reason: str) -> None:
-        self.refused[listed] = reason
+    def _skip(self, listed: Listed, reason: str) -> None:
+        self.skipped[listed] = reason
         if not self.quiet:
-            tell_left_out(listed, reason)
+            warn_skipped(listed, reason)
 
     def sample(self, number: int) -> Clip:
         """The clip that is drawn as the `number`-th when epochs, each in an order of its own, follow one another.
@@ -480,7 +480,7 @@ class VideoFolder:
             clip = self.clip(int(index), epoch)
             if clip is not None:
                 return clip
-        raise ValueError(f"none of {len(self)} clips can be read any more: {next(iter(self.refused.values()))}")
+        raise ValueError(f"none of {len(self)} clips can be read any more: {next(iter(self.skipped.values()))}")
 
 
 @lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, tell_left_out
+from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, warn_skipped
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.processes import place_among_processes
@@ -50,7 +50,7 @@ class VideoStream:
     ):
         self.videos, self.sampling, self.size = videos, sampling, (height, width)
         self.seed, self.augmentation = seed, augmentation
-        self.refused: dict[Listed, str] = {}
+        self.skipped: dict[Listed, str] = {}
         self.count_shards = count_shards
         self._endless: Iterator[Clip] | None = None
 
@@ -80,7 +80,7 @@ class VideoStream:
                     empty = False
                     yield clip
             if empty:
-                reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+                reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
                 rank, count = place_among_processes()
                 share = "" if count == 1 else f" to process {rank} of {count}, which share its videos out"
                 raise ValueError(f"the stream gave no clip{share}: {reasons or 'it is empty'}")
@@ -93,11 +93,11 @@ class VideoStream:
             for index in range(len(folder)):
                 clip = folder.clip(index, epoch)
                 if clip is None:
-                    raise ValueError(folder.refused[there])
+                    raise ValueError(folder.skipped[there])
                 yield clip._replace(source=listed)
         except (ValueError, OSError) as error:
-            self.refused[listed] = str(error)
-            tell_left_out(listed, str(error))
+            self.skipped[listed] = str(error)
+            warn_skipped(listed, str(error))
 
 
 def _shuffled(videos: Iterable[Listed], rng: random.Random) -> Iterator[Listed]:

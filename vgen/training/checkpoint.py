@@ -22,7 +22,7 @@ _RECORD = "record.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class AveragedWeights:
+class EMAWeights:
     """The exponential moving average of a network's weights, by diffusers' `EMAModel`, kept in safetensors.
 
     Args:
@@ -63,8 +63,8 @@ class AveragedWeights:
         self._average.optimization_step = step
 
 
-class LastWeights:
-    """Stands in for `AveragedWeights` where nothing is averaged: the result is the last weights."""
+class NoEMA:
+    """Stands in for `EMAWeights` where nothing is averaged: the result is the last weights."""
 
     def step(self) -> None:
         """Nothing to do."""
@@ -92,7 +92,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    average: AveragedWeights | LastWeights,
+    average: EMAWeights | NoEMA,
     keep_last: int,
     settings: dict[str, Any],
 ) -> None:
@@ -124,9 +124,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def resume(
-    accelerator: Accelerator, folder: Path, average: AveragedWeights | LastWeights, settings: dict[str, Any]
-) -> int:
+def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, settings: dict[str, Any]) -> int:
     """Restores the newest checkpoint of a run that is as it was written; returns the steps done, 0 for a new run.
 
     A damaged one is put aside with a warning. Settings, versions and numbers of threads and processes that the

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from vgen.io.settings import parse_settings
 from vgen.processes import check_processes, let_threads_finish, on_cpus
-from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
+from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
@@ -254,7 +254,7 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
-def _ask_for(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
+def _override_hyperparameters(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
     """Puts hyperparameters in force in place of a checkpoint's, which may be those of another configuration."""
     own = schedule.optimizer.param_groups
     for group, asked, factor in zip(own, groups, schedule.lr_lambdas, strict=True):
@@ -347,7 +347,7 @@ class Run:
             settings["gradient_clipping"] = config.max_grad_norm
         model.to(accelerator.device)
         optimizers, self.schedules = make_optimizers(config, model)
-        self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else LastWeights()
+        self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
@@ -359,7 +359,7 @@ class Run:
         self.step = resume(accelerator, config.output_dir, self.average, self._settings)
         """Optimiser steps done."""
         for schedule, groups in zip(self.schedules, asked, strict=True):
-            _ask_for(schedule, groups)
+            _override_hyperparameters(schedule, groups)
         # what an interrupted run logged after its last checkpoint comes again
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
