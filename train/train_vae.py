@@ -116,7 +116,7 @@ def main(config: VAEConfig) -> None:
     run = Run(config, accelerator, model, batches.name, source.digest)
     feed = Feed(run, batches, batches.size)
     if run.step and source.is_stream:
-        logger.warning(f"{config.output_dir} does not go on exactly: a stream begins again")
+        logger.warning(f"{config.output_dir} is not resumed exactly: a stream begins again")
 
     for step in run.steps():
         size, images = batches.size(step), batches.plan(step).num_frames == 1
