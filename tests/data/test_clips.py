@@ -54,13 +54,16 @@ def test_metadata_lists_parts_with_captions(folder, kind):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: this is no JSON"),
-        ("[1]", "line 2: give an object"),
-        ('{"file_name": "a.mp4"}', "line 2: file_name and text are needed"),
-        ('{"file_name": "a.mp4", "text": [1]}', "line 2: file_name and text are needed"),
-        ('{"file_name": "../a.mp4", "text": "x"}', "line 2: ../a.mp4 lies outside"),
-        ('{"file_name": "a.mp4", "text": "x", "start": "soon"}', "line 2: start and end must be seconds"),
-        ('{"file_name": "a.mp4", "text": "x", "start": 2, "end": 1}', "line 2: start=2.0, end=1.0"),
+        ("{", "line 2: invalid JSON"),
+        ("[1]", "line 2: expected a JSON object"),
+        ('{"file_name": "a.mp4"}', "line 2: file_name and text are required"),
+        ('{"file_name": "a.mp4", "text": [1]}', "line 2: file_name and text are required"),
+        ('{"file_name": "../a.mp4", "text": "x"}', "line 2: ../a.mp4 is outside of"),
+        ('{"file_name": "a.mp4", "text": "x", "start": "soon"}', "line 2: start and end must be numbers of seconds"),
+        (
+            '{"file_name": "a.mp4", "text": "x", "start": 2, "end": 1}',
+            "line 2: 0 <= start < end is required, got start=2.0, end=1.0",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(folder, line, message):
@@ -85,7 +88,7 @@ def test_folders_without_videos_or_with_two_tables_are_refused(folder, tmp_path)
         list_videos(tmp_path / "empty")
     for name in ("metadata.csv", "metadata.jsonl"):
         (folder / name).write_text("")
-    with pytest.raises(ValueError, match="keep the one"):
+    with pytest.raises(ValueError, match="keep only one"):
         list_videos(folder)
 
 
@@ -209,5 +212,5 @@ def test_videos_of_no_bucket_are_skipped_with_a_warning_or_padded(tmp_path, capl
 def test_captions_that_are_no_utf8_are_named(tmp_path, name):
     write_video(np.zeros((3, 16, 16, 3), dtype=np.uint8), tmp_path / "a.mp4", frame_rate=8.0)
     (tmp_path / name).write_bytes('{"file_name": "a.mp4", "text": "caf\u00e9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} is no text in UTF-8"):
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
         list_videos(tmp_path)
