@@ -1,6 +1,6 @@
 """Train a causal video VAE: single images first, then clips, then the statistics of its latents.
 
-A CPU-sized try:
+A small run for a CPU:
 
     accelerate launch train/train_vae.py --config train/recipes/shapes-64-vae.yaml --output_dir runs/try \
         --image_steps 20 --max_steps 40
@@ -47,50 +47,53 @@ logger = logging.get_logger(__name__)
 
 @dataclass(kw_only=True)
 class VAEConfig(ClipConfig, TemporalLossConfig):
-    """Settings of a VAE's training."""
+    """Settings for training a VAE."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
+    """Arguments of `CausalVideoVAE` for random weights; ignored with `--init`."""
     freeze_encoder: bool = False
-    """Whether only the decoder is trained, so that latents encoded before, and denoisers of them, stay valid."""
+    """Whether to train only the decoder, so that existing latents and denoisers stay valid."""
     score_data: str | None = None
-    """Source of the videos that scores are taken on; `None` takes those of training."""
+    """Source of the videos that scores are computed on; `None` means the source of the training data."""
     mse_weight: float = 1.0
-    """Weight of the squared error, beside the absolute error; both are means over pixels."""
+    """Weight of the squared error, which is added to the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
-    """Weight of the divergence, a mean over latent elements."""
+    """Weight of the KL divergence, a mean over latent elements."""
     lpips_weight: float = 0.0
-    """Weight of LPIPS between frames; needs `lpips` and torchvision."""
+    """Weight of LPIPS of the frames; needs `lpips` and torchvision."""
     gan_weight: float = 0.0
-    """Weight of what fools a discriminator of patches, after it was scaled to pull as hard as the error does."""
+    """Weight of the generator's adversarial loss, relative to the gradient norm of the reconstruction error."""
     gan_start: int = 0
-    """Step from which the discriminator is trained and takes part; never for single images."""
+    """First step in which the discriminator is trained and used; it is never used on single images."""
     num_score_clips: int = 64
-    """Fresh clips that a score is the mean over."""
+    """Number of new clips for a score."""
     num_calibration_clips: int = 512
-    """Clips that the latents' mean and deviation are taken from at the end."""
+    """Number of clips for the mean and standard deviation of the latents, which are computed at the end."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
-            ValueError: A setting is out of range, or there is no encoder to keep.
+            ValueError: A setting is out of range, or `freeze_encoder` has no `--init`.
         """
         super().check()
         self.check_temporal_loss()
         if min(self.lpips_weight, self.gan_weight, self.gan_start) < 0:
             raise ValueError(
-                f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start} must not "
-                "be negative"
+                "lpips_weight, gan_weight and gan_start must be at least 0, got "
+                f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start}"
             )
         if (self.gan_weight or self.lpips_weight) and self.short == "pad":
-            raise ValueError("short=pad would show LPIPS or the discriminator videos that freeze: give short=skip")
+            raise ValueError(
+                "short=pad is not supported with lpips_weight or gan_weight, which would see repeated frames: use "
+                "short=skip"
+            )
         if self.freeze_encoder and not self.init:
-            raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
+            raise ValueError("freeze_encoder needs a pretrained VAE: pass --init")
 
 
 def main(config: VAEConfig) -> None:
-    """Trains; the same call goes on where an interrupted one stopped."""
+    """Trains a VAE; the same call resumes an interrupted run."""
     if config.dry_run:
         print(config_text(config))
         return
@@ -100,7 +103,7 @@ def main(config: VAEConfig) -> None:
     source, fresh = open_source(config), open_fresh_source(config, config.score_data)
     vae = load_vae(config.init) if config.init else CausalVideoVAE(**config.model)
     if not isinstance(vae, CausalVideoVAE):
-        raise ValueError(f"{config.init} holds a {type(vae).__name__}: a causal video VAE is trained here")
+        raise ValueError(f"expected a CausalVideoVAE in {config.init}, got {type(vae).__name__}")
     if config.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -108,7 +111,7 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-        if config.gan_weight:  # its adaptive weight goes back through a part of the network before all of it does
+        if config.gan_weight:  # the adaptive weight runs a backward pass through a part of the network first
             torch._functorch.config.donated_buffer = False
     model = VAEWithDiscriminator(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
@@ -116,7 +119,7 @@ def main(config: VAEConfig) -> None:
     run = Run(config, accelerator, model, batches.name, source.digest)
     feed = Feed(run, batches, batches.size)
     if run.step and source.is_stream:
-        logger.warning(f"{config.output_dir} is not resumed exactly: a stream begins again")
+        logger.warning(f"{config.output_dir} is not resumed exactly: a stream starts from its beginning")
 
     for step in run.steps():
         size, images = batches.size(step), batches.plan(step).num_frames == 1
@@ -176,14 +179,14 @@ def main(config: VAEConfig) -> None:
 def batch_stats(
     vae: CausalVideoVAE, clip: Tensor, use_discriminator: bool
 ) -> tuple[int, int, tuple[torch.Size, bool]]:
-    """Clips, latent pixels (the tokens of a denoiser with patches of one) and what operations a part takes."""
+    """Clips, latent pixels (the tokens of a denoiser with patch size 1), and a key of the number of operations."""
     b, _, f, h, w = clip.shape
     t = 1 + (f - 1) // vae.temporal_compression_ratio
     return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
 
 
 def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[str, float]:
-    """In how many of ShapesWorld's first clips the checker reads what they show; other sources have no checker."""
+    """Fraction of reconstructed scenes in which the checker reads all attributes; only for ShapesWorld."""
     if not isinstance(source, ShapesSource):
         return {}
     scenes = [source.world.scene(index) for index in range(len(reconstructions))]
@@ -194,10 +197,10 @@ def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[
 def score(
     vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Scores of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones.
+    """Scores of reconstructions of the posterior's mode, and frames `(f, h, w, 3)` of the first clips.
 
-    `psnr` is a mean in dB, `readable` the fraction in which the checker reads what the originals show: small shapes
-    can lose their corners without a trace in the PSNR.
+    `psnr` is the mean in dB. `readable` is the fraction of scenes in which the checker reads all attributes: it
+    detects small shapes that lose their corners, which PSNR does not.
     """
     vae.eval()
     values, reconstructions, shown = [], [], None
@@ -216,7 +219,7 @@ def score(
 
 @torch.no_grad()
 def calibrate(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device) -> None:
-    """Takes the latents' statistics over clips of the training data into the config."""
+    """Stores the mean and standard deviation of latents of the training data in the VAE's config."""
     vae.eval()
     latents = []
     for begin in range(0, config.num_calibration_clips, 8):

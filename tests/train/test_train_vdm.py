@@ -135,7 +135,7 @@ def test_layers_for_time_alone_are_trained_where_there_are_some(runs, tmp_path, 
     options = {"--train_only": "temporal", "--model": json.dumps(DENOISER | {"attention": attention})}
     done = train_vdm(runs, tmp_path / "temporal", check=False, **options)
     if attention == "joint":
-        assert done.returncode != 0 and "attention=divided have: train all of it, or train_only=lora" in done.stderr
+        assert done.returncode != 0 and "attention=divided have: use train_only=all or train_only=lora" in done.stderr
         return
     assert done.returncode == 0
     train_vdm(runs, tmp_path / "none", **options | {"--learning_rate": 0.0})
