@@ -1,6 +1,6 @@
 """Train a causal video VAE: single images first, then clips, then the statistics of its latents.
 
-A CPU-sized try:
+A small run for a CPU:
 
     accelerate launch train/train_vae.py --config train/recipes/shapes-64-vae.yaml --output_dir runs/try \
         --image_steps 20 --max_steps 40
@@ -23,8 +23,8 @@ from vgen.models.image_vae import load_vae
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import measure_motion
 from vgen.training.adversarial import (
-    JudgedVAE,
     PatchDiscriminator,
+    VAEWithDiscriminator,
     adaptive_weight,
     discriminator_loss,
 )
@@ -47,50 +47,53 @@ logger = logging.get_logger(__name__)
 
 @dataclass(kw_only=True)
 class VAEConfig(ClipConfig, TemporalLossConfig):
-    """Settings of a VAE's training."""
+    """Settings for training a VAE."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `CausalVideoVAE` for random weights; `--init` ignores them."""
+    """Arguments of `CausalVideoVAE` for random weights; ignored with `--init`."""
     freeze_encoder: bool = False
-    """Whether only the decoder is trained, so that latents encoded before, and denoisers of them, stay valid."""
+    """Whether to train only the decoder, so that existing latents and denoisers stay valid."""
     score_data: str | None = None
-    """Source of the videos that scores are taken on; `None` takes those of training."""
+    """Source of the videos that scores are computed on; `None` means the source of the training data."""
     mse_weight: float = 1.0
-    """Weight of the squared error, beside the absolute error; both are means over pixels."""
+    """Weight of the squared error, which is added to the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
-    """Weight of the divergence, a mean over latent elements."""
+    """Weight of the KL divergence, a mean over latent elements."""
     lpips_weight: float = 0.0
-    """Weight of LPIPS between frames; needs `lpips` and torchvision."""
+    """Weight of LPIPS of the frames; needs `lpips` and torchvision."""
     gan_weight: float = 0.0
-    """Weight of what fools a discriminator of patches, after it was scaled to pull as hard as the error does."""
+    """Weight of the generator's adversarial loss, relative to the gradient norm of the reconstruction error."""
     gan_start: int = 0
-    """Step from which the discriminator is trained and takes part; never for single images."""
+    """First step in which the discriminator is trained and used; it is never used on single images."""
     num_score_clips: int = 64
-    """Fresh clips that a score is the mean over."""
+    """Number of new clips for a score."""
     num_calibration_clips: int = 512
-    """Clips that the latents' mean and deviation are taken from at the end."""
+    """Number of clips for the mean and standard deviation of the latents, which are computed at the end."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
-            ValueError: A setting is out of range, or there is no encoder to keep.
+            ValueError: A setting is out of range, or `freeze_encoder` has no `--init`.
         """
         super().check()
         self.check_temporal_loss()
         if min(self.lpips_weight, self.gan_weight, self.gan_start) < 0:
             raise ValueError(
-                f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start} must not "
-                "be negative"
+                "lpips_weight, gan_weight and gan_start must be at least 0, got "
+                f"lpips_weight={self.lpips_weight}, gan_weight={self.gan_weight}, gan_start={self.gan_start}"
             )
         if (self.gan_weight or self.lpips_weight) and self.short == "pad":
-            raise ValueError("short=pad would show LPIPS or the discriminator videos that freeze: give short=skip")
+            raise ValueError(
+                "short=pad is not supported with lpips_weight or gan_weight, which would see repeated frames: use "
+                "short=skip"
+            )
         if self.freeze_encoder and not self.init:
-            raise ValueError("freeze_encoder keeps the encoder of --init, which is missing")
+            raise ValueError("freeze_encoder needs a pretrained VAE: pass --init")
 
 
 def main(config: VAEConfig) -> None:
-    """Trains; the same call goes on where an interrupted one stopped."""
+    """Trains a VAE; the same call resumes an interrupted run."""
     if config.dry_run:
         print(config_text(config))
         return
@@ -100,7 +103,7 @@ def main(config: VAEConfig) -> None:
     source, fresh = open_source(config), open_fresh_source(config, config.score_data)
     vae = load_vae(config.init) if config.init else CausalVideoVAE(**config.model)
     if not isinstance(vae, CausalVideoVAE):
-        raise ValueError(f"{config.init} holds a {type(vae).__name__}: a causal video VAE is trained here")
+        raise ValueError(f"expected a CausalVideoVAE in {config.init}, got {type(vae).__name__}")
     if config.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -108,26 +111,27 @@ def main(config: VAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(vae)
-        if config.gan_weight:  # its adaptive weight goes back through a part of the network before all of it does
+        if config.gan_weight:  # the adaptive weight runs a backward pass through a part of the network first
             torch._functorch.config.donated_buffer = False
-    model = JudgedVAE(vae, PatchDiscriminator()) if config.gan_weight else vae
+    model = VAEWithDiscriminator(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
     batches = ClipBatches(source, partial(plan_clips, config))
     run = Run(config, accelerator, model, batches.name, source.digest)
     feed = Feed(run, batches, batches.size)
     if run.step and source.is_stream:
-        logger.warning(f"{config.output_dir} does not go on exactly: a stream begins again")
+        logger.warning(f"{config.output_dir} is not resumed exactly: a stream starts from its beginning")
 
     for step in run.steps():
         size, images = batches.size(step), batches.plan(step).num_frames == 1
-        judges = config.gan_weight > 0 and step >= config.gan_start and not images
+        use_discriminator = config.gan_weight > 0 and step >= config.gan_start and not images
         total: dict[str, Tensor] = {}
         for part in run.parts(size):
             clip, real = source.clips(next(feed), accelerator.device)
-            options = {"judge": judges} if config.gan_weight else {}
+            options = {"use_discriminator": use_discriminator} if config.gan_weight else {}
             out = run.network(clip, generator=generators(config.seed, step, part), **options)
             run.count(
-                *batch_stats(vae, clip, judges), lambda network, clip=clip, options=options: network(clip, **options)
+                *batch_stats(vae, clip, use_discriminator),
+                lambda network, clip=clip, options=options: network(clip, **options),
             )
             error = out.sample.float() - clip
             l1, mse = (masked_mean(one, real) for one in (error.abs(), error.square()))
@@ -144,11 +148,11 @@ def main(config: VAEConfig) -> None:
                     parts["temporal"] = temporal_loss(config, out.sample.float(), clip, motion, real[:, 1:]).mean()
                 error = error + parts["temporal"]
             loss = error + config.kl_weight * kl
-            if judges:
-                fooling = -out.fooling.float().mean()
-                weight = adaptive_weight(error, fooling, vae.decoder.conv_out.weight)
+            if use_discriminator:
+                generator_loss = -out.generator_logits.float().mean()
+                weight = adaptive_weight(error, generator_loss, vae.decoder.conv_out.weight)
                 parts["discriminator"] = discriminator_loss(out.real, out.fake)
-                loss = loss + config.gan_weight * weight * fooling + parts["discriminator"]
+                loss = loss + config.gan_weight * weight * generator_loss + parts["discriminator"]
             share = (part.stop - part.start) / size
             run.backward(loss * share)
             for name, value in parts.items():
@@ -172,15 +176,17 @@ def main(config: VAEConfig) -> None:
     run.end(save_result)
 
 
-def batch_stats(vae: CausalVideoVAE, clip: Tensor, judges: bool) -> tuple[int, int, tuple[torch.Size, bool]]:
-    """Clips, latent pixels (the tokens of a denoiser with patches of one) and what operations a part takes."""
+def batch_stats(
+    vae: CausalVideoVAE, clip: Tensor, use_discriminator: bool
+) -> tuple[int, int, tuple[torch.Size, bool]]:
+    """Clips, latent pixels (the tokens of a denoiser with patch size 1), and a key of the number of operations."""
     b, _, f, h, w = clip.shape
     t = 1 + (f - 1) // vae.temporal_compression_ratio
-    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, judges)
+    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
 
 
 def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[str, float]:
-    """In how many of ShapesWorld's first clips the checker reads what they show; other sources have no checker."""
+    """Fraction of reconstructed scenes in which the checker reads all attributes; only for ShapesWorld."""
     if not isinstance(source, ShapesSource):
         return {}
     scenes = [source.world.scene(index) for index in range(len(reconstructions))]
@@ -191,10 +197,10 @@ def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[
 def score(
     vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Scores of clamped float32 reconstructions of the mode, and frames `(f, h, w, 3)` of the first ones.
+    """Scores of reconstructions of the posterior's mode, and frames `(f, h, w, 3)` of the first clips.
 
-    `psnr` is a mean in dB, `readable` the fraction in which the checker reads what the originals show: small shapes
-    can lose their corners without a trace in the PSNR.
+    `psnr` is the mean in dB. `readable` is the fraction of scenes in which the checker reads all attributes: it
+    detects small shapes that lose their corners, which PSNR does not.
     """
     vae.eval()
     values, reconstructions, shown = [], [], None
@@ -213,7 +219,7 @@ def score(
 
 @torch.no_grad()
 def calibrate(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device) -> None:
-    """Takes the latents' statistics over clips of the training data into the config."""
+    """Stores the mean and standard deviation of latents of the training data in the VAE's config."""
     vae.eval()
     latents = []
     for begin in range(0, config.num_calibration_clips, 8):

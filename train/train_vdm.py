@@ -1,6 +1,6 @@
-"""Train a video diffusion model: a denoiser behind a text encoder, on latents that were computed once.
+"""Train a text-conditional video diffusion model on precomputed latents.
 
-A CPU-sized try, after training a text encoder and a VAE and encoding clips with it:
+A small run for a CPU, after training a text encoder and a VAE and encoding clips with it:
 
     accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
 """
@@ -50,85 +50,89 @@ from vgen.training.sample import (
 
 @dataclass(kw_only=True)
 class VDMConfig(SampleConfig):
-    """Settings of a denoiser's training.
+    """Settings for training a denoiser.
 
-    `--init` is a pipeline to start from. Its parts and defaults are kept; settings that make a new pipeline
-    (`text_encoder`, `model`, `defaults`) do not apply then.
+    `--init` is a pipeline to start from. Its components and defaults are kept, and the settings of new pipelines
+    (`text_encoder`, `denoiser`, `model`, `scheduler`, `defaults`) are ignored.
     """
 
     vae: str | None = None
-    """Folder or Hub id of the VAE that encoded the latents; with `--init`, it takes the place of the VAE there."""
+    """Folder or Hub id of the VAE that encoded the latents. With `--init`, it replaces the pipeline's VAE."""
     text_encoder: str | None = None
     """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
     more_latents: dict[str, float] = field(default_factory=dict)
-    """Other such folders, and how often a step draws from each instead. What their clips cannot serve (long windows,
-    keyframes) is left out there."""
+    """Other folders with latents, and the probability of each, drawn for each step. Settings that their clips do not
+    support (long windows, keyframes) are not used there."""
     train_text_encoder: bool = False
-    """Whether the text encoder is trained along."""
+    """Whether to train the text encoder together with the denoiser."""
     denoiser: str = "transformer"
-    """What is trained: `transformer` or `unet`; `--init` brings its own."""
+    """The network of a new pipeline: `transformer` or `unet`."""
     train_only: str = "all"
-    """`all`; `temporal`: layers that mix frames or were not there before a 2D network was inflated; or `lora`:
-    low-rank adapters of `lora_targets`, which are saved on their own."""
+    """Which weights to train: `all`; `temporal`, the layers that mix frames or were added when a 2D network was
+    inflated; or `lora`, low-rank adapters of `lora_targets`, which are saved without the denoiser."""
     lora_rank: int = 16
-    """Of the adapters."""
+    """Rank of the LoRA adapters."""
     lora_alpha: float | None = None
-    """Adapters are scaled by `lora_alpha / lora_rank`; `None` takes the rank."""
+    """LoRA adapters are scaled by `lora_alpha / lora_rank`; `None` means `lora_rank`."""
     lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Ends of the names of the layers that get one."""
+    """Layers with LoRA adapters, by the ends of their names."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; `--init` ignores them."""
+    """Arguments of `SpacetimeTransformer` or `UNet3D` for random weights; ignored with `--init`."""
     attention_backend: str | None = None
-    """Any name of diffusers' attention dispatcher; `None` is its own, but `_native_math` for short rows on CPUs."""
+    """Attention backend of diffusers; `None` means diffusers' default, and `_native_math` for short sequences on the
+    CPU."""
     scheduler: str = "ddim"
-    """What a new pipeline for the last two is saved with: `ddim`, `dpmsolver++` or `unipc`."""
+    """Scheduler of a new pipeline with `v_prediction` or `epsilon`: `ddim`, `dpmsolver++` or `unipc`."""
     zero_terminal_snr: bool = False
-    """Whether the last timestep of `v_prediction` is noise alone."""
+    """Whether the last timestep of `v_prediction` is pure noise."""
     snr_gamma: float = 0.0
-    """Min-SNR weighting of `v_prediction` and `epsilon`, usually 5; 0 for none."""
+    """Gamma of min-SNR weighting for `v_prediction` and `epsilon`, usually 5; 0 turns the weighting off."""
     frame_rate: float = 8.0
-    """Default of the pipeline, in pixel frames per second; each clip is told with its own."""
+    """Default frame rate of the pipeline, in frames per second. Training conditions on the frame rate of each clip."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults that the pipeline is saved with."""
+    """Default call arguments that are saved with the pipeline."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts of sample videos, for one's own data; empty scores prompts of ShapesWorld, which can be checked."""
+    """Prompts of sample videos. With an empty list, scores are computed on prompts of ShapesWorld."""
     num_score_prompts: int = 32
-    """Prompts of a score, half from training combinations, half held out."""
+    """Number of ShapesWorld prompts for a score: half from training combinations, half held out."""
     save_dtype: str = "float16"
-    """Precision of the weights in the saved pipeline; loading gives float32 unless asked otherwise."""
+    """Data type of the weights in the saved pipeline: `float32`, `bfloat16` or `float16`. They are loaded as float32
+    by default."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A setting is out of range or unknown.
         """
         super().check()
         if not self.init and not (self.vae and self.text_encoder):
-            raise ValueError("a new pipeline needs vae and text_encoder; or give init, a pipeline that has them")
+            raise ValueError("a new pipeline needs vae and text_encoder: pass both, or pass a pipeline as init")
         if min(self.more_latents.values(), default=0) < 0 or sum(self.more_latents.values()) > 1:
-            raise ValueError(f"more_latents={self.more_latents} must be shares that sum to at most 1")
+            raise ValueError(
+                f"more_latents must have probabilities of at least 0 with a sum of at most 1, got {self.more_latents}"
+            )
         for name, legal in (
             ("denoiser", ("transformer", "unet")),
             ("train_only", ("all", "temporal", "lora")),
         ):
             if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
+                raise ValueError(f"{name} must be one of {', '.join(legal)}, got {getattr(self, name)!r}")
         if self.init is None:
             make_scheduler(self.prediction, self.scheduler, self.level_shift, self.zero_terminal_snr)
         if self.train_only == "lora" and (self.init is None or self.train_text_encoder or self.lora_rank < 1):
             raise ValueError(
-                f"train_only=lora with init={self.init}, train_text_encoder={self.train_text_encoder}, "
-                f"lora_rank={self.lora_rank}: it adapts the denoiser of --init, and the rank is at least 1"
+                "train_only=lora needs a pipeline as init, train_text_encoder=false and lora_rank of at least 1, got "
+                f"init={self.init}, train_text_encoder={self.train_text_encoder}, lora_rank={self.lora_rank}"
             )
         if self.num_score_prompts < 2:
-            raise ValueError(f"num_score_prompts={self.num_score_prompts} must be at least 2")
+            raise ValueError(f"num_score_prompts must be at least 2, got {self.num_score_prompts}")
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"save_dtype={self.save_dtype!r} must be float32, bfloat16 or float16")
+            raise ValueError(f"save_dtype must be float32, bfloat16 or float16, got {self.save_dtype!r}")
 
 
 def main(config: VDMConfig) -> None:
-    """Trains; the same call goes on where an interrupted one stopped."""
+    """Trains a denoiser; the same call resumes an interrupted run."""
     if config.dry_run:
         print(config_text(config))
         return
@@ -154,7 +158,7 @@ def main(config: VDMConfig) -> None:
             weight.requires_grad_(True)
     if config.wants_temporal_loss:
         check_motion(config, sources)
-        pipe.vae.requires_grad_(False).to(accelerator.device)  # which decodes for the loss between pixels
+        pipe.vae.requires_grad_(False).to(accelerator.device)  # decodes for a loss on pixels
     objective = Objective(pipe.scheduler, config.snr_gamma)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
     check_encoders(sources, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
@@ -176,7 +180,7 @@ def main(config: VDMConfig) -> None:
             batch = next(feed)
             sample = objective(batch["latents"], batch["noise"], batch["levels"])
             conditions = conditioning(batch)
-            if run.sharded:  # all processes have to compute alike
+            if run.sharded:  # all processes must run the same operations
                 conditions["num_gaps"] = None
             prediction = run.network(sample.latents, sample.timestep, **conditions)
             tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
@@ -196,7 +200,7 @@ def main(config: VDMConfig) -> None:
             total += torch.stack([losses.sum(), temporal.sum()]).detach() / config.batch_size
         run.update()
         run.log(loss=total[0], **({"temporal": total[1]} if config.wants_temporal_loss else {}))
-        if run.wants_scores:  # how many prompts come out right, and a video of some
+        if run.wants_scores:  # prompt adherence and sample videos
             with run.average:
                 scores, shown = score(pipe, config, accelerator)
             run.report({f"adherence/{name}": value for name, value in scores.items()})
@@ -218,7 +222,7 @@ def main(config: VDMConfig) -> None:
 
 
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
-    """The pipeline to train: from `--init`, or with random weights behind the given VAE."""
+    """The pipeline to train: loaded from `--init`, or a new one with a random denoiser and the given VAE."""
     if config.init:
         instead = {"vae": load_vae(config.vae)} if config.vae else {}
         pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
@@ -234,7 +238,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
             ("frame_rate", config.frame_rate, pipe.config.frame_rate),
         ):
             if wanted != found:
-                raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: give that")
+                raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: set {name}={found}")
         return pipe
     assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
@@ -258,10 +262,10 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
 
 
 def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
-    """Freezes the denoiser and adds low-rank layers that are trained instead.
+    """Freezes the denoiser and adds trainable LoRA adapters.
 
     Raises:
-        ImportError: Peft is not installed.
+        ImportError: `peft` is not installed.
     """
     try:
         from peft import LoraConfig
@@ -273,7 +277,7 @@ def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
 
 
 def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
-    """Writes the adapter alone, for `pipe.load_lora_weights(output_dir / "lora")`."""
+    """Saves only the adapters, for `pipe.load_lora_weights(output_dir / "lora")`."""
     from peft import get_peft_model_state_dict
 
     name = "transformer" if pipe.unet is None else "unet"
@@ -286,23 +290,23 @@ def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
 
 
 def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]:
-    """Weights of the layers that mix frames or that an inflated 2D network did not have.
+    """Weights of the layers that mix frames or were added when a 2D network was inflated.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The denoiser has no such layers.
     """
     found = [weight for name, weight in denoiser.named_parameters() if any(part in name for part in denoiser.temporal)]
     if not found:
         raise ValueError(
-            f"train_only=temporal: this {type(denoiser).__name__} has no layers for time alone, which a UNet3D and "
-            "attention=divided have: train all of it, or train_only=lora"
+            f"train_only=temporal: this {type(denoiser).__name__} has no purely temporal layers, which a UNet3D and "
+            "a SpacetimeTransformer with attention=divided have: use train_only=all or train_only=lora"
         )
     return found
 
 
 @torch.no_grad()
 def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
-    """Adherence on fixed prompts where it can be checked, and frames `(f, h, w, 3)` of some videos."""
+    """Prompt adherence on fixed prompts of ShapesWorld, and frames `(f, h, w, 3)` of some videos."""
     scores: dict[str, float] = {}
     shown = []
     training, trains_text = pipe.denoiser.training, pipe.text_encoder.training

@@ -54,13 +54,16 @@ def test_metadata_lists_parts_with_captions(folder, kind):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: this is no JSON"),
-        ("[1]", "line 2: give an object"),
-        ('{"file_name": "a.mp4"}', "line 2: file_name and text are needed"),
-        ('{"file_name": "a.mp4", "text": [1]}', "line 2: file_name and text are needed"),
-        ('{"file_name": "../a.mp4", "text": "x"}', "line 2: ../a.mp4 lies outside"),
-        ('{"file_name": "a.mp4", "text": "x", "start": "soon"}', "line 2: start and end must be seconds"),
-        ('{"file_name": "a.mp4", "text": "x", "start": 2, "end": 1}', "line 2: start=2.0, end=1.0"),
+        ("{", "line 2: invalid JSON"),
+        ("[1]", "line 2: expected a JSON object"),
+        ('{"file_name": "a.mp4"}', "line 2: file_name and text are required"),
+        ('{"file_name": "a.mp4", "text": [1]}', "line 2: file_name and text are required"),
+        ('{"file_name": "../a.mp4", "text": "x"}', "line 2: ../a.mp4 is outside of"),
+        ('{"file_name": "a.mp4", "text": "x", "start": "soon"}', "line 2: start and end must be numbers of seconds"),
+        (
+            '{"file_name": "a.mp4", "text": "x", "start": 2, "end": 1}',
+            "line 2: 0 <= start < end is required, got start=2.0, end=1.0",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(folder, line, message):
@@ -85,7 +88,7 @@ def test_folders_without_videos_or_with_two_tables_are_refused(folder, tmp_path)
         list_videos(tmp_path / "empty")
     for name in ("metadata.csv", "metadata.jsonl"):
         (folder / name).write_text("")
-    with pytest.raises(ValueError, match="keep the one"):
+    with pytest.raises(ValueError, match="keep only one"):
         list_videos(folder)
 
 
@@ -119,7 +122,7 @@ def test_sliding_windows_are_all_there_is():
 
 
 @pytest.mark.parametrize("kind", ["random", "uniform", "segments", "sliding"])
-def test_short_videos_are_left_out_or_padded(kind):
+def test_short_videos_are_skipped_or_padded(kind):
     assert Sampling(num_frames=5, kind=kind).num_clips(3) == 0
     padded = Sampling(num_frames=5, kind=kind, short="pad")
     assert padded.num_clips(3) == 1 and padded.num_clips(0) == 0
@@ -174,17 +177,17 @@ def test_a_clip_depends_on_seed_epoch_and_number_alone(folder):
     assert draws[0] == draws[1] != draws[2] and len({tuple(draw) for draw in draws[0]}) > 2
 
 
-def test_damaged_files_are_left_out_and_named(folder):
+def test_damaged_files_are_skipped_and_named(folder):
     whole = (folder / "a.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.mp4").write_bytes(b"")
     clips = VideoFolder(folder, Sampling(num_frames=4), 16, 16)
     assert len(clips) == 3
-    assert {one.path.name for one in clips.refused} == {"cut.mp4", "empty.mp4"}
+    assert {one.path.name for one in clips.skipped} == {"cut.mp4", "empty.mp4"}
     drawn = [clips.sample(number).source.path.name for number in range(6)]
     assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["a.mp4", "b.gif", "c.mp4"]
     (folder / "a.mp4").unlink()  # while it is being used
-    assert clips[0] is None and "no such file" in clips.refused[clips.clips[0][0]]
+    assert clips[0] is None and "no such file" in clips.skipped[clips.clips[0][0]]
     assert {clips.sample(number).source.path.name for number in range(3)} == {"b.gif", "c.mp4"}
     (folder / "short").mkdir()
     write_clip(folder / "short/d.mp4", num_frames=3)
@@ -192,14 +195,15 @@ def test_damaged_files_are_left_out_and_named(folder):
         VideoFolder(folder / "short", Sampling(num_frames=4), 16, 16)
 
 
-def test_videos_of_no_bucket_are_told_or_padded(tmp_path, caplog):
+def test_videos_of_no_bucket_are_skipped_with_a_warning_or_padded(tmp_path, caplog):
     for name, length in (("short", 3), ("long", 9)):
         write_video(np.zeros((length, 16, 16, 3), dtype=np.uint8), tmp_path / f"{name}.mp4", frame_rate=8.0)
     (tmp_path / "broken.mp4").write_bytes(b"")
     listed, bucket = list_videos(tmp_path), Bucket(5, 16, 16)
     assert [one.path.stem for one in sort_into_buckets(listed, sampled([bucket]))[bucket]] == ["long"]
-    told = [message for message in caplog.messages if "left out" in message]
-    assert len(told) == 2 and "broken.mp4" in told[0] and "short.mp4: 3 frames; the shortest bucket needs 5" in told[1]
+    warnings = [message for message in caplog.messages if "skipped (" in message]
+    assert len(warnings) == 2 and "broken.mp4" in warnings[0]
+    assert "short.mp4: 3 frames; the shortest bucket needs 5" in warnings[1]
     padded = sort_into_buckets(listed, sampled([bucket], short="pad"))[bucket]
     assert [one.path.stem for one in padded] == ["long", "short"]
 
@@ -208,5 +212,5 @@ def test_videos_of_no_bucket_are_told_or_padded(tmp_path, caplog):
 def test_captions_that_are_no_utf8_are_named(tmp_path, name):
     write_video(np.zeros((3, 16, 16, 3), dtype=np.uint8), tmp_path / "a.mp4", frame_rate=8.0)
     (tmp_path / name).write_bytes('{"file_name": "a.mp4", "text": "caf\u00e9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} is no text in UTF-8"):
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
         list_videos(tmp_path)

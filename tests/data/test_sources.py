@@ -108,7 +108,7 @@ def test_shards_give_their_videos_and_name_damaged_ones(shards):
     found = grays(stream.sample(index) for index in range(6))
     assert sorted(found) == sorted(((f"gray {i // 2}", f"level {i // 2}"), i // 2) for i in range(6))
     stream.sample(6)  # the next epoch
-    assert [one.path.name for one in stream.refused] == ["damaged.mp4"]
+    assert [one.path.name for one in stream.skipped] == ["damaged.mp4"]
 
 
 def test_a_shard_that_breaks_off_gives_what_came_before(shards, tmp_path):
@@ -136,10 +136,10 @@ def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
         open_clips(str(tmp_path / "nowhere"), SAMPLING, 16, 16)
     with monkeypatch.context() as patch:
         patch.setattr("vgen.data.sources.rank_and_world_size", lambda: (1, 2))
-        with pytest.raises(ValueError, match="no clip to process 1 of 2, which share its videos out: it is empty"):
+        with pytest.raises(ValueError, match="no usable clip for process 1 of 2, which split its videos: it is empty"):
             VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16).sample(0)
     stream = VideoStream(lambda epoch: iter([]), SAMPLING, 16, 16)
-    with pytest.raises(ValueError, match="the stream gave no clip: it is empty"):
+    with pytest.raises(ValueError, match="the stream has no usable clip: it is empty"):
         stream.sample(0)
     long = Sampling(num_frames=50)
     stream = VideoStream(lambda epoch: list_videos(folder), long, 16, 16)
@@ -156,7 +156,7 @@ def test_digits_and_folders_are_opened_by_path(folder, tmp_path):
     assert len(open_clips(f"{path}:1:3", SAMPLING, 64, 64).digits) == 2
     stochastic = open_clips(f"{path}:1:3:stochastic", SAMPLING, 64, 64)
     assert stochastic.stochastic and len(stochastic.digits) == 2 and not world.stochastic
-    with pytest.raises(ValueError, match="leaves no digits"):
+    with pytest.raises(ValueError, match="selects no digits"):
         open_clips(f"{path}:3:9", SAMPLING, 64, 64)
     with pytest.raises(ValueError, match="Moving MNIST is 64x64"):
         open_clips(str(path), SAMPLING, 32, 32)
@@ -223,15 +223,15 @@ def test_a_stream_has_a_worker_for_each_of_its_shards_at_most(shards, folder, mo
         monkeypatch.setattr("vgen.data.sources.rank_and_world_size", lambda count=processes: (0, count))
         assert open_clips(urls, SAMPLING, 16, 16).max_workers == expected
     assert open_clips(f"hf-stream:{folder}", SAMPLING, 16, 16).max_workers >= 1
-    with pytest.raises(ValueError, match="process 0 of 3, but webdataset takes it for 0 of 1"):
+    with pytest.raises(ValueError, match="process 0 of 3, but webdataset finds process 0 of 1"):
         open_clips(urls, SAMPLING, 16, 16).sample(0)
 
 
-def test_videos_that_cannot_be_fetched_are_left_out(folder, caplog):
+def test_videos_that_cannot_be_fetched_are_skipped(folder, caplog):
     def fail():
         raise RuntimeError("the network is gone")
 
     good = list_videos(folder)[0]
     stream = VideoStream(lambda epoch: iter([Listed(path=Path("gone.mp4"), content=fail), good]), SAMPLING, 16, 16)
     assert stream.sample(0).source == good
-    assert any("gone.mp4: it cannot be fetched: the network is gone" in message for message in caplog.messages)
+    assert any("gone.mp4: the file cannot be fetched: the network is gone" in message for message in caplog.messages)

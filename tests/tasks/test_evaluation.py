@@ -258,7 +258,7 @@ def test_damaged_clips_are_counted_and_named(model, videos, tmp_path, monkeypatc
         listed = self.clips[index][0]
         if listed.path.name != "1.mp4":
             return whole(self, index, epoch)
-        self.refused[listed] = "cut off"
+        self.skipped[listed] = "cut off"
         return None
 
     monkeypatch.setattr(VideoFolder, "clip", broken)

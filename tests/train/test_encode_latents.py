@@ -51,9 +51,9 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     assert read_video(tmp_path / "vae/samples.mp4")[0].shape == (5, 32, 8 * 16, 3)
     latents = tmp_path / "latents"
     encode(tmp_path / "vae", latents, **options, **{"--num_clips": None})
-    assert sum("left out, " in message and "broken.mp4" in message for message in caplog.messages) == 1
+    assert sum("skipped (" in message and "broken.mp4" in message for message in caplog.messages) == 1
     done = encode(tmp_path / "vae", tmp_path / "fresh", processes=2, **options, **{"--num_clips": None})
-    assert "left out, 1 by now: " in done.stderr and "broken.mp4" in done.stderr
+    assert "skipped (1 so far): " in done.stderr and "broken.mp4" in done.stderr
     assert json.loads((tmp_path / "fresh/settings.json").read_text()) == json.loads(
         (latents / "settings.json").read_text()
     )
@@ -79,7 +79,7 @@ def test_a_stream_is_encoded_shard_by_shard_and_goes_on(vae_run, tmp_path, caplo
     options = {"--data": f"shards:{tmp_path}/all.tar", "--shard_size": 3, "--num_clips": 100}
     latents = tmp_path / "latents"
     encode(vae_run, latents, **options)
-    assert [message.split(": ")[1] for message in caplog.messages if "left out" in message] == ["2.mp4"]
+    assert [message.split(": ")[1] for message in caplog.messages if "skipped (" in message] == ["2.mp4"]
     paths = sorted(latents.glob("*.safetensors"))
     # two clips of 5 frames a video; a shard ends with a whole video
     assert [path.stem.split("-", 4)[4] for path in paths] == ["00000000-00000002", "00000002-00000005"]

@@ -135,7 +135,7 @@ def test_layers_for_time_alone_are_trained_where_there_are_some(runs, tmp_path, 
     options = {"--train_only": "temporal", "--model": json.dumps(DENOISER | {"attention": attention})}
     done = train_vdm(runs, tmp_path / "temporal", check=False, **options)
     if attention == "joint":
-        assert done.returncode != 0 and "attention=divided have: train all of it, or train_only=lora" in done.stderr
+        assert done.returncode != 0 and "attention=divided have: use train_only=all or train_only=lora" in done.stderr
         return
     assert done.returncode == 0
     train_vdm(runs, tmp_path / "none", **options | {"--learning_rate": 0.0})
@@ -157,15 +157,13 @@ def test_a_loss_that_is_not_finite_names_the_clips(vae_run, text_run, latents_di
     assert count == len(LatentSet(latents_dir))
     stopped = train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "vdm", check=False)
     assert stopped.returncode != 0 and not (tmp_path / "vdm/pipeline").exists()
-    told = re.search(
-        r"step 1 is not finite; it was that of 2 token frames of clips ([\d, ]+) in (\S+)", stopped.stderr
-    )
+    told = re.search(r"step 1 is not finite; its batch: 2 token frames of clips ([\d, ]+) in (\S+)", stopped.stderr)
     assert told and Path(told[2].rstrip(".")) == tmp_path / "latents"
     numbers = [int(number) for number in told[1].split(", ")]
     assert len(set(numbers)) == 4 and max(numbers) < count
     stopped = train_vae(tmp_path / "vae", check=False, **{"--kl_weight": 1e39})
     assert stopped.returncode != 0 and not (tmp_path / "vae/vae").exists()
-    assert "step 1 is not finite; it was that of scenes 0 to 3 of ShapesWorld(seed=0)" in stopped.stderr
+    assert "step 1 is not finite; its batch: scenes 0 to 3 of ShapesWorld(seed=0)" in stopped.stderr
 
 
 def test_a_killed_run_on_latents_ends_with_the_weights_of_an_uninterrupted_one(runs, tmp_path):
@@ -175,7 +173,7 @@ def test_a_killed_run_on_latents_ends_with_the_weights_of_an_uninterrupted_one(r
     killed = train_vdm(runs, tmp_path / "again", check=False, fresh=True, script=script)
     assert killed.returncode != 0 and not (tmp_path / "again/pipeline").exists()
     again = train_vdm(runs, tmp_path / "again", fresh=True)
-    assert "after 2 steps" in again.stdout and "does not go on exactly" not in again.stderr
+    assert "after 2 steps" in again.stdout and "is not resumed exactly" not in again.stderr
     assert trained_alike(tmp_path / "again", tmp_path / "whole")
     assert logged(tmp_path / "again", "loss") == logged(tmp_path / "whole", "loss")
     assert [step for step, _ in logged(tmp_path / "again", "loss")] == [1, 2, 3, 4]
@@ -186,7 +184,7 @@ def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_
     train_vae(tmp_path / "decoder", **{"--init": vae_run / "vae", "--freeze_encoder": "true", "--image_steps": 0})
     once = {"--max_steps": 1, "--save_every": 1, "--sample_every": 9}
     refused = train_vdm((tmp_path / "other", text_run, latents_dir), tmp_path / "no", check=False, **once)
-    assert refused.returncode != 0 and "were encoded by another VAE" in refused.stderr
+    assert refused.returncode != 0 and "were encoded with another VAE" in refused.stderr
     train_vdm((tmp_path / "decoder", text_run, latents_dir), tmp_path / "yes", **once)
     # --vae takes the place of the VAE of --init, and its half precision is no other VAE
     train_vdm((vae_run, text_run, latents_dir), tmp_path / "again", **once, **{"--init": tmp_path / "yes/pipeline"})

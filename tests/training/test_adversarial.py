@@ -3,16 +3,16 @@ import torch
 from torch import nn
 
 from vgen.training.adversarial import (
-    JudgedVAE,
     PatchDiscriminator,
+    VAEWithDiscriminator,
     adaptive_weight,
     discriminator_loss,
 )
 
 
 @pytest.fixture
-def judged(make_vae, randomize):
-    model = JudgedVAE(make_vae(), randomize(PatchDiscriminator(dim=4)))
+def gan_output(make_vae, randomize):
+    model = VAEWithDiscriminator(make_vae(), randomize(PatchDiscriminator(dim=4)))
     clip = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return model, clip, model(clip, generator=torch.Generator().manual_seed(1))
 
@@ -26,22 +26,22 @@ def gradients(model, loss):
     }
 
 
-def test_each_logit_teaches_its_own_network(judged):
-    model, _, out = judged
-    assert out.real.shape == out.fake.shape == out.fooling.shape == (2, 1, 5, 4, 4)
-    assert torch.equal(out.fake, out.fooling)
-    assert gradients(model, out.fooling.mean()) == {"vae": True, "discriminator": False}
+def test_each_logit_teaches_its_own_network(gan_output):
+    model, _, out = gan_output
+    assert out.real.shape == out.fake.shape == out.generator_logits.shape == (2, 1, 5, 4, 4)
+    assert torch.equal(out.fake, out.generator_logits)
+    assert gradients(model, out.generator_logits.mean()) == {"vae": True, "discriminator": False}
     assert gradients(model, discriminator_loss(out.real, out.fake)) == {"vae": False, "discriminator": True}
 
 
-def test_before_its_start_the_discriminator_takes_no_part(judged):
-    model, clip, out = judged
-    plain = model(clip, generator=torch.Generator().manual_seed(1), judge=False)
-    assert torch.equal(plain.sample, out.sample) and plain.real is plain.fake is plain.fooling is None
+def test_before_its_start_the_discriminator_takes_no_part(gan_output):
+    model, clip, out = gan_output
+    plain = model(clip, generator=torch.Generator().manual_seed(1), use_discriminator=False)
+    assert torch.equal(plain.sample, out.sample) and plain.real is plain.fake is plain.generator_logits is None
 
 
-def test_a_clip_is_judged_the_same_in_any_batch(judged):
-    model, clip, out = judged
+def test_a_clip_is_judged_the_same_in_any_batch(gan_output):
+    model, clip, out = gan_output
     torch.testing.assert_close(model.discriminator(clip[1:]), out.real[1:])
 
 
@@ -53,10 +53,10 @@ def test_the_hinge_loss_is_what_the_paper_says():
 
 def test_the_adaptive_weight_balances_the_pulls():
     layer = nn.Parameter(torch.ones(3))
-    error, fooling = (layer * torch.tensor([3.0, 0.0, 4.0])).sum(), -0.5 * layer[1]
-    weight = adaptive_weight(error, fooling, layer)
+    error, generator_loss = (layer * torch.tensor([3.0, 0.0, 4.0])).sum(), -0.5 * layer[1]
+    weight = adaptive_weight(error, generator_loss, layer)
     assert weight.item() == pytest.approx(5 / (0.5 + 1e-4)) and not weight.requires_grad
-    assert adaptive_weight(error, 0 * fooling, layer).item() == 1e4
+    assert adaptive_weight(error, 0 * generator_loss, layer).item() == 1e4
 
 
 def test_a_discriminator_learns_to_tell_real_from_fake():

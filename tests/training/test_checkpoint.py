@@ -159,7 +159,7 @@ def test_a_run_of_damaged_checkpoints_does_not_begin_anew(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_batch(tmp_path):
     stopped = train(tmp_path, check=False, BAD="5")
     assert stopped.returncode != 0
-    assert "the loss or gradient of step 6 is not finite; it was that of the clips of step 5" in stopped.stderr
+    assert "the loss or gradient of step 6 is not finite; its batch: the clips of step 5" in stopped.stderr
     assert names(tmp_path) == ["checkpoint-4"]
 
 
@@ -184,8 +184,8 @@ def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_
 def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):
     train(tmp_path, check=False, KILL="step6")
     again = train(tmp_path, THREADS="2", DATA="a")
-    assert "does not go on exactly: threads 1 -> 2, data_sha256 None -> a" in again.stderr
-    assert "does not go on exactly" not in train(tmp_path, THREADS="2", DATA="a").stderr
+    assert "is not resumed exactly: threads 1 -> 2, data_sha256 None -> a" in again.stderr
+    assert "is not resumed exactly" not in train(tmp_path, THREADS="2", DATA="a").stderr
 
 
 def test_a_continuation_has_the_hyperparameters_that_it_is_asked_for(tmp_path):

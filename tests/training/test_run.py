@@ -45,9 +45,9 @@ def test_every_trainable_weight_is_updated_once(optimizer, kernels, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer='sgd' must be adamw or muon"),
-        ({"optimizer": "muon", "mixed_precision": "fp16"}, "does not go with fp16"),
-        ({"muon_kernels": True}, "muon_kernels goes with optimizer=muon, not adamw"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "does not support mixed_precision=fp16"),
+        ({"muon_kernels": True}, "muon_kernels needs optimizer=muon, got optimizer=adamw"),
     ],
 )
 def test_optimizers_that_do_not_work_are_refused(tmp_path, settings, message):

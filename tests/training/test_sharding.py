@@ -94,8 +94,8 @@ def test_a_sharded_network_gives_the_same_loss_and_gradients(tmp_path: Path, nam
 
 def test_what_does_not_go_with_sharding_is_named(tmp_path: Path):
     config = RunConfig(output_dir=tmp_path, optimizer="muon", gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"ema_decay=0.999 \(give 0\), optimizer=muon \(give adamw\)$"):
+    with pytest.raises(ValueError, match=r"ema_decay=0.999 \(must be 0\), optimizer=muon \(must be adamw\)$"):
         check_sharding(config, "FSDP")
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 \(give 1\)$"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 \(must be 1\)$"):
         check_sharding(config, "DEEPSPEED")
     check_sharding(RunConfig(output_dir=tmp_path, ema_decay=0.0), "DEEPSPEED")

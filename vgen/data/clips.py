@@ -1,4 +1,4 @@
-"""A folder of one's own videos as clips: captions, which frames of each, and what becomes of damaged ones."""
+"""Clips from a folder of videos: captions, choice of frames, and skipping of damaged files."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from vgen.data.video_index import index_of, probe_once
 from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
 
 logger = logging.get_logger(__name__)
-_left_out: set[tuple[Path, str]] = set()
+_skipped: set[tuple[Path, str]] = set()
 Rate = TypeVar("Rate")
 SAMPLINGS = ("random", "uniform", "segments", "sliding")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A video, or a part of one, as a folder lists it; nothing of it was read yet."""
+    """A video, or a segment of one, as a folder lists it; the file has not been read yet."""
 
     path: Path
     captions: tuple[str, ...] = ("",)
-    """Wordings of what it shows."""
+    """Alternative captions."""
     start: float | None = None
-    """Seconds; `None` for the start of the file."""
+    """Start in seconds; `None` for the start of the file."""
     end: float | None = None
-    """Seconds; `None` for its end."""
+    """End in seconds; `None` for the end of the file."""
     content: Callable[[], bytes] | None = field(default=None, compare=False)
-    """Fetches the file where it does not lie at `path`, which then is a name alone."""
+    """Fetches the content of a file that is not stored at `path`; `path` is then only a name."""
     root: Path | None = field(default=None, compare=False)
-    """The folder that lists it, where its index is."""
+    """The folder that lists the video and holds its index."""
     identity: Hashable = field(default=None, compare=False)
-    """What a fetched file is known by, so that it is probed once; `None` probes it each time."""
+    """Key under which the properties of a fetched file are cached; `None` probes the file each time."""
 
     def info(self) -> VideoInfo:
         """Describes the file.
@@ -76,7 +76,7 @@ class Listed:
         try:
             return MemoryFile(self.path, self.content())
         except Exception as error:  # of any library that reads from anywhere
-            raise OSError(f"it cannot be fetched: {error}") from error
+            raise OSError(f"the file cannot be fetched: {error}") from error
 
 
 def _save_indices(listed: Iterable[Listed]) -> None:
@@ -88,22 +88,23 @@ def _save_indices(listed: Iterable[Listed]) -> None:
 def list_videos(folder: Path) -> list[Listed]:
     """The videos of a folder with their captions, in a fixed order.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` with `file_name`, `text` (in jsonl also a list of wordings)
-    and optionally `start` and `end` in seconds, as in Hugging Face's `videofolder`; without such a file from a `.txt`
-    beside each video, one wording a line. A video without one has an empty caption.
+    Captions are read from `metadata.jsonl` or `metadata.csv` with the columns `file_name`, `text` (in jsonl also a
+    list of alternative captions) and optionally `start` and `end` in seconds, as in Hugging Face's `videofolder`.
+    Without such a file, they are read from a `.txt` file next to each video, one caption per line. A video without
+    captions has an empty one.
 
     Args:
-        folder: Searched with its subfolders where no metadata lists its files.
+        folder: The folder. Without metadata, it is searched recursively.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no videos, there is metadata of both kinds, or a row of it cannot be used.
+        FileNotFoundError: The folder does not exist.
+        ValueError: There are no videos, there are two metadata files, or a row of metadata is invalid.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if len(tables) > 1:
-        raise ValueError(f"{folder} has metadata.jsonl and metadata.csv: keep the one that counts")
+        raise ValueError(f"{folder} has both metadata.jsonl and metadata.csv: keep only one of them")
     if tables:
         listed = [_listed_row(folder, tables[0], number, row) for number, row in _rows(tables[0])]
     else:
@@ -115,15 +116,15 @@ def list_videos(folder: Path) -> list[Listed]:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with the numbers of their lines."""
+    """The rows of a metadata file with their line numbers."""
     with table.open(encoding="utf-8-sig", newline="") as file, _named(table):
         if table.suffix == ".csv":
             reader = csv.DictReader(file)
             for row in reader:
                 if None in row:
                     raise ValueError(
-                        f"{table}, line {reader.line_num}: more fields than the first line names: put text with "
-                        "commas in double quotes"
+                        f"{table}, line {reader.line_num}: more fields than the header has: put text with commas in "
+                        "double quotes"
                     )
                 yield reader.line_num, row
             return
@@ -133,35 +134,35 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{table}, line {number}: this is no JSON ({error})") from error
+                raise ValueError(f"{table}, line {number}: invalid JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{table}, line {number}: give an object with file_name and text")
+                raise ValueError(f"{table}, line {number}: expected a JSON object with file_name and text")
             yield number, row
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Names the file that is no UTF-8."""
+    """Names the file in the error if it is not UTF-8."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> Listed:
     name, text = row.get("file_name"), row.get("text")
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
     if not name or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{table}, line {number}: file_name and text are needed, got {sorted(row)}")
+        raise ValueError(f"{table}, line {number}: file_name and text are required, got {sorted(row)}")
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{table}, line {number}: {name} lies outside {folder}")
+        raise ValueError(f"{table}, line {number}: {name} is outside of {folder}")
     try:
         start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{table}, line {number}: start and end must be seconds") from error
+        raise ValueError(f"{table}, line {number}: start and end must be numbers of seconds") from error
     if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
-        raise ValueError(f"{table}, line {number}: start={start}, end={end} is no part of a video")
+        raise ValueError(f"{table}, line {number}: 0 <= start < end is required, got start={start}, end={end}")
     return Listed(path=folder / name, captions=captions, start=start, end=end, root=folder)
 
 
@@ -181,30 +182,34 @@ class Sampling:
     """
 
     num_frames: int
-    """Of a clip."""
+    """Frames per clip."""
     kind: str = "random"
-    """`random`: consecutive ones from a random place. `uniform`: evenly over the whole video. `segments`: one at
-    random from each of `num_frames` equal parts (temporal segment networks, arXiv 1608.00859). `sliding`: every
-    window."""
+    """`random`: a window of consecutive frames at a random position. `uniform`: frames spread evenly over the whole
+    video. `segments`: one random frame from each of `num_frames` equal parts (temporal segment networks, arXiv
+    1608.00859). `sliding`: all windows, `hop` frames apart."""
     frame_rate: float | None = None
-    """Frames per second that a video is resampled to before its frames are counted; `None` takes its own."""
+    """Frames per second that videos are resampled to, before frames are chosen; `None` keeps a video's own rate."""
     stride: int = 1
-    """From one frame of a `random` or `sliding` clip to the next."""
+    """Step between the frames of a `random` or `sliding` clip."""
     hop: int | None = None
-    """From one `sliding` window to the next; `None` lets them follow without a gap."""
+    """Step between the starts of `sliding` windows; `None` puts them end to end."""
     short: str = "skip"
-    """What becomes of videos with too few frames: `skip`, or `pad`, which repeats the last one under a mask."""
+    """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which are
+    masked."""
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        if self.kind not in SAMPLINGS or self.short not in ("skip", "pad"):
-            raise ValueError(
-                f"kind={self.kind!r}, short={self.short!r}: give one of {', '.join(SAMPLINGS)}; skip or pad"
-            )
+        """Checks the settings."""
+        if self.kind not in SAMPLINGS:
+            raise ValueError(f"kind must be one of {', '.join(SAMPLINGS)}, got kind={self.kind!r}")
+        if self.short not in ("skip", "pad"):
+            raise ValueError(f"short must be skip or pad, got short={self.short!r}")
         if min(self.num_frames, self.stride, 1 if self.hop is None else self.hop) < 1:
-            raise ValueError(f"num_frames={self.num_frames}, stride={self.stride}, hop={self.hop} must be at least 1")
+            raise ValueError(
+                "num_frames, stride and hop must be at least 1, got "
+                f"num_frames={self.num_frames}, stride={self.stride}, hop={self.hop}"
+            )
         if self.frame_rate is not None and not self.frame_rate > 0:
-            raise ValueError(f"frame_rate={self.frame_rate} must be positive")
+            raise ValueError(f"frame_rate must be positive, got {self.frame_rate}")
 
     @property
     def spreads(self) -> bool:
@@ -213,17 +218,17 @@ class Sampling:
 
     @property
     def span(self) -> int:
-        """Frames that a clip needs, those between its own included."""
+        """Frames that a video needs for one clip, including those that `stride` skips."""
         return self.num_frames if self.spreads else (self.num_frames - 1) * self.stride + 1
 
     def clip_rate(self, available: int, frame_rate: float) -> float:
-        """Frames of a clip per second of what it shows, of a video of so many frames at a rate."""
+        """The frame rate of a clip from a video with `available` frames at `frame_rate`."""
         if self.spreads:
             return frame_rate * min(1.0, self.num_frames / available)
         return frame_rate / self.stride
 
     def num_clips(self, available: int) -> int:
-        """How many clips a video of so many frames gives in an epoch."""
+        """Number of clips per epoch from a video with `available` frames."""
         if available < 1 or (available < self.span and self.short == "skip"):
             return 0
         if self.kind != "sliding" or available <= self.span:
@@ -231,12 +236,12 @@ class Sampling:
         return (available - self.span) // (self.hop or self.num_frames * self.stride) + 1
 
     def indices(self, available: int, clip: int = 0, rng: random.Random | None = None) -> tuple[list[int], int]:
-        """The frames of a clip, and how many of them are real; the rest repeats the last real one.
+        """The indices of a clip's frames, and how many of them are real; the others repeat the last real one.
 
         Args:
-            available: Frames of the video, at least 1.
-            clip: Which `sliding` window.
-            rng: For `random` and `segments`; `None` takes the middle.
+            available: Number of frames of the video, at least 1.
+            clip: Index of the `sliding` window.
+            rng: Random numbers for `random` and `segments`; `None` takes the middle.
         """
         if available < self.span:
             stride = 1 if self.spreads else self.stride
@@ -259,15 +264,15 @@ class Sampling:
         return [first + index * self.stride for index in range(self.num_frames)], self.num_frames
 
 
-def tell_left_out(listed: Listed, reason: str) -> None:
-    """Names a video that cannot be used, each one once, with how many there are by now."""
-    if (listed.path, reason) not in _left_out:
-        _left_out.add((listed.path, reason))
-        logger.warning(f"left out, {len(_left_out)} by now: {listed.path}: {reason}")
+def warn_skipped(listed: Listed, reason: str) -> None:
+    """Warns once per video and reason that a video is skipped, and counts the skipped videos."""
+    if (listed.path, reason) not in _skipped:
+        _skipped.add((listed.path, reason))
+        logger.warning(f"skipped ({len(_skipped)} so far): {listed.path}: {reason}")
 
 
 class Bucket(NamedTuple):
-    """A shape that clips are brought to."""
+    """A shape that clips are resized and cropped to."""
 
     num_frames: int
     height: int
@@ -281,25 +286,26 @@ class Bucket(NamedTuple):
         """A bucket from FRAMESxHEIGHTxWIDTH.
 
         Raises:
-            ValueError: It has another form.
+            ValueError: The text has another form.
         """
         sides = text.lower().split("x")
         if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
-            raise ValueError(f"bucket {text} is no FRAMESxHEIGHTxWIDTH, such as 17x64x64")
+            raise ValueError(f"a bucket must have the form FRAMESxHEIGHTxWIDTH, such as 17x64x64, got {text}")
         return cls(*map(int, sides))
 
 
 def choose_bucket(samplings: Mapping[Bucket, Sampling], num_frames: int, height: int, width: int) -> Bucket | None:
-    """The bucket of the nearest shape of frame, and of those the one that takes the longest stretch of a video.
+    """The bucket with the nearest aspect ratio; among equals, the one that uses the most frames of the video.
 
     Args:
-        samplings: What there is, and how its clips are taken.
-        num_frames: Of the video.
-        height: Of its frames, in pixels; like `width` it counts as a ratio.
-        width: Of its frames.
+        samplings: The buckets, with the sampling of each.
+        num_frames: Number of frames of the video.
+        height: Height of its frames. Only the ratio of `height` and `width` matters.
+        width: Width of its frames.
 
     Returns:
-        `None` if all need more frames; where such a video may be padded, one that needs the fewest.
+        The bucket. If the video is too short for all buckets, `None`; or, with `short="pad"`, a bucket that needs the
+        fewest frames.
     """
     needed = {bucket: sampling.span for bucket, sampling in samplings.items()}
     pads = any(sampling.short == "pad" for sampling in samplings.values())
@@ -314,11 +320,11 @@ def choose_bucket(samplings: Mapping[Bucket, Sampling], num_frames: int, height:
 
 
 def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampling]) -> dict[Bucket, list[Listed]]:
-    """The videos for which `choose_bucket` chooses each one; those that cannot be used are nobody's, and are told.
+    """Assigns each video to a bucket by `choose_bucket`. Unusable videos are skipped with a warning.
 
     Args:
-        listed: As `list_videos` gives them.
-        samplings: As there, all at one frame rate.
+        listed: Videos from `list_videos`.
+        samplings: The buckets, with the sampling of each; all must have the same frame rate.
     """
     found: dict[Bucket, list[Listed]] = {bucket: [] for bucket in samplings}
     rate, listed = next(iter(samplings.values())).frame_rate, list(listed)
@@ -327,11 +333,11 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
         try:
             info, available = one.info(), count_frames(one, rate)[0]
         except (ValueError, OSError) as error:
-            tell_left_out(one, str(error))
+            warn_skipped(one, str(error))
             continue
         bucket = choose_bucket(samplings, available, info.height, info.width)
         if bucket is None:
-            tell_left_out(one, f"{available} frames; the shortest bucket needs {shortest}")
+            warn_skipped(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
             found[bucket].append(one)
     _save_indices(listed)
@@ -339,7 +345,7 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
 
 
 class Clip(NamedTuple):
-    """Frames for training, and what is known of them."""
+    """The frames of a clip, with its captions and where it was taken from."""
 
     frames: np.ndarray
     """uint8 `(f, h, w, 3)`."""
@@ -347,48 +353,48 @@ class Clip(NamedTuple):
     """bool `(f,)`, false where the last real frame is repeated."""
     captions: tuple[str, ...]
     frame_rate: float
-    """Frames of the clip per second of what it shows."""
+    """Frames of the clip per second of video."""
     source: Listed
     first: float
-    """Seconds from the start of the file to its first frame."""
+    """Time of its first frame in the file, in seconds."""
 
 
 def stack_frames(clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
-    """Frames of clips as uint8 `(b, f, h, w, 3)`, and bool `(b, f)`, which of them are real; on the CPU."""
+    """Frames of clips, uint8 `(b, f, h, w, 3)`, and which of them are real, bool `(b, f)`; on the CPU."""
     frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
     return frames, torch.stack([torch.from_numpy(clip.real) for clip in clips])
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:
-    """Pixels `(b, 3, f, h, w)` in [-1, 1] of frames `(b, f, h, w, 3)`, uint8."""
+    """Converts frames, uint8 `(b, f, h, w, 3)`, to pixels `(b, 3, f, h, w)` in [-1, 1]."""
     return rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
 def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Clips as one batch: pixels `(b, 3, f, h, w)` in [-1, 1], and bool `(b, f)`, which frames are real."""
+    """Stacks clips into a batch: pixels `(b, 3, f, h, w)` in [-1, 1], and which frames are real, bool `(b, f)`."""
     frames, real = stack_frames(clips)
     return frames_to_pixels(frames.to(device)), real.to(device)
 
 
 class VideoFolder:
-    """Clips of a folder of videos, by number.
+    """Clips of a folder of videos, indexed by number.
 
-    Opening it reads the first frame of each file, for its length, unless the folder's index has it from an earlier
-    time. A file that cannot be read is left out and stands in `refused` with the reason; so does one that turns out to
-    be damaged later, and its clips are `None`.
+    On construction, each file that is not in the folder's index is opened to read its length. Files that cannot be
+    read are skipped, and `skipped` has the reason. If a file turns out to be damaged later, it is added to `skipped`,
+    and its clips are `None`.
 
     Args:
-        folder: As `list_videos` takes it, or the list.
-        sampling: Which frames make a clip.
-        height: Of the frames, in pixels; the middle of a video is cropped to this shape.
-        width: Of the frames.
-        seed: Of random choices: a clip is a function of the seed, the epoch and its number alone.
-        augmentation: What else may change in a clip.
-        quiet: Whether no warning names a file that is left out.
+        folder: A folder for `list_videos`, or a list of videos.
+        sampling: Which frames of a video make a clip.
+        height: Height of the clips in pixels. Frames are resized and center-cropped to this shape.
+        width: Width of the clips in pixels.
+        seed: Seed of random choices. A clip depends only on the seed, the epoch and its number.
+        augmentation: Random augmentation of clips.
+        quiet: Whether to skip files without a warning.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It lists no videos, or none of them can be used; the first reasons are named.
+        FileNotFoundError: The folder does not exist.
+        ValueError: It lists no videos, or none of them can be used; the message has the first reasons.
     """
 
     def __init__(
@@ -404,22 +410,22 @@ class VideoFolder:
         listed = list_videos(folder) if isinstance(folder, Path) else list(folder)
         self.sampling, self.size, self.seed, self.augmentation = sampling, (height, width), seed, augmentation
         self.quiet = quiet
-        self.refused: dict[Listed, str] = {}
+        self.skipped: dict[Listed, str] = {}
         self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
         for one in listed:
             try:
                 available, frame_rate = count_frames(one, sampling.frame_rate)
             except (ValueError, OSError) as error:
-                self._leave_out(one, str(error))
+                self._skip(one, str(error))
                 continue
             count = sampling.num_clips(available)
             if not count:
                 reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
-                self._leave_out(one, reason)
+                self._skip(one, reason)
             self.clips += [(one, number, available, frame_rate) for number in range(count)]
         _save_indices(listed)
         if not self.clips:
-            reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+            reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
             raise ValueError(f"none of {len(listed)} videos can be used: {reasons}")
 
     def __len__(self) -> int:
@@ -427,7 +433,7 @@ class VideoFolder:
 
     @property
     def digest(self) -> str:
-        """Of the videos' names and of how many clips each has, on which depends what a number stands for."""
+        """Digest of the names of the videos and their numbers of clips, which decide what clip a number refers to."""
         names = [f"{listed.path.name} {number}" for listed, number, *_ in self.clips]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
@@ -436,7 +442,7 @@ class VideoFolder:
         return self.clip(index)
 
     def clip(self, index: int, epoch: int = 0) -> Clip | None:
-        """A clip, or `None` where its file is damaged; then `refused` tells why."""
+        """A clip, or `None` if its file is damaged; `skipped` then has the reason."""
         listed, number, available, frame_rate = self.clips[index]
         rng = random.Random((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
         indices, real = self.sampling.indices(available, number, rng)
@@ -449,11 +455,11 @@ class VideoFolder:
                 if place in wanted:
                     found[place] = frame
         except (ValueError, OSError) as error:
-            self._leave_out(listed, str(error))
+            self._skip(listed, str(error))
             return None
         missing = wanted - set(found)
         if missing and (self.sampling.short == "skip" or not found):
-            self._leave_out(listed, "it has fewer frames than it says it has")
+            self._skip(listed, "it has fewer frames than its header says")
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
@@ -463,24 +469,24 @@ class VideoFolder:
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
 
-    def _leave_out(self, listed: Listed, reason: str) -> None:
-        self.refused[listed] = reason
+    def _skip(self, listed: Listed, reason: str) -> None:
+        self.skipped[listed] = reason
         if not self.quiet:
-            tell_left_out(listed, reason)
+            warn_skipped(listed, reason)
 
     def sample(self, number: int) -> Clip:
-        """The clip that is drawn as the `number`-th when epochs, each in an order of its own, follow one another.
+        """The `number`-th clip of an endless sequence of epochs, each of which is shuffled.
 
         Raises:
-            ValueError: Every file is damaged by now.
+            ValueError: All files have turned out to be damaged.
         """
         epoch, place = divmod(number, len(self))
         order = _order(len(self), self.seed, epoch)
-        for index in itertools.chain(order[place:], order[:place]):  # the next one stands in for a damaged one
+        for index in itertools.chain(order[place:], order[:place]):  # the next clip replaces a damaged one
             clip = self.clip(int(index), epoch)
             if clip is not None:
                 return clip
-        raise ValueError(f"none of {len(self)} clips can be read any more: {next(iter(self.refused.values()))}")
+        raise ValueError(f"none of {len(self)} clips can be read: {next(iter(self.skipped.values()))}")
 
 
 @lru_cache(maxsize=4)
@@ -489,22 +495,22 @@ def _order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def draw_frame_rates(frame_rates: Sequence[Rate], seed: int, indices: Iterable[int]) -> list[Rate]:
-    """One of the frame rates for each clip, drawn evenly; its number decides."""
+    """Draws a frame rate for each clip, all equally likely; the result depends only on the seed and its number."""
     return [random.Random(seed * 1_000_003 + index).choice(frame_rates) for index in indices]
 
 
 def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
-    """Frames of a listed part at a rate, its own by default, and that rate.
+    """The number of frames of a listed video or segment at a frame rate (by default its own), and that frame rate.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, does not tell its length, or ends before the part begins.
+        FileNotFoundError: The file does not exist.
+        ValueError: It cannot be read, its frame rate or length is unknown, or it ends before the segment begins.
     """
     info = listed.info()
     rate = frame_rate or info.frame_rate
     if rate is None or info.duration is None:
-        raise ValueError(f"{listed.path} tells no frame rate or length")
+        raise ValueError(f"{listed.path}: its frame rate or length is unknown")
     begin, end = listed.start or 0.0, min(info.duration, info.duration if listed.end is None else listed.end)
     if begin >= info.duration:
-        raise ValueError(f"{listed.path} ends at {info.duration:g} s, before this part begins at {begin:g} s")
+        raise ValueError(f"{listed.path} ends at {info.duration:g} s, before the listed segment begins at {begin:g} s")
     return max(1, round((end - begin) * rate - 1e-6)), rate

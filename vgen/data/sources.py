@@ -1,4 +1,4 @@
-"""Where training videos come from beside folders: Hugging Face datasets, WebDataset shards, digits."""
+"""Sources of training videos: folders, Hugging Face datasets, WebDataset shards and Moving MNIST."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, tell_left_out
+from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, warn_skipped
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
 from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"
 SHUFFLE_BUFFER = 32
-"""Videos of a stream that wait to be drawn from."""
+"""Number of videos in the shuffle buffer of a stream."""
 
 
 class VideoStream:
-    """Clips of videos that come one after another, too many to list.
+    """Clips of a stream of videos, for data that is too large to list.
 
-    A video that cannot be used is left out and stands in `refused` with the reason. Where a stream stood is not
-    remembered: a run that goes on begins it anew.
+    Unusable videos are skipped, and `skipped` has the reasons. The position in a stream is not saved: a resumed run
+    starts the stream from its beginning.
 
     Args:
-        videos: Gives the videos of an epoch that are this process's, and in a DataLoader's worker this worker's.
-        sampling: Which frames of each make a clip.
-        height: Of the frames, in pixels; the middle of a video is cropped to this shape.
-        width: Of the frames.
-        seed: Of random choices.
-        augmentation: What else may change in a clip.
-        count_shards: Says how many workers of a DataLoader `videos` can be shared out to; `None` for one.
+        videos: Returns the videos of an epoch that belong to this process and, in a DataLoader, to this worker.
+        sampling: Which frames of a video make a clip.
+        height: Height of the clips in pixels. Frames are resized and center-cropped to this shape.
+        width: Width of the clips in pixels.
+        seed: Seed of random choices.
+        augmentation: Random augmentation of clips.
+        count_shards: Returns how many DataLoader workers `videos` can be split between; `None` means one.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class VideoStream:
     ):
         self.videos, self.sampling, self.size = videos, sampling, (height, width)
         self.seed, self.augmentation = seed, augmentation
-        self.refused: dict[Listed, str] = {}
+        self.skipped: dict[Listed, str] = {}
         self.count_shards = count_shards
         self._endless: Iterator[Clip] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_endless": None}  # a copy in another process begins anew
+        return self.__dict__ | {"_endless": None}  # a copy in another process starts its own stream
 
     @property
     def max_workers(self) -> int:
-        """Most workers of a DataLoader that its videos can be shared out to."""
+        """Maximum number of DataLoader workers that the videos can be split between."""
         return 1 if self.count_shards is None else max(1, self.count_shards())
 
     def sample(self, number: int) -> Clip:
-        """The next clip, whatever its number; epochs follow one another, each in an order that a buffer shuffles.
+        """The next clip of an endless sequence of epochs, shuffled by a buffer; `number` is ignored.
 
         Raises:
-            ValueError: No video of an epoch could be used.
+            ValueError: No video of an epoch can be used.
         """
         if self._endless is None:
             self._endless = self._epochs()
@@ -80,34 +80,34 @@ class VideoStream:
                     empty = False
                     yield clip
             if empty:
-                reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.refused.items())[:3])
+                reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
                 rank, count = rank_and_world_size()
-                share = "" if count == 1 else f" to process {rank} of {count}, which share its videos out"
-                raise ValueError(f"the stream gave no clip{share}: {reasons or 'it is empty'}")
+                share = "" if count == 1 else f" for process {rank} of {count}, which split its videos"
+                raise ValueError(f"the stream has no usable clip{share}: {reasons or 'it is empty'}")
 
     def clips(self, listed: Listed, epoch: int = 0) -> Iterator[Clip]:
-        """The clips of one of its videos."""
+        """The clips of one video of the stream."""
         try:
-            there = replace(listed, path=listed.file(), content=None, root=None)
-            folder = VideoFolder([there], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
+            fetched = replace(listed, path=listed.file(), content=None, root=None)
+            folder = VideoFolder([fetched], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
             for index in range(len(folder)):
                 clip = folder.clip(index, epoch)
                 if clip is None:
-                    raise ValueError(folder.refused[there])
+                    raise ValueError(folder.skipped[fetched])
                 yield clip._replace(source=listed)
         except (ValueError, OSError) as error:
-            self.refused[listed] = str(error)
-            tell_left_out(listed, str(error))
+            self.skipped[listed] = str(error)
+            warn_skipped(listed, str(error))
 
 
 def _shuffled(videos: Iterable[Listed], rng: random.Random) -> Iterator[Listed]:
-    waiting: list[Listed] = []
+    buffer: list[Listed] = []
     for listed in videos:
-        waiting.append(listed)
-        if len(waiting) > SHUFFLE_BUFFER:
-            yield waiting.pop(rng.randrange(len(waiting)))
-    rng.shuffle(waiting)
-    yield from waiting
+        buffer.append(listed)
+        if len(buffer) > SHUFFLE_BUFFER:
+            yield buffer.pop(rng.randrange(len(buffer)))
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 def open_clips(
@@ -118,24 +118,25 @@ def open_clips(
     seed: int = 0,
     augmentation: Augmentation | None = None,
 ) -> VideoFolder | VideoStream | MovingMNIST:
-    """Clips of a source that a user names.
+    """Opens a source of clips by its name.
 
     Args:
-        data: A folder as `list_videos` takes it; `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face dataset (a name on
-            the Hub or a local folder), `hf-stream:...` for one that is read as it comes; `shards:PATTERN` for
-            WebDataset's tar files, such as `shards:train-{000..099}.tar`; an IDX file of digits for Moving MNIST,
-            with `:FIRST:LAST` behind it for some of them, counted from 0, without the last; `hf-digits:NAME:SPLIT` for
-            those of a dataset on the Hub. With `:stochastic` at the end, walls throw them back at random.
-        sampling: Which frames make a clip.
-        height: Of the frames, in pixels.
-        width: Of the frames.
-        seed: Of random choices.
-        augmentation: What else may change in a clip.
+        data: One of these: a folder of videos (see `list_videos`); `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face
+            dataset (an id on the Hub or a local folder); `hf-stream:NAME` or `hf-stream:NAME:SPLIT` to stream such a
+            dataset; `shards:PATTERN` for WebDataset tar files, such as `shards:train-{000..099}.tar`; for Moving MNIST
+            an IDX file of digits, or `FILE:FIRST:LAST` for the digits from index FIRST up to but not including LAST;
+            `hf-digits:NAME:SPLIT` for digits from a dataset on the Hub. With `:stochastic` at the end, digits bounce
+            off the walls in random directions.
+        sampling: Which frames of a video make a clip.
+        height: Height of the clips in pixels.
+        width: Width of the clips in pixels.
+        seed: Seed of random choices.
+        augmentation: Random augmentation of clips.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: It holds nothing that can be used.
-        ImportError: The library that reads it is not installed.
+        FileNotFoundError: The folder or file does not exist.
+        ValueError: It holds nothing usable.
+        ImportError: The library that reads the source is not installed.
     """
     kind, _, name = data.partition(":")
     rest = (sampling, height, width, seed, augmentation)
@@ -151,18 +152,21 @@ def open_clips(
     if kind != "hf-digits" and not (path.is_file() and "idx3" in path.name):
         return VideoFolder(list_videos(Path(data)), *rest)
     if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
-        raise ValueError(f"Moving MNIST is 64x64 and not augmented: height={height}, width={width}")
+        raise ValueError(
+            "Moving MNIST is 64x64 and does not support augmentation, got "
+            f"height={height}, width={width}, augmentation={augmentation}"
+        )
     if kind == "hf-digits":
         digits = digits_from_hub(*_split(name.removesuffix(STOCHASTIC)))
     else:
         digits = read_digits(path)[first:last]
     if not len(digits):
-        raise ValueError(f"{data} leaves no digits")
+        raise ValueError(f"{data} selects no digits")
     return MovingMNIST(digits, num_frames=sampling.num_frames, stochastic=data.endswith(STOCHASTIC), seed=seed)
 
 
 def _sliced(data: str) -> tuple[Path, int, int | None]:
-    """A path and which of the digits in its file: all without `:FIRST:LAST`."""
+    """Splits `FILE:FIRST:LAST` into a path and the range of digits; without a range, all digits are used."""
     found = re.fullmatch(r"(.*):(\d+):(\d+)", data)
     return (Path(found[1]), int(found[2]), int(found[3])) if found else (Path(data), 0, None)
 
@@ -173,15 +177,16 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def list_dataset(name: str | Any, split: str = "train") -> list[Listed]:
-    """The videos of a Hugging Face dataset, in its order; each is read when its clips are.
+    """The videos of a Hugging Face dataset, in its order. A video is read when one of its clips is.
 
     Args:
-        name: On the Hub, a local folder, or a `datasets.Dataset`. It has a column of videos and may have one `text`.
-        split: Of a named one.
+        name: Id on the Hub, local folder, or `datasets.Dataset`. The dataset must have a column of videos; captions
+            are read from the column `text` if there is one.
+        split: Split of the dataset; ignored for a `datasets.Dataset`.
 
     Raises:
-        ValueError: It has no column of videos.
-        ImportError: Datasets is not installed.
+        ValueError: The dataset has no column of videos.
+        ImportError: `datasets` is not installed.
     """
     dataset, video = _open_dataset(name, split, streaming=False)
     texts = dataset["text"] if "text" in dataset.column_names else [""] * len(dataset)
@@ -199,7 +204,7 @@ def _content_of_row(dataset: Any, index: int, video: str) -> bytes:
 
 
 def _content(video: dict[str, Any]) -> bytes:
-    """The file of a video that was not decoded."""
+    """The bytes of a video file."""
     if video["bytes"] is not None:
         return video["bytes"]
     import fsspec
@@ -211,20 +216,21 @@ def _content(video: dict[str, Any]) -> bytes:
 def stream_dataset(
     name: str | Any, split: str = "train", process: tuple[int, int] = (0, 1), epoch: int = 0
 ) -> Iterator[Listed]:
-    """A process's videos of a Hugging Face dataset as they come, without the whole of it on disk.
+    """Streams a process's share of the videos of a Hugging Face dataset, without downloading all of it.
 
-    Where the number of processes divides that of the dataset's shards, each reads shards of its own; elsewhere each
-    reads all and keeps its share of the videos. Workers of a DataLoader share the shards of their process.
+    If the number of shards is a multiple of the number of processes, each process reads different shards. Otherwise
+    each process reads all shards and keeps its share of the videos. The shards of a process are split between its
+    DataLoader workers.
 
     Args:
-        name: As for `list_dataset`.
-        split: As for `list_dataset`.
-        process: Number of this process, and how many there are.
-        epoch: Has no effect: the order is the dataset's.
+        name: See `list_dataset`.
+        split: See `list_dataset`.
+        process: Rank of this process, and the number of processes.
+        epoch: Ignored: the order is always that of the dataset.
 
     Raises:
-        ValueError: It has no column of videos.
-        ImportError: Datasets is not installed.
+        ValueError: The dataset has no column of videos.
+        ImportError: `datasets` is not installed.
     """
     dataset, video = _open_stream(name, split, process)
     for index, row in enumerate(dataset):
@@ -233,7 +239,7 @@ def stream_dataset(
 
 
 def count_dataset_shards(name: str | Any, split: str = "train", process: tuple[int, int] = (0, 1)) -> int:
-    """Shards that a process reads of a Hugging Face dataset."""
+    """Number of shards of a Hugging Face dataset that a process reads."""
     return _open_stream(name, split, process)[0].num_shards
 
 
@@ -250,7 +256,7 @@ def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, st
     try:
         from datasets import Video, load_dataset
     except ImportError as error:
-        raise ImportError("Hugging Face datasets need datasets: pip install vgen[data]") from error
+        raise ImportError("Hugging Face datasets need the package datasets: pip install vgen[data]") from error
     dataset = load_dataset(name, split=split, streaming=streaming) if isinstance(name, str) else name
     columns = [column for column, feature in (dataset.features or {}).items() if isinstance(feature, Video)]
     if not columns:
@@ -259,19 +265,20 @@ def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, st
 
 
 def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) -> Iterator[Listed]:
-    """A process's videos of WebDataset's tar files: a video and, with the same key, a `.txt` of its wordings.
+    """Streams a process's share of the videos in WebDataset tar files.
 
-    Each process reads shards of its own; where there are fewer shards than processes, each reads all and keeps its
-    share of the videos. Workers of a DataLoader share the shards that their process reads.
+    A sample is a video and, optionally, a `.txt` file with one caption per line under the same key. Each process reads
+    different shards. If there are fewer shards than processes, each process reads all shards and keeps its share of
+    the videos. The shards of a process are split between its DataLoader workers.
 
     Args:
-        urls: Paths or addresses, `{000..099}` for a range of numbers.
-        process: Number of this process, and how many there are, as webdataset counts them.
-        epoch: Shards come in another order each time.
+        urls: Paths or URLs, with `{000..099}` for a range of numbers.
+        process: Rank of this process, and the number of processes; must agree with webdataset's.
+        epoch: Seed of the order of the shards.
 
     Raises:
-        ImportError: Webdataset is not installed.
-        ValueError: Webdataset counts other processes.
+        ImportError: `webdataset` is not installed.
+        ValueError: `webdataset` finds another rank or number of processes.
     """
     webdataset = _webdataset()
     shards = webdataset.shardlists.expand_urls(urls)
@@ -279,11 +286,11 @@ def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) 
     found = webdataset.utils.pytorch_worker_info()[:2]
     if found != tuple(process):
         raise ValueError(
-            f"this is process {process[0]} of {process[1]}, but webdataset takes it for {found[0]} of {found[1]}: "
-            "start processes by accelerate launch or torchrun"
+            f"this is process {process[0]} of {process[1]}, but webdataset finds process {found[0]} of {found[1]}: "
+            "start the processes with accelerate launch or torchrun"
         )
     shares_shards = len(shards) >= process[1]
-    # a shard that breaks off gives what came before, with a warning by webdataset
+    # of a truncated shard, the samples before the damage are used, and webdataset warns
     dataset: Any = webdataset.WebDataset(
         shards,
         shardshuffle=False,
@@ -307,7 +314,7 @@ def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) 
 
 
 def count_shards(urls: str, process: tuple[int, int] = (0, 1)) -> int:
-    """Shards that a process reads of WebDataset's tar files, the fewest of any."""
+    """Number of WebDataset shards that each process reads; the minimum over processes if it differs."""
     count = len(_webdataset().shardlists.expand_urls(urls))
     return count // process[1] or count
 
@@ -316,7 +323,7 @@ def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError as error:
-        raise ImportError("tar shards need webdataset: pip install vgen[data]") from error
+        raise ImportError("tar shards need the package webdataset: pip install vgen[data]") from error
     return webdataset
 
 

@@ -106,7 +106,7 @@ class Suite(Protocol):
         """Hash of the data that the clips come from; `None` if the settings determine them."""
 
     @property
-    def left_out(self) -> Mapping[str, str]:
+    def skipped(self) -> Mapping[str, str]:
         """Damaged files that were skipped, with the reasons."""
 
     def __len__(self) -> int: ...
@@ -146,7 +146,7 @@ class Shapes:
 
     captioned = True
     digest = None
-    left_out: Mapping[str, str] = MappingProxyType({})
+    skipped: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: SuiteConfig):
         self.config = config
@@ -198,7 +198,7 @@ class Videos:
         read = [(number, self.source.clip(self.numbers[number])) for number in numbers]
         whole = [(number, clip) for number, clip in read if clip is not None]
         if not whole:
-            raise ValueError("; ".join(f"{path}: {reason}" for path, reason in self.left_out.items()))
+            raise ValueError("; ".join(f"{path}: {reason}" for path, reason in self.skipped.items()))
         clips, _ = stack_clips([clip for _, clip in whole], torch.device("cpu"))
         return Samples(
             [number for number, _ in whole], clips, [next(filter(None, clip.captions), None) for _, clip in whole]
@@ -208,9 +208,9 @@ class Videos:
         """Returns `None`, because the length of files is limited."""
 
     @property
-    def left_out(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, str]:
         """Damaged files that were skipped, with the reasons."""
-        return {str(video.path): reason for video, reason in self.source.refused.items()}
+        return {str(video.path): reason for video, reason in self.source.skipped.items()}
 
     def right(self, number: int, clip: Tensor) -> dict[str, float]:
         """Returns nothing, because the content of real videos is not checked."""
@@ -221,7 +221,7 @@ class Digits:
     """Moving MNIST, with trajectories that training never uses."""
 
     captioned = False
-    left_out: Mapping[str, str] = MappingProxyType({})
+    skipped: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: SuiteConfig, source: MovingMNIST):
         self.config, self.source = config, source

@@ -134,7 +134,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         first, count = job.inputs["first"], job.inputs["count"]
         batch = measure(suite.samples(range(first, first + count)))
         write_text(path, json.dumps(batch))
-        return {"num_clips": len(batch["numbers"])} | ({"left_out": dict(suite.left_out)} if suite.left_out else {})
+        return {"num_clips": len(batch["numbers"])} | ({"left_out": dict(suite.skipped)} if suite.skipped else {})
 
     settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
     settings |= measure.digests

@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and the averaged weights that go with them."""
+"""Atomic checkpoints, and the exponential moving average (EMA) of the weights that is saved in them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _RECORD = "record.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class AveragedWeights:
-    """The exponential moving average of a network's weights, by diffusers' `EMAModel`, kept in safetensors.
+class EMAWeights:
+    """The exponential moving average (EMA) of a network's weights: diffusers' `EMAModel`, saved as safetensors.
 
     Args:
-        network: Whose parameters to follow.
-        decay: The largest decay; early steps use less, `(1 + step) / (10 + step)`. 0 follows exactly.
+        network: The network whose parameters are averaged.
+        decay: The largest decay. Early steps use less, `(1 + step) / (10 + step)`. With 0, the average equals the
+            weights.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -36,20 +37,20 @@ class AveragedWeights:
         self._average = EMAModel(network.parameters(), decay=decay, foreach=True)
 
     def step(self) -> None:
-        """Takes over the weights after an optimiser step."""
+        """Updates the average after an optimiser step."""
         self._average.step(self._network.parameters())
 
     def __enter__(self) -> None:
-        """Lends the average to the network."""
+        """Puts the average into the network."""
         self._average.store(self._network.parameters())
         self._average.copy_to(self._network.parameters())
 
     def __exit__(self, *error: object) -> None:
-        """Gives the network its own weights back."""
+        """Restores the network's own weights."""
         self._average.restore(self._network.parameters())
 
     def save(self, path: Path) -> None:
-        """Writes the average."""
+        """Writes the average to a safetensors file."""
         tensors = dict(zip(self._names, self._average.shadow_params, strict=True))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path)
@@ -63,27 +64,27 @@ class AveragedWeights:
         self._average.optimization_step = step
 
 
-class LastWeights:
-    """Stands in for `AveragedWeights` where nothing is averaged: the result is the last weights."""
+class NoEMA:
+    """Replaces `EMAWeights` where no average is kept: all methods do nothing, and the last weights are the result."""
 
     def step(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def __enter__(self) -> None:
-        """The network keeps its weights."""
+        """Does nothing: the network keeps its weights."""
 
     def __exit__(self, *error: object) -> None:
-        """It has kept them."""
+        """Does nothing."""
 
     def save(self, path: Path) -> None:
-        """They stand in the checkpoint anyway."""
+        """Does nothing: the checkpoint holds the weights."""
 
     def load(self, path: Path, step: int) -> None:
-        """They stand in the checkpoint anyway."""
+        """Does nothing."""
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints in a run's folder as (step, path), oldest first."""
+    """The complete checkpoints in a run's folder as (step, path), oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return sorted(found)
 
@@ -92,31 +93,31 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    average: AveragedWeights | LastWeights,
+    average: EMAWeights | NoEMA,
     keep_last: int,
     settings: dict[str, Any],
 ) -> None:
-    """Saves everything that a run needs to go on after `step` optimiser steps.
+    """Saves everything that is needed to resume a run after `step` optimiser steps.
 
     Args:
-        accelerator: Holds networks, optimisers, schedules and random states.
-        folder: Of the run.
-        step: Optimiser steps done.
-        average: Of the weights.
-        keep_last: Older checkpoints than so many are deleted.
-        settings: What an exact continuation has to agree on.
+        accelerator: Holds the networks, optimisers, schedules and random states.
+        folder: The run's folder.
+        step: Number of optimiser steps done.
+        average: The EMA of the weights.
+        keep_last: Number of checkpoints to keep; older ones are deleted.
+        settings: The settings that must be equal for a run to be resumed exactly.
     """
     final = folder / f"checkpoint-{step}"
     partial = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        for left in folder.glob("checkpoint-*.partial"):  # by a run that was killed
-            shutil.rmtree(left)
+        for leftover in folder.glob("checkpoint-*.partial"):  # of a run that was killed
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         average.save(partial / "ema.safetensors")
-        record = {"files": _digests(partial), "settings": settings | _surroundings(accelerator)}
+        record = {"files": _digests(partial), "settings": settings | _environment(accelerator)}
         (partial / _RECORD).write_text(json.dumps(record, indent=1))
         partial.replace(final)
         for _, old in checkpoints(folder)[:-keep_last]:
@@ -124,49 +125,48 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def resume(
-    accelerator: Accelerator, folder: Path, average: AveragedWeights | LastWeights, settings: dict[str, Any]
-) -> int:
-    """Restores the newest checkpoint of a run that is as it was written; returns the steps done, 0 for a new run.
+def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, settings: dict[str, Any]) -> int:
+    """Restores the newest undamaged checkpoint of a run; returns the number of steps done, 0 for a new run.
 
-    A damaged one is put aside with a warning. Settings, versions and numbers of threads and processes that the
-    checkpoint does not share are named in a warning: then the continuation is not that of an uninterrupted run.
+    Damaged checkpoints are renamed to `*.damaged` with a warning. If settings, versions, or the numbers of threads and
+    processes differ from those of the checkpoint, a warning names them: the resumed run then differs from an
+    uninterrupted one.
 
     Raises:
-        ValueError: There are checkpoints, and all are damaged.
+        ValueError: There are checkpoints, but all of them are damaged.
     """
     with accelerator.main_process_first():
         for _, path in reversed(checkpoints(folder)):
-            reason = _damage(path)
+            reason = _find_damage(path)
             if reason is None:
                 break
-            logger.warning(f"{path} is damaged ({reason}): it is put aside, and the one before is taken")
+            logger.warning(f"{path} is damaged ({reason}): it is renamed to *.damaged, and the previous one is used")
             shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
             path.rename(path.with_name(path.name + ".damaged"))
     found = checkpoints(folder)
     if not found:
         if damaged := sorted(folder.glob("checkpoint-*.damaged")):
             raise ValueError(
-                f"every checkpoint of {folder} is damaged ({', '.join(path.name for path in damaged)}): delete them "
-                "to begin anew"
+                f"every checkpoint in {folder} is damaged ({', '.join(path.name for path in damaged)}): delete them "
+                "to start from step 0"
             )
         return 0
     step, path = found[-1]
     before = json.loads((path / _RECORD).read_text())["settings"]
-    now = json.loads(json.dumps(settings | _surroundings(accelerator)))
+    now = json.loads(json.dumps(settings | _environment(accelerator)))
     changed = [
         f"{key} {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
     ]
     if changed:
-        logger.warning(f"{path} does not go on exactly: {', '.join(changed)}")
+        logger.warning(f"{path} is not resumed exactly: {', '.join(changed)}")
     accelerator.load_state(str(path))
     average.load(path / "ema.safetensors", step)
     accelerator.print(f"resumed from {path} after {step} steps")
     return step
 
 
-def _surroundings(accelerator: Accelerator) -> dict[str, Any]:
-    """What rounding depends on, beside the settings."""
+def _environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the rounding of floating-point numbers depends on, in addition to the settings."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -176,22 +176,23 @@ def _surroundings(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    found = {}
+    """The SHA-256 of each file in a folder."""
+    digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.sha256()
             while block := file.read(2**20):
                 digest.update(block)
-        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+        digests[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return digests
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
+def _find_damage(folder: Path) -> str | None:
+    """How a checkpoint is damaged; `None` if it is not."""
     try:
         expected = json.loads((folder / _RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{_RECORD}: {error}"
     found = _digests(folder)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-    return f"not as written: {', '.join(wrong)}" if wrong else None
+    return f"missing or changed files: {', '.join(wrong)}" if wrong else None

@@ -1,4 +1,4 @@
-"""What every training script shares: settings, accelerator, optimisers, and what a step does beside its loss."""
+"""What all training scripts share: settings, accelerator, optimisers, and every part of a step except the loss."""
 
 from __future__ import annotations
 
@@ -21,69 +21,70 @@ from transformers import get_scheduler
 
 from vgen.io.settings import parse_settings
 from vgen.processes import check_world_size, drain_gloo_threads, on_cpus
-from vgen.training.checkpoint import AveragedWeights, LastWeights, resume, save_checkpoint
+from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Settings of a run that do not depend on what is trained."""
+    """Settings that all training scripts have."""
 
     output_dir: Path
-    """Folder for checkpoints, logs, samples and the result; the same command resumes from it."""
+    """Folder for checkpoints, logs, samples and the result. The same command resumes an interrupted run from it."""
     init: str | None = None
-    """Folder or Hub id of weights to start from; `None` starts from random ones."""
+    """Folder or Hub id of weights to start from; `None` starts from random weights."""
     seed: int = 0
-    """All randomness derives from it, the step and the index of a sample in the batch."""
+    """All random numbers are functions of the seed, the step and the index of a sample in the batch."""
     max_steps: int = 1000
-    """Optimiser steps of the whole run."""
+    """Number of optimiser steps of the whole run."""
     batch_size: int = 8
-    """Samples an optimiser step, over all processes and accumulation."""
+    """Samples per optimiser step, in total over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1
-    """Parts that each process takes its share of a batch in."""
+    """Number of forward and backward passes per optimiser step in each process."""
     num_workers: int | None = None
-    """Processes that prepare batches ahead of the step, for each training process; 0 prepares them in the step. `None`
-    takes 0 on the CPU, else one for each spare core, up to 4. Results do not depend on it."""
+    """Number of DataLoader workers of each process; 0 prepares batches in the training process. `None` means 0 on the
+    CPU, and otherwise one worker for each spare core, up to 4. Results do not depend on it."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass, to save memory."""
     mixed_precision: str = "bf16"
-    """`no`, `bf16` or `fp16`."""
+    """Precision of the forward pass: `no` (float32), `bf16` or `fp16`."""
     compile: bool = False
-    """Whether to compile the network's repeated blocks, which takes a minute at the start."""
+    """Whether to compile the network's repeated blocks, which takes about a minute at the start."""
     learning_rate: float = 1e-3
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     lr_schedule: str = "cosine"
-    """Any name `transformers.get_scheduler` knows; `warmup_stable_decay` can be prolonged before its decay."""
+    """Any schedule of `transformers.get_scheduler`. A run with `warmup_stable_decay` can be extended before its decay
+    begins."""
     decay_steps: int = 0
-    """Last steps of `warmup_stable_decay`, in which the rate falls to zero."""
+    """Number of last steps in which `warmup_stable_decay` lowers the learning rate to zero."""
     warmup_steps: int = 100
-    """Optimiser steps until the peak."""
+    """Number of optimiser steps in which the learning rate rises to its peak."""
     optimizer: str = "adamw"
-    """`adamw`, or `muon` for the matrices of linear layers with AdamW for the rest."""
+    """`adamw`; or `muon`, which trains the weight matrices of linear layers by Muon and all other weights by AdamW."""
     muon_kernels: bool = False
-    """Whether `muon` also takes the kernels of convolutions, as matrices of output channels by all the rest."""
+    """Whether `muon` also trains the kernels of convolutions, flattened to (output channels, all other dimensions)."""
     weight_decay: float = 0.0
-    """Of matrices, by either optimiser."""
+    """Weight decay of matrices and kernels, for both optimisers; biases and gains have none."""
     adam_beta2: float = 0.99
-    """Of AdamW."""
+    """Second beta of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights that are saved as the result; 0 saves the last ones."""
+    """Decay of the exponential moving average of the weights, which is the result; 0 saves the last weights."""
     log_every: int = 10
-    """Steps between two lines in the trackers."""
+    """Steps between two entries in the logs."""
     save_every: int = 500
     """Steps between two checkpoints."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     sample_every: int = 500
-    """Steps between two scores with samples."""
+    """Steps between two evaluations with scores and samples."""
     dry_run: bool = False
-    """Whether to print the resolved settings and stop."""
+    """Whether to only print the resolved settings."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A setting is out of range.
@@ -98,28 +99,29 @@ class RunConfig:
             "keep_last",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 0, or null for the default")
+            raise ValueError(f"num_workers must be at least 0, or null for the default, got {self.num_workers}")
         if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
             raise ValueError(
-                f"decay_steps={self.decay_steps} does not go with lr_schedule={self.lr_schedule!r}: "
-                "warmup_stable_decay needs it, the others have none"
+                "decay_steps must be positive with lr_schedule='warmup_stable_decay' and 0 with all other schedules, "
+                f"got decay_steps={self.decay_steps} with lr_schedule={self.lr_schedule!r}"
             )
         if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer={self.optimizer!r} must be adamw or muon")
+            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ValueError(
-                "optimizer=muon does not go with fp16, whose loss scale knows one optimiser only: use bf16"
+                "optimizer=muon does not support mixed_precision=fp16, whose loss scaling allows only one optimiser: "
+                "use bf16"
             )
         if self.muon_kernels and self.optimizer != "muon":
-            raise ValueError(f"muon_kernels goes with optimizer=muon, not {self.optimizer}")
+            raise ValueError(f"muon_kernels needs optimizer=muon, got optimizer={self.optimizer}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
 NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
-"""Settings on which a run's weights do not depend."""
+"""Settings that do not affect a run's weights."""
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -138,10 +140,10 @@ def config_text(config: RunConfig) -> str:
 
 
 def start(config: RunConfig) -> Accelerator:
-    """Makes the accelerator of a run and writes the settings beside its checkpoints."""
+    """Creates the accelerator of a run and saves the settings next to its checkpoints."""
     accelerator = Accelerator(
         cpu=on_cpus(),
-        # images leave kernels in time without a gradient, text to video does so with the keyframe embedding
+        # temporal kernels have no gradient on images, nor has the keyframe embedding on text to video
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
@@ -151,8 +153,8 @@ def start(config: RunConfig) -> Accelerator:
     _check_strategy(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            "accelerate's own gradient accumulation would scale the loss twice: set gradient_accumulation_steps in "
-            "the recipe, not in accelerate's configuration"
+            "accelerate's own gradient accumulation is not supported, because it would scale the loss twice: set "
+            "gradient_accumulation_steps in the recipe, not in accelerate's configuration"
         )
     set_seed(config.seed)
     if accelerator.is_main_process:
@@ -162,32 +164,33 @@ def start(config: RunConfig) -> Accelerator:
 
 
 def _check_strategy(accelerator: Accelerator) -> None:
-    """Refuses a strategy that was asked for and is not in force: accelerate may ignore a request.
+    """Checks that the requested distributed strategy is active, because accelerate may silently ignore it.
 
     Raises:
-        ValueError: It is not.
+        ValueError: Another strategy is active, or the strategy is not supported.
     """
     names = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    asked = [name for name in names if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
-    found = accelerator.distributed_type.name
-    if asked and found not in asked:
-        raise ValueError(f"{asked[0]} was asked for, but accelerate gives {found} on {accelerator.device.type}")
-    if found == "MEGATRON_LM" or (found == "FSDP" and not accelerator.is_fsdp2):
-        raise ValueError(f"{found} is not served: train/accelerate has configurations for DDP, FSDP2 and DeepSpeed")
+    requested = [name for name in names if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    active = accelerator.distributed_type.name
+    if requested and active not in requested:
+        raise ValueError(f"{requested[0]} was requested, but accelerate uses {active} on {accelerator.device.type}")
+    if active == "MEGATRON_LM" or (active == "FSDP" and not accelerator.is_fsdp2):
+        name = "FSDP1" if active == "FSDP" else active
+        raise ValueError(f"{name} is not supported: train/accelerate has configurations for DDP, FSDP2 and DeepSpeed")
 
 
 def check_sharding(config: RunConfig, strategy: str) -> None:
-    """Refuses settings that do not go with networks of which each process holds a part.
+    """Checks that the settings are supported for sharded networks, of which each process holds a part.
 
     Args:
-        config: Of the run.
+        config: Settings of the run.
         strategy: `FSDP` or `DEEPSPEED`.
 
     Raises:
-        ValueError: Names all of them.
+        ValueError: Some settings are not supported; the message names all of them.
     """
     wrong = [
-        f"{name}={getattr(config, name)} (give {legal})"
+        f"{name}={getattr(config, name)} (must be {legal})"
         for name, legal, right in (
             ("ema_decay", 0, config.ema_decay == 0),
             ("optimizer", "adamw", config.optimizer == "adamw"),
@@ -199,21 +202,22 @@ def check_sharding(config: RunConfig, strategy: str) -> None:
         if not right
     ]
     if wrong:
-        raise ValueError(f"{strategy} does not go with {', '.join(wrong)}")
+        raise ValueError(f"{strategy} does not support {', '.join(wrong)}")
 
 
 def copy_of(network: Any, weights: dict[str, Tensor]) -> Any:
-    """A diffusers model with the config of another and these weights."""
+    """A new diffusers model with the config of `network` and the given weights."""
     copy = type(network).from_config(network.config)
     copy.load_state_dict(weights)
     return copy
 
 
 def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
-    """The optimisers of all trainable weights, decaying matrices only, and their schedules.
+    """The optimisers of all trainable weights, and their schedules. Weight decay applies to matrices only.
 
-    With `optimizer="muon"`, Muon takes the matrices of linear layers (and, with `muon_kernels`, the kernels of
-    convolutions) and AdamW the rest, at the same rate: Muon's updates are scaled to the size that AdamW's have.
+    With `optimizer="muon"`, Muon trains the matrices of linear layers (and, with `muon_kernels`, the kernels of
+    convolutions), and AdamW trains all other weights. Both have the same learning rate, because Muon's updates are
+    scaled to the RMS of AdamW's.
 
     Source: Muon is scalable for LLM training, arXiv 2502.16982.
     """
@@ -250,17 +254,17 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says of a group of weights; its rate follows from `initial_lr` and the schedule."""
+    """The hyperparameters of a parameter group, without `lr`, which follows from `initial_lr` and the schedule."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
-def _ask_for(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
-    """Puts hyperparameters in force in place of a checkpoint's, which may be those of another configuration."""
-    own = schedule.optimizer.param_groups
-    for group, asked, factor in zip(own, groups, schedule.lr_lambdas, strict=True):
-        group.update(asked, lr=asked["initial_lr"] * factor(schedule.last_epoch))
-    schedule.base_lrs = [asked["initial_lr"] for asked in groups]
-    schedule._last_lr = [group["lr"] for group in own]
+def _override_hyperparameters(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
+    """Replaces the hyperparameters that a checkpoint restored, in case the configuration has changed since."""
+    restored = schedule.optimizer.param_groups
+    for group, configured, factor in zip(restored, groups, schedule.lr_lambdas, strict=True):
+        group.update(configured, lr=configured["initial_lr"] * factor(schedule.last_epoch))
+    schedule.base_lrs = [configured["initial_lr"] for configured in groups]
+    schedule._last_lr = [group["lr"] for group in restored]
 
 
 def _is_matrix(weight: nn.Parameter) -> bool:
@@ -269,7 +273,7 @@ def _is_matrix(weight: nn.Parameter) -> bool:
 
 
 def compile_blocks(network: Any) -> None:
-    """Compiles a diffusers model block by block, anew for each shape."""
+    """Compiles the repeated blocks of a diffusers model, separately for each input shape."""
     torch._dynamo.config.recompile_limit = 64
     network.compile_repeated_blocks(dynamic=False)
 
@@ -278,14 +282,14 @@ def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Ite
     """This process's parts of a batch of `size` samples, one for each backward pass.
 
     Raises:
-        ValueError: The batch cannot be shared out evenly.
+        ValueError: The batch cannot be split evenly.
     """
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if size % parts:
         raise ValueError(
-            f"a batch of {size} cannot be shared by {accelerator.num_processes} processes times "
-            f"{config.gradient_accumulation_steps} accumulation steps: give a multiple of {parts}, such as "
-            f"{max(1, round(size / parts)) * parts}"
+            f"the batch size must be a multiple of {parts} ({accelerator.num_processes} processes times "
+            f"{config.gradient_accumulation_steps} accumulation steps), got {size} (nearest: "
+            f"{max(1, round(size / parts)) * parts})"
         )
     share = size // parts
     for micro in range(config.gradient_accumulation_steps):
@@ -294,13 +298,13 @@ def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Ite
 
 
 def _as_scalar(norm: Any, device: torch.device) -> Tensor:
-    """A norm as strategies give it, DeepSpeed as a number or not at all, FSDP2 spread over processes."""
+    """A gradient norm as a tensor: DeepSpeed returns a number or `None`, and FSDP2 a `DTensor`."""
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else 0.0 if norm is None else norm
     return torch.as_tensor(norm, device=device)
 
 
 def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[slice]) -> Iterator[slice]:
-    """Yields the parts of a batch, and lets processes exchange gradients in the last part's backward pass only."""
+    """Yields the parts of a batch; processes synchronise gradients only in the backward pass of the last part."""
     parts = list(parts)
     for part in parts[:-1]:
         with accelerator.no_sync(network):
@@ -309,22 +313,23 @@ def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[sli
 
 
 def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
-    """One CPU generator a sample, a function of the seed, the step and the sample's index in the batch alone."""
+    """One CPU generator per sample, which depends only on the seed, the step and the sample's index in the batch."""
     keys = [((seed * 1_000_003 + step) * 65_537 + index) % 2**63 for index in range(part.start, part.stop)]
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
 class Run:
-    """A network in training, from the newest checkpoint on, and what each step does beside its loss.
+    """Trains a network, resuming from the newest checkpoint; does every part of a step except the loss.
 
-    SIGTERM lets it finish its step, save and stop; several processes agree on it every `log_every` steps.
+    On SIGTERM, a run finishes its step, saves a checkpoint and stops. Several processes agree on this every
+    `log_every` steps.
 
     Args:
-        config: Of the run.
-        accelerator: What `start` made.
-        model: Its trainable weights are trained; `forward` is all that is called of it.
-        name_batch: Says what a step's batch was, for a step whose gradient is not finite.
-        data: Digest of what is trained on, which a continuation should agree on.
+        config: Settings of the run.
+        accelerator: The accelerator that `start` returned.
+        model: The network to train. Only its `forward` is called.
+        name_batch: Describes the batch of a step; used in the error for a step whose gradient is not finite.
+        data: Digest of the training data. If it differs when a run is resumed, there is a warning.
     """
 
     def __init__(
@@ -347,7 +352,7 @@ class Run:
             settings["gradient_clipping"] = config.max_grad_norm
         model.to(accelerator.device)
         optimizers, self.schedules = make_optimizers(config, model)
-        self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else LastWeights()
+        self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
@@ -355,12 +360,14 @@ class Run:
         }
         if data is not None:
             self._settings["data_sha256"] = data
-        asked = [[_hyperparameters(group) for group in one.optimizer.param_groups] for one in self.schedules]
+        configured = [
+            [_hyperparameters(group) for group in schedule.optimizer.param_groups] for schedule in self.schedules
+        ]
         self.step = resume(accelerator, config.output_dir, self.average, self._settings)
-        """Optimiser steps done."""
-        for schedule, groups in zip(self.schedules, asked, strict=True):
-            _ask_for(schedule, groups)
-        # what an interrupted run logged after its last checkpoint comes again
+        """Number of optimiser steps done."""
+        for schedule, groups in zip(self.schedules, configured, strict=True):
+            _override_hyperparameters(schedule, groups)
+        # steps that an interrupted run logged after its last checkpoint are logged again
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
         self._throughput = Throughput(accelerator.device, dtype)
@@ -373,7 +380,7 @@ class Run:
         self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, or until the run is asked to stop."""
+        """The remaining steps, up to `max_steps` or until the run receives SIGTERM."""
         can_be_asked = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask_to_stop) if can_be_asked else None
         try:
@@ -399,23 +406,23 @@ class Run:
         return self.step % self.config.log_every == 0 and self.accelerator.check_trigger()
 
     def parts(self, size: int) -> Iterator[slice]:
-        """This process's parts of a batch of `size` samples; each wants a backward pass."""
+        """This process's parts of a batch of `size` samples. Each part needs one call of `backward`."""
         return accumulate(self.accelerator, self.network, micro_batches(self.config, self.accelerator, size))
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a part's share of the batch's mean loss."""
+        """Accumulates the gradient of a part's contribution to the batch's mean loss."""
         self._finite = self._finite & loss.detach().isfinite()
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def update(self) -> None:
-        """Takes a step with the gradients that the backward passes left."""
+        """Takes an optimiser step with the accumulated gradients."""
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self._norm = _as_scalar(norm, self.accelerator.device)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         skipped = self.accelerator.optimizer_step_was_skipped
-        if skipped or norm is None:  # in half precision, gradients overflow now and then; losses must not
+        if skipped or norm is None:  # fp16 gradients may overflow and skip a step, but losses must be finite
             bad = self.accelerator.reduce((~self._finite).float()) > 0
         else:
             bad = ~torch.isfinite(self._norm)
@@ -429,49 +436,49 @@ class Run:
         self._bar.update()
 
     def count(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[nn.Module], Any]) -> None:
-        """Adds a part of a batch to the throughput; see `Throughput.add`. `forward` gets the network."""
+        """Counts a part of a batch for the throughput; see `Throughput.add`. `forward` is called with the network."""
         self._throughput.add(clips, tokens, shape, lambda: forward(self.accelerator.unwrap_model(self.network)))
 
     def log(self, **losses: Tensor) -> None:
-        """Every `log_every` steps, writes this process's shares of losses, summed over processes, to the trackers."""
+        """Every `log_every` steps, sums the losses of all processes and writes them to the logs."""
         if self.step % self.config.log_every:
             return
         self._check_finite()
         values = {name: self.accelerator.reduce(value).item() for name, value in losses.items()}
         rest = {"grad_norm": self._norm.item(), "lr": self.schedules[0].get_last_lr()[0]}
         processes = self.accelerator.num_processes
-        for name, value in self._throughput.take().items():  # processes do alike
+        for name, value in self._throughput.take().items():  # all processes do the same amount of work
             rest[f"throughput/{name}"] = value if name == "flops_utilisation" else value * processes
         self.accelerator.log(values | rest, step=self.step)
-        told = {name: f"{value:.4f}" for name, value in values.items()}
-        told["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
-        told["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
-        told["MFU"] = f"{rest['throughput/flops_utilisation']:.0%}"
-        self._bar.set_postfix(told)
+        summary = {name: f"{value:.4f}" for name, value in values.items()}
+        summary["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
+        summary["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
+        summary["MFU"] = f"{rest['throughput/flops_utilisation']:.0%}"
+        self._bar.set_postfix(summary)
 
     @property
     def wants_scores(self) -> bool:
-        """Whether this process has to measure after this step: every `sample_every` steps, one of them.
+        """Whether this process should compute scores after this step: the main process, every `sample_every` steps.
 
-        None has to where it holds a part of the weights only.
+        Always false for sharded networks, because no process holds all weights.
         """
         return not self.sharded and self.step % self.config.sample_every == 0 and self.accelerator.is_main_process
 
     def report(self, scores: dict[str, float]) -> None:
-        """Writes scores to the trackers and to the terminal."""
+        """Writes scores to the logs and to the terminal."""
         self.accelerator.log(scores, step=self.step)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self._bar.write(f"step {self.step}: {told}")
+        summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self._bar.write(f"step {self.step}: {summary}")
         self._throughput.restart()
 
     def save(self) -> None:
-        """Every `save_every` steps and at the end, writes a checkpoint."""
+        """Writes a checkpoint, every `save_every` steps and after the last one."""
         if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
             self._save()
 
     def _save(self) -> None:
         self._check_finite()
-        if self.accelerator.is_main_process:  # what the trackers were told must outlive a kill, too
+        if self.accelerator.is_main_process:  # so that a killed run loses no logs before its checkpoint
             self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
         save_checkpoint(
             self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last, self._settings
@@ -479,13 +486,13 @@ class Run:
         self._saved = self.step
 
     def end(self, save_result: Callable[[dict[str, Tensor] | None], None]) -> None:
-        """Lets one process save the result, with averaged weights, when all are done.
+        """Saves the result in the main process, with the averaged weights, after all processes have finished.
 
-        `save_result` gets the network's weights where each process holds a part of them, else `None`: it has them.
+        `save_result` receives the gathered weights of a sharded network, and otherwise `None`.
         """
         self.accelerator.wait_for_everyone()
         if self.stopped:
-            self.accelerator.print(f"stopped after {self.step} steps; the same command goes on from there")
+            self.accelerator.print(f"stopped after {self.step} steps; the same command resumes from there")
         else:
             weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
             if self.accelerator.is_main_process:
@@ -496,10 +503,10 @@ class Run:
         self.accelerator.end_training()
 
     def _check_finite(self) -> None:
-        """Stops a run whose gradient has overflowed."""
+        """Stops a run with a loss or gradient that is not finite."""
         bad = int(self._first_bad)
         if bad >= 0:
             raise FloatingPointError(
-                f"the loss or gradient of step {bad + 1} is not finite; it was that of {self._name_batch(bad)}. The "
-                "last checkpoint is kept"
+                f"the loss or gradient of step {bad + 1} is not finite; its batch: {self._name_batch(bad)}. The last "
+                "checkpoint is kept"
             )

@@ -1,6 +1,6 @@
-"""What a denoiser's training sample is: a window of an encoded clip, its known frames, noise levels and conditioning.
+"""Training samples of a denoiser: a window of an encoded clip, its known frames, noise levels and conditioning.
 
-A sample is a function of the seed, the optimiser step and its index in the batch alone. Axes: `b` batch, `c` channels,
+A sample depends only on the seed, the optimiser step and its index in the batch. Axes: `b` batch, `c` channels,
 `t h w` latent frames, rows and columns, `n` token frames.
 """
 
@@ -43,44 +43,48 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     """Settings of a denoiser's training samples."""
 
     latents_dir: Path
-    """Folder that `pipelines/encode_latents.py` wrote."""
+    """Folder with latents, written by `pipelines/encode_latents.py`."""
     max_sequence_length: int = 32
-    """Tokens of a prompt."""
+    """Length in tokens that prompts are padded or truncated to."""
     groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
-    """How often a step has which groups; `full` has the leading known frames in a group of their own."""
+    """Probability weights of the attention modes, drawn for each step. In `full`, the leading known frames form a
+    group of their own."""
     windows: dict[str, float] = field(default_factory=lambda: {"start": 1.0})
-    """How often a sample is the start of its clip, a later part of it (`anywhere`), or its sink and a later part."""
+    """Probability weights of the part of a clip that a sample is: its `start`, a later part (`anywhere`), or the
+    attention sink followed by a later part (`sink`)."""
     window_lengths: list[int] = field(default_factory=list)
-    """Token frames of a sample, drawn for each step; empty takes whole clips."""
+    """Lengths of samples in token frames, drawn for each step; an empty list means whole clips."""
     known: dict[str, float] = field(default_factory=lambda: {"none": 1.0})
-    """How often a sample has no known frames, leading ones, keyframes, or both."""
+    """Probability weights of the known frames of a sample: `none`, `leading`, `keyframes` or `both`."""
     num_leading: list[int] = field(default_factory=list)
-    """Number of leading known token frames, drawn for each sample that has some; empty allows any."""
+    """Numbers of leading known token frames, drawn for each sample that has any; an empty list allows all numbers."""
     keyframes: dict[str, float] = field(default_factory=lambda: {"every": 1.0, "last": 1.0, "any": 1.0, "next": 1.0})
-    """How often keyframes are every n-th frame, the last one, any, or those next to the known beginning."""
+    """Probability weights of the choice of keyframes: `every` n-th frame, the `last` frame, `any` random frames, or
+    the ones `next` to the leading known frames."""
     corrupted: float = 0.5
-    """How often leading frames are not clean, but each noised at a level of its own."""
+    """Probability that noise is added to the leading known frames, at an independent level for each frame."""
     corrupted_level: float = 1 / 3
-    """Highest such level."""
+    """Highest noise level of such frames."""
     levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
-    """How often a sample has noise levels that are shared, per group, or independent per frame."""
+    """Probability weights of the noise levels of a sample: one for all frames (`shared`), one per `group`, or one per
+    frame (`independent`)."""
     prediction: str = "flow"
-    """`flow`, `v_prediction` or `epsilon`."""
+    """What the denoiser predicts: `flow` (velocity of flow matching), `v_prediction` or `epsilon`."""
     level_mean: float = 0.0
     """Mean of the logit of a noise level."""
     level_std: float = 1.0
     """Standard deviation of the logit of a noise level."""
     level_shift: float = 1.0
-    """Moves noise levels towards noise, in training and at inference."""
+    """Timestep shift of flow matching, in training and at inference; values above 1 favour high noise levels."""
     temporal_space: str = "latent"
-    """Where the temporal loss of the estimated clean clip is taken: `latent`, or `pixel`, which decodes it."""
+    """Space in which the temporal loss compares the estimated clean clip: `latent`, or `pixel`, which decodes it."""
     text_dropout: float = 0.1
-    """How often the caption is replaced by ""."""
+    """Probability that the caption is replaced by the empty prompt."""
     frame_rate_dropout: float = 0.1
-    """How often a sample has no frame-rate conditioning."""
+    """Probability that a sample has no frame-rate conditioning."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A setting is out of range or unknown.
@@ -96,18 +100,18 @@ class SampleConfig(RunConfig, TemporalLossConfig):
         ):
             given = getattr(self, name)
             if not given or set(given) - set(legal) or min(given.values()) < 0:
-                raise ValueError(f"{name}={given} must weigh some of {', '.join(legal)}")
+                raise ValueError(f"{name} must give weights of at least 0 to some of {', '.join(legal)}, got {given}")
         if min(self.num_leading, default=1) < 1:
-            raise ValueError(f"num_leading={self.num_leading} must be at least 1")
+            raise ValueError(f"num_leading must contain numbers of at least 1, got {self.num_leading}")
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.temporal_space not in ("latent", "pixel"):
-            raise ValueError(f"temporal_space={self.temporal_space!r} must be one of latent, pixel")
+            raise ValueError(f"temporal_space must be latent or pixel, got {self.temporal_space!r}")
 
 
 class Source(NamedTuple):
-    """Encoded clips, and the settings of the samples that they support."""
+    """Encoded clips, with settings that these clips support."""
 
     data: LatentSet
     config: SampleConfig
@@ -115,32 +119,33 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """What a sample depends on in a denoiser."""
+    """The properties of a denoiser that samples depend on."""
 
     patch_frames: int
-    """Latent frames of a token frame."""
+    """Latent frames per token frame."""
     chunk_size: int
-    """Token frames of a run in `chunk` groups."""
+    """Token frames per chunk in attention mode `chunk`."""
     sink: int
-    """Token frames that a rollout never evicts."""
+    """Token frames of the attention sink, which a rollout never evicts."""
     keyframe_slots: int
-    """Pixel frames of a latent that can be keyframes; 0 if none can."""
+    """Number of pixel frames per latent that can be keyframes; 0 if keyframes are not supported."""
     conv_history: int = 0
-    """Latents that temporal convolutions see before a gap."""
+    """Number of latents before a gap that temporal convolutions need as context."""
 
     @classmethod
     def of(cls, denoiser: Any) -> DenoiserSpec:
-        """The spec of a denoiser of this package."""
+        """Reads the spec from a denoiser of this package."""
         config = denoiser.config
         history = getattr(denoiser, "conv_history", 0)
         return cls(denoiser.patch_size[0], config.chunk_size, config.sink, config.keyframe_slots, history)
 
 
 def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
-    """Records in a denoiser's config what it is trained for, and fills in the window lengths.
+    """Adds the trained tasks to a denoiser's config, and resolves empty `window_lengths`.
 
     Raises:
-        ValueError: The clips are too short, or known frames have no latents or no slots.
+        ValueError: The clips are too short; or keyframes are wanted, but the model has no keyframe slots or the data
+            has no latents of single frames.
     """
     network = denoiser.config
     whole = data.num_latents // denoiser.patch_size[0]
@@ -148,12 +153,12 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
     used = {kind for kind, weight in config.known.items() if weight > 0}
     if used & {"keyframes", "both"} and not (data.has_frames and network.keyframe_slots):
         raise ValueError(
-            f"known={config.known} needs keyframe_slots in the model (it has {network.keyframe_slots}) and latents of "
-            "single frames: pipelines/encode_latents.py --keyframes true"
+            f"known={config.known} needs a model with keyframe_slots (got keyframe_slots={network.keyframe_slots}) "
+            "and latents of single frames, which pipelines/encode_latents.py --keyframes true writes"
         )
     if used - {"none"} and min(lengths) < 2:
         raise ValueError(
-            f"window_lengths={lengths} with known={config.known}: known frames need 2 token frames or more"
+            f"window_lengths must be at least 2 with known frames, got {lengths} with known={config.known}"
         )
     kinds = [kind for kind, weight in config.windows.items() if weight > 0]
     for kind, length in itertools.product(kinds, lengths):
@@ -168,14 +173,14 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
 
 
 def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
-    """Drops from the settings what some clips do not support.
+    """Removes the window lengths, windows and known frames that some clips do not support from the settings.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: The clips support none of them.
     """
     whole = data.num_latents // denoiser.patch_size[0]
     lengths = [length for length in config.window_lengths if length <= whole]
-    # a window after a gap needs one frame more than the window
+    # a window with a gap needs a clip that is at least one token frame longer
     windows = {
         kind: weight for kind, weight in config.windows.items() if kind != "sink" or max(lengths, default=0) < whole
     }
@@ -189,16 +194,17 @@ def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> So
 
 
 def check_encoders(sources: Sequence[Source], vae: Any, text_encoder: Any | None, max_sequence_length: int) -> None:
-    """Refuses latents of another VAE, and embedded captions of another text encoder or length.
+    """Checks that latents and caption embeddings were made with the pipeline's VAE and text encoder.
 
     Args:
-        sources: What is trained on.
-        vae: Of the pipeline.
-        text_encoder: Of the pipeline; `None` if captions are not read embedded.
-        max_sequence_length: Tokens of a prompt in the pipeline.
+        sources: The training data.
+        vae: The pipeline's VAE.
+        text_encoder: The pipeline's text encoder; `None` if no caption embeddings are used.
+        max_sequence_length: The pipeline's prompt length in tokens.
 
     Raises:
-        ValueError: The VAE's encoder or statistics, or the text encoder, are not those of the pipeline.
+        ValueError: The VAE's encoder or latent statistics differ from those of the pipeline, or the text encoder or
+            prompt length do.
     """
     digest = encoder_digest(vae)
     text: dict[str, Any] = {}
@@ -210,29 +216,33 @@ def check_encoders(sources: Sequence[Source], vae: Any, text_encoder: Any | None
         settings = json.loads(path.read_text()) if path.is_file() else {}
         if settings.get("vae_sha256", digest) != digest:
             raise ValueError(
-                f"the latents in {folder} were encoded by another VAE than this pipeline has: encode them again, or "
-                "give the VAE that did it with --vae"
+                f"the latents in {folder} were encoded with another VAE than this pipeline's: encode them again, or "
+                "pass the VAE that encoded them with --vae"
             )
         wrong = [name for name, value in text.items() if settings.get(name) != value]
         if wrong:
             raise ValueError(
-                f"the captions in {folder} were embedded with another {', '.join(wrong)} than this pipeline has: "
-                "encode them with its text encoder, or without --text_encoder"
+                f"the captions in {folder} were embedded with another {', '.join(wrong)} than this pipeline's: "
+                "encode the clips again with its text encoder, or without --text_encoder"
             )
 
 
 def check_motion(config: SampleConfig, sources: Sequence[Source]) -> None:
-    """Refuses a temporal loss that the latents do not support.
+    """Checks that the latents support the temporal loss.
 
     Raises:
-        ValueError: They were encoded without motion, or a loss between pixels has windows that cannot be decoded.
+        ValueError: The latents were encoded without motion; or the loss compares pixels, but not all windows begin
+            with their clip, so that they cannot be decoded.
     """
     if config.temporal_space == "latent":
         if config.warping_weight and not all(source.data.has_motion for source in sources):
-            raise ValueError("warping_weight needs latents with motion: pipelines/encode_latents.py --flow dis")
+            raise ValueError(
+                "warping_weight needs latents with motion, which pipelines/encode_latents.py --flow dis writes"
+            )
     elif {kind for kind, weight in config.windows.items() if weight > 0} != {"start"}:
         raise ValueError(
-            f"temporal_space=pixel decodes windows, which must begin with their clip: windows={config.windows}"
+            "temporal_space=pixel decodes windows, which must all begin with their clip: windows must contain only "
+            f"start, got {config.windows}"
         )
 
 
@@ -240,11 +250,11 @@ class StepPlan(NamedTuple):
     """What all samples of a step have in common."""
 
     mode: str
-    """Kind of groups."""
+    """Attention mode."""
     source: int
-    """Index of the clips' source."""
+    """Index of the source of the clips."""
     length: int
-    """Token frames of the windows."""
+    """Length of the windows in token frames."""
 
 
 def plan_step(config: SampleConfig, sources: Sequence[Source], shares: Sequence[float], step: int) -> StepPlan:
@@ -256,12 +266,12 @@ def plan_step(config: SampleConfig, sources: Sequence[Source], shares: Sequence[
 
 
 def choose(weights: Mapping[str, float], rng: random.Random) -> str:
-    """One of the names, by their weights."""
+    """Draws one of the names with probabilities proportional to the weights."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def clip_of(source: Source, sample: int) -> int:
-    """The clip that a sample is drawn from; samples count from the start of the run, epoch after epoch."""
+    """The index of the clip that a sample is taken from; samples are counted over all epochs of the run."""
     epoch, place = divmod(sample, len(source.data))
     return int(_order(len(source.data), source.config.seed, epoch)[place])
 
@@ -270,14 +280,14 @@ _order = lru_cache(maxsize=8)(epoch_order)
 
 
 class DenoiserBatches(Dataset):
-    """A denoiser's training batches, by step and part of the batch, as tensors on the CPU.
+    """A denoiser's training batches on the CPU, indexed by step and part of the batch.
 
     Args:
-        config: Of the run.
-        sources: Encoded clips, each with the settings that it supports.
-        shares: How often a step draws from each source.
-        spec: Of the denoiser.
-        tokenizer: Of the text encoder; `None` takes embeddings of the captions from the sources.
+        config: Settings of the run.
+        sources: Encoded clips, each with settings that they support.
+        shares: Probability of each source, drawn for each step.
+        spec: Properties of the denoiser.
+        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips.
     """
 
     def __init__(
@@ -302,7 +312,7 @@ class DenoiserBatches(Dataset):
         return make_batch(self.sources[plan.source], self.spec, step, part, plan.mode, plan.length, self.tokenizer)
 
     def name(self, step: int) -> str:
-        """Names a step's clips, by number and folder."""
+        """Describes a step's clips by number and folder."""
         plan = self.plan(step)
         source, first = self.sources[plan.source], step * self.config.batch_size
         clips = [str(clip_of(source, sample)) for sample in range(first, first + self.config.batch_size)]
@@ -312,22 +322,22 @@ class DenoiserBatches(Dataset):
 def make_batch(
     source: Source, spec: DenoiserSpec, step: int, part: slice, mode: str, length: int, tokenizer: Any | None
 ) -> dict[str, Any]:
-    """A part of a step's batch.
+    """Makes a part of a step's batch.
 
     Args:
-        source: Of the clips.
-        spec: Of the denoiser.
-        step: Optimiser steps before this one.
+        source: The clips.
+        spec: Properties of the denoiser.
+        step: Index of the optimiser step, from 0.
         part: Indices in the batch.
-        mode: Kind of groups.
-        length: Token frames of the windows.
-        tokenizer: Of the text encoder; `None` takes embeddings of the captions from the source.
+        mode: Attention mode.
+        length: Length of the windows in token frames.
+        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips.
 
     Returns:
-        What `make_sample` returns, stacked, and the prompts: `input_ids` and `prompt_mask` `(b, l)`, or
-        `prompt_embeds` `(b, l, d)`. `groups` is a list of integers if all samples share them, so that full groups need
-        no mask. With `gap_index`, there are `gap_order`, a permutation that puts samples with a gap first, and their
-        number `num_gaps`.
+        The stacked outputs of `make_sample`, and the prompts: `input_ids` and `prompt_mask` `(b, l)`, or
+        `prompt_embeds` `(b, l, d)`. If all samples have the same `groups`, it is one list of integers, so that full
+        attention needs no mask. Batches with `gap_index` also have `gap_order`, a permutation that puts samples with a
+        gap first, and `num_gaps`, the number of samples with a gap.
     """
     data, config = source
     first = step * config.batch_size
@@ -358,7 +368,7 @@ def make_batch(
 
 
 def conditioning(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch the denoiser is conditioned on, as arguments of `PromptedDenoiser`."""
+    """The part of a batch that conditions the denoiser, as arguments of `PromptedDenoiser`."""
     return {name: batch[name] for name in CONDITIONING_KEYS if name in batch}
 
 
@@ -367,9 +377,9 @@ class Window(NamedTuple):
 
     kind: str
     frames: list[int]
-    """Token frames of the clip."""
+    """Indices of token frames in the clip."""
     latents: Tensor
-    """Their latent frames, `(t,)`."""
+    """Indices of latent frames in the clip, `(t,)`."""
 
 
 def make_sample(
@@ -381,22 +391,22 @@ def make_sample(
     rng: random.Random,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """A sample: a window of a clip, its known frames, noise and conditioning other than the prompt.
+    """Makes a sample: a window of a clip, its known frames, noise, and all conditioning except the prompt.
 
     Args:
-        clip: To take the window from.
-        spec: Of the denoiser.
-        config: The mixture.
-        mode: Kind of groups.
-        length: Token frames of the window.
-        rng: Of this sample.
-        generator: Of this sample, on the CPU.
+        clip: The clip that the window is taken from.
+        spec: Properties of the denoiser.
+        config: Probabilities of the kinds of samples.
+        mode: Attention mode.
+        length: Length of the window in token frames.
+        rng: Random numbers of this sample.
+        generator: Random tensors of this sample, on the CPU.
 
     Returns:
         `latents` and `noise` `(c, t, h, w)`; `levels` `(n,)`, the noise level of each token frame; `groups` `(n,)`;
-        `generated` and `real`, bool `(n,)`, whether a token frame is to be generated and is not padding; `frame_rate`,
-        NaN for none. Where the settings ask for it: `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and
-        `motion` for the temporal loss, `keyframes` (see `pack_keyframes`).
+        `generated`, bool `(n,)`, false for leading known frames; `real`, bool `(n,)`, false for padding; `frame_rate`,
+        NaN without frame-rate conditioning. Depending on the settings also `conv_context` and `gap_index` (see
+        `UNet3D`), `adjacent` and `motion` for the temporal loss, and `keyframes` (see `pack_keyframes`).
     """
     p = spec.patch_frames
     kind = choose(config.windows, rng)
@@ -429,7 +439,7 @@ def make_sample(
 def sample_levels(
     config: SampleConfig, groups: Tensor, num_leading: int, rng: random.Random, generator: torch.Generator
 ) -> Tensor:
-    """Noise levels `(n,)`; leading known frames are clean, or each is noised a little at a level of its own."""
+    """Noise levels `(n,)`; leading known frames are clean, or each has an independent low noise level."""
     kind, length = choose(config.levels, rng), len(groups)
     if config.prediction == "flow":
         levels = draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift)
@@ -444,7 +454,7 @@ def sample_levels(
 def gap_context(clip: EncodedClip, window: Window, spec: DenoiserSpec) -> dict[str, Tensor]:
     """The latents before a window's gap, `conv_context` `(c, k, h, w)`, and the token frame after it, `gap_index`.
 
-    A window without a gap has the start of its clip, and the window's length.
+    For a window without a gap, these are the start of its clip and the window's length.
     """
     has_gap = window.kind == "sink"
     first = window.frames[spec.sink] if has_gap else spec.conv_history
@@ -456,7 +466,7 @@ def gap_context(clip: EncodedClip, window: Window, spec: DenoiserSpec) -> dict[s
 
 
 def pairs_of(clip: EncodedClip, window: Window) -> dict[str, Tensor]:
-    """Whether neighbouring latents follow each other in the clip, `(t - 1,)`, and the motion between them."""
+    """Whether neighbouring latents of the window are adjacent in the clip, `(t - 1,)`, and the motion between them."""
     pairs = {"adjacent": window.latents.diff() == 1}
     if clip.motion is not None:
         pairs["motion"] = clip.motion[:, window.latents[:-1].clamp_max(clip.motion.shape[1] - 1)].float()
@@ -473,7 +483,7 @@ def sample_keyframes(
     latents: Tensor,
     rng: random.Random,
 ) -> Tensor:
-    """Keyframe slots `(s * (c + 1), t, h, w)`, filled where the sample has known keyframes."""
+    """Keyframe slots `(s * (c + 1), t, h, w)`, filled with the sample's known keyframes."""
     assert clip.frames is not None
     images: dict[tuple[int, int], Tensor] = {}
     if known in ("keyframes", "both"):
@@ -492,14 +502,15 @@ def denoiser_temporal_loss(
     clean: Tensor,
     signal: Tensor,
 ) -> Tensor:
-    """The temporal loss `(b,)` of an estimate of the clean clip, in which known frames are replaced by the true ones.
+    """The temporal loss `(b,)` of an estimate of the clean clip; known frames are first replaced by the true ones.
 
     Args:
-        config: The weights, and whether to compare latents or pixels.
-        codec: Decodes for a loss between pixels.
-        batch: See `make_batch`.
-        clean: The estimate `(b, c, t, h, w)`.
-        signal: How far each frame's estimate can be trusted, `(b, t)`; see `Objective.estimate`.
+        config: Weights of the loss, and whether it compares latents or pixels.
+        codec: VAE that decodes for a loss on pixels.
+        batch: The batch; see `make_batch`.
+        clean: The estimate of the clean latents, `(b, c, t, h, w)`.
+        signal: Fraction of signal in each frame's variance, by which its loss is weighted, `(b, t)`; see
+            `Objective.estimate`.
     """
     real = batch["latents"]
     k = real.shape[2] // batch["generated"].shape[1]
@@ -509,7 +520,7 @@ def denoiser_temporal_loss(
     signal = torch.where(generated, signal, 1.0)
     motion = None
     if config.temporal_space == "pixel":
-        assert codec is not None  # latents come from one
+        assert codec is not None
         clean = codec.decode(codec.denormalize(clean), clamp=False).sample
         with torch.no_grad():
             real = codec.decode(codec.denormalize(real), clamp=False).sample

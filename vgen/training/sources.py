@@ -1,7 +1,7 @@
-"""Where training clips come from: ShapesWorld, drawn on the training device, or videos, decoded on the CPU.
+"""Sources of training clips: ShapesWorld, rendered on the training device, or videos, decoded on the CPU.
 
-A source works in two halves. `batch` runs on the CPU, in a worker of the feed, and says what the clips are; `clips`
-runs on the training device and makes pixels of it.
+A source works in two stages. `batch` runs on the CPU, in a DataLoader worker, and prepares a description of the clips.
+`clips` runs on the training device and turns the description into pixels.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ from vgen.training.run import RunConfig
 
 
 class ClipSource(ABC):
-    """Clips by number."""
+    """A source of clips, indexed by number."""
 
     digest: str | None = None
-    """Of what the clips are made from; `None` where the settings say all."""
+    """Digest of the data; `None` if the clips depend only on the settings."""
     is_stream = False
-    """Whether videos come one after another, so that numbers mean nothing."""
+    """Whether videos are streamed, so that the numbers are ignored."""
 
     @property
     def max_workers(self) -> int | None:
-        """Most workers that can share its reading; `None` for any number."""
+        """Maximum number of workers that can split the data; `None` for any number."""
         return None
 
     @abstractmethod
     def batch(self, indices: range, num_frames: int, start: float = 0.0) -> dict[str, Any]:
-        """What the clips of these numbers are, on the CPU.
+        """The first stage, on the CPU: what `clips` needs to make the clips of these numbers.
 
         Args:
-            indices: Of the clips.
-            num_frames: Of each.
-            start: Seconds after its scene's beginning that a clip of ShapesWorld begins.
+            indices: Numbers of the clips.
+            num_frames: Frames per clip.
+            start: Time in the scene at which clips of ShapesWorld begin, in seconds.
         """
 
     @abstractmethod
     def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Pixels `(b, 3, f, h, w)` in [-1, 1] of a batch, and 1 for each real frame, `(b, f)`."""
+        """The second stage: pixels `(b, 3, f, h, w)` in [-1, 1], and a mask `(b, f)` that is 1 for real frames."""
 
     @abstractmethod
     def name(self, indices: range, num_frames: int) -> str:
-        """Names what these numbers are."""
+        """Describes the clips of these numbers."""
 
     def draw(self, indices: range, device: torch.device, num_frames: int, start: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Both halves at once."""
+        """Both stages in one call."""
         return self.clips(to_device(self.batch(indices, num_frames, start), device), device)
 
 
 class ShapesSource(ClipSource):
-    """ShapesWorld, endless.
+    """Clips of ShapesWorld, without end.
 
     Args:
-        split: Of the world.
-        height: Pixels.
-        width: Pixels.
-        frame_rates: Frames per second; each clip has one of them. Empty takes 8.
-        seed: Of the world.
-        rate_seed: Of the choice of frame rates; `None` takes `seed`.
+        split: Split of ShapesWorld.
+        height: Height in pixels.
+        width: Width in pixels.
+        frame_rates: Frame rates in frames per second, one of which is drawn for each clip. Empty means 8.
+        seed: Seed of ShapesWorld.
+        rate_seed: Seed of the choice of frame rates; `None` means `seed`.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class ShapesSource(ClipSource):
         self.height, self.width = height, width
 
     def batch(self, indices: range, num_frames: int, start: float = 0.0) -> dict[str, Any]:
-        """Scenes, not yet drawn."""
+        """Scenes that are not yet rendered."""
         rates = torch.tensor(draw_frame_rates(self.frame_rates, self.rate_seed, indices))
         scenes = [self.world.scene(index) for index in indices]
         return {"scenes": scenes, "frame_rate": rates, "num_frames": num_frames, "start": start}
 
     def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The drawn scenes."""
+        """Renders the scenes."""
         clip = render(**batch, height=self.height, width=self.width, device=device)
         return clip, torch.ones(len(clip), batch["num_frames"], device=device)
 
@@ -103,18 +103,19 @@ class ShapesSource(ClipSource):
 
 
 class VideoSource(ClipSource):
-    """Real videos, again and again.
+    """Clips of real videos, repeated for any number of epochs.
 
     Args:
-        data: As `vgen.data.sources.open_clips` takes it.
-        samplings: Which frames make clips, one for each number of frames that is asked for; their frame rates do not
-            count.
-        height: Pixels.
-        width: Pixels.
-        frame_rates: Frames per second; each clip has one of them. Empty takes the videos' own.
-        seed: Of random choices.
-        rate_seed: Of the choice of frame rates; `None` takes `seed`.
-        augmentation: What else may change in a clip.
+        data: Source of the videos; see `vgen.data.sources.open_clips`.
+        samplings: Which frames of a video make a clip: one sampling for each number of frames that `batch` is called
+            with. Their frame rates are ignored.
+        height: Height in pixels.
+        width: Width in pixels.
+        frame_rates: Frame rates in frames per second, one of which is drawn for each clip. Empty keeps the videos'
+            own.
+        seed: Seed of random choices.
+        rate_seed: Seed of the choice of frame rates; `None` means `seed`.
+        augmentation: Random augmentation of clips.
     """
 
     def __init__(
@@ -131,21 +132,21 @@ class VideoSource(ClipSource):
         self.frame_rates: list[float | None] = list(frame_rates) or [None]
         self.rate_seed = seed if rate_seed is None else rate_seed
         self.opened: dict[tuple[int, float | None], Any] = {}
-        """By number of frames and frame rate."""
+        """Clips by number of frames and frame rate."""
         for rate in dict.fromkeys(self.frame_rates):
             for sampling in samplings:
                 clips = open_clips(data, replace(sampling, frame_rate=rate), height, width, seed, augmentation)
                 self.opened[sampling.num_frames, rate] = clips
         self.streams = [clips for clips in self.opened.values() if isinstance(clips, VideoStream)]
         self.is_stream = bool(self.streams)
-        # the lists of videos, one for each frame rate of the longest clips
+        # digests of the folders at all frame rates, for the longest clips
         longest = max(sampling.num_frames for sampling in samplings)
         folders = [clips for (num_frames, _), clips in self.opened.items() if num_frames == longest]
         self.digest = " ".join(clips.digest for clips in folders if isinstance(clips, VideoFolder)) or None
 
     @property
     def max_workers(self) -> int | None:
-        """As many as a stream has shards."""
+        """The number of shards of a stream, and `None` for folders."""
         return min((stream.max_workers for stream in self.streams), default=None)
 
     def batch(self, indices: range, num_frames: int, start: float = 0.0) -> dict[str, Any]:
@@ -154,11 +155,11 @@ class VideoSource(ClipSource):
         return {"frames": frames, "real": real}
 
     def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Pixels of decoded frames."""
+        """Converts decoded frames to pixels."""
         return frames_to_pixels(batch["frames"].to(device)), batch["real"].to(device).float()
 
     def name(self, indices: range, num_frames: int) -> str:
-        """Names the files that these numbers are cut from."""
+        """Describes the files that the clips are taken from."""
         if self.is_stream:
             return "videos of a stream, which are not numbered"
         return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in self._samples(indices, num_frames))
@@ -170,39 +171,40 @@ class VideoSource(ClipSource):
 
 @dataclass(kw_only=True)
 class ClipConfig(RunConfig):
-    """Settings of training on clips and, between them, on single images."""
+    """Settings of training on clips and on single images."""
 
     data: str | None = None
-    """A folder of videos or another source, as `vgen.data.sources.open_clips` takes it; `None` draws ShapesWorld."""
+    """A folder of videos or another source of `vgen.data.sources.open_clips`; `None` generates ShapesWorld."""
     augment: dict[str, Any] = field(default_factory=dict)
     """Settings of `vgen.data.augment.Augmentation`, for training videos."""
     short: str = "skip"
-    """What becomes of videos with too few frames: `skip`, or `pad`, where repeated frames carry no loss."""
+    """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which are
+    excluded from the loss."""
     sampling: str = "random"
     """Which frames of a video make a clip: a `kind` of `vgen.data.clips.Sampling`."""
     stride: int = 1
-    """From one frame of a `random` or `sliding` clip to the next, at `frame_rates`."""
+    """Step between the frames of a `random` or `sliding` clip, counted at the clip's frame rate."""
     frame_rates: list[float] = field(default_factory=list)
-    """Frames per second; each clip has one of them, drawn evenly. Videos are resampled to it. With none, videos keep
-    their own and ShapesWorld's clips have 8. What is to be shown at lower rates, too, must be learned at them."""
+    """Frame rates in frames per second, one of which is drawn for each clip; videos are resampled to it. With an empty
+    list, videos keep their own rate and ShapesWorld has 8. Include all rates at which the model will be used."""
     height: int = 64
-    """Pixels."""
+    """Height of clips in pixels."""
     width: int = 64
-    """Pixels."""
+    """Width of clips in pixels."""
     num_frames: int = 17
-    """Frames a clip."""
+    """Frames per clip."""
     image_steps: int = 0
-    """The first steps, which train on single frames."""
+    """Number of steps at the start that train on single frames."""
     image_share: float = 0.0
-    """Share of the later steps that train on single frames, too, between those on clips."""
+    """Fraction of the later steps that train on single frames."""
     image_batch_size: int = 32
-    """Samples a step while training on single frames."""
+    """Samples per step on single frames."""
     latest_moment: float = 0.0
-    """In every second step ShapesWorld's clips begin at a random moment up to this one, in seconds: long after
-    a scene's start shapes cross the frame's border, which they do not before."""
+    """In every second step, clips of ShapesWorld begin at a random time up to this one, in seconds. Shapes cross the
+    border of the frame only long after the start of a scene."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A setting is out of range.
@@ -210,19 +212,19 @@ class ClipConfig(RunConfig):
         super().check()
         Augmentation(**self.augment)
         if not 0 <= self.image_share < 1:
-            raise ValueError(f"image_share={self.image_share} must lie in [0, 1)")
+            raise ValueError(f"image_share must be in [0, 1), got {self.image_share}")
         if any(rate <= 0 for rate in self.frame_rates):
-            raise ValueError(f"frame_rates={self.frame_rates} must all be positive")
+            raise ValueError(f"frame_rates must all be positive, got {self.frame_rates}")
         if self.augment and not self.data:
-            raise ValueError("augment is for videos of --data, ShapesWorld is endless")
+            raise ValueError("augment needs videos (--data); ShapesWorld is not augmented")
         if self.latest_moment < 0:
-            raise ValueError(f"latest_moment={self.latest_moment} must not be negative")
+            raise ValueError(f"latest_moment must be at least 0, got {self.latest_moment}")
         if self.latest_moment and self.data:
-            raise ValueError("latest_moment is for ShapesWorld, clips of --data begin as sampling says")
+            raise ValueError("latest_moment is for ShapesWorld only; with --data, sampling decides where clips begin")
 
 
 def open_source(config: ClipConfig) -> ClipSource:
-    """What the settings train on."""
+    """Opens the training data."""
     size = (config.height, config.width, config.frame_rates, config.seed)
     if config.data is None:
         return ShapesSource("train", *size)
@@ -230,7 +232,7 @@ def open_source(config: ClipConfig) -> ClipSource:
 
 
 def open_fresh_source(config: ClipConfig, data: str | None = None) -> ClipSource:
-    """What scores are taken on: other scenes at 8 frames per second, or other clips of videos, as they are."""
+    """Opens the data for scores: other scenes at 8 frames per second, or other clips of videos, not augmented."""
     seed = config.seed + 1
     if config.data is None:
         return ShapesSource("all", config.height, config.width, seed=seed)
@@ -239,16 +241,16 @@ def open_fresh_source(config: ClipConfig, data: str | None = None) -> ClipSource
 
 
 def samplings_of(config: ClipConfig) -> list[Sampling]:
-    """Of clips, and of single images if there are any."""
+    """The sampling of clips and, if the run also trains on them, of single images."""
     clips = Sampling(
         kind=config.sampling, stride=config.stride, num_frames=config.num_frames, short=config.short
-    )  # at any of the frame rates
+    )  # VideoSource fills in the frame rates
     wants_images = config.image_steps or config.image_share
     return [clips, Sampling(num_frames=1, short=config.short)] if wants_images else [clips]
 
 
 def batch_of(config: ClipConfig, step: int) -> tuple[range, int]:
-    """The numbers of a step's samples, of which none comes twice among those of as many frames, and their frames."""
+    """The numbers of a step's samples, and their number of frames; no number is used twice for clips or for images."""
     images = min(step, config.image_steps)
     rng = random.Random(config.seed * 1_000_003 + step + 0.5)
     if step < config.image_steps or rng.random() < config.image_share:
@@ -258,7 +260,7 @@ def batch_of(config: ClipConfig, step: int) -> tuple[range, int]:
 
 
 def start_time(config: ClipConfig, step: int, images: bool) -> float:
-    """When a step's samples begin, in seconds after the start of their scenes."""
+    """The time in their scenes at which a step's samples begin, in seconds."""
     rng = random.Random(config.seed * 1_000_003 + step)
     if images:
         return rng.uniform(0, 4)
@@ -269,30 +271,30 @@ class ClipPlan(NamedTuple):
     """Which clips a step trains on."""
 
     indices: range
-    """Their numbers."""
+    """Numbers of the clips."""
     num_frames: int
-    """Frames of each; 1 for single images."""
+    """Frames per clip; 1 for single images."""
     start: float = 0.0
-    """Seconds after its scene's beginning that a clip of ShapesWorld begins."""
+    """Time in the scene at which clips of ShapesWorld begin, in seconds."""
 
 
 def plan_clips(config: ClipConfig, step: int) -> ClipPlan:
-    """A step's clips or images, with the settings' mixture of them."""
+    """Chooses the clips or images of a step by the settings."""
     indices, num_frames = batch_of(config, step)
     return ClipPlan(indices, num_frames, start_time(config, step, num_frames == 1))
 
 
 def consecutive_clips(batch_size: int, num_frames: int, step: int) -> ClipPlan:
-    """A step's clips where all steps are alike."""
+    """Chooses consecutive clips for a step, with the same batch size in all steps."""
     return ClipPlan(range(step * batch_size, (step + 1) * batch_size), num_frames)
 
 
 class ClipBatches(Dataset):
-    """Training batches of clips, by step and part of the batch, as `ClipSource.batch` gives them.
+    """Training batches from `ClipSource.batch`, indexed by step and part of the batch.
 
     Args:
-        source: Of the clips.
-        plan: Which clips a step trains on.
+        source: Source of the clips.
+        plan: Chooses the clips of a step.
     """
 
     def __init__(self, source: ClipSource, plan: Callable[[int], ClipPlan]):
@@ -304,22 +306,22 @@ class ClipBatches(Dataset):
         return self.source.max_workers
 
     def size(self, step: int) -> int:
-        """Samples of a step."""
+        """Number of samples of a step."""
         return len(self.plan(step).indices)
 
     def __getitem__(self, key: tuple[int, slice]) -> dict[str, Any]:
-        """What the clips of a part of a step's batch are."""
+        """The first stage of a part of a step's batch."""
         step, part = key
         indices, num_frames, start = self.plan(step)
         return self.source.batch(indices[part], num_frames, start)
 
     def name(self, step: int) -> str:
-        """Names a step's clips."""
+        """Describes a step's clips."""
         indices, num_frames, _ = self.plan(step)
         return self.source.name(indices, num_frames)
 
 
 def masked_mean(error: Tensor, real: Tensor) -> Tensor:
-    """The mean over clips of the mean over each one's real frames, of errors `(b, c, f, h, w)`."""
+    """The mean of errors `(b, c, f, h, w)`: first over the real frames of each clip, then over clips."""
     frames = error.mean(dim=(1, 3, 4))
     return ((frames * real).sum(1) / real.sum(1)).mean()
