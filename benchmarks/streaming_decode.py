@@ -26,8 +26,8 @@ def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> fl
     vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval().to(device)
     vae.frames_per_piece = frames_per_piece
     loaded = peak_mebibytes()
-    s, ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    shape = (1, vae.config.z_dim, 1 + (num_frames - 1) // s, size // ratio, size // ratio)
+    ratio = vae.spatial_compression_ratio
+    shape = (1, vae.config.z_dim, vae.grid.num_latents(num_frames), size // ratio, size // ratio)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     frames = 0
     with torch.no_grad():

@@ -229,7 +229,7 @@ def test_a_folder_of_videos_is_validated(tmp_path):
     done = run("data", "validate", tmp_path, *sizes)
     assert done.exit_code == 0, done.output
     assert "long.mp4: 40 frames of 48x32, valid length 37, 2 clips of 17x64x96" in done.output
-    assert "short.mp4: skipped: 9 frames; the shortest clip needs 17; the nearest legal length is 9" in done.output
+    assert "short.mp4: skipped: 9 frames; the shortest clip needs 17; the nearest valid length is 9" in done.output
     assert "cut.mp4: skipped: " in done.output
     assert "17x64x96: 2 clips, 2 batches of 1, 1.195 MiB of pixels each" in done.output
     assert "1 videos are usable, 2 are not, 2 have no caption" in done.output

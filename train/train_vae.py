@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vgen.data.video_io import write_video
 from vgen.io.atomic import atomic_directory
+from vgen.io.pixels import to_frames
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
 from vgen.models.image_vae import load_vae
@@ -181,8 +182,7 @@ def batch_stats(
 ) -> tuple[int, int, tuple[torch.Size, bool]]:
     """Clips, latent pixels (the tokens of a denoiser with patch size 1), and a key of the number of operations."""
     b, _, f, h, w = clip.shape
-    t = 1 + (f - 1) // vae.temporal_compression_ratio
-    return b, b * t * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
+    return b, b * vae.grid.num_latents(f) * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
 
 
 def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[str, float]:
@@ -211,7 +211,7 @@ def score(
         reconstructions.extend(decoded.cpu())
         if shown is None:
             pairs = torch.cat([torch.cat(list(x), dim=-1) for x in (clip, decoded)], dim=-2)
-            shown = pairs.add(1).mul(127.5).round().byte().movedim(0, -1).cpu().numpy()
+            shown = to_frames(pairs[None])[0]
     vae.train()
     assert shown is not None
     return {"psnr": torch.cat(values).mean().item()} | caption_accuracy(source, reconstructions), shown

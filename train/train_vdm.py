@@ -22,6 +22,7 @@ from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.diffusion import make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
+from vgen.io.pixels import to_uint8
 from vgen.metrics.prompt import adherence
 from vgen.models.image_vae import load_vae
 from vgen.models.prompts import load_text_encoder
@@ -336,7 +337,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
         scores |= {f"{split} {name}": value for name, value in result.items()}
     pipe.denoiser.train(training)
     pipe.text_encoder.train(trains_text)
-    return scores, torch.cat(shown, dim=1).add(1).mul(127.5).round().byte().numpy()
+    return scores, to_uint8(torch.cat(shown, dim=1)).numpy()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from diffusers.utils import logging
-from einops import rearrange
 from torch import Tensor
 
 from vgen.data.augment import Augmentation, augment
@@ -25,6 +24,7 @@ from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
 from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
+from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
 _skipped: set[tuple[Path, str]] = set()
@@ -367,7 +367,7 @@ def stack_frames(clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
 
 def frames_to_pixels(frames: Tensor) -> Tensor:
     """Converts frames, uint8 `(b, f, h, w, 3)`, to pixels `(b, 3, f, h, w)` in [-1, 1]."""
-    return rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
+    return from_frames(frames)
 
 
 def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vgen.io.atomic import atomic_file
+
 
 def write_shard(
     path: Path,
@@ -43,7 +45,6 @@ def write_shard(
     """
     if not len(latents) == len(captions) == len(frame_rates):
         raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
-    partial = path.with_name(path.name + ".partial")
     metadata = {"captions": json.dumps([list(one) for one in captions])}
     given = {
         "latents": latents,
@@ -56,8 +57,8 @@ def write_shard(
     tensors = {
         name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
     }
-    save_file(tensors | {"frame_rates": torch.tensor(frame_rates)}, partial, metadata=metadata)
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        save_file(tensors | {"frame_rates": torch.tensor(frame_rates)}, partial, metadata=metadata)
 
 
 class EncodedClip(NamedTuple):

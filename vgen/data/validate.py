@@ -9,6 +9,7 @@ from typing import Any
 
 from vgen.data.clips import Bucket, Listed, Sampling, choose_bucket, list_videos
 from vgen.data.video_io import iter_video
+from vgen.temporal.grid import LatentGrid
 
 
 def validate_folder(
@@ -27,7 +28,7 @@ def validate_folder(
         folder: As `list_videos` takes it.
         buckets: Shapes of clips that are wanted.
         frame_rate: Frames per second that videos are resampled to; `None` takes their own.
-        compression: Frames of a latent; legal lengths are `1 + compression * k`.
+        compression: Frames per latent; valid lengths are `1 + compression * k`.
         batch_size: Clips of a step.
         stride: As in `Sampling`, for every window of a video, like the two that follow.
         hop: From one window to the next.
@@ -83,10 +84,11 @@ def _entry(
     except (ValueError, OSError) as error:
         return entry | {"reason": str(error)}
     count = entry["num_frames"]
-    entry["nearest_length"] = 1 + compression * ((count - 1) // compression)
+    grid = LatentGrid(compression)
+    entry["nearest_length"] = grid.num_frames(grid.num_latents(count))
     bucket = choose_bucket(samplings, count, entry["height"], entry["width"])
     if bucket is None:
         shortest = min(sampling.span for sampling in samplings.values())
-        told = f"{count} frames; the shortest clip needs {shortest}; the nearest legal length is "
-        return entry | {"reason": told + str(entry["nearest_length"])}
+        reason = f"{count} frames; the shortest clip needs {shortest}; the nearest valid length is "
+        return entry | {"reason": reason + str(entry["nearest_length"])}
     return entry | {"accepted": True, "bucket": str(bucket), "num_clips": samplings[bucket].num_clips(count)}

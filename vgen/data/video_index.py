@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.data.video_io import VideoInfo, video_info
+from vgen.io.atomic import atomic_file
 
 INDEX = ".vgen-index.json"
 """Name of a folder's index."""
@@ -57,13 +57,9 @@ class VideoIndex:
         if not self._changed:
             return
         self._entries = self._read() | self._entries
-        partial = self.folder / f"{INDEX}.{uuid.uuid4().hex}.partial"
-        with suppress(OSError):
+        with suppress(OSError), atomic_file(self.folder / INDEX, shared=True) as partial:
             partial.write_text(json.dumps(self._entries, indent=0))
-            partial.replace(self.folder / INDEX)
             self._changed = False
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         try:

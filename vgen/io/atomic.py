@@ -7,12 +7,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a path next to `path` to write to; what was written there replaces `path` if nothing was raised."""
-    partial = path.with_name(f".{path.name}.partial")
+def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a path next to `path` to write to; what was written there replaces `path` if nothing was raised.
+
+    Args:
+        path: The file to write.
+        shared: Whether several processes may write it at the same time; the last one wins.
+    """
+    partial = path.with_name(f".{path.name}.{f'{uuid4().hex}.' if shared else ''}partial")
     try:
         yield partial
         partial.replace(path)

@@ -27,7 +27,7 @@ from vgen.checks import check_choices, check_integer
 from vgen.hub import find_packaged
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import weights_digest
-from vgen.io.pixels import to_uint8
+from vgen.io.pixels import from_uint8, to_uint8
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
 from vgen.metrics.report import FORMAT, check_installed, make_report
@@ -54,6 +54,7 @@ from vgen.processes import this_process
 from vgen.sampling.known_frames import check_tasks
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings
+from vgen.temporal.grid import LatentGrid
 
 logger = logging.get_logger(__name__)
 
@@ -350,7 +351,7 @@ class Measurement:
             frame_rate=config.frame_rate, generator=self._generators(samples),
         )  # fmt: skip
         frames = torch.from_numpy(np.concatenate(list(chunks), axis=1))
-        methods = {MODEL: rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1}
+        methods = {MODEL: from_uint8(frames).movedim(-1, 1)}
         true = self.suite.long(samples.numbers, config.rollout_frames)
         return methods if true is None else methods | {TRUE: true}, []
 
@@ -396,7 +397,8 @@ class Measurement:
         if vae is None:
             return None
         clips, count = samples.clips.to(self.pipe.device, vae.dtype), self.config.num_frames
-        padding = (1 - count) % vae.temporal_compression_ratio
+        grid = LatentGrid(vae.temporal_compression_ratio)
+        padding = grid.num_frames(grid.latents_for(count)) - count
         clips = torch.cat([clips, *[clips[:, :, -1:]] * padding], dim=2)
         return vae.decode(vae.encode(clips).latent_dist.mode()).sample[:, :, :count].float().cpu()
 
@@ -530,7 +532,7 @@ def draw_strip(clip: Tensor) -> str:
     indices = np.linspace(0, clip.shape[1] - 1, min(STRIP, clip.shape[1])).round().astype(int)
     row = rearrange(clip[:, indices], "c f h w -> h (f w) c")
     file = BytesIO()
-    Image.fromarray(row.add(1).mul(127.5).round().clamp(0, 255).byte().numpy()).save(file, "png")
+    Image.fromarray(to_uint8(row).numpy()).save(file, "png")
     return b64encode(file.getvalue()).decode()
 
 

@@ -27,6 +27,7 @@ from vgen.models.prompts import tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.attention import GROUP_MODES, make_groups
 from vgen.temporal.flow import Motion, measure_motion
+from vgen.temporal.grid import LatentGrid
 from vgen.training.mixture import KEYFRAMES, KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
 from vgen.training.noise_levels import KINDS, draw_levels
 from vgen.training.run import RunConfig, generators
@@ -487,11 +488,12 @@ def sample_keyframes(
     assert clip.frames is not None
     images: dict[tuple[int, int], Tensor] = {}
     if known in ("keyframes", "both"):
-        s, begin = spec.keyframe_slots, max(num_leading * spec.patch_frames, 1)
-        unknown = range(s * (begin - 1) + 1, s * (len(window.latents) - 1) + 1)
-        for frame in draw_keyframes(choose(config.keyframes, rng), unknown, s, rng):
-            latent, slot = 1 + (frame - 1) // s, (frame - 1) % s
-            images[latent, slot] = clip.frames[s * (int(window.latents[latent]) - 1) + slot][None].float()
+        grid, begin = LatentGrid(spec.keyframe_slots), max(num_leading * spec.patch_frames, 1)
+        unknown = range(grid.num_frames(begin), grid.num_frames(len(window.latents)))
+        for frame in draw_keyframes(choose(config.keyframes, rng), unknown, spec.keyframe_slots, rng):
+            latent, slot = grid.slot(frame)
+            in_clip = grid.frames_of(int(window.latents[latent]))[slot]
+            images[latent, slot] = clip.frames[in_clip - 1][None].float()  # which begin with frame 1
     return pack_keyframes(images, len(window.latents), spec.keyframe_slots, latents[None, :, 0])[0]
 
 
