@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -14,11 +14,20 @@ from diffusers import (
 from einops import repeat
 from torch import Tensor
 
-PREDICTIONS = ("flow", "v_prediction", "epsilon")
-SCHEDULERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+from vgen.checks import check_choice
+
+Prediction = Literal["flow", "v_prediction", "epsilon"]
+SchedulerName = Literal["ddim", "dpmsolver++", "unipc"]
+SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
-def make_scheduler(prediction: str, name: str = "ddim", shift: float = 1.0, zero_terminal_snr: bool = False) -> Any:
+def make_scheduler(
+    prediction: Prediction, name: SchedulerName = "ddim", shift: float = 1.0, zero_terminal_snr: bool = False
+) -> Any:
     """The scheduler that a pipeline is saved with.
 
     Args:
@@ -26,26 +35,23 @@ def make_scheduler(prediction: str, name: str = "ddim", shift: float = 1.0, zero
             Diffusion.
         name: `ddim`, `dpmsolver++` or `unipc`, for diffusion.
         shift: Moves noise levels towards noise, for flow matching.
-        zero_terminal_snr: Whether the last timestep of diffusion is noise alone.
+        zero_terminal_snr: Whether the last timestep of diffusion is pure noise.
 
     Raises:
         ValueError: A name is unknown, or settings contradict each other.
 
     Source: Common diffusion noise schedules and sample steps are flawed, arXiv 2305.08891.
     """
-    if prediction not in PREDICTIONS or name not in SCHEDULERS:
-        raise ValueError(
-            f"prediction={prediction!r} with scheduler={name!r}: give one of {', '.join(PREDICTIONS)} and one of "
-            f"{', '.join(SCHEDULERS)}"
-        )
+    check_choice("prediction", prediction, Prediction)
+    check_choice("scheduler", name, SchedulerName)
     if prediction == "flow":
         if zero_terminal_snr:
-            raise ValueError("flow matching ends in noise alone anyway: zero_terminal_snr is for v_prediction")
+            raise ValueError("zero_terminal_snr is for v_prediction: flow matching ends in pure noise anyway")
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     if shift != 1:
-        raise ValueError(f"level_shift={shift} is for flow matching, not for {prediction}")
+        raise ValueError(f"level_shift must be 1 for {prediction}, got {shift}: it is for flow matching")
     if zero_terminal_snr and prediction == "epsilon":
-        raise ValueError("zero_terminal_snr with epsilon: noise alone says nothing of the video; take v_prediction")
+        raise ValueError("zero_terminal_snr needs v_prediction, got epsilon: pure noise holds nothing to predict")
     options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
     return SCHEDULERS[name](
         beta_schedule="scaled_linear",
@@ -58,17 +64,20 @@ def make_scheduler(prediction: str, name: str = "ddim", shift: float = 1.0, zero
     )
 
 
-def prediction_of(scheduler: Any) -> str:
-    """What networks for a scheduler predict.
+def prediction_of(scheduler: Any) -> Prediction:
+    """What networks predict for a scheduler.
 
     Raises:
-        ValueError: It is none of `PREDICTIONS`.
+        ValueError: It is none of `Prediction`.
     """
     if is_flow(scheduler):
         return "flow"
     name = scheduler.config.get("prediction_type")
     if name not in ("v_prediction", "epsilon") or "beta_schedule" not in scheduler.config:
-        raise ValueError(f"{type(scheduler).__name__} with prediction_type={name!r} cannot be trained for")
+        raise ValueError(
+            f"training supports schedulers of flow matching, v_prediction and epsilon, got {type(scheduler).__name__} "
+            f"with prediction_type={name!r}"
+        )
     return name
 
 
