@@ -86,7 +86,7 @@ class Objective:
             prediction: Its output, `(b, c, t, h, w)`.
 
         Returns:
-            The estimate `(b, c, t, h, w)` and the fraction `(b, t)` in [0, 1]; where it is near 0, the estimate is poor.
+            The estimate `(b, c, t, h, w)` and the fraction `(b, t)` in [0, 1]; near 0, the estimate is poor.
         """
         k = prediction.shape[2] // sample.timestep.shape[1]
         timestep = repeat(sample.timestep, "b n -> b (n k)", k=k)
