@@ -1,4 +1,4 @@
-"""Two shipped denoisers side by side: parameters, arithmetic of one evaluation, seconds of an evaluation and a video.
+"""Comparison of two shipped denoisers: parameters, FLOPs per evaluation, seconds per evaluation and per video.
 
     python benchmarks/denoisers.py
 

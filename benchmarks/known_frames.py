@@ -1,10 +1,10 @@
-"""Prediction and interpolation on clips never trained on, beside simple ways to do the same.
+"""Prediction and interpolation on held-out clips, compared with simple baselines.
 
     pip install -c constraints.txt -e ".[benchmarks]"
     python benchmarks/known_frames.py --model vgen/shapes-64
 
 PSNR and SSIM over the frames that were not given, for each clip, then mean and median over clips: of a clip in which
-hardly anything moves, simple ways reach 50 dB and more, which moves the mean. The ceiling is the VAE's reconstruction
+hardly anything moves, baselines reach 50 dB and more, which moves the mean. The ceiling is the VAE's reconstruction
 of the whole true clip. Flow interpolation is that of Super SloMo (arXiv 1712.00080, without its
 networks) with OpenCV's DIS flow at its finest scale.
 """
@@ -38,13 +38,13 @@ TASKS = {
 
 
 def main() -> None:
-    """Measures one checkpoint and the simple ways."""
+    """Measures one checkpoint and the simple baselines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--num-clips", type=int, default=200)
-    parser.add_argument("--prompted", action="store_true", help="tell the captions; prompts are left out otherwise")
-    parser.add_argument("--guidance", type=float, help="with prompts; the checkpoint's default if not given")
-    parser.add_argument("--steps", type=int, help="the checkpoint's default if not given")
+    parser.add_argument("--prompted", action="store_true", help="use the captions as prompts; unconditional otherwise")
+    parser.add_argument("--guidance", type=float, help="guidance scale with prompts; default: the checkpoint's")
+    parser.add_argument("--steps", type=int, help="inference steps; default: the checkpoint's")
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
@@ -58,16 +58,18 @@ def main() -> None:
     results = {}
     print(f"{'task':<38}{'by':<26}{'PSNR':>8}{'median':>8}{'SSIM':>8}{'median':>8}")
     for task, known in TASKS.items():
-        ways: dict[str, Callable] = {"the model": lambda part, known: by_model(pipe, world, clips, part, known, args)}
+        methods: dict[str, Callable] = {
+            "the model": lambda part, known: by_model(pipe, world, clips, part, known, args)
+        }
         if task.startswith("prediction"):
-            ways["copy of the last frame"] = lambda part, known: simply(copy_last, clips[part], len(known))
-            ways["ConvLSTM"] = lambda part, known: by_convlstm(convlstm, clips[part], len(known))
+            methods["copy of the last frame"] = lambda part, known: simply(copy_last, clips[part], len(known))
+            methods["ConvLSTM"] = lambda part, known: by_convlstm(convlstm, clips[part], len(known))
         else:
-            ways["linear blend"] = lambda part, known: simply(linear_blend, clips[part], known)
-            ways["optical flow (DIS)"] = lambda part, known: simply(flow_interpolation, clips[part], known)
-        ways["ceiling: VAE alone"] = lambda part, known: reconstruct(pipe, clips[part])
+            methods["linear blend"] = lambda part, known: simply(linear_blend, clips[part], known)
+            methods["optical flow (DIS)"] = lambda part, known: simply(flow_interpolation, clips[part], known)
+        methods["ceiling: VAE alone"] = lambda part, known: reconstruct(pipe, clips[part])
         others = [index for index in range(NUM_FRAMES) if index not in known]
-        for name, make in ways.items():
+        for name, make in methods.items():
             scores = []
             for begin in tqdm(range(0, len(clips), args.batch_size), desc=f"{task}, {name}", leave=False):
                 part = slice(begin, min(begin + args.batch_size, len(clips)))

@@ -32,7 +32,7 @@ PIXELS = 64 * 64
 TRIAL, WARM = 60, 20
 """Steps of the short run, and of them those that are not timed."""
 LABEL, GAP = 160, 4
-"""Pixels beside and between the rows of a picture."""
+"""Pixels around and between the rows of a picture."""
 DOCS = ROOT / "docs"
 METRICS = {"mse": PIXELS, "mae": PIXELS, "ssim": 1, "psnr": 1, "sharpness": 1}
 """Columns and their factors: errors are summed over the pixels of a frame, as the field does."""
@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, required=True, help="10,000 digits in MNIST's IDX format")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=30)
-    parser.add_argument("--minutes", type=float, default=40, help="of each other network")
-    parser.add_argument("--num-clips", type=int, default=1000, help="that are scored")
-    parser.add_argument("--num-latents", type=int, default=10000, help="clips that the denoisers train on")
+    parser.add_argument("--minutes", type=float, default=40, help="training time of each other network")
+    parser.add_argument("--num-clips", type=int, default=1000, help="number of clips to score")
+    parser.add_argument("--num-latents", type=int, default=10000, help="number of clips to train the denoisers on")
     parser.add_argument("--num-samples", type=int, default=8)
     args = parser.parse_args()
     folder, training = args.output_dir, f"{args.digits}:0:8000"
-    text = Path(find_checkpoint("vgen/shapes-64"))  # told nothing: every prompt is empty
+    text = Path(find_checkpoint("vgen/shapes-64"))  # every prompt is empty
 
     train("vae", folder / "vae", args.vae_minutes, data=training)
     vae = folder / "vae" / "vae"
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
-    """Trains by a recipe for so many minutes."""
-    told = folder / "steps.json"
-    if not told.exists():
+    """Trains with a recipe for a given number of minutes."""
+    record = folder / "steps.json"
+    if not record.exists():
         trial = folder.with_name(f"{folder.name}-trial")
         trial_settings = {"max_steps": TRIAL, "sample_every": 10 * TRIAL}
         if name == "vae":
@@ -89,15 +89,15 @@ def train(name: str, folder: Path, minutes: float, **settings: object) -> None:
         times = {event.step: event.wall_time for event in events.Scalars(events.Tags()["scalars"][0])}
         seconds = (times[TRIAL] - times[WARM]) / (TRIAL - WARM)
         folder.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps({"steps": max(TRIAL, round(60 * minutes / seconds)), "seconds": seconds}))
-    plan = json.loads(told.read_text())
+        record.write_text(json.dumps({"steps": max(TRIAL, round(60 * minutes / seconds)), "seconds": seconds}))
+    plan = json.loads(record.read_text())
     steps = plan["steps"]
     print(f"{name}: {steps} steps", flush=True)
     if "done" in plan:
         return
     decay = {"decay_steps": steps // 3} if name in ("transformer", "unet") else {}
     run(name, folder, settings | decay | {"max_steps": steps, "sample_every": 10 * steps})
-    told.write_text(json.dumps(plan | {"done": True}))
+    record.write_text(json.dumps(plan | {"done": True}))
 
 
 def run(name: str, folder: Path, settings: dict) -> None:
@@ -108,7 +108,7 @@ def run(name: str, folder: Path, settings: dict) -> None:
 
 
 def results(folder: Path) -> list[list[str]]:
-    """The table of all ways to predict, with half widths of 95% confidence intervals; simple ways once."""
+    """The table of all prediction methods, with half widths of 95% confidence intervals; each baseline once."""
     rows: dict[str, list[str]] = {}
     for name, title in DENOISERS.items():
         measured = json.loads((folder / name / "evaluation" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""What becomes of long rollouts: whether the objects stay themselves, drift, seams, counter-measures, time, memory.
+"""Quality of long rollouts (object identity, drift, seams), with and without countermeasures; time and memory.
 
     python benchmarks/rollout.py --model vgen/shapes-64
 
@@ -76,10 +76,12 @@ def main() -> None:
     parser.add_argument("--measures", nargs="*", default=list(MEASURES), choices=list(MEASURES), metavar="NAME")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
-    parser.add_argument("--keep", action="store_true", help="keep what the output has and this call does not measure")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep results in the output file that this call does not measure"
+    )
     parser.add_argument("--mmap-threshold", type=int, default=65536, help="of glibc's malloc; 0 leaves it alone")
     parser.add_argument("--quality-only", action="store_true", help="measure neither time nor memory")
-    parser.add_argument("--memory-of", type=int, help="only tell the peak memory of so many chunks")
+    parser.add_argument("--memory-of", type=int, help="only print the peak memory of this number of chunks")
     args = parser.parse_args()
     pipe = VideoGenPipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +158,7 @@ def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options:
 
 
 def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> dict[str, float]:
-    """What is still right at the end, and how brightness, contrast and seams behave."""
+    """Accuracy at the end, and the drift of brightness, contrast and seams."""
     starts, motions, windows, slopes, seams = [], [], [], [], []
     for video, scene in zip(videos, scenes, strict=True):
         begun = check(video[:17], scene).objects
@@ -187,7 +189,7 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
 
 
 def is_right(objects: Iterable[ObjectVerdict]) -> bool:
-    """Whether colours and shapes are."""
+    """Whether colours and shapes are right."""
     return all(one.color_right and one.shape_right for one in objects)
 
 

@@ -1,4 +1,4 @@
-"""How often videos show what their prompts say, and how well the VAE keeps clips.
+"""Prompt adherence of generated videos, and reconstruction quality of the VAE.
 
     python benchmarks/shapes.py --model vgen/shapes-64
 
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--num-clips", type=int, default=256)
     parser.add_argument("--groups", nargs="+", default=["full", "causal"])
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--guidance", type=float, help="the checkpoint's default if not given")
-    parser.add_argument("--steps", type=int, help="the checkpoint's default if not given")
+    parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
+    parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()

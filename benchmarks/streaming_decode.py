@@ -1,4 +1,4 @@
-"""Peak memory of decoding a long video piece by piece, over that of a short one.
+"""Peak memory of streamed decoding of a long video, relative to a short one.
 
     python benchmarks/streaming_decode.py
 

@@ -1,4 +1,4 @@
-"""What losses between frames do: fine-tunings from one checkpoint with each of them, scored on the same clips.
+"""Effect of the temporal losses: one checkpoint is fine-tuned with each of them and scored on the same clips.
 
     pip install -c constraints.txt -e ".[evaluation]"
     python benchmarks/temporal_loss.py --output-dir runs/temporal-loss
@@ -40,10 +40,14 @@ def main() -> None:
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=["vae", "vdm"], choices=["vae", "vdm"])
-    parser.add_argument("--steps", type=int, nargs=2, default=[800, 500], help="of the VAE and of the denoiser")
-    parser.add_argument("--weights", type=float, nargs=2, default=[0.2, 0.1], help="of a term, in the same order")
-    parser.add_argument("--num-clips", type=int, default=64, help="of each score")
-    parser.add_argument("--num-latents", type=int, default=4000, help="clips that the denoiser trains on")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[800, 500], help="training steps of the VAE and of the denoiser"
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs=2, default=[0.2, 0.1], help="loss weight for the VAE and for the denoiser"
+    )
+    parser.add_argument("--num-clips", type=int, default=64, help="number of clips per score")
+    parser.add_argument("--num-latents", type=int, default=4000, help="number of clips to train the denoiser on")
     args = parser.parse_args()
     model = Path(find_checkpoint(args.model))
     for network in args.networks:
@@ -58,10 +62,10 @@ def main() -> None:
 
 
 def train(network: str, model: Path, folder: Path, weights: dict, steps: int, args: argparse.Namespace) -> float:
-    """One fine-tuning; returns the seconds that it took when it was made."""
-    told = folder / "seconds.json"
-    if told.exists():
-        return json.loads(told.read_text())
+    """Runs a fine-tuning unless it exists; returns the seconds that it took."""
+    record = folder / "seconds.json"
+    if record.exists():
+        return json.loads(record.read_text())
     if network == "vae":
         settings = {"init": model / "vae", "kl_weight": 1e-4, "learning_rate": 2e-4, "batch_size": 8}
     else:
@@ -75,7 +79,7 @@ def train(network: str, model: Path, folder: Path, weights: dict, steps: int, ar
         }  # fmt: skip
     begin = time.time()
     launch(f"train/train_{network}.py", settings | COMMON | weights | {"output_dir": folder, "max_steps": steps})
-    told.write_text(json.dumps(time.time() - begin))
+    record.write_text(json.dumps(time.time() - begin))
     return time.time() - begin
 
 

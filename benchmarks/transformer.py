@@ -1,4 +1,4 @@
-"""SpacetimeTransformer beside diffusers' WanTransformer3DModel with the same weights: time and peak memory as ratios.
+"""SpacetimeTransformer and diffusers' WanTransformer3DModel with the same weights: ratios of time and peak memory.
 
     python benchmarks/transformer.py
 
@@ -49,7 +49,7 @@ def build(kind: str, dtype: str, side: int, batch_size: int, ours: bool):
 def main() -> None:
     """Prints one line a case."""
     parser = make_parser(__doc__)
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16], help="of the latents")
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16], help="height and width of the latents")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     cases = {

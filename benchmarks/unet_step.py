@@ -1,4 +1,4 @@
-"""A training step of UNet3D beside two other libraries' U-Nets: time and peak memory as ratios.
+"""A training step of UNet3D compared with two other libraries' U-Nets: time and peak memory as ratios.
 
 Those are diffusers' UNet3DConditionModel and video-diffusion-pytorch's Unet3D, at equal parameters, resolution, batch.
 
@@ -30,7 +30,7 @@ UP_BLOCKS = ("CrossAttnUpBlock", "CrossAttnUpBlock", "UpBlock")
 
 
 def video_diffusion_pytorch() -> type[nn.Module]:
-    """The class, with an empty torchvision where there is none."""
+    """Imports the class, with an empty torchvision if it is not installed."""
     for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
         if name not in sys.modules:
             module = types.ModuleType(name)
@@ -124,7 +124,7 @@ def main() -> None:
     """Prints one line a case."""
     parser = make_parser(__doc__)
     parser.add_argument("--frames", type=int, default=5)
-    parser.add_argument("--side", type=int, default=16, help="of the latents")
+    parser.add_argument("--side", type=int, default=16, help="height and width of the latents")
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
     size = (args.frames, args.side, args.batch_size)

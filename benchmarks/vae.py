@@ -1,4 +1,4 @@
-"""CausalVideoVAE beside diffusers' AutoencoderKLWan with the same weights: time and peak memory as ratios.
+"""CausalVideoVAE compared with diffusers' AutoencoderKLWan with the same weights: time and peak memory as ratios.
 
     python benchmarks/vae.py
 
@@ -37,8 +37,15 @@ def main() -> None:
     """Prints one line a case."""
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--frames", type=int, nargs="+", default=[17, 65, 257], help="of streamed decoding")
-    parser.add_argument("--frames-per-piece", type=int, default=8, help="ours; the least is 4, one latent")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[17, 65, 257], help="lengths for streamed decoding, in frames"
+    )
+    parser.add_argument(
+        "--frames-per-piece",
+        type=int,
+        default=8,
+        help="frames per decoding call of ours; at least 4, which is one latent",
+    )
     args = parser.parse_args()
     cases = {}
     for dtype in args.dtypes:

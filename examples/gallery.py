@@ -1,7 +1,7 @@
-"""An animation of videos with their prompts, none of them picked by hand, as in the README.
+"""An animation of videos with their prompts, without selection, as in the README.
 
 The prompts are the first captions of ShapesWorld's held-out split, so their combinations of colour, shape and motion
-were in no training. Video i has seed i.
+do not occur in the training data. Video i has seed i.
 
 python examples/gallery.py docs/shapes-64.gif
 """

@@ -1,4 +1,4 @@
-"""A live rollout: the prompt changes while the video is made, and a fork shows what else could have come.
+"""A live rollout: the prompt changes during generation, and a fork continues without the change.
 
 python examples/interactive.py --output live.mp4
 python examples/interactive.py --ask --output live.mp4
@@ -40,7 +40,7 @@ def main(ask: bool, num_chunks: int, num_inference_steps: int, output: str) -> N
     if fork is not None:
         first = fork.frames_done
         fork.step()
-        print(f"a fork at frame {first} went on to frame {fork.frames_done} without the last prompt")
+        print(f"a fork at frame {first} continued to frame {fork.frames_done} without the last prompt")
 
 
 if __name__ == "__main__":

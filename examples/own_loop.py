@@ -1,4 +1,4 @@
-"""A rollout in a loop of one's own: denoise a chunk with a read-only state, write it to the state, decode it.
+"""A rollout in a custom loop: denoise a chunk with a read-only state, write it to the state, decode it.
 
 python examples/own_loop.py --num_chunks 16 --output loop.mp4
 """

@@ -1,8 +1,8 @@
-"""A long video through the VAE without ever holding it: encoded as it comes, decoded as it goes.
+"""Encodes and decodes a long video with the VAE, frame by frame, without holding it in memory.
 
     python examples/streamed_decoding.py clip.mp4 reconstruction.mp4
 
-Memory does not depend on the length of the clip, and the result is that of one pass.
+Memory does not depend on the length of the clip, and the result equals that of a single pass.
 """
 
 import sys
@@ -24,10 +24,10 @@ with torch.no_grad(), VideoWriter(target, video_info(source).frame_rate or 8.0, 
     for frame in iter_video(source):
         height, width = (side // unit * unit for side in frame.shape[:2])
         clip = from_frames(frame[None, None, :height, :width])
-        latents = vae.encode(clip, encoding).latent_dist.mode()  # no latent yet, or one
+        latents = vae.encode(clip, encoding).latent_dist.mode()  # zero or one latent
         decoded = vae.decode(latents, decoding).sample
         frames = to_frames(decoded)[0]
         if len(frames):
             writer.append(frames)
     waiting = encoding.pending
-    print(f"wrote {target}; {0 if waiting is None else waiting.shape[2]} frames at the end filled no latent")
+    print(f"wrote {target}; {0 if waiting is None else waiting.shape[2]} frames at the end did not fill a latent")

@@ -1,4 +1,4 @@
-"""A picture of videos: one row a prompt, every other frame, as in the model card.
+"""A picture of videos with one row per prompt and every other frame, as in the model card.
 
 python examples/strip.py docs/shapes-64.png
 """

@@ -1,4 +1,4 @@
-"""From a sentence to a video file, in the fewest lines."""
+"""Text to video in a few lines."""
 
 import torch
 

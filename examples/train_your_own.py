@@ -43,18 +43,18 @@ def run(*command: object) -> None:
 
 
 def psnr(made: np.ndarray, real: np.ndarray) -> float:
-    """In dB, of uint8 frames."""
+    """PSNR in dB of uint8 frames."""
     return float(-10 * np.log10(np.square(made / 255.0 - real / 255.0).mean()))
 
 
-# 1. cut: pieces of four seconds with a caption each, and the rest for testing
+# 1. cut: segments of four seconds, each with a caption; the rest is held out for testing
 clips, output = (args.output / "clips").resolve(), args.output.resolve()
 clips.mkdir(parents=True, exist_ok=True)
 duration = video_info(args.video).duration
-assert duration, "the video tells no length"
+assert duration, "the length of the video is unknown"
 held_out = 0.8 * duration
 if (duration - held_out) * RATE < NUM_GIVEN + NUM_NEW:
-    raise SystemExit(f"{duration:.1f} s leave too little to hold out: give {5 * (NUM_GIVEN + NUM_NEW) / RATE:.0f} s")
+    raise SystemExit(f"the video must be at least {5 * (NUM_GIVEN + NUM_NEW) / RATE:.1f} s long, got {duration:.1f} s")
 rows = []
 for number, start in enumerate(np.arange(0, held_out - 2, 4)):
     end = min(start + 4, held_out)
@@ -91,7 +91,7 @@ run(
     "--sample_prompts", json.dumps([args.caption]), *fine,
 )  # fmt: skip
 
-# 6. predict what was never seen
+# 6. predict held-out frames
 frames = np.stack(list(iter_video(args.video, start=held_out, frame_rate=RATE)))[: NUM_GIVEN + NUM_NEW]
 frames = Fit(frames.shape[1:3], SIZE).to_target(frames)
 given, true = frames[:NUM_GIVEN], frames[NUM_GIVEN:]
@@ -100,7 +100,7 @@ for name, model in (("before", "vgen/shapes-64"), ("after", output / "model/pipe
     pipe = VideoGenPipeline.from_pretrained(model)
     new = pipe.predict(given, NUM_NEW, generator=torch.Generator().manual_seed(0)).frames[0]
     new = (new * 255).round().astype(np.uint8)
-    with torch.no_grad():  # what no prediction can be better than
+    with torch.no_grad():  # the upper bound for predictions
         latents = pipe.vae.encode(to_clip(frames)[None]).latent_dist.mode()
         decoded = to_frames(pipe.vae.decode(latents).sample)[0]
     rows += [decoded, np.concatenate([given, new])]
@@ -108,4 +108,4 @@ for name, model in (("before", "vgen/shapes-64"), ("after", output / "model/pipe
     print(f"{name}: {psnr(new, true):.2f} dB on {NUM_NEW} frames; the VAE alone: {alone:.2f} dB")
 print(f"the last frame repeated: {psnr(np.repeat(given[-1:], NUM_NEW, axis=0), true):.2f} dB")
 Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(output / "strip.png")
-print(f"true; the VAE alone and the prediction, before; the same after: {output / 'strip.png'}")
+print(f"rows: true frames; VAE only and prediction, before training; the same after: {output / 'strip.png'}")

@@ -1,9 +1,9 @@
-"""Encode clips once, for the denoiser's training; the same command goes on where it stopped.
+"""Encode clips into latents, for training a denoiser; the same command resumes an interrupted run.
 
 accelerate launch pipelines/encode_latents.py --vae runs/shapes-64-vae/vae --output_dir runs/shapes-64-latents
 accelerate launch pipelines/encode_latents.py --vae runs/my-vae/vae --data my-videos --output_dir runs/my-latents
 
-With `--buckets`, each bucket's clips go to a folder of its own in the output folder.
+With `--buckets`, the clips of each bucket are written to a subfolder of the output folder.
 """
 
 from __future__ import annotations
@@ -63,67 +63,72 @@ class Batch(NamedTuple):
     captions: list[list[str]]
     rates: list[float]
     real: Tensor
-    """bool `(b, f)`, false where a short video was padded."""
+    """bool `(b, f)`, false for padding of short videos."""
 
 
 @dataclass(kw_only=True)
 class EncodeConfig:
-    """What to encode."""
+    """Settings of the encoding."""
 
     vae: str
     """Folder or Hub id of a `CausalVideoVAE`, or of an `AutoencoderKL`, which encodes frame by frame."""
     output_dir: Path
-    """Folder of the shards."""
+    """Folder for the shards."""
     data: str | None = None
-    """A folder of videos or another source, as `vgen.data.sources.open_clips` takes it; `None` draws ShapesWorld."""
+    """A folder of videos or another source of `vgen.data.sources.open_clips`; `None` generates ShapesWorld."""
     buckets: list[str] = field(default_factory=list)
-    """Shapes of clips, FRAMESxHEIGHTxWIDTH; each video of a folder goes to the nearest. Empty takes the settings."""
+    """Clip shapes as FRAMESxHEIGHTxWIDTH; each video of a folder is assigned to the nearest one. With an empty list,
+    all clips have `num_frames`, `height` and `width`."""
     short: str = "skip"
-    """What becomes of videos with too few frames: `skip`, or `pad`, under a mask that training heeds."""
+    """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which
+    training masks."""
     augment: dict[str, Any] = field(default_factory=dict)
     """Settings of `vgen.data.augment.Augmentation`."""
     repeats: int = 1
-    """How often each clip is encoded, augmented anew each time."""
+    """How often each clip is encoded, each time with another random augmentation."""
     text_encoder: str | None = None
-    """Folder or Hub id of a pipeline, of which `text_encoder` and `tokenizer` embed the captions here, once."""
+    """Folder or Hub id of a pipeline whose `text_encoder` and `tokenizer` embed the captions; `None` stores text
+    only."""
     max_sequence_length: int = 32
-    """Tokens of a caption, where it is embedded."""
+    """Length in tokens that captions are padded or truncated to before they are embedded."""
     sampling: str = "sliding"
-    """Which frames of a video make clips: a `kind` of `vgen.data.clips.Sampling`; `random` and `segments` are drawn
-    anew in each of the `repeats`."""
+    """Which frames of a video make clips: a `kind` of `vgen.data.clips.Sampling`. `random` and `segments` are drawn
+    again in each of the `repeats`."""
     stride: int = 1
-    """From one frame of a `random` or `sliding` clip to the next, at `frame_rates`."""
+    """Step between the frames of a `random` or `sliding` clip, counted at the clip's frame rate."""
     hop: int | None = None
-    """Frames from one clip of a video to the next; `None` lets them follow without a gap."""
+    """Step between the starts of the clips of a video, in frames; `None` puts clips end to end."""
     num_clips: int | None = None
-    """Clips of ShapesWorld or Moving MNIST, 20,000 if not given; of other sources, the most that are taken."""
+    """Number of clips of ShapesWorld or Moving MNIST, by default 20,000; for other sources, the maximum number."""
     seed: int = 0
-    """Of the world."""
+    """Seed of ShapesWorld and of random choices."""
     num_captions: int = 4
-    """Wordings of each clip."""
+    """Number of alternative captions of each clip of ShapesWorld."""
     num_frames: int = 17
-    """Frames a clip."""
+    """Frames per clip."""
     frame_rates: list[float] = field(default_factory=lambda: [8.0])
-    """Frames per second; each clip has one of them, drawn evenly. Videos are resampled to it."""
+    """Frame rates in frames per second. Each clip of ShapesWorld has a random one of them; videos are
+    encoded at all of them."""
     keyframes: bool = False
-    """Whether to encode each frame alone too, for training with known frames in between; doubles the time."""
+    """Whether to also encode each frame as an image, for training with keyframes; doubles the time."""
     flow: str | None = None
-    """Method of `vgen.temporal.flow.optical_flow` for the motion between latents, which `warping_weight` needs."""
+    """Method of `vgen.temporal.flow.optical_flow` for the motion between latents, which `warping_weight` needs; `None`
+    stores no motion."""
     height: int = 64
-    """Pixels."""
+    """Height of clips in pixels."""
     width: int = 64
-    """Pixels."""
+    """Width of clips in pixels."""
     batch_size: int = 16
-    """Clips at once."""
+    """Clips that are encoded at once."""
     shard_size: int = 2000
-    """Clips a file."""
+    """Clips per file."""
     compile: bool = False
-    """Whether to compile the VAE's repeated blocks, which takes a minute at the start."""
+    """Whether to compile the VAE's repeated blocks, which takes about a minute at the start."""
 
 
 @torch.no_grad()
 def main(config: EncodeConfig) -> None:
-    """Encodes the shards that are missing, shared out over processes."""
+    """Encodes the missing shards, split between processes."""
     process = this_process()
     vae = load_vae(config.vae).to(process.device).eval()
     codec = as_video_vae(vae)
@@ -138,10 +143,10 @@ def main(config: EncodeConfig) -> None:
         part.output_dir.mkdir(parents=True, exist_ok=True)
         if process.is_main_process:
             settings = shard_settings(part, vae, text)
-            if isinstance(clips, StreamClips):  # by which its videos are shared out
+            if isinstance(clips, StreamClips):  # the split of its videos depends on the number of processes
                 settings["processes"] = process.num_processes
                 settings |= {"shared_out": "shards"} if process.num_processes > 1 else {}
-            if isinstance(clips, FolderClips):  # an added video would put all others into another order
+            if isinstance(clips, FolderClips):  # an added video would change the order of all others
                 settings["videos_sha256"] = clips.digest
             check_settings(part.output_dir, settings, ["*.safetensors"])
         process.wait_for_everyone()
@@ -152,16 +157,16 @@ def main(config: EncodeConfig) -> None:
 
 
 def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | None]]:
-    """The settings of each bucket, with a folder of its own; without buckets, the settings as they are.
+    """The settings of each bucket, with its own output folder; without buckets, the unchanged settings.
 
     Raises:
-        ValueError: Buckets were asked for of what is not a folder.
+        ValueError: There are buckets, but the data is not a folder.
     """
     if not config.buckets:
         yield config, None
         return
     if config.data is None or not Path(config.data).is_dir():
-        raise ValueError(f"buckets are for folders of videos, data={config.data} is none")
+        raise ValueError(f"buckets need a folder of videos, got data={config.data}")
     for bucket in map(Bucket.parse, config.buckets):
         folder = config.output_dir / str(bucket)
         yield replace(config, output_dir=folder, **bucket._asdict()), bucket
@@ -174,7 +179,7 @@ def encode_listed(
     clips: WorldClips | DigitClips | FolderClips,
     process: PartialState,
 ) -> None:
-    """Clips whose number is known: a process takes every so many shards, and skips those that are there."""
+    """Encodes a source of known length. Shards are split between processes, and existing ones are skipped."""
     starts = list(range(0, len(clips), config.shard_size))
     for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
         indices = range(start, min(start + config.shard_size, len(clips)))
@@ -196,9 +201,9 @@ def encode_stream(
     clips: StreamClips,
     process: PartialState,
 ) -> None:
-    """Videos that come one after another: a process encodes its share, and skips those of the shards that exist.
+    """Encodes this process's share of a stream of videos, and skips the videos in existing shards.
 
-    A shard is named by its process and the first and last number of its videos, and ends with a whole one.
+    The name of a shard has the rank of its process and the range of its videos. A video is never split between shards.
     """
     names = f"stream-{process.process_index:04d}-of-{process.num_processes:04d}"
     shards = sorted(config.output_dir.glob(f"{names}-*.safetensors"))
@@ -234,7 +239,7 @@ def encode_stream(
 
 
 class Shard:
-    """Clips of one file, encoded batch by batch."""
+    """The clips of one file, which are encoded batch by batch."""
 
     def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | PerFrameVAE, text: TextEncoder | None):
         self.config, self.codec, self.text = config, codec, text
@@ -249,7 +254,7 @@ class Shard:
         return len(self.captions)
 
     def add(self, batch: Batch) -> None:
-        """Encodes some clips."""
+        """Encodes a batch of clips."""
         if not batch.captions:
             return
         config, clip = self.config, batch.pixels
@@ -269,7 +274,7 @@ class Shard:
             self.motion.append(torch.cat([scaled.flow, scaled.visible], dim=1))
 
     def write(self, path: Path) -> None:
-        """Writes the file, if any clip was there."""
+        """Writes the file, unless there are no clips."""
         if not self.captions:
             return
         extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion, "real": self.real}
@@ -281,7 +286,7 @@ class Shard:
 
 
 class TextEncoder:
-    """Embeds captions once, for training that leaves the text encoder as it is."""
+    """Embeds captions, for training with a frozen text encoder."""
 
     def __init__(self, config: EncodeConfig, device: torch.device):
         assert config.text_encoder is not None
@@ -310,7 +315,7 @@ class WorldClips:
         return NUM_DRAWN if self.config.num_clips is None else self.config.num_clips
 
     def batch(self, indices: range, device: torch.device) -> Batch:
-        """Some of them."""
+        """The clips with these numbers."""
         config = self.config
         world, drawn = self.source.world, self.source.batch(indices, config.num_frames)
         clip, real = self.source.clips(drawn, device)
@@ -328,12 +333,12 @@ class DigitClips:
         return NUM_DRAWN if self.config.num_clips is None else self.config.num_clips
 
     def batch(self, indices: range, device: torch.device) -> Batch:
-        """Some of them, without captions."""
+        """The clips with these numbers, without captions."""
         return to_batch([self.world.sample(index) for index in indices], device)
 
 
 class FolderClips:
-    """Clips of listed videos, at each of the frame rates; those of damaged files are left out."""
+    """Clips of listed videos, at each of the frame rates; damaged files are skipped."""
 
     def __init__(self, config: EncodeConfig, folders: list[VideoFolder]):
         self.clips = [
@@ -345,13 +350,13 @@ class FolderClips:
         random.Random(config.seed).shuffle(self.clips)
         self.clips = self.clips[: config.num_clips]
         self.digest = hashlib.sha256("".join(folder.digest for folder in folders).encode()).hexdigest()
-        """Of the videos and of how many clips each has, on which the clips' order depends."""
+        """Digest of the videos and their numbers of clips, which decide the order of the clips."""
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def batch(self, indices: range, device: torch.device) -> Batch:
-        """Some of them; fewer than asked for where files are damaged."""
+        """The clips with these numbers, without those of damaged files."""
         found = [folder.clip(place, epoch) for folder, place, epoch in (self.clips[index] for index in indices)]
         return to_batch([clip for clip in found if clip is not None], device)
 
@@ -363,7 +368,7 @@ class StreamClips:
         self.config, self.streams = config, streams
 
     def videos(self) -> Iterator[Listed]:
-        """Those of this process, in their order."""
+        """The videos of this process, in order."""
         return iter(self.streams[0].videos(0))
 
     def clips(self, listed: Listed) -> Iterator[Clip]:
@@ -375,7 +380,7 @@ class StreamClips:
 def open_source(
     config: EncodeConfig, bucket: Bucket | None
 ) -> WorldClips | DigitClips | FolderClips | StreamClips | None:
-    """What the settings name; of a folder in buckets, the videos of one of them, `None` where it has none."""
+    """Opens the source of clips; with buckets, only the videos of one bucket, or `None` if it has no videos."""
     if config.data is None:
         return WorldClips(config)
     augmentation, size = Augmentation(**config.augment), (config.height, config.width)
@@ -403,12 +408,12 @@ def open_source(
 
 @lru_cache
 def sorted_videos(data: str, samplings: tuple[tuple[Bucket, Sampling], ...]) -> dict[Bucket, list[Listed]]:
-    """The videos of a folder in their buckets; each file is looked at once, not once for each bucket."""
+    """The videos of a folder by bucket; cached, so that each file is probed once and not once per bucket."""
     return sort_into_buckets(list_videos(Path(data)), dict(samplings))
 
 
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:
-    """Clips side by side."""
+    """Stacks clips into a batch."""
     if not clips:
         return Batch(torch.empty(0), [], [], torch.empty(0))
     pixels, real = stack_clips(clips, device)
@@ -416,7 +421,7 @@ def to_batch(clips: list[Clip], device: torch.device) -> Batch:
 
 
 def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor) -> Tensor:
-    """Normalised latents of clips, on the CPU in half precision."""
+    """Encodes clips to normalised latents, on the CPU in half precision."""
     with torch.autocast(clip.device.type, torch.bfloat16):
         posterior = vae.encode(clip).latent_dist
     return vae.normalize(posterior.mode().float()).half().cpu()
@@ -425,7 +430,7 @@ def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor) -> Tensor:
 def shard_settings(
     config: EncodeConfig, vae: CausalVideoVAE | AutoencoderKL, text: TextEncoder | None
 ) -> dict[str, Any]:
-    """What all shards of a folder have in common."""
+    """The settings that all shards of a folder must have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
     settings["vae_sha256"] = encoder_digest(vae)
     return settings | ({} if text is None else {"text_encoder_sha256": weights_digest(text.network)})

@@ -1,6 +1,6 @@
-"""Train a ConvLSTM that predicts frames, to stand beside the diffusion models when they are measured.
+"""Train a ConvLSTM that predicts frames, as a baseline for the diffusion models.
 
-A CPU-sized try:
+A small run for a CPU:
 
     accelerate launch train/train_convlstm.py --config train/recipes/shapes-64-convlstm.yaml --output_dir runs/try \
         --max_steps 20
@@ -24,40 +24,42 @@ from vgen.training.sources import ClipBatches, ClipSource, ShapesSource, VideoSo
 
 @dataclass(kw_only=True)
 class ConvLSTMConfig(RunConfig):
-    """Settings of a ConvLSTM's training."""
+    """Settings for training a ConvLSTM."""
 
     data: str | None = None
-    """Videos, as `vgen.data.sources.open_clips` takes them; ShapesWorld without."""
+    """A folder of videos or another source of `vgen.data.sources.open_clips`; `None` generates ShapesWorld."""
     num_frames: int = 17
-    """Of a clip."""
+    """Frames per clip."""
     given: int = 5
-    """Frames that a prediction starts from."""
+    """Number of given frames at the start of a clip; the others are predicted."""
     height: int = 64
-    """Pixels."""
+    """Height of clips in pixels."""
     width: int = 64
-    """Pixels."""
+    """Width of clips in pixels."""
     frame_rate: float | None = 8.0
-    """Frames per second that videos are resampled to; `None` takes their own."""
+    """Frames per second that videos are resampled to; `None` keeps their own rate."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `ConvLSTMPredictor` for random weights; `--init` ignores them."""
+    """Arguments of `ConvLSTMPredictor` for random weights; ignored with `--init`."""
     num_score_clips: int = 64
-    """Fresh clips that a score is the mean over."""
+    """Number of new clips for a score."""
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A setting is out of range.
         """
         super().check()
         if not 1 <= self.given < self.num_frames:
-            raise ValueError(f"given={self.given} must leave some of {self.num_frames} frames to predict")
+            raise ValueError(
+                f"given must be at least 1 and below num_frames={self.num_frames}, got given={self.given}"
+            )
         if self.compile or self.gradient_checkpointing:
-            raise ValueError("this network is small: train it without compile and gradient_checkpointing")
+            raise ValueError("train_convlstm.py does not support compile or gradient_checkpointing")
 
 
 def main(config: ConvLSTMConfig) -> None:
-    """Trains; the same call goes on where an interrupted one stopped."""
+    """Trains a ConvLSTM; the same call resumes an interrupted run."""
     if config.dry_run:
         print(config_text(config))
         return
@@ -97,7 +99,7 @@ def main(config: ConvLSTMConfig) -> None:
 
 
 def open_source(config: ConvLSTMConfig, seed: int) -> ClipSource:
-    """What the settings train on."""
+    """Opens the training data, or data for scores with another seed."""
     size = {"height": config.height, "width": config.width, "seed": seed}
     if config.data is None:
         return ShapesSource("train", **size, frame_rates=[config.frame_rate or 8.0])
@@ -106,7 +108,7 @@ def open_source(config: ConvLSTMConfig, seed: int) -> ClipSource:
 
 @torch.no_grad()
 def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, device: torch.device) -> float:
-    """Mean PSNR in dB of what is predicted behind the given frames of fresh clips."""
+    """Mean PSNR in dB of the frames predicted after the given frames of new clips."""
     values = []
     for first in range(0, config.num_score_clips, config.batch_size):
         numbers = range(first, min(first + config.batch_size, config.num_score_clips))

@@ -1,6 +1,6 @@
-"""Train a small text encoder, before a denoiser reads it, to know which of a caption's words belong together.
+"""Pretrain a small text encoder for a denoiser, so that it knows which words of a caption describe the same object.
 
-For prompts in free English take a pretrained encoder instead. A CPU-sized try:
+For prompts in unrestricted English, use a pretrained text encoder instead. A small run for a CPU:
 
     accelerate launch train/train_text_encoder.py --config train/recipes/shapes-64-text.yaml --output_dir runs/try \
         --max_steps 20
@@ -15,27 +15,27 @@ from accelerate import Accelerator
 from vgen.data.shapes import ShapesWorld, vocabulary
 from vgen.io.atomic import atomic_directory
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer
-from vgen.training.attributes import ATTRIBUTES, NOT_SAID, AttributeReader, CaptionBatches, attribute_loss
+from vgen.training.attributes import ATTRIBUTES, IGNORED, AttributeReader, CaptionBatches, attribute_loss
 from vgen.training.feed import Feed, to_device
 from vgen.training.run import Run, RunConfig, config_text, parse_config, start
 
 
 @dataclass(kw_only=True)
 class TextEncoderConfig(RunConfig):
-    """Settings of a text encoder's training."""
+    """Settings for training a text encoder."""
 
     dim: int = 128
     """Channels of the embeddings."""
     num_layers: int = 2
-    """Blocks."""
+    """Number of transformer blocks."""
     max_sequence_length: int = 32
-    """Tokens of a prompt."""
+    """Length in tokens that captions are padded or truncated to."""
     num_score_captions: int = 1000
-    """Captions of combinations never seen that a score is the mean over."""
+    """Number of captions with held-out combinations for a score."""
 
 
 def main(config: TextEncoderConfig) -> None:
-    """Trains; the same call goes on where an interrupted one stopped."""
+    """Trains a text encoder; the same call resumes an interrupted run."""
     if config.dry_run:
         print(config_text(config))
         return
@@ -50,7 +50,7 @@ def main(config: TextEncoderConfig) -> None:
     batches = CaptionBatches(world, tokenizer, config.batch_size, config.max_sequence_length)
     feed = Feed(run, batches)
     if run.sharded:
-        raise ValueError("this network is small: train it without FSDP or DeepSpeed")
+        raise ValueError("train_text_encoder.py does not support FSDP and DeepSpeed: launch it without them")
 
     for _ in run.steps():
         total = torch.zeros((), device=accelerator.device)
@@ -60,7 +60,7 @@ def main(config: TextEncoderConfig) -> None:
             logits = run.network(*tokens)
             size = tokens[0].shape
             run.count(len(tokens[0]), size.numel(), size, lambda network, tokens=tokens: network(*tokens))
-            loss = attribute_loss(logits, batch["said"]) / config.batch_size
+            loss = attribute_loss(logits, batch["targets"]) / config.batch_size
             run.backward(loss)
             total += loss.detach()
         run.update()
@@ -83,15 +83,15 @@ def main(config: TextEncoderConfig) -> None:
 def score(
     model: AttributeReader, tokenizer: Any, config: TextEncoderConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Share of objects whose attribute is read right, in captions of combinations never seen."""
+    """Accuracy of each attribute, over the objects in captions with held-out combinations."""
     world = ShapesWorld(split="held_out", seed=config.seed + 1)
     batches = CaptionBatches(world, tokenizer, config.num_score_captions, config.max_sequence_length)
     batch = to_device(batches.draw(range(config.num_score_captions)), accelerator.device)
     logits = model(batch["input_ids"], batch["mask"])
-    said = batch["said"]
-    there = said[..., 0] != NOT_SAID
-    right = [(one.argmax(-1) == said[..., i])[there] for i, one in enumerate(logits)]
-    return {name: one.float().mean().item() for name, one in zip(ATTRIBUTES, right, strict=True)}
+    targets = batch["targets"]
+    has_target = targets[..., 0] != IGNORED
+    correct = [(values.argmax(-1) == targets[..., i])[has_target] for i, values in enumerate(logits)]
+    return {name: values.float().mean().item() for name, values in zip(ATTRIBUTES, correct, strict=True)}
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_shards_that_differ_are_refused(tmp_path):
     write_shard(
         tmp_path / "1.safetensors", torch.zeros(1, 1, 2, 1, 1), [["a"]], [8.0], motion=torch.zeros(1, 3, 1, 1, 1)
     )
-    with pytest.raises(ValueError, match="some shards of .* have motion, some have none"):
+    with pytest.raises(ValueError, match="some shards of .* have motion and some do not"):
         LatentSet(tmp_path)
     write_shard(tmp_path / "1.safetensors", torch.zeros(1, 1, 3, 1, 1), [["a"]], [8.0])
     with pytest.raises(ValueError, match="different shapes"):

@@ -104,13 +104,13 @@ def test_captions_are_tokenised_by_the_feed(tmp_path):
 
 def test_the_loss_of_attributes_counts_what_is_said():
     batch = CaptionBatches(ShapesWorld(), make_word_tokenizer(vocabulary(), 32), 4, 32)[0, slice(0, 4)]
-    said = batch["said"]
+    targets = batch["targets"]
     one_hot = [
-        torch.nn.functional.one_hot(said[..., i].clamp_min(0), len(values)).float() * 100
+        torch.nn.functional.one_hot(targets[..., i].clamp_min(0), len(values)).float() * 100
         for i, values in enumerate(ATTRIBUTES.values())
     ]
-    assert attribute_loss(one_hot, said) < 1e-6
+    assert attribute_loss(one_hot, targets) < 1e-6
     even = [torch.zeros_like(one) for one in one_hot]
-    objects = (said[..., 0] >= 0).sum()
+    objects = (targets[..., 0] >= 0).sum()
     expected = objects * np.mean([np.log(len(values)) for values in ATTRIBUTES.values()])
-    torch.testing.assert_close(attribute_loss(even, said).double(), expected.double())
+    torch.testing.assert_close(attribute_loss(even, targets).double(), expected.double())

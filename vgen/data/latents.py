@@ -1,4 +1,4 @@
-"""Clips encoded once: latents and captions in safetensors shards, of which each clip is read when it is needed."""
+"""Encoded clips: latents and captions in safetensors shards, from which clips are read on demand."""
 
 from __future__ import annotations
 
@@ -29,22 +29,28 @@ def write_shard(
     no_prompt: Tensor | None = None,
     real: Tensor | None = None,
 ) -> None:
-    """Writes what is known of some clips; the file appears whole or not at all.
+    """Writes a shard of encoded clips atomically.
 
     Args:
-        path: Of the shard.
-        latents: Normalised, `(n, c, t, h, w)`; kept in half precision.
-        captions: Of each clip.
+        path: Path of the shard.
+        latents: Normalised latents `(n, c, t, h, w)`; stored in half precision.
+        captions: Captions of each clip.
         frame_rates: Pixel frames per second of each clip.
-        frames: Latents of single frames, `(n, f - 1, c, h, w)`, those of every frame after the first encoded alone.
-        motion: From each latent to the next, `(n, 3, t - 1, h, w)`: how far to the right and down, in latent pixels,
-            and 1 where that can be trusted.
-        embeddings: Of all captions, one after another, `(k, l, d)`.
-        no_prompt: Embedding of "", `(l, d)`, which goes with `embeddings`.
-        real: 1 for latents of real frames, 0 where a short video was padded, `(n, t)`; `None` if all are real.
+        frames: Latents of every frame after the first, each encoded as an image, `(n, f - 1, c, h, w)`.
+        motion: Motion from each latent to the next, `(n, 3, t - 1, h, w)`: displacement to the right and down in
+            latent pixels, and 1 where it is reliable.
+        embeddings: Embeddings of the captions of all clips, concatenated, `(k, l, d)`.
+        no_prompt: Embedding of the empty prompt, `(l, d)`; required with `embeddings`.
+        real: 1 for latents of real frames and 0 for padding, `(n, t)`; `None` if all are real.
+
+    Raises:
+        ValueError: The numbers of latents, captions and frame rates differ.
     """
     if not len(latents) == len(captions) == len(frame_rates):
-        raise ValueError(f"{len(latents)} latents with {len(captions)} lists of captions, {len(frame_rates)} rates")
+        raise ValueError(
+            "latents, captions and frame_rates must have the same length, got "
+            f"{len(latents)} latents with {len(captions)} lists of captions and {len(frame_rates)} frame rates"
+        )
     metadata = {"captions": json.dumps([list(one) for one in captions])}
     given = {
         "latents": latents,
@@ -65,40 +71,42 @@ class EncodedClip(NamedTuple):
     """One clip of a `LatentSet`."""
 
     latents: Tensor
-    """Normalised, `(c, t, h, w)`."""
+    """Normalised latents `(c, t, h, w)`."""
     captions: list[str]
     frame_rate: float
     frames: Tensor | None
-    """Latents of its frames from the second on, each encoded alone, `(f - 1, c, h, w)`."""
+    """Latents of every frame after the first, each encoded as an image, `(f - 1, c, h, w)`."""
     motion: Tensor | None
-    """As `write_shard` takes it, `(3, t - 1, h, w)`."""
+    """Motion between latents, `(3, t - 1, h, w)`; see `write_shard`."""
     real: Tensor
-    """bool `(t,)`, false where a short video was padded."""
+    """bool `(t,)`, false for padding of short videos."""
 
 
 def shard_length(path: Path) -> int:
-    """Clips of a shard."""
+    """Number of clips in a shard."""
     with safe_open(path, framework="pt") as file:
         return len(json.loads(file.metadata()["captions"]))
 
 
 class LatentSet(torch.utils.data.Dataset):
-    """The clips of a folder's shards. Captions and frame rates are in memory; all else is read when a clip is.
+    """The clips in a folder of shards. Captions and frame rates are kept in memory; tensors are read on demand.
 
-    Shards are memory-mapped, so what was read stays in the page cache, which processes share. Copies that are sent to
-    other processes open the files anew.
+    Shards are memory-mapped, so that processes share them in the page cache. After pickling, a copy opens the files
+    again.
 
     Args:
-        folder: Where `write_shard` wrote `*.safetensors`.
+        folder: Folder of `*.safetensors` files that `write_shard` wrote.
 
     Raises:
-        ValueError: The folder holds no shards, or they do not go together.
+        ValueError: The folder holds no shards, or their shapes or contents differ.
     """
 
     def __init__(self, folder: Path):
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
-            raise ValueError(f"{folder} holds no latents (*.safetensors): write them with pipelines/encode_latents.py")
+            raise ValueError(
+                f"{folder} holds no latents (*.safetensors): create them with pipelines/encode_latents.py"
+            )
         self.captions: list[list[str]] = []
         self._files: dict[int, Any] = {}  # open shards
         self._begins: list[int] = []  # number of each shard's first clip
@@ -116,12 +124,14 @@ class LatentSet(torch.utils.data.Dataset):
         if len(set(shapes)) > 1:
             raise ValueError(f"the shards of {folder} have latents of different shapes: {sorted(set(shapes))}")
         self.shape: tuple[int, ...] = shapes[0]
-        """Of a clip's latents, `(c, t, h, w)`."""
+        """Shape of a clip's latents, `(c, t, h, w)`."""
         self.frame_rates = torch.cat(rates)
         """Pixel frames per second of each clip."""
         for name in ("frames", "motion", "embeddings"):
             if 0 < sum(name in one for one in names) < len(names):
-                raise ValueError(f"some shards of {folder} have {name}, some have none: encode them all alike")
+                raise ValueError(
+                    f"some shards of {folder} have {name} and some do not: encode all clips with the same settings"
+                )
         self._names = names
 
     def __len__(self) -> int:
@@ -129,29 +139,29 @@ class LatentSet(torch.utils.data.Dataset):
 
     @property
     def num_latents(self) -> int:
-        """Latent frames of a clip."""
+        """Number of latent frames per clip."""
         return self.shape[1]
 
     @property
     def has_frames(self) -> bool:
-        """Whether each frame was encoded alone, too."""
+        """Whether clips have latents of single frames."""
         return "frames" in self._names[0]
 
     @property
     def has_motion(self) -> bool:
-        """Whether clips come with the motion between their latents."""
+        """Whether clips have the motion between their latents."""
         return "motion" in self._names[0]
 
     @property
     def has_embeddings(self) -> bool:
-        """Whether captions were embedded when the clips were encoded."""
+        """Whether clips have embeddings of their captions."""
         return "embeddings" in self._names[0]
 
     @property
     def digest(self) -> str:
-        """Of all captions and rates, and of 64 clips spread over the folder."""
-        told = json.dumps([self.captions, self.frame_rates.tolist(), [len(self), *self.shape]]).encode()
-        digest = hashlib.sha256(told)
+        """SHA-256 of all captions and frame rates, and of the latents of up to 64 evenly spaced clips."""
+        summary = json.dumps([self.captions, self.frame_rates.tolist(), [len(self), *self.shape]]).encode()
+        digest = hashlib.sha256(summary)
         for index in torch.linspace(0, len(self) - 1, min(64, len(self))).long().tolist():
             latents = self._read("latents", *self._place(index))
             digest.update(latents.contiguous().view(torch.uint8).numpy().tobytes())
@@ -160,7 +170,7 @@ class LatentSet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> EncodedClip:
         """One clip."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"clip {index} of {len(self)}")
+            raise IndexError(f"clip index must be in [{-len(self)}, {len(self)}), got {index}")
         index %= len(self)
         shard, row = self._place(index)
         frames, motion, real = (
@@ -172,7 +182,7 @@ class LatentSet(torch.utils.data.Dataset):
         return EncodedClip(latents, self.captions[index], rate, frames, motion, real)
 
     def embedding(self, index: int, caption: int | None) -> Tensor:
-        """The embedding `(l, d)` of one of a clip's captions, or of "" for `None`."""
+        """The embedding `(l, d)` of one of a clip's captions, or of the empty prompt for `None`."""
         if caption is None:
             return self._file(len(self.paths) - 1).get_tensor("no_prompt")
         shard, _ = self._place(index)
@@ -196,5 +206,5 @@ class LatentSet(torch.utils.data.Dataset):
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch, a function of the seed and the epoch alone."""
+    """The order of an epoch, which depends only on the seed and the epoch."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,4 +1,4 @@
-"""A video file in memory, such as a row of a dataset."""
+"""A video file in memory, for example from a row of a dataset."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class MemoryFile:
-    """Stands in for the path of a file where videos are read.
+    """Replaces the path of a file in functions that read videos.
 
     Args:
-        name: Of the file; its suffix says what it is.
-        content: All of its bytes.
+        name: Name of the file; its suffix gives the format.
+        content: Bytes of the file.
     """
 
     def __init__(self, name: Path, content: bytes):
@@ -23,21 +23,21 @@ class MemoryFile:
         return self.name
 
     def exists(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def is_file(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def is_dir(self) -> bool:
-        """No."""
+        """Always false."""
         return False
 
     def stat(self) -> Any:
-        """Its size."""
+        """The status of the file, with its size."""
         return SimpleNamespace(st_size=len(self.content))
 
     def open(self, mode: str = "rb") -> io.BytesIO:
-        """A stream of its bytes."""
+        """Opens the file as a stream of bytes."""
         return io.BytesIO(self.content)

@@ -1,4 +1,4 @@
-"""What a folder of videos is good for, before anything is trained on it."""
+"""Validation of a folder of videos before training."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def validate_folder(
     hop: int | None = None,
     short: str = "skip",
 ) -> dict[str, Any]:
-    """Decodes every video of a folder from start to end and says what comes of it.
+    """Decodes every video of a folder from start to end and reports which clips it yields.
 
     Args:
-        folder: As `list_videos` takes it.
-        buckets: Shapes of clips that are wanted.
-        frame_rate: Frames per second that videos are resampled to; `None` takes their own.
-        compression: Frames per latent; valid lengths are `1 + compression * k`.
-        batch_size: Clips of a step.
-        stride: As in `Sampling`, for every window of a video, like the two that follow.
-        hop: From one window to the next.
-        short: What becomes of videos with too few frames.
+        folder: A folder for `list_videos`.
+        buckets: Shapes of the clips.
+        frame_rate: Frames per second that videos are resampled to; `None` keeps their own rate.
+        compression: Temporal compression of the VAE; valid lengths are `1 + compression * k`.
+        batch_size: Clips per batch.
+        stride: Step between the frames of a clip; see `Sampling`, also for `hop` and `short`.
+        hop: Step between the starts of windows.
+        short: How to treat videos with too few frames.
 
     Returns:
-        Of JSON's kinds: `clips`, one entry for each listed video or part (`path`, `accepted`, `reason`, `num_frames`,
-        `height`, `width`, `nearest_length`, `bucket`, `num_clips`, `captions`; the nearest length is the longest legal
-        one that it has); `accepted` and `refused`, their numbers; `without_caption`; `buckets`, for each its clips,
-        batches an epoch, and the memory of a batch of pixels in float32, in MiB.
+        A JSON-serialisable dictionary. `clips` has an entry for each listed video or segment: `path`, `accepted`,
+        `reason`, `num_frames`, `height`, `width`, `nearest_length` (longest valid length that fits), `bucket`,
+        `num_clips`, `captions`. `accepted`, `refused` and `without_caption` are numbers of such entries. `buckets`
+        has, for each bucket, its clips and batches per epoch, and the size of a batch of float32 pixels in MiB.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder does not exist.
         ValueError: It lists no videos, or a setting is out of range.
     """
     samplings = {

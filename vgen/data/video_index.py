@@ -1,4 +1,4 @@
-"""What videos say about themselves, probed once: for all frame rates and lengths of clips, and for later runs."""
+"""A cache of the properties of video files, so that each file is probed only once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from vgen.data.video_io import VideoInfo, video_info
 from vgen.io.atomic import atomic_file
 
 INDEX = ".vgen-index.json"
-"""Name of a folder's index."""
+"""Name of the index file in a folder."""
 
 
 class VideoIndex:
-    """The probed files of a folder, kept in a file there as long as their sizes and times of change stay.
+    """The properties of the files in a folder, stored there. An entry is valid while the file is unchanged.
 
-    A folder that cannot be written keeps none, and a damaged one is written anew; then files are probed once for each
-    process.
+    A damaged index is replaced. In a read-only folder nothing is stored, and each process probes files once.
 
     Args:
-        folder: Of the videos.
+        folder: Folder of the videos.
     """
 
     def __init__(self, folder: Path):
@@ -37,10 +36,10 @@ class VideoIndex:
         """Describes a file of the folder; see `video_info`.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             ValueError: It cannot be read as a video.
         """
-        if not path.is_file():  # a folder of frames may change without its time
+        if not path.is_file():  # a folder of frames may change without a new mtime
             return video_info(path)
         name, status = os.path.relpath(path, self.folder), path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
@@ -53,7 +52,7 @@ class VideoIndex:
         return info
 
     def save(self) -> None:
-        """Writes what was found, with what another process wrote meanwhile, if the folder can be written."""
+        """Writes new entries, merged with those of other processes, if the folder is writable."""
         if not self._changed:
             return
         self._entries = self._read() | self._entries
@@ -69,14 +68,14 @@ class VideoIndex:
                 size, time = entry["stamp"]
                 if not isinstance(size, int) or not isinstance(time, int):
                     return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or damaged
             return {}
         return entries
 
 
 @lru_cache(maxsize=16)
 def index_of(folder: Path) -> VideoIndex:
-    """A folder's index, the same one each time."""
+    """The index of a folder; cached."""
     return VideoIndex(folder)
 
 
@@ -84,7 +83,7 @@ _PROBED: dict[Hashable, VideoInfo] = {}
 
 
 def probe_once(key: Hashable, probe: Callable[[], VideoInfo]) -> VideoInfo:
-    """What `probe` returned when it was first called for this key in this process."""
+    """Calls `probe`, and caches the result for this key in this process."""
     if key not in _PROBED:
         _PROBED[key] = probe()
     return _PROBED[key]

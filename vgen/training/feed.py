@@ -1,4 +1,4 @@
-"""Feeds a run with batches: workers make them ahead of the step, and they arrive on the device without waiting."""
+"""Data loading for runs: workers prepare batches in advance, and copies to the device do not block."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vgen.training.run import Run, RunConfig, micro_batches
 
 MOST_WORKERS = 4
-"""Workers of a process where the settings leave their number open."""
+"""Maximum number of workers per process if the settings do not give a number."""
 
 
 class StepSampler(Sampler):
-    """The parts of each step's batch that this process computes, as `(step, slice)`, from a step on.
+    """The parts of each step's batch that this process computes, as `(step, slice)`, from `run.step` on.
 
     Args:
-        run: To feed.
-        size: Samples of a step's batch.
+        run: The run.
+        size: Returns the number of samples of a step's batch.
     """
 
     def __init__(self, run: Run, size: Callable[[int], int]):
@@ -43,14 +43,14 @@ class StepSampler(Sampler):
 class Feed:
     """An iterator over the parts of a run's batches, in the order of `run.steps()` and `run.parts()`.
 
-    What a batch holds is a function of its step and part, so it depends neither on the number of workers nor on where
-    a run was interrupted. Workers are started with the first batch.
+    A batch depends only on its step and part, and neither on the number of workers nor on where a run was interrupted.
+    Workers are started when the first batch is requested.
 
     Args:
-        run: To feed; it begins at `run.step`.
-        batches: A batch by `(step, slice)`, as tensors on the CPU and other values. `max_workers`, if it has one,
-            bounds the number of workers.
-        size: Samples of a step's batch; `None` for always `batch_size`.
+        run: The run; the feed starts at `run.step`.
+        batches: Dataset of batches, indexed by `(step, slice)`, with tensors on the CPU. Its attribute `max_workers`,
+            if present, limits the number of workers.
+        size: Returns the number of samples of a step's batch; `None` means `batch_size` in all steps.
     """
 
     def __init__(self, run: Run, batches: Dataset, size: Callable[[int], int] | None = None):
@@ -72,7 +72,7 @@ class Feed:
         )
         self._batches: Iterator[Any] | None = None
         self.close: Callable[[], Any] = lambda: None
-        """Ends the workers, as leaving the feed to the garbage collector or the end of the program does."""
+        """Stops the workers; also called by the garbage collector and at the end of the program."""
 
     def __iter__(self) -> Feed:
         return self
@@ -80,15 +80,15 @@ class Feed:
     def __next__(self) -> Any:
         """The next part, on the device."""
         if self._batches is None:
-            with deaf_children() if self._loader.num_workers else nullcontext():
+            with block_signals_in_children() if self._loader.num_workers else nullcontext():
                 self._batches = iter(self._loader)
-            # without it, the program would wait at its end for workers that ignore its request to end
+            # otherwise the program would hang at exit, waiting for workers that ignore SIGTERM
             self.close = weakref.finalize(self, getattr(self._batches, "_shutdown_workers", int))
         return to_device(next(self._batches), self.device)
 
 
 def num_workers(config: RunConfig, device: torch.device) -> int:
-    """Workers of each process: as configured, or by default 0 on the CPU, whose cores the training itself needs."""
+    """Number of workers per process: as configured; by default 0 on the CPU, where training needs all cores."""
     if config.num_workers is not None:
         return config.num_workers
     if device.type == "cpu":
@@ -99,7 +99,7 @@ def num_workers(config: RunConfig, device: torch.device) -> int:
 
 
 def worker_context() -> Any:
-    """How workers start: forked from a server that has imported what this process has, but runs no threads.
+    """The start method of workers: forked from a server that has imported vgen and runs no threads.
 
     A fork of the training process itself could inherit locks that its threads hold.
     """
@@ -110,19 +110,19 @@ def worker_context() -> Any:
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
-"""Signals to all processes of a run, which only the training process answers: workers end when it does."""
+"""Signals that only the training process handles; workers ignore them and end with it."""
 
 
 def ignore_signals(_: int) -> None:
-    """Lets a worker ignore `SIGNALS`."""
+    """Makes a worker ignore `SIGNALS`."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
-    """Lets processes that are started ignore `SIGNALS`, such as the server that workers are forked from."""
-    resource_tracker.ensure_running()  # which would let them through again
+def block_signals_in_children() -> Iterator[None]:
+    """Blocks `SIGNALS` in processes that are started in this context, such as the fork server of workers."""
+    resource_tracker.ensure_running()  # its start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -131,7 +131,7 @@ def deaf_children() -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch whose tensors are on a device, which they reach while the CPU goes on if their memory is pinned."""
+    """Moves the tensors of a batch to a device; from pinned memory, without blocking the CPU."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

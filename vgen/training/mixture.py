@@ -1,6 +1,6 @@
-"""What a training sample asks of the denoiser: which window of a clip, and which of its frames are known.
+"""Random tasks for training samples: the window of a clip, and its known frames.
 
-All draws come from a `random.Random` of the sample, and token frames count within the window unless said otherwise.
+All random choices use the sample's own `random.Random`. Token frames are counted from the start of the window.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ FACTORS = (2, 3, 4, 7, 8, 16)
 
 
 def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Random) -> list[int]:
-    """The token frames of a clip that a sample trains on.
+    """Draws the token frames of a clip that a sample trains on; they are counted from the start of the clip.
 
     Args:
-        kind: `start`: the first ones; `anywhere`: consecutive ones; `sink`: the first `sink` ones and later ones with
-            a gap between, as in a rollout whose cache has lost frames.
-        length: Token frames of the window.
-        total: Of the clip.
-        sink: Frames that a rollout never forgets.
-        rng: Of this sample.
+        kind: `start`: the first token frames; `anywhere`: consecutive token frames; `sink`: the first `sink` token
+            frames and, after a gap, later ones, as in a rollout whose KV cache has evicted frames.
+        length: Length of the window in token frames.
+        total: Length of the clip in token frames.
+        sink: Number of token frames in the attention sink, which a rollout never evicts.
+        rng: Random numbers of this sample.
 
     Raises:
-        ValueError: The kind is unknown, or the clip is too short for it.
+        ValueError: The kind is unknown, or the clip is too short.
     """
     if kind not in WINDOWS:
-        raise ValueError(f"a window of kind {kind!r} is unknown: give one of {', '.join(WINDOWS)}")
+        raise ValueError(f"the kind of a window must be one of {', '.join(WINDOWS)}, got {kind!r}")
     gap = kind == "sink"
     if length + gap > total or length <= least_known(kind, sink):
         raise ValueError(f"a {kind!r} window of {length} token frames does not fit clips of {total} (sink: {sink})")
@@ -43,35 +43,34 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
 
 
 def least_known(kind: str, sink: int) -> int:
-    """How many token frames of a window are known in any case, given its kind.
+    """The minimum number of known leading token frames in a window of a kind.
 
-    A video begins with an image's latent, so that what does not begin its clip is never generated from nothing; behind
-    a gap one frame more than the sink is known.
+    The first latent of a video is that of an image, so windows that do not begin with their clip need known frames.
+    After a gap, one token frame is known in addition to the sink.
     """
     return {"start": 0, "anywhere": 1, "sink": sink + 1}[kind]
 
 
 def draw_num_leading(known: str, length: int, least: int, legal: Collection[int], rng: random.Random) -> int:
-    """How many token frames at the start of a window are known: at least `least`, and at least 1 where asked.
+    """Draws the number of known token frames at the start of a window.
 
     Args:
-        known: `none`, `leading`, `keyframes`, or `both` of the last.
-        length: Token frames of the window.
-        least: See `least_known`.
-        legal: Numbers to draw from where leading frames are asked for, as far as the window allows them; empty takes
-            any.
-        rng: Of this sample.
+        known: `none`, `leading`, `keyframes`, or `both` (leading frames and keyframes).
+        length: Length of the window in token frames.
+        least: The minimum; see `least_known`. With `leading` and `both`, it is at least 1.
+        legal: Numbers to draw from with `leading` and `both`, if the window allows them; empty allows all numbers.
+        rng: Random numbers of this sample.
 
     Raises:
-        ValueError: The kind is unknown, or no number is left.
+        ValueError: `known` is unknown, or the window allows none of the numbers.
     """
     if known not in KNOWN:
-        raise ValueError(f"known={known!r} is unknown: give one of {', '.join(KNOWN)}")
-    asked = known in ("leading", "both")
-    least = max(least, int(asked))
+        raise ValueError(f"known must be one of {', '.join(KNOWN)}, got {known!r}")
+    wants_leading = known in ("leading", "both")
+    least = max(least, int(wants_leading))
     if not least:
         return 0
-    numbers = [number for number in range(least, length) if not (asked and legal) or number in legal]
+    numbers = [number for number in range(least, length) if not (wants_leading and legal) or number in legal]
     if not numbers:
         raise ValueError(
             f"num_leading={list(legal)}: a window of {length} token frames allows {least} to {length - 1}"
@@ -80,20 +79,21 @@ def draw_num_leading(known: str, length: int, least: int, legal: Collection[int]
 
 
 def draw_keyframes(kind: str, frames: Sequence[int], compression: int, rng: random.Random) -> list[int]:
-    """Which of the pixel frames that could be keyframes are known.
+    """Draws the known keyframes from the pixel frames that can be keyframes.
 
     Args:
-        kind: `every` n-th, the `last`, `any`, or those `next` to the known beginning that fill no latent.
-        frames: Consecutive pixel frames, counted from the frame before the first known gap: in slow motion by 4,
-            frames 4, 8, 12, ... are known.
-        compression: Pixel frames a latent.
-        rng: Of this sample.
+        kind: `every` n-th frame, the `last` frame, `any` random frames, or the ones `next` to the leading known
+            frames, which do not fill a latent.
+        frames: Indices of consecutive pixel frames, of which the first follows a known frame. In slow motion by a
+            factor of 4, frames 4, 8, 12, ... after that known frame are keyframes.
+        compression: Pixel frames per latent.
+        rng: Random numbers of this sample.
 
     Raises:
         ValueError: The kind is unknown.
     """
     if kind not in KEYFRAMES:
-        raise ValueError(f"keyframes={kind!r} are unknown: give one of {', '.join(KEYFRAMES)}")
+        raise ValueError(f"the kind of keyframes must be one of {', '.join(KEYFRAMES)}, got {kind!r}")
     if kind == "next":
         return list(frames[: rng.randint(1, max(1, compression - 1))])
     if kind == "every":

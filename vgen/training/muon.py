@@ -1,4 +1,4 @@
-"""Muon for kernels of convolutions, too."""
+"""The optimiser Muon, extended to the kernels of convolutions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from torch import nn
 
 
 class KernelMuon(torch.optim.Muon):
-    """`torch.optim.Muon` for weights of two and more dimensions: each is a matrix of output channels by all the rest.
+    """`torch.optim.Muon` for weights of two and more dimensions, flattened to (output channels, all other dimensions).
 
-    The optimiser's own parameters are views of the weights, taken anew at every step, so that weights may be moved to
-    another device or replaced in between.
+    The optimiser's parameters are views of the weights that are renewed in every step, so that weights may be moved to
+    another device or replaced between steps.
 
     Args:
         weights: Matrices (out, in) and kernels (out, in, ...).
-        settings: Of `torch.optim.Muon`.
+        settings: Arguments of `torch.optim.Muon`.
 
     Source: https://kellerjordan.github.io/posts/muon/, which flattens the last three dimensions of kernels.
     """
@@ -26,14 +26,14 @@ class KernelMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Changes the weights by their gradients."""
+        """Takes an optimiser step."""
         for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
             matrix.data = weight.detach().view(matrix.shape)
             matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of the weights."""
+        """Clears the gradients of the weights."""
         super().zero_grad(set_to_none)
         for weight in self._weights:
             weight.grad = None

@@ -1,4 +1,4 @@
-"""Which noise each token frame of a training sample gets; level 0 is clean, level 1 is noise alone."""
+"""Noise levels of the token frames of a training sample; level 0 is clean, level 1 is pure noise."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def draw_levels(
     shift: float = 1.0,
     uniform: bool = False,
 ) -> Tensor:
-    """Draws levels `(n,)` for the token frames of one sample: logit-normal as flow matching wants them, or uniform.
+    """Draws levels `(n,)` for the token frames of one sample: logit-normal for flow matching, or uniform.
 
     Args:
         kind: `shared`: one level for all; `group`: one for each group; `independent`: one for each frame, as in
             diffusion forcing.
         groups: Group of each token frame, `(n,)`.
-        generator: Of this sample, on the CPU.
-        mean: Of the logit.
-        std: Of the logit.
-        shift: Moves levels towards noise: `shift * l / (1 + (shift - 1) * l)`.
-        uniform: Whether levels are uniform in (0, 1] instead, as diffusion wants them.
+        generator: Random numbers of this sample, on the CPU.
+        mean: Mean of the logit.
+        std: Standard deviation of the logit.
+        shift: Timestep shift, `shift * l / (1 + (shift - 1) * l)`; values above 1 favour high noise levels.
+        uniform: Whether levels are uniform in (0, 1], for diffusion.
 
     Raises:
-        ValueError: There is no such kind.
+        ValueError: The kind is unknown.
 
     Source: Scaling rectified flow Transformers, arXiv 2403.03206, sections 3.1 and 5.3.2; Diffusion Forcing,
         arXiv 2407.01392.
     """
     if kind not in KINDS:
-        raise ValueError(f"noise levels of kind {kind!r} are unknown: give one of {', '.join(KINDS)}")
+        raise ValueError(f"the kind of noise levels must be one of {', '.join(KINDS)}, got {kind!r}")
     if uniform:
         draws = 1 - torch.rand(len(groups), generator=generator)
     else:

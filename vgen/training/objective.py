@@ -1,4 +1,4 @@
-"""What a denoiser is asked to predict, and the network that training calls."""
+"""Training objectives of flow matching and diffusion, and the module that training calls."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from vgen.models.prompts import embed
 
 
 class NoisySample(NamedTuple):
-    """What a network gets, and what it should give."""
+    """The input of a network, and its target."""
 
     latents: Tensor
-    """Noisy, `(b, c, t, h, w)`."""
+    """Noisy latents `(b, c, t, h, w)`."""
     timestep: Tensor
-    """What it is told, `(b, n)`."""
+    """Timestep of each token frame, `(b, n)`."""
     target: Tensor
-    """`(b, c, t, h, w)`."""
+    """Target of the prediction, `(b, c, t, h, w)`."""
     weight: Tensor
-    """Of the loss, `(b, n)`."""
+    """Weight of the loss of each token frame, `(b, n)`."""
 
 
 class Objective:
-    """Makes samples noisy as a scheduler expects.
+    """Adds noise to samples as a scheduler expects it.
 
     Args:
-        scheduler: Of flow matching, or of diffusers' DDPM family.
-        snr_gamma: Diffusion losses are weighted by `min(SNR, gamma)`; 0 weights all alike.
+        scheduler: A scheduler of flow matching, or of diffusers' DDPM family.
+        snr_gamma: Gamma of min-SNR loss weighting for diffusion; 0 turns the weighting off.
 
     Raises:
-        ValueError: The scheduler cannot be trained for, or the weighting does not apply.
+        ValueError: The scheduler is not supported, or does not support `snr_gamma`.
 
     Source: Denoising diffusion implicit models, arXiv 2010.02502; Progressive distillation (v), arXiv 2202.00512;
         Efficient diffusion training via min-SNR weighting strategy, arXiv 2303.09556.
@@ -44,20 +44,23 @@ class Objective:
 
     def __init__(self, scheduler: Any, snr_gamma: float = 0.0):
         self.prediction = prediction_of(scheduler)
-        # all of the family share their schedule of noise, but not all give targets
+        # all of the family have the same noise schedule, but not all compute targets
         self.scheduler = scheduler if self.prediction == "flow" else DDIMScheduler.from_config(scheduler.config)
         self.snr_gamma = snr_gamma
         if snr_gamma < 0 or (snr_gamma and self.prediction == "flow"):
-            raise ValueError(f"snr_gamma={snr_gamma} with {self.prediction}: give a positive one, with diffusion only")
+            raise ValueError(
+                f"snr_gamma must be 0 with flow matching and at least 0 with diffusion, got snr_gamma={snr_gamma} "
+                f"with {self.prediction}"
+            )
 
     def __call__(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisySample:
-        """A noisy sample.
+        """Makes a noisy sample.
 
         Args:
-            latents: Clean and normalised, `(b, c, t, h, w)`.
-            noise: The same shape.
-            levels: `(b, n)` in [0, 1], one for each token frame; `t` is a multiple of `n`. Diffusion rounds
-                up to whole timesteps; level 0 is clean.
+            latents: Clean normalised latents `(b, c, t, h, w)`.
+            noise: Gaussian noise of the same shape.
+            levels: Noise level of each token frame, `(b, n)` in [0, 1]; `t` is a multiple of `n`. Level 0 is clean.
+                Diffusion rounds levels up to whole timesteps.
         """
         timestep = level_to_timestep(self.scheduler, levels)
         if self.prediction == "flow":
@@ -76,14 +79,14 @@ class Objective:
         return NoisySample(noisy, timestep, target, weight)
 
     def estimate(self, sample: NoisySample, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latents that a prediction leads to, and how much of each frame's variance was signal.
+        """Estimates the clean latents from a prediction, and gives the signal fraction of each frame's variance.
 
         Args:
-            sample: What the network got.
-            prediction: What it gave, `(b, c, t, h, w)`.
+            sample: The input of the network.
+            prediction: Its output, `(b, c, t, h, w)`.
 
         Returns:
-            `(b, c, t, h, w)` and `(b, t)` in [0, 1]: near 0 the estimate means little.
+            The estimate `(b, c, t, h, w)` and the fraction `(b, t)` in [0, 1]; near 0, the estimate is poor.
         """
         k = prediction.shape[2] // sample.timestep.shape[1]
         timestep = repeat(sample.timestep, "b n -> b (n k)", k=k)
@@ -99,12 +102,12 @@ class Objective:
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Squared error of each sample `(b,)`, a weighted mean over the token frames that were to be generated.
+    """Squared error of each sample `(b,)`: a weighted mean over the token frames with a positive weight.
 
     Args:
-        prediction: `(b, c, t, h, w)`.
-        target: The same shape.
-        weight: `(b, n)`, of each token frame, 0 where it was known.
+        prediction: Output of the denoiser, `(b, c, t, h, w)`.
+        target: Target of the same shape.
+        weight: Weight of each token frame, `(b, n)`; 0 for known frames.
     """
     error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))
     weight = repeat(weight, "b n -> b (n k)", k=error.shape[1] // weight.shape[1]).to(error)
@@ -116,7 +119,7 @@ class PromptedDenoiser(nn.Module):
 
     Args:
         denoiser: Any denoiser of the package.
-        text_encoder: A transformers text encoder; `None` if prompts always come embedded.
+        text_encoder: A transformers text encoder; `None` if prompts are always passed as embeddings.
     """
 
     def __init__(self, denoiser: nn.Module, text_encoder: nn.Module | None):
@@ -139,16 +142,16 @@ class PromptedDenoiser(nn.Module):
         """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
 
         Args:
-            latents: Noisy.
-            timestep: Of each token frame.
+            latents: Noisy latents.
+            timestep: Timestep of each token frame.
             input_ids: Tokens of the prompts, `(b, l)`, with `prompt_mask`.
             prompt_mask: 1 for tokens of the prompt.
-            prompt_embeds: Embedded prompts `(b, l, d)` instead.
-            groups: As a denoiser takes them.
+            prompt_embeds: Embedded prompts `(b, l, d)`, in place of `input_ids`.
+            groups: Attention groups of token frames; see the denoiser.
             gap_order: A permutation `(b,)` of the videos that puts those with a gap first.
-            num_gaps: How many have one. The others are then computed without their `conv_context`. `None` computes all
-                with it, as sharded networks must, which all processes call equally often.
-            conditions: Other arguments of the denoiser, with a row for each video.
+            num_gaps: Number of videos with a gap. The others are then computed without `conv_context`. `None` computes
+                all videos with it; sharded networks need this, because all processes must call them equally often.
+            conditions: Other arguments of the denoiser, with one row per video.
         """
         if prompt_embeds is None:
             assert input_ids is not None and prompt_mask is not None

@@ -1,4 +1,4 @@
-"""Losses between neighbouring frames: stillness, agreement along the clip's motion, or the clip's own changes."""
+"""Losses between neighbouring frames: no change, no change along the optical flow, or the change of the real clip."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from vgen.temporal.flow import FLOW_METHODS, FlowMethod, Motion
 
 @dataclass(kw_only=True)
 class TemporalLossConfig:
-    """Settings of the temporal loss; all weights 0 leave it out."""
+    """Settings of the temporal loss; it is off if all weights are 0."""
 
     difference_weight: float = 0.0
     """Weight of the absolute difference between neighbouring frames."""
     warping_weight: float = 0.0
-    """Weight of the absolute difference between a frame and the next one fetched along the real clip's flow, where
-    that can be trusted."""
+    """Weight of the absolute difference between a frame and the next frame warped to it by the optical flow of the
+    real clip, where the flow is reliable."""
     matched_weight: float = 0.0
-    """Weight of the absolute difference between the changes from frame to frame and the real clip's changes."""
+    """Weight of the absolute difference between the frame-to-frame changes of the output and of the real clip."""
     flow: FlowMethod = "dis"
-    """Method of `vgen.temporal.flow.optical_flow` for `warping_weight`."""
+    """Optical flow method of `vgen.temporal.flow.optical_flow` for `warping_weight`."""
 
     @property
     def wants_temporal_loss(self) -> bool:
-        """Whether any weight is set."""
+        """Whether any weight is positive."""
         return max(self.difference_weight, self.warping_weight, self.matched_weight) > 0
 
     def check_temporal_loss(self) -> None:
-        """Refuses what cannot work.
+        """Checks the settings.
 
         Raises:
             ValueError: A weight is negative or the method unknown.
@@ -55,14 +55,14 @@ def temporal_loss(
 
     Args:
         config: The weights `a`, `b`, `c`.
-        video: What is trained: a reconstruction or an estimate, pixels or latents, `(b, c, f, h, w)`.
-        real: The clip that it should be, of the same shape.
-        motion: Of the real clip; needed for the second term.
-        weight: Of each pair of neighbouring frames, `(b, f - 1)`; `None` weighs all alike. Pairs of weight 0 do not
-            count.
+        video: The output of the network, a reconstruction or an estimate, as pixels or latents `(b, c, f, h, w)`.
+        real: The real clip, of the same shape.
+        motion: Motion of the real clip; required for `warping_weight`.
+        weight: Weight of each pair of neighbouring frames, `(b, f - 1)`; `None` means 1. Pairs of weight 0 are
+            excluded from the mean.
 
     Returns:
-        `(b,)`.
+        The loss of each clip, `(b,)`.
     """
     weight = torch.ones(len(video), video.shape[2] - 1, device=video.device) if weight is None else weight
     change, total = video[:, :, 1:] - video[:, :, :-1], video.new_zeros(len(video), dtype=torch.float32)
@@ -78,7 +78,7 @@ def temporal_loss(
 
 
 def _mean(error: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A mean `(b,)` over pairs that count and pixels that are seen."""
+    """The mean `(b,)` over pairs with a positive weight and over visible pixels."""
     error = error.float().mean(dim=1)
     counts = (weight > 0).float()[:, :, None, None].expand_as(error)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""How fast a run trains, and what share of the machine's arithmetic that is."""
+"""Training throughput and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 BACKWARD = 2
-"""Operations of a backward pass, in forward passes."""
+"""Operations of a backward pass, relative to a forward pass."""
 
 
 class Throughput:
-    """Counts what was trained since it was asked last, and measures the machine's peak at the start.
+    """Measures clips and tokens per second, and the fraction of the peak FLOPS, which is measured at the start.
 
     Args:
-        device: That trains.
-        dtype: Of its matrix products.
+        device: Training device.
+        dtype: Data type of matrix products.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -28,7 +28,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted, such as after something else took time."""
+        """Resets the counters, for example after an evaluation."""
         self._clips = self._tokens = self._operations = 0
         self._begin = time.perf_counter()
 
@@ -36,10 +36,10 @@ class Throughput:
         """Counts a part of a batch.
 
         Args:
-            clips: Of the part.
-            tokens: Of the part.
-            shape: Parts of equal shape take equally many operations.
-            forward: The part's forward pass; called once for each shape, without gradients.
+            clips: Number of clips in the part.
+            tokens: Number of tokens in the part.
+            shape: Key of the number of operations; parts with equal keys take equally many.
+            forward: The forward pass of the part; called once for each key, without gradients.
         """
         if shape not in self._flops:
             begin = time.perf_counter()
@@ -50,7 +50,7 @@ class Throughput:
         self._operations += (1 + BACKWARD) * self._flops[shape]
 
     def take(self) -> dict[str, float]:
-        """Clips and tokens a second, and the share of the peak, since it was asked last; then counts anew."""
+        """Clips and tokens per second and the fraction of the peak since the last call; resets the counters."""
         seconds = time.perf_counter() - self._begin
         found = {
             "clips_per_second": self._clips / seconds,
@@ -62,9 +62,9 @@ class Throughput:
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention in a call, which runs eagerly.
+    """Floating-point operations of the matrix products, convolutions and attention in an eager call.
 
-    Random states stay as they are.
+    Random states are preserved.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     aten = torch.ops.aten
@@ -79,17 +79,17 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def _convolution_flops(input_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Of the convolutions that `vgen.temporal.conv` asks oneDNN for."""
+    """Operations of oneDNN convolutions, which `vgen.temporal.conv` uses."""
     return conv_flop_count(list(input_shape), list(weight_shape), list(out_shape))
 
 
 def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
-    """Of the attention that PyTorch has for CPUs."""
+    """Operations of PyTorch's attention for CPUs."""
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the product of two square matrices: the best over sizes up to one that takes long."""
+    """Peak operations per second of square matrix products, the maximum over increasing sizes."""
     best, size, seconds = 0.0, 256, 0.0
     generator = torch.Generator(device).manual_seed(0)
     while size <= 8192 and seconds < 0.02:
