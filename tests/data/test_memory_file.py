@@ -29,7 +29,7 @@ def test_damage_is_named_by_the_name(tmp_path):
     for part, message in (
         (b"", r"a\.gif is empty"),
         (b"no video", r"a\.gif"),
-        (content[: len(content) // 2], "cut short"),
+        (content[: len(content) // 2], "truncated"),
     ):
         with pytest.raises(ValueError, match=message):
             list(iter_video(MemoryFile(Path("somewhere/a.gif"), part)))
