@@ -32,6 +32,8 @@ from vgen.data.clips import (
     Clip,
     Listed,
     Sampling,
+    SamplingKind,
+    Short,
     VideoFolder,
     list_videos,
     sort_into_buckets,
@@ -79,7 +81,7 @@ class EncodeConfig:
     buckets: list[str] = field(default_factory=list)
     """Clip shapes as FRAMESxHEIGHTxWIDTH; each video of a folder is assigned to the nearest one. With an empty list,
     all clips have `num_frames`, `height` and `width`."""
-    short: str = "skip"
+    short: Short = "skip"
     """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which
     training masks."""
     augment: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class EncodeConfig:
     only."""
     max_sequence_length: int = 32
     """Length in tokens that captions are padded or truncated to before they are embedded."""
-    sampling: str = "sliding"
+    sampling: SamplingKind = "sliding"
     """Which frames of a video make clips: a `kind` of `vgen.data.clips.Sampling`. `random` and `segments` are drawn
     again in each of the `repeats`."""
     stride: int = 1

@@ -1,11 +1,12 @@
 """Checks of arguments: what passes, and the line that tells what is allowed."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pytest
 
-from vgen.checks import check_choice, check_choices, check_integer, check_number
+from vgen.checks import check_choice, check_choices, check_integer, check_literals, check_number
 
 Color = Literal["red", "blue"]
 
@@ -59,3 +60,18 @@ def test_choices_may_be_a_sequence():
     check_choice("mode", "full", ("full", "causal"))
     with pytest.raises(ValueError, match="^mode must be one of 'full', 'causal', got 'chunk'"):
         check_choice("mode", "chunk", ("full", "causal"))
+
+
+@dataclass
+class Settings:
+    color: Color = "red"
+    other: Color | None = None
+    name: str = "any"
+
+
+def test_fields_of_a_literal_type_are_checked():
+    check_literals(Settings())
+    check_literals(Settings(other="blue", name="green"))
+    for wrong in ({"color": "green"}, {"other": "green"}, {"color": None}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be one of 'red', 'blue', got "):
+            check_literals(Settings(**wrong))

@@ -9,7 +9,7 @@ import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
-from vgen.diffusion import make_scheduler, prediction_of, shift_of
+from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.pixels import to_uint8
 from vgen.metrics.prompt import adherence
@@ -66,9 +66,9 @@ class VDMConfig(SampleConfig):
     support (long windows, keyframes) are not used there."""
     train_text_encoder: bool = False
     """Whether to train the text encoder together with the denoiser."""
-    denoiser: str = "transformer"
+    denoiser: Literal["transformer", "unet"] = "transformer"
     """The network of a new pipeline: `transformer` or `unet`."""
-    train_only: str = "all"
+    train_only: Literal["all", "temporal", "lora"] = "all"
     """Which weights to train: `all`; `temporal`, the layers that mix frames or were added when a 2D network was
     inflated; or `lora`, low-rank adapters of `lora_targets`, which are saved without the denoiser."""
     lora_rank: int = 16
@@ -82,7 +82,7 @@ class VDMConfig(SampleConfig):
     attention_backend: str | None = None
     """Attention backend of diffusers; `None` means diffusers' default, and `_native_math` for short sequences on the
     CPU."""
-    scheduler: str = "ddim"
+    scheduler: SchedulerName = "ddim"
     """Scheduler of a new pipeline with `v_prediction` or `epsilon`: `ddim`, `dpmsolver++` or `unipc`."""
     zero_terminal_snr: bool = False
     """Whether the last timestep of `v_prediction` is pure noise."""
@@ -96,7 +96,7 @@ class VDMConfig(SampleConfig):
     """Prompts of sample videos. With an empty list, scores are computed on prompts of ShapesWorld."""
     num_score_prompts: int = 32
     """Number of ShapesWorld prompts for a score: half from training combinations, half held out."""
-    save_dtype: str = "float16"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float16"
     """Data type of the weights in the saved pipeline: `float32`, `bfloat16` or `float16`. They are loaded as float32
     by default."""
 
@@ -113,12 +113,6 @@ class VDMConfig(SampleConfig):
             raise ValueError(
                 f"more_latents must have probabilities of at least 0 with a sum of at most 1, got {self.more_latents}"
             )
-        for name, legal in (
-            ("denoiser", ("transformer", "unet")),
-            ("train_only", ("all", "temporal", "lora")),
-        ):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name} must be one of {', '.join(legal)}, got {getattr(self, name)!r}")
         if self.init is None:
             make_scheduler(self.prediction, self.scheduler, self.level_shift, self.zero_terminal_snr)
         if self.train_only == "lora" and (self.init is None or self.train_text_encoder or self.lora_rank < 1):
@@ -128,8 +122,6 @@ class VDMConfig(SampleConfig):
             )
         if self.num_score_prompts < 2:
             raise ValueError(f"num_score_prompts must be at least 2, got {self.num_score_prompts}")
-        if self.save_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"save_dtype must be float32, bfloat16 or float16, got {self.save_dtype!r}")
 
 
 def main(config: VDMConfig) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -36,6 +37,20 @@ def check_choices(name: str, values: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be a sequence of {', '.join(map(repr, get_args(choices)))}, got {values!r}")
     for value in values:
         check_choice(f"each of {name}", value, choices)
+
+
+def check_literals(settings: Any) -> None:
+    """Checks all fields of a dataclass whose type is a `Literal`, or a `Literal` or `None`.
+
+    Raises:
+        ValueError: A field has a value that is not allowed.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        literals = [one for one in options if get_origin(one) is Literal]
+        value = getattr(settings, name)
+        if literals and not (value is None and NoneType in options):
+            check_choice(name, value, literals[0])
 
 
 def check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:

@@ -13,6 +13,7 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
 from vgen.models.vae import CausalVideoVAE
 from vgen.sampling.known_frames import encode_known_frames
+from vgen.temporal.grid import LatentGrid
 from vgen.training.sample import (
     DenoiserSpec,
     SampleConfig,
@@ -155,9 +156,9 @@ def test_a_sample_is_what_the_pipeline_gives_the_denoiser(vae_run, long_latents)
         slots = sample["keyframes"].unflatten(0, (4, -1))
         masks = [(k, j) for k in range(5) for j in range(4) if slots[j, -1, k, 0, 0]]
         given = {4 * (k - 1) + 1 + j for k, j in masks} | set(range(4 * num_leading - 3 if num_leading else 0))
-        expected = encode_known_frames({i: pixels[:, :, i] for i in given}, 17, vae, compression=4)
-        assert given and expected.placement.num_leading >= num_leading
-        if expected.placement.num_leading == num_leading and expected.keyframes is not None:
+        expected = encode_known_frames({i: pixels[:, :, i] for i in given}, 17, LatentGrid(4), vae)
+        assert given and expected.layout.num_leading >= num_leading
+        if expected.layout.num_leading == num_leading and expected.keyframes is not None:
             torch.testing.assert_close(sample["keyframes"], expected.keyframes[0], atol=0.1, rtol=0)
             filled += 1
         if num_leading:

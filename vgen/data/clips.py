@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from vgen.checks import check_choice
 from vgen.data.augment import Augmentation, augment
 from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
@@ -29,7 +30,8 @@ from vgen.io.pixels import from_frames
 logger = logging.get_logger(__name__)
 _skipped: set[tuple[Path, str]] = set()
 Rate = TypeVar("Rate")
-SAMPLINGS = ("random", "uniform", "segments", "sliding")
+SamplingKind = Literal["random", "uniform", "segments", "sliding"]
+Short = Literal["skip", "pad"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class Sampling:
 
     num_frames: int
     """Frames per clip."""
-    kind: str = "random"
+    kind: SamplingKind = "random"
     """`random`: a window of consecutive frames at a random position. `uniform`: frames spread evenly over the whole
     video. `segments`: one random frame from each of `num_frames` equal parts (temporal segment networks, arXiv
     1608.00859). `sliding`: all windows, `hop` frames apart."""
@@ -193,16 +195,14 @@ class Sampling:
     """Step between the frames of a `random` or `sliding` clip."""
     hop: int | None = None
     """Step between the starts of `sliding` windows; `None` puts them end to end."""
-    short: str = "skip"
+    short: Short = "skip"
     """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which are
     masked."""
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        if self.kind not in SAMPLINGS:
-            raise ValueError(f"kind must be one of {', '.join(SAMPLINGS)}, got kind={self.kind!r}")
-        if self.short not in ("skip", "pad"):
-            raise ValueError(f"short must be skip or pad, got short={self.short!r}")
+        check_choice("kind", self.kind, SamplingKind)
+        check_choice("short", self.short, Short)
         if min(self.num_frames, self.stride, 1 if self.hop is None else self.hop) < 1:
             raise ValueError(
                 "num_frames, stride and hop must be at least 1, got "

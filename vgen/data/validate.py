@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vgen.data.clips import Bucket, Listed, Sampling, choose_bucket, list_videos
+from vgen.data.clips import Bucket, Listed, Sampling, Short, choose_bucket, list_videos
 from vgen.data.video_io import iter_video
 from vgen.temporal.grid import LatentGrid
 
@@ -20,7 +20,7 @@ def validate_folder(
     batch_size: int = 8,
     stride: int = 1,
     hop: int | None = None,
-    short: str = "skip",
+    short: Short = "skip",
 ) -> dict[str, Any]:
     """Decodes every video of a folder from start to end and reports which clips it yields.
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from vgen.checks import check_literals
 from vgen.io.settings import parse_settings
 from vgen.processes import check_world_size, drain_gloo_threads, on_cpus
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
@@ -47,7 +48,7 @@ class RunConfig:
     CPU, and otherwise one worker for each spare core, up to 4. Results do not depend on it."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass, to save memory."""
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Precision of the forward pass: `no` (float32), `bf16` or `fp16`."""
     compile: bool = False
     """Whether to compile the network's repeated blocks, which takes about a minute at the start."""
@@ -60,7 +61,7 @@ class RunConfig:
     """Number of last steps in which `warmup_stable_decay` lowers the learning rate to zero."""
     warmup_steps: int = 100
     """Number of optimiser steps in which the learning rate rises to its peak."""
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`; or `muon`, which trains the weight matrices of linear layers by Muon and all other weights by AdamW."""
     muon_kernels: bool = False
     """Whether `muon` also trains the kernels of convolutions, flattened to (output channels, all other dimensions)."""
@@ -89,6 +90,7 @@ class RunConfig:
         Raises:
             ValueError: A setting is out of range.
         """
+        check_literals(self)
         for name in (
             "max_steps",
             "batch_size",
@@ -107,8 +109,6 @@ class RunConfig:
                 "decay_steps must be positive with lr_schedule='warmup_stable_decay' and 0 with all other schedules, "
                 f"got decay_steps={self.decay_steps} with lr_schedule={self.lr_schedule!r}"
             )
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ValueError(
                 "optimizer=muon does not support mixed_precision=fp16, whose loss scaling allows only one optimiser: "

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
+from vgen.diffusion import Prediction
 from vgen.io.fingerprint import encoder_digest, weights_digest
 from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import PerFrameVAE
@@ -69,7 +70,7 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
     """Probability weights of the noise levels of a sample: one for all frames (`shared`), one per `group`, or one per
     frame (`independent`)."""
-    prediction: str = "flow"
+    prediction: Prediction = "flow"
     """What the denoiser predicts: `flow` (velocity of flow matching), `v_prediction` or `epsilon`."""
     level_mean: float = 0.0
     """Mean of the logit of a noise level."""
@@ -77,7 +78,7 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     """Standard deviation of the logit of a noise level."""
     level_shift: float = 1.0
     """Timestep shift of flow matching, in training and at inference; values above 1 favour high noise levels."""
-    temporal_space: str = "latent"
+    temporal_space: Literal["latent", "pixel"] = "latent"
     """Space in which the temporal loss compares the estimated clean clip: `latent`, or `pixel`, which decodes it."""
     text_dropout: float = 0.1
     """Probability that the caption is replaced by the empty prompt."""
@@ -107,8 +108,6 @@ class SampleConfig(RunConfig, TemporalLossConfig):
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.temporal_space not in ("latent", "pixel"):
-            raise ValueError(f"temporal_space must be latent or pixel, got {self.temporal_space!r}")
 
 
 class Source(NamedTuple):

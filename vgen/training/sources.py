@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Sampling, VideoFolder, draw_frame_rates, frames_to_pixels, stack_frames
+from vgen.data.clips import (
+    Clip,
+    Sampling,
+    SamplingKind,
+    Short,
+    VideoFolder,
+    draw_frame_rates,
+    frames_to_pixels,
+    stack_frames,
+)
 from vgen.data.shapes import ShapesWorld, Split, render
 from vgen.data.sources import VideoStream, open_clips
 from vgen.training.feed import to_device
@@ -177,10 +186,10 @@ class ClipConfig(RunConfig):
     """A folder of videos or another source of `vgen.data.sources.open_clips`; `None` generates ShapesWorld."""
     augment: dict[str, Any] = field(default_factory=dict)
     """Settings of `vgen.data.augment.Augmentation`, for training videos."""
-    short: str = "skip"
+    short: Short = "skip"
     """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame, which are
     excluded from the loss."""
-    sampling: str = "random"
+    sampling: SamplingKind = "random"
     """Which frames of a video make a clip: a `kind` of `vgen.data.clips.Sampling`."""
     stride: int = 1
     """Step between the frames of a `random` or `sliding` clip, counted at the clip's frame rate."""
