@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # what they are given and write; one that is not named here takes nothing
 FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1"]
 ARGUMENTS = {
+    "gallery": ["gallery.gif"],
     "interactive": ["--num_chunks=10", "--num_inference_steps=1"],
     "own_loop": ["--num_chunks=3", "--num_inference_steps=1"],
     "streamed_decoding": ["clip.mp4", "out.mp4"],
@@ -24,6 +25,7 @@ ARGUMENTS = {
     "train_your_own": ["clip.mp4", "own", "--caption=noise", *FEW],
 }
 WRITTEN = {
+    "gallery": "gallery.gif",
     "interactive": "live.mp4",
     "own_loop": "loop.mp4",
     "streamed_decoding": "out.mp4",
@@ -31,6 +33,7 @@ WRITTEN = {
     "train_your_own": "own/strip.png",
 }
 SAID = {
+    "gallery": ["gallery.gif"],
     "interactive": ["a fork at frame "],
     "train_your_own": ["before: ", "after: ", "the VAE alone: ", "the last frame repeated: "],
 }

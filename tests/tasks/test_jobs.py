@@ -278,8 +278,8 @@ def test_a_killed_rollout_resumes_in_the_middle_of_a_video(model, tmp_path):
     kill_when(process, lambda: len(list(killed.glob(".long.*/*.mp4"))) >= 3)
     assert not (killed / "long.mp4").exists()
     [state] = killed.glob(".long.*/state/rollout.json")
-    settings = json.loads(state.read_text())["settings"]
-    assert 0 < settings["frames_done"] < 120 and settings["chunk_size"] == 1
+    saved = json.loads(state.read_text())
+    assert 0 < saved["frames_done"] < 120 and saved["options"]["chunk_size"] == 1
     finish("rollout.py", model, killed, **options)
     finish("rollout.py", model, plain, **options | {"segment_frames": 16})
     assert np.array_equal(frames_in(killed)["long.mp4"], frames_in(plain)["long.mp4"])

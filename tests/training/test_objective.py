@@ -103,7 +103,7 @@ def test_noise_alone_ends_a_schedule_of_zero_terminal_snr():
         {"prediction": "sample"},
         {"prediction": "epsilon", "name": "ddpm"},
     ):
-        with pytest.raises(ValueError, match="zero_terminal_snr|level_shift|prediction must be one of"):
+        with pytest.raises(ValueError, match="zero_terminal_snr|level_shift|must be one of"):
             make_scheduler(**options)
 
 
