@@ -33,7 +33,6 @@ WRITTEN = {
     "train_your_own": "own/strip.png",
 }
 SAID = {
-    "gallery": ["gallery.gif"],
     "interactive": ["a fork at frame "],
     "train_your_own": ["before: ", "after: ", "the VAE alone: ", "the last frame repeated: "],
 }
