@@ -45,7 +45,7 @@ def test_every_trainable_weight_is_updated_once(optimizer, kernels, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of 'adamw', 'muon', got 'sgd'"),
         ({"optimizer": "muon", "mixed_precision": "fp16"}, "does not support mixed_precision=fp16"),
         ({"muon_kernels": True}, "muon_kernels needs optimizer=muon, got optimizer=adamw"),
     ],
