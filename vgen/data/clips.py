@@ -365,15 +365,10 @@ def stack_frames(clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
     return frames, torch.stack([torch.from_numpy(clip.real) for clip in clips])
 
 
-def frames_to_pixels(frames: Tensor) -> Tensor:
-    """Converts frames, uint8 `(b, f, h, w, 3)`, to pixels `(b, 3, f, h, w)` in [-1, 1]."""
-    return from_frames(frames)
-
-
 def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:
     """Stacks clips into a batch: pixels `(b, 3, f, h, w)` in [-1, 1], and which frames are real, bool `(b, f)`."""
     frames, real = stack_frames(clips)
-    return frames_to_pixels(frames.to(device)), real.to(device)
+    return from_frames(frames.to(device)), real.to(device)
 
 
 class VideoFolder:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import shutil
 import time
 import zlib
 from collections import Counter
@@ -28,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from vgen.checks import check_choice
 from vgen.data.video_io import VIDEO_SUFFIXES
-from vgen.io.atomic import write_text
+from vgen.io.atomic import remove_workspaces, write_text
 from vgen.io.fingerprint import digest_json
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
@@ -210,10 +209,7 @@ def run_jobs(
     if process.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_settings(output_dir, settings, [glob.escape(name) for name in names])
-        hidden = {f".{Path(name).stem}-" for name in names}
-        for leftover in list(output_dir.glob(".*")):  # temporary folders of killed writers, named by `tempfile`
-            if leftover.name[:-8] in hidden:
-                shutil.rmtree(leftover)
+        remove_workspaces(output_dir, names)
     process.wait_for_everyone()
     lines = read_manifest(output_dir)
     own_manifest = output_dir / f"manifest-{process.process_index:05d}.jsonl"

@@ -5,7 +5,6 @@ A stream is a video that is processed in consecutive parts, one call per part.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vgen.checks import check_integer
 from vgen.io.atomic import atomic_file
+from vgen.io.fingerprint import digest_json
 
 _FORMAT = "vgen.TemporalState/1"
 _HEADER = ("window", "sink", "identity", "num_frames")
@@ -42,8 +42,7 @@ def network_identity(network: Any) -> dict[str, str]:
         for key, value in dict(network.config).items()
         if not key.startswith("_") and key not in _IGNORED_SETTINGS
     }
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {"class": type(network).__name__, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return {"class": type(network).__name__, "config": digest_json(config)[:16]}
 
 
 class History:

@@ -24,11 +24,11 @@ from vgen.data.clips import (
     Short,
     VideoFolder,
     draw_frame_rates,
-    frames_to_pixels,
     stack_frames,
 )
 from vgen.data.shapes import ShapesWorld, Split, render
 from vgen.data.sources import VideoStream, open_clips
+from vgen.io.pixels import from_frames
 from vgen.training.feed import to_device
 from vgen.training.run import RunConfig
 
@@ -165,7 +165,7 @@ class VideoSource(ClipSource):
 
     def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
         """Converts decoded frames to pixels."""
-        return frames_to_pixels(batch["frames"].to(device)), batch["real"].to(device).float()
+        return from_frames(batch["frames"].to(device)), batch["real"].to(device).float()
 
     def name(self, indices: range, num_frames: int) -> str:
         """Describes the files that the clips are taken from."""
