@@ -247,6 +247,20 @@ def test_callbacks_see_every_step_of_every_chunk(pipe):
     assert seen == [(0, 1, 2, True), (1, 1, 2, True), (0, 2, 2, True), (1, 2, 2, True)]
 
 
+def test_an_interruption_ends_the_chunk_and_not_the_ones_after(pipe):
+    steps = []
+
+    def stop_at_first(pipeline, step, timestep, tensors):
+        steps.append(step)
+        pipeline._interrupt = len(steps) == 1
+        return {}
+
+    rollout = pipe.rollout(PROMPT, generator=seeded(), num_inference_steps=3, callback_on_step_end=stop_at_first)
+    rollout.step()
+    rollout.step()
+    assert steps == [0, 0, 1, 2]
+
+
 def test_options_come_in_one_object_or_one_by_one(pipe):
     options = RolloutOptions(num_inference_steps=1, window=1, guidance_scale=2.0)
     expected = frames_of(pipe.rollout(PROMPT, num_frames=13, generator=seeded(), options=options))

@@ -130,6 +130,7 @@ class Sampler:
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         timesteps = self.scheduler.timesteps
         self.num_timesteps = len(timesteps)
+        self.interrupt = False  # of an earlier chunk
         latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         num_known = 0 if known is None else known.layout.num_leading // self.grid.patch_frames
         generated = torch.arange(latents.shape[2] // self.grid.patch_frames, device=self.device) >= num_known
