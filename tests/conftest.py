@@ -105,8 +105,8 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     empty_like = torch.empty_like
 
     def spoilt(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-        made = empty_like(tensor, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        created = empty_like(tensor, **options)
+        return created.fill_(float("nan")) if created.is_floating_point() else created
 
     monkeypatch.setattr(torch, "empty_like", spoilt)
 

@@ -172,8 +172,8 @@ def test_the_shipped_checkpoints_are_small():
 def test_nothing_outside_reads_or_writes_private_attributes_of_a_pipeline():
     private = re.compile(r"\b(?:pipe|pipeline)\._[a-z]\w*")
     paths = [path for path in [*MODULES, *SCRIPTS] if path != ROOT / "vgen/pipeline.py"]
-    found = {str(path.relative_to(ROOT)): private.findall(path.read_text()) for path in paths}
-    assert not {name: names for name, names in found.items() if names}
+    uses = {str(path.relative_to(ROOT)): private.findall(path.read_text()) for path in paths}
+    assert not {name: names for name, names in uses.items() if names}
     assert private.findall("pipe._guidance_scale = 3")  # the rule sees what it forbids
     written = re.compile(r"\bpipe(?:line)?\.(?!scheduler\b)\w+ = ")  # a scheduler may be exchanged, as in diffusers
     assert not {str(path.relative_to(ROOT)) for path in paths if written.search(path.read_text())}

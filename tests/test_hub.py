@@ -121,7 +121,7 @@ def test_a_hub_id_is_downloaded_and_loaded(what, endpoint, wan_folder, tmp_path)
     assert float(again.stdout.split()[-1]) == expected
 
 
-def test_what_is_not_there_is_told(endpoint, tmp_path):
+def test_missing_repositories_and_files_are_named(endpoint, tmp_path):
     code = "from vgen import VideoGenPipeline as C; C.from_pretrained('someone/else')"
     done = fresh(code, endpoint, tmp_path, check=False)
     assert done.returncode != 0 and "ValueError: no model 'someone/else'" in done.stderr

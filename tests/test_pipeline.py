@@ -104,8 +104,10 @@ def test_denoising_equals_an_euler_loop_written_out(pipe):
     expected, levels = noise, [1.0, 1 / 1000, 0.0]  # FlowMatchEulerDiscreteScheduler's linear levels for two steps
     with torch.no_grad():
         for level, following in zip(levels[:-1], levels[1:], strict=True):
-            told = torch.tensor([1000 * level])
-            v_pos, v_neg = (pipe.transformer(expected, told, e, frame_rate=8.0).sample for e in (positive, negative))
+            timesteps = torch.tensor([1000 * level])
+            v_pos, v_neg = (
+                pipe.transformer(expected, timesteps, e, frame_rate=8.0).sample for e in (positive, negative)
+            )
             expected = expected + (following - level) * (v_neg + 3.0 * (v_pos - v_neg))
     assert torch.allclose(latents, expected, atol=1e-5)
 
@@ -283,7 +285,7 @@ def test_half_precision_files_load_as_float32(pipe, tmp_path):
         ({"attention_kwargs": {"scale": "1"}}, "must be a finite number.*, got '1'"),
     ],
 )
-def test_mistakes_are_refused_with_the_nearest_legal_value(pipe, arguments, message):
+def test_mistakes_are_rejected_with_the_nearest_valid_value(pipe, arguments, message):
     arguments = {"prompt": PROMPT} | arguments
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
@@ -311,7 +313,7 @@ def test_a_missing_model_names_the_places(tmp_path, monkeypatch):
         find_checkpoint("empty")
 
 
-def test_pickled_weights_are_refused_by_name(pipe, tmp_path):
+def test_pickled_weights_are_rejected_by_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(pipe.transformer.state_dict(), weights.with_suffix(".bin"))
@@ -320,7 +322,7 @@ def test_pickled_weights_are_refused_by_name(pipe, tmp_path):
         VideoGenPipeline.from_pretrained(tmp_path)
 
 
-def test_a_config_that_does_not_fit_its_weights_is_refused_with_the_keys(pipe, tmp_path):
+def test_a_config_that_does_not_match_its_weights_is_rejected_with_the_keys(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     for change, key in (({"num_layers": 2}, r"blocks\.1"), ({"keyframe_slots": 0}, "keyframe_embedding")):
         shutil.copytree(tmp_path / "pipe", tmp_path / "broken")

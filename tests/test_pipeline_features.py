@@ -114,7 +114,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", GUIDERS)
 @pytest.mark.parametrize("denoiser", DENOISERS)
-def test_other_guiders_guide_otherwise_and_leave_no_trace(name, denoiser, randomize):
+def test_other_guiders_change_the_guidance_of_their_call_only(name, denoiser, randomize):
     pipe = build_unet_pipeline(randomize) if denoiser == "unet" else make_pipeline(num_layers=3)
     randomize(pipe.denoiser)
     plain = latents(pipe)
@@ -147,7 +147,7 @@ def test_other_guiders_guide_otherwise_and_leave_no_trace(name, denoiser, random
     ],
     ids=["skip layer", "skip attention", "perturbed"],
 )
-def test_guiders_that_disturb_blocks_do_so_at_their_own_strength(guider, randomize):
+def test_guiders_that_perturb_blocks_use_their_own_scale(guider, randomize):
     pipe = make_pipeline(num_layers=3)
     randomize(pipe.transformer)
     plain, guided = latents(pipe), latents(pipe, guider=guider)
@@ -163,7 +163,7 @@ def test_diffusers_own_class_loads_a_folder(pipe, tmp_path):
     assert_same(again, pipe)
 
 
-def test_a_variant_is_loaded_by_its_name_and_a_missing_one_is_told(pipe, tmp_path):
+def test_a_variant_is_loaded_by_its_name_and_a_missing_one_is_named(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert_same(VideoGenPipeline.from_pretrained(tmp_path, variant="fp16"), pipe)
     with pytest.raises(ValueError, match="bf16"):
@@ -172,7 +172,7 @@ def test_a_variant_is_loaded_by_its_name_and_a_missing_one_is_told(pipe, tmp_pat
         VideoGenPipeline.from_pretrained(tmp_path)
 
 
-def test_every_component_has_its_own_precision_where_asked(pipe, tmp_path):
+def test_every_component_has_its_own_precision_where_requested(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     precisions = {denoiser_name(pipe): torch.bfloat16, "default": torch.float32}
     again = VideoGenPipeline.from_pretrained(tmp_path, dtype=precisions)
@@ -203,7 +203,7 @@ def test_on_another_device_the_video_is_the_same(pipe):
     assert pipe.device.type == "cuda" and abs(frames - expected).max() < 1e-2
 
 
-def test_components_may_be_left_out_or_given(pipe, tmp_path):
+def test_components_may_be_omitted_or_given(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     bare = VideoGenPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None, vae=pipe.vae)
     assert bare.text_encoder is None and bare.vae is pipe.vae
@@ -225,8 +225,8 @@ def test_components_may_be_left_out_or_given(pipe, tmp_path):
 def test_without_a_denoiser_prompts_are_encoded_and_nothing_else(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     text = VideoGenPipeline.from_pretrained(tmp_path, vae=None, **{denoiser_name(pipe): None})
-    for found, expected in zip(text.encode_prompt(PROMPT), pipe.encode_prompt(PROMPT), strict=True):
-        assert torch.allclose(found, expected, atol=1e-6)
+    for actual, expected in zip(text.encode_prompt(PROMPT), pipe.encode_prompt(PROMPT), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
     for call in (text, text.rollout, text.interpolator):
         with pytest.raises(ValueError, match="no denoiser"):
             call(prompt=PROMPT, **({"size": (16, 16)} if call == text.interpolator else {}))
@@ -354,10 +354,10 @@ def test_a_callback_can_change_the_guidance(pipe, randomize):
         latents(pipe, guidance_scale=9.0, guider=ClassifierFreeGuidance())
 
 
-def test_a_callback_can_replace_what_is_told(pipe, randomize):
+def test_a_callback_can_replace_the_prompt_embeddings(pipe, randomize):
     randomize(pipe.denoiser)
     names = ["prompt_embeds", "negative_prompt_embeds"]
-    told, other = pipe.encode_prompt(PROMPT), pipe.encode_prompt("a blue square", "left")
+    original, other = pipe.encode_prompt(PROMPT), pipe.encode_prompt("a blue square", "left")
 
     def replace(pipe, step, timestep, tensors):
         assert list(tensors) == names
@@ -370,14 +370,14 @@ def test_a_callback_can_replace_what_is_told(pipe, randomize):
     pipe.scheduler.set_timesteps(2)
     sampler = pipe.sampler(Guidance(scale=pipe.config.guidance_scale))
     with torch.no_grad():
-        for timestep, embeds in zip(pipe.scheduler.timesteps, (told, other), strict=True):
+        for timestep, embeds in zip(pipe.scheduler.timesteps, (original, other), strict=True):
             conditions = Conditions(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], frame_rate=8.0)
             prediction = sampler.predict(noise, timestep, conditions)
             noise = pipe.scheduler.step(prediction, timestep, noise, return_dict=False)[0]
     assert (replaced - noise).abs().max() < 1e-5 and (replaced - plain).abs().max() > 1e-4
 
 
-def test_callbacks_of_diffusers_own_kind_run_with_the_tensors_that_they_name(pipe):
+def test_diffusers_callbacks_get_the_tensors_that_they_name(pipe):
     steps = []
 
     class Stop(PipelineCallback):

@@ -45,8 +45,8 @@ OTHERS = {"pip", "pre-commit", "mkdocs", "bash", "cd", "tensorboard", "pytest"}
 
 def blocks(page, *languages):
     """The fenced blocks of a page in some languages."""
-    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return [code for language, code in found if language in languages]
+    fenced = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [code for language, code in fenced if language in languages]
 
 
 def commands(page):

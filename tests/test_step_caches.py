@@ -141,7 +141,7 @@ def test_long_videos_under_a_cache(name, how, rows, video):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_a_unet_refuses_caches(name, make_unet):
+def test_a_unet_rejects_caches(name, make_unet):
     nothing, _ = CACHES[name]
     with pytest.raises(ValueError, match="Config is not supported by UNet3D"):
         make_unet().enable_cache(nothing(make_pipeline()))
@@ -154,7 +154,7 @@ def test_faster_cache_and_guiders_do_not_go_together():
         pipe(PROMPT, guider=ClassifierFreeGuidance())
 
 
-def test_a_cache_refuses_to_skip_what_a_state_must_remember():
+def test_a_cache_that_would_skip_a_state_update_is_rejected():
     network = make_pipeline(num_layers=LAYERS).transformer
     inputs = (torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 8, 32))
     state = TemporalState(window=2)

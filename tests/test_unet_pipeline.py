@@ -116,7 +116,7 @@ def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
 
 
 @pytest.mark.parametrize(("chunk_size", "window"), [(1, 2), (2, 2), (3, 3)])
-def test_behind_a_gap_convolutions_go_on_as_in_the_stream_when_all_is_computed_again(randomize, chunk_size, window):
+def test_after_a_gap_convolutions_continue_as_in_the_stream_when_all_is_recomputed(randomize, chunk_size, window):
     pipe = build(randomize, chunk_size=chunk_size, window=window)
     for name, weight in pipe.unet.named_parameters():
         first_conv = name.startswith("down_blocks.0.temporal_convs.0.")
@@ -136,7 +136,7 @@ def noise_like(pipe, latents):
     return torch.randn(latents.shape, generator=generator)
 
 
-def test_nothing_grows_and_a_saved_rollout_goes_on(pipe, tmp_path):
+def test_nothing_grows_and_a_saved_rollout_continues(pipe, tmp_path):
     rollout = pipe.rollout({0: PROMPT, 60: OTHER}, generator=seeded())
     sizes = set()
     for chunk in range(30):
@@ -173,7 +173,7 @@ def test_an_inflated_pipeline_may_have_the_layout_of_2_1(stable_diffusion, tmp_p
     check_frames(images, videos)
 
 
-def test_what_an_image_pipeline_tells_of_sizes_is_kept_or_missed(stable_diffusion):
+def test_size_settings_of_an_image_pipeline_are_kept_or_reported_missing(stable_diffusion):
     images = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
     images.unet.register_to_config(sample_size=(16, 24))
     videos = VideoGenPipeline.from_stable_diffusion(images)
@@ -194,7 +194,7 @@ def check_frames(images, videos):
         assert abs(video[index] - image).max() < 1e-4
 
 
-def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(randomize, stable_diffusion, tmp_path, video):
+def test_an_inflated_pipeline_saves_streams_and_rejects_other_layouts(randomize, stable_diffusion, tmp_path, video):
     pipe = VideoGenPipeline.from_stable_diffusion(
         stable_diffusion, num_frames=4, tasks=["text", "leading", "keyframes"], keyframe_slots=1, window=2,
         group_modes=["full", "causal", "chunk"], temporal_head_dim=8,
@@ -224,7 +224,7 @@ def test_an_inflated_pipeline_is_saved_streams_and_refuses_other_layouts(randomi
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")
 
 
-def test_the_shipped_one_has_the_transformers_latents_and_draws_what_it_is_told():
+def test_the_shipped_one_has_the_transformers_latents_and_follows_prompts():
     folder = find_packaged("vgen/shapes-64-unet")
     assert sum(path.stat().st_size for path in folder.rglob("*")) <= 20e6
     pipe, other = (VideoGenPipeline.from_pretrained(name) for name in ("vgen/shapes-64-unet", "vgen/shapes-64"))
@@ -233,6 +233,6 @@ def test_the_shipped_one_has_the_transformers_latents_and_draws_what_it_is_told(
     world = ShapesWorld(split="train", num_objects=(1,), seed=123)
     captions = [world.caption(number) for number in range(8)]
     generators = [torch.Generator().manual_seed(number) for number in range(8)]
-    made = pipe(captions, num_inference_steps=10, generator=generators, output_type="pt").frames
-    clips = [2 * video.movedim(1, 0) - 1 for video in made]
+    generated = pipe(captions, num_inference_steps=10, generator=generators, output_type="pt").frames
+    clips = [2 * video.movedim(1, 0) - 1 for video in generated]
     assert adherence(clips, [world.scene(number) for number in range(8)])["right"] >= 0.75

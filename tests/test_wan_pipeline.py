@@ -61,7 +61,7 @@ def test_it_is_saved_as_ours(wan_folder, tmp_path):
         ({"expand_timesteps": True}, "expand_timesteps"),
     ],
 )
-def test_other_layouts_are_refused_by_name(wan_folder, tmp_path, change, named):
+def test_other_layouts_are_rejected_by_name(wan_folder, tmp_path, change, named):
     index = json.loads((wan_folder / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(ValueError, match=named):

@@ -25,10 +25,10 @@ def outcomes(clip, augmentation, count=8):
 
 @pytest.mark.parametrize("settings", GEOMETRY)
 def test_geometry_is_the_same_for_every_frame_and_differs_between_clips(still, settings):
-    found = outcomes(still, Augmentation(**settings))
-    assert all(one.shape == still.shape and one.dtype == np.uint8 for one in found)
-    assert all((one == one[:1]).all() for one in found)
-    assert len({one.tobytes() for one in found}) > 1
+    augmented = outcomes(still, Augmentation(**settings))
+    assert all(one.shape == still.shape and one.dtype == np.uint8 for one in augmented)
+    assert all((one == one[:1]).all() for one in augmented)
+    assert len({one.tobytes() for one in augmented}) > 1
 
 
 def test_colors_change_together_or_frame_by_frame(still):

@@ -27,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_captions_come_from_text_files_beside_the_videos(folder):
+def test_captions_come_from_text_files_next_to_the_videos(folder):
     (folder / "a.txt").write_text("a dog\n\n a brown dog \n")
     listed = list_videos(folder)
     assert [one.path.name for one in listed] == ["a.mp4", "b.gif", "c.mp4"]
@@ -66,7 +66,7 @@ def test_metadata_lists_parts_with_captions(folder, kind):
         ),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(folder, line, message):
+def test_an_unusable_row_is_named(folder, line, message):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": ["x", "y"]}\n' + line)
     with pytest.raises(ValueError, match=message):
         list_videos(folder)
@@ -80,7 +80,7 @@ def test_a_comma_that_is_not_quoted_is_named(folder):
     assert list_videos(folder)[0].captions == ("a cat, asleep",)
 
 
-def test_folders_without_videos_or_with_two_tables_are_refused(folder, tmp_path):
+def test_folders_without_videos_or_with_two_tables_are_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         list_videos(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -133,7 +133,7 @@ def test_short_videos_are_skipped_or_padded(kind):
 @pytest.mark.parametrize(
     "options", [{"kind": "all"}, {"short": "loop"}, {"stride": 0}, {"hop": 0}, {"frame_rate": 0.0}]
 )
-def test_unknown_samplings_are_refused(options):
+def test_unknown_samplings_are_rejected(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(num_frames=4, **options)
 

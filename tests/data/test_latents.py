@@ -74,8 +74,8 @@ def test_the_digest_is_that_of_runs_before(folder):
     """A checkpoint records it: captions, rates and shape as JSON, then the bytes of up to 64 clips."""
     data = LatentSet(folder)
     latents = torch.cat([load_file(path)["latents"] for path in sorted(folder.glob("*.safetensors"))])
-    told = json.dumps([data.captions, data.frame_rates.tolist(), list(latents.shape)]).encode()
-    assert data.digest == hashlib.sha256(told + latents.numpy().tobytes()).hexdigest()
+    metadata = json.dumps([data.captions, data.frame_rates.tolist(), list(latents.shape)]).encode()
+    assert data.digest == hashlib.sha256(metadata + latents.numpy().tobytes()).hexdigest()
 
 
 def memory(kind):
@@ -96,7 +96,7 @@ def test_memory_does_not_hold_the_set(tmp_path):
     assert read == 0 and memory("RssAnon") - before < size / 4
 
 
-def test_shards_that_differ_are_refused(tmp_path):
+def test_shards_that_differ_are_rejected(tmp_path):
     write_shard(tmp_path / "0.safetensors", torch.zeros(1, 1, 2, 1, 1), [["a"]], [8.0])
     write_shard(
         tmp_path / "1.safetensors", torch.zeros(1, 1, 2, 1, 1), [["a"]], [8.0], motion=torch.zeros(1, 3, 1, 1, 1)
@@ -108,7 +108,7 @@ def test_shards_that_differ_are_refused(tmp_path):
         LatentSet(tmp_path)
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no latents"):
         LatentSet(tmp_path)
 

@@ -23,7 +23,7 @@ def test_a_file_in_memory_reads_as_the_file(tmp_path, monkeypatch, suffix):
     assert all(map(np.array_equal, iter_video(path, **options), iter_video(memory, **options)))
 
 
-def test_damage_is_named_by_the_name(tmp_path):
+def test_damaged_files_are_named(tmp_path):
     write_video(np.zeros((30, 16, 24, 3), dtype=np.uint8), tmp_path / "a.gif", frame_rate=10.0)
     content = (tmp_path / "a.gif").read_bytes()
     for part, message in (

@@ -105,13 +105,13 @@ def test_a_stream_gives_each_video_once_an_epoch(parquet):
 
 def test_shards_give_their_videos_and_name_damaged_ones(shards):
     stream = open_clips(f"shards:{shards}/train-{{000..001}}.tar", SAMPLING, 16, 16)
-    found = grays(stream.sample(index) for index in range(6))
-    assert sorted(found) == sorted(((f"gray {i // 2}", f"level {i // 2}"), i // 2) for i in range(6))
+    labels = grays(stream.sample(index) for index in range(6))
+    assert sorted(labels) == sorted(((f"gray {i // 2}", f"level {i // 2}"), i // 2) for i in range(6))
     stream.sample(6)  # the next epoch
     assert [one.path.name for one in stream.skipped] == ["damaged.mp4"]
 
 
-def test_a_shard_that_breaks_off_gives_what_came_before(shards, tmp_path):
+def test_a_truncated_shard_gives_the_samples_before_the_damage(shards, tmp_path):
     content = (shards / "train-000.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[: len(content) // 2])
     with pytest.warns(UserWarning):
@@ -129,7 +129,7 @@ def test_a_stream_is_shuffled_by_a_buffer_of_bounded_size():
     assert set(order) == set(listed) and order != listed
 
 
-def test_what_cannot_be_used_is_named(tmp_path, folder, monkeypatch):
+def test_unusable_files_are_named(tmp_path, folder, monkeypatch):
     with pytest.raises(ValueError, match="has no column of videos, only"):
         list_dataset(datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -172,7 +172,7 @@ def test_digits_of_a_dataset_are_those_of_its_images(tmp_path):
     assert world.stochastic and np.array_equal(world.digits, digits)
 
 
-def test_clips_of_a_folder_are_augmented_anew_each_epoch_and_alike_each_time(folder):
+def test_augmentation_of_a_folder_changes_each_epoch_and_repeats_each_run(folder):
     noisy = Augmentation(brightness=0.5)
     clips = open_clips(str(folder), SAMPLING, 16, 16, augmentation=noisy)
     first, again, later = clips.clip(3), clips.clip(3), clips.clip(3, epoch=1)
@@ -200,18 +200,18 @@ def many(folder, tmp_path):
 @pytest.mark.parametrize(("processes", "workers", "own"), [(1, 1, True), (2, 1, True), (2, 2, True), (4, 1, True),
                                                            (3, 2, False), (5, 1, False), (1, 4, True)])  # fmt: skip
 def test_each_process_and_worker_has_videos_of_its_own(many, monkeypatch, kind, processes, workers, own):
-    found = []
+    labels = []
     for rank, worker in itertools.product(range(processes), range(workers)):
         with monkeypatch.context() as patch:
             info = SimpleNamespace(id=worker, num_workers=workers)
             patch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info if workers > 1 else None)
             patch.setenv("RANK", str(rank))
             patch.setenv("WORLD_SIZE", str(processes))
-            found.append([int(one.captions[0]) for one in many[kind](process=(rank, processes), epoch=0)])
-    assert sorted(itertools.chain(*found)) == list(range(8))  # each video once
+            labels.append([int(one.captions[0]) for one in many[kind](process=(rank, processes), epoch=0)])
+    assert sorted(itertools.chain(*labels)) == list(range(8))  # each video once
     if own:
-        assert len({len(one) for one in found}) == 1
-        shards = [{number // 2 for number in numbers} for numbers in found]
+        assert len({len(one) for one in labels}) == 1
+        shards = [{number // 2 for number in numbers} for numbers in labels]
         assert sum(map(len, shards)) == 4  # none is read by two
 
 

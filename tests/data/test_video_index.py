@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_probed_once_for_each_process(folder,
     assert len(probed) == 4 and not list(folder.glob("*.partial"))
 
 
-def test_what_another_process_found_is_kept(folder, probed):
+def test_entries_of_another_process_are_kept(folder, probed):
     one, other = VideoIndex(folder), VideoIndex(folder)
     one.info(folder / "a.mp4")
     other.info(folder / "deeper/b.gif")

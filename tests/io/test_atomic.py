@@ -24,7 +24,7 @@ def test_a_folder_appears_whole_and_replaces_the_older_one(tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_what_is_cut_short_leaves_the_older_one_and_does_not_disturb_the_next(tmp_path):
+def test_an_interrupted_write_leaves_the_older_one_and_does_not_affect_the_next(tmp_path):
     folder = tmp_path / "result"
     write(folder, "first")
     with pytest.raises(KeyboardInterrupt), atomic_directory(folder) as partial:
@@ -35,7 +35,7 @@ def test_what_is_cut_short_leaves_the_older_one_and_does_not_disturb_the_next(tm
     assert [path.name for path in folder.iterdir()] == ["a.txt"] and (folder / "a.txt").read_text() == "second"
 
 
-def test_between_the_two_renamings_the_older_one_is_put_by(tmp_path, monkeypatch):
+def test_between_the_two_renames_the_older_one_is_kept_aside(tmp_path, monkeypatch):
     folder = tmp_path / "result"
     write(folder, "first")
     replace = type(folder).replace

@@ -77,7 +77,7 @@ def test_offloaded_weights_count_too(make_transformer):
     assert fingerprint_weights(make_transformer().to("meta")) is None
 
 
-def test_each_component_has_a_mark_of_its_own():
+def test_each_component_has_its_own_digest():
     marks = []
     for change in (None, "transformer", "vae", "text_encoder"):
         pipe = make_pipeline()

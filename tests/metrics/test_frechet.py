@@ -92,14 +92,14 @@ def test_distances_are_those_of_torchmetrics_with_the_same_features():
         def forward(self, x):
             return x.flatten(1).double()
 
-    real, made = gaussian(40, [0.0] * 6, [1.0] * 6), gaussian(40, [0.3] * 6, [1.5] * 6, seed=1)
+    real, generated = gaussian(40, [0.0] * 6, [1.0] * 6), gaussian(40, [0.3] * 6, [1.5] * 6, seed=1)
     metric = FrechetInceptionDistance(feature=Pixels()).set_dtype(torch.float64)
     kernel = KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=40).set_dtype(torch.float64)
     for one in (metric, kernel):
         one.update(real.view(40, 6, 1, 1), real=True)
-        one.update(made.view(40, 6, 1, 1), real=False)
-    assert frechet_distance(real, made) == pytest.approx(metric.compute().item(), rel=1e-9)
-    assert kernel_distance(real, made) == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
+        one.update(generated.view(40, 6, 1, 1), real=False)
+    assert frechet_distance(real, generated) == pytest.approx(metric.compute().item(), rel=1e-9)
+    assert kernel_distance(real, generated) == pytest.approx(kernel.compute()[0].item(), rel=1e-9)
 
 
 def test_the_kernel_distance_is_unbiased():
@@ -192,30 +192,30 @@ def test_intervals_contain_the_value_and_shrink_with_more_clips():
     real = gaussian(2000, [0.0, 0.0], [1.0, 1.0])
     widths = []
     for count in (50, 800):
-        made, protocol = gaussian(count, [1.0, 0.0], [1.0, 1.0], seed=1), replace(PROTOCOL, num_clips=count)
-        found = distances(real, made, protocol, num_resamples=100)
-        widths.append(found["FVD"].high - found["FVD"].low)
+        generated, protocol = gaussian(count, [1.0, 0.0], [1.0, 1.0], seed=1), replace(PROTOCOL, num_clips=count)
+        results = distances(real, generated, protocol, num_resamples=100)
+        widths.append(results["FVD"].high - results["FVD"].low)
     assert widths[1] < 0.5 * widths[0]
-    assert distances(real, made, protocol, num_resamples=100) == found
+    assert distances(real, generated, protocol, num_resamples=100) == results
 
 
 def test_most_intervals_contain_the_mean_measurement():
     real = gaussian(400, [0.0, 0.0], [1.0, 1.0])
-    found = [
+    results = [
         distances(real, gaussian(50, [1.0, 0.0], [1.0, 1.0], seed), PROTOCOL, num_resamples=60)["FVD"]
         for seed in range(1, 41)
     ]
-    usual = sum(one.value for one in found) / len(found)
-    assert 33 <= sum(one.low <= usual <= one.high for one in found) < 40  # 38 would be 95%
+    usual = sum(one.value for one in results) / len(results)
+    assert 33 <= sum(one.low <= usual <= one.high for one in results) < 40  # 38 would be 95%
 
 
 def test_too_few_clips_warn_with_the_rank(caplog):
     logging.getLogger("diffusers").propagate = True
     few, many = whitened(10, 4)[:4], whitened(10, 4)
     warning = "4 clips are few for features of 4 dimensions: their covariance has rank 3"
-    for real, made in ((many, few), (few, many)):
+    for real, generated in ((many, few), (few, many)):
         caplog.clear()
-        distances(real, made, replace(PROTOCOL, num_clips=len(made)), num_resamples=2)
+        distances(real, generated, replace(PROTOCOL, num_clips=len(generated)), num_resamples=2)
         assert warning in caplog.text
     with pytest.raises(ValueError, match="expected num_clips=50 generated clips, got 10"):
         distances(many, many, PROTOCOL)

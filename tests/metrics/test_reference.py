@@ -16,16 +16,16 @@ def clips():
 
 
 def test_psnr_is_its_formula_for_each_clip(clips):
-    true, made = clips
-    expected = 10 * torch.log10(4 / (made - true).square().mean((1, 2, 3, 4)))
-    torch.testing.assert_close(psnr(made, true), expected)
+    true, generated = clips
+    expected = 10 * torch.log10(4 / (generated - true).square().mean((1, 2, 3, 4)))
+    torch.testing.assert_close(psnr(generated, true), expected)
     assert psnr(true, true).isinf().all()
 
 
 def test_ssim_of_a_clip_is_the_mean_over_its_frames(clips):
-    true, made = clips
-    whole = ssim(made, true)
-    each = torch.stack([ssim(made[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
+    true, generated = clips
+    whole = ssim(generated, true)
+    each = torch.stack([ssim(generated[:, :, k : k + 1], true[:, :, k : k + 1]) for k in range(4)])
     torch.testing.assert_close(whole, each.mean(0))
     torch.testing.assert_close(ssim(true, true), torch.ones(2))
     assert (whole < 1).all()
@@ -50,8 +50,8 @@ def test_lpips_sees_the_frames_of_each_clip(clips, monkeypatch):
             return (a - b).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Network))
-    true, made = clips
-    torch.testing.assert_close(LPIPS()(made, true), (made - true).square().mean((1, 2, 3, 4)))
+    true, generated = clips
+    torch.testing.assert_close(LPIPS()(generated, true), (generated - true).square().mean((1, 2, 3, 4)))
 
 
 def test_missing_lpips_raises_with_the_extra(monkeypatch):
@@ -65,13 +65,13 @@ def test_clips_that_cannot_be_compared_raise(metric, clips, monkeypatch):
     if metric == "lpips":
         monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: nn.Identity()))
         metric = LPIPS()
-    true, made = clips
-    for wrong in (made[:1], made[:, :, :3], made[..., :16], made[0]):
+    true, generated = clips
+    for wrong in (generated[:1], generated[:, :, :3], generated[..., :16], generated[0]):
         with pytest.raises(ValueError, match="must have the same shape"):
             metric(wrong, true)
-    made[1, 0, 0, 0, 0] = float("nan")
+    generated[1, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="the generated clips contain values that are not finite"):
-        metric(made, true)
+        metric(generated, true)
 
 
 def test_frames_too_small_for_ssim_raise():

@@ -31,11 +31,11 @@ def results():
 
 def test_the_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(3, 2, 400)
-    found = summarize(list(values))
+    actual = summarize(list(values))
     half = 1.96 * values.std(ddof=1) / 20  # of a normal distribution's mean
-    assert found.mean == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert actual.mean == pytest.approx(values.mean())
+    assert actual.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert actual.high == pytest.approx(values.mean() + half, abs=0.1 * half)
     assert summarize([4.0, 4.0]) == (4.0, 4.0, 4.0)
     single = summarize([4.0])
     assert single.mean == 4 and np.isnan([single.low, single.high]).all()  # a single clip has no interval
@@ -69,10 +69,10 @@ def test_a_result_does_not_differ_from_itself_and_a_better_one_does(results):
     better = copy.deepcopy(results)
     better["tasks"]["prediction"]["the model"]["psnr"] = [21.0, 23.5, 28.0]
     del better["tasks"]["prediction"]["copy"]
-    found = {(one.method, one.metric): one for one in compare(results, better)}
-    one = found["the model", "psnr"]
+    actual = {(one.method, one.metric): one for one in compare(results, better)}
+    one = actual["the model", "psnr"]
     assert one.is_significant and not compare(first_clip_of(results), first_clip_of(better))[0].is_significant
-    assert one.summary.mean == pytest.approx(3.5 / 3) and ("copy", "psnr") not in found
+    assert one.summary.mean == pytest.approx(3.5 / 3) and ("copy", "psnr") not in actual
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,15 @@ def test_flow_follows_motion_better_than_a_blend():
 def test_scores_are_per_clip_and_identical_frames_count_as_a_hundred(clips):
     generated = clips.clone()
     generated[1] = (generated[1] + 0.2).clamp(-1, 1)
-    found = score_pairs(generated, clips, [4, 5])
-    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(
+    actual = score_pairs(generated, clips, [4, 5])
+    assert {name: value.shape for name, value in actual.items()} == dict.fromkeys(
         ["psnr", "ssim", "mse", "mae", "sharpness"], (2,)
     )
-    assert found["psnr"][0] == 100 and found["mse"][0] == 0 and found["ssim"][0] == pytest.approx(1)
+    assert actual["psnr"][0] == 100 and actual["mse"][0] == 0 and actual["ssim"][0] == pytest.approx(1)
     mse = ((generated[1, :, 4:6] - clips[1, :, 4:6]) / 2).square().mean()
-    assert found["mse"][1] == pytest.approx(mse.item()) and found["psnr"][1] == pytest.approx(-10 * mse.log10().item())
+    assert actual["mse"][1] == pytest.approx(mse.item()) and actual["psnr"][1] == pytest.approx(
+        -10 * mse.log10().item()
+    )
     frames = curves(generated, clips, [4, 5])
     assert frames["psnr"].shape == (2, 2) and frames["ssim"][1].mean() < frames["ssim"][0].mean()
     assert set(score_time(generated)) == {"warping error", "flicker", "motion"}
@@ -86,9 +88,9 @@ def test_several_samples_give_their_mean_and_the_best_of_each_clip(clips):
     far, near = (clips + 0.5).clamp(-1, 1), (clips + 0.01).clamp(-1, 1)
     samples = torch.stack([far, near])
     samples[:, 1] = samples[:, 1].flip(0)
-    found = combine(samples, clips, [4, 5])
-    torch.testing.assert_close(found["mean of 2"], samples.mean(0))
-    torch.testing.assert_close(found["best of 2"], near)
+    actual = combine(samples, clips, [4, 5])
+    torch.testing.assert_close(actual["mean of 2"], samples.mean(0))
+    torch.testing.assert_close(actual["best of 2"], near)
 
 
 def test_shapes_are_the_same_each_time_and_checked(clips):

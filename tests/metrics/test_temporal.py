@@ -54,10 +54,10 @@ def test_a_fade_does_not_flicker_and_a_blinking_light_does():
 
 def test_statistics_are_their_formulas():
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 8, 8)
-    found = statistics(red)
-    assert found["brightness"].tolist() == [[pytest.approx(1 / 3)] * 2]
-    assert found["contrast"].tolist() == [[pytest.approx(2**0.5 / 3)] * 2]
-    assert found["saturation"].tolist() == [[1.0, 1.0]] and found["sharpness"].abs().max() < 1e-6
+    actual = statistics(red)
+    assert actual["brightness"].tolist() == [[pytest.approx(1 / 3)] * 2]
+    assert actual["contrast"].tolist() == [[pytest.approx(2**0.5 / 3)] * 2]
+    assert actual["saturation"].tolist() == [[1.0, 1.0]] and actual["sharpness"].abs().max() < 1e-6
     gray = statistics(flat([0.25, 0.75]))
     assert gray["brightness"].tolist() == [[0.25, 0.75]] and gray["saturation"].abs().max() == 0
     board = torch.ones(1, 3, 1, 8, 8)

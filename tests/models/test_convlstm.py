@@ -64,6 +64,6 @@ def test_the_packaged_checkpoint_predicts_and_is_small():
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2e6
     world = ShapesWorld(split="all", seed=123)
     clips = render([world.scene(number) for number in range(8)], num_frames=17, height=64, width=64, frame_rate=8.0)
-    made = ConvLSTMPredictor.from_pretrained(folder).predict(clips[:, :, :5], 12).clamp(-1, 1)
+    predicted = ConvLSTMPredictor.from_pretrained(folder).predict(clips[:, :, :5], 12).clamp(-1, 1)
     repeated, true = copy_last(clips, 5)[:, :, 5:], clips[:, :, 5:]
-    assert psnr(made, true).median() > psnr(repeated, true).median() + 2
+    assert psnr(predicted, true).median() > psnr(repeated, true).median() + 2

@@ -132,7 +132,7 @@ def test_sharded_files_load_exactly(case, tmp_path, monkeypatch, parallel):
     assert_same(case, load(case, tmp_path))
 
 
-def test_a_variant_loads_by_its_name_and_a_missing_one_is_told(case, tmp_path):
+def test_a_variant_loads_by_its_name_and_a_missing_one_is_named(case, tmp_path):
     case.network.save_pretrained(tmp_path, variant="fp16")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
     assert_same(case, load(case, tmp_path, variant="fp16"))
@@ -374,7 +374,7 @@ def test_xformers_gets_masks_whose_rows_lie_as_its_kernels_want(make_denoiser, p
     assert {6} < {shape[-1] for shape in masks}  # of prompts, and of frames or tokens
 
 
-def test_a_backend_without_masks_names_the_way_out(make_denoiser):
+def test_a_backend_without_masks_names_the_alternative(make_denoiser):
     case = Transformer(make_denoiser)
     case.network.set_attention_backend("_native_flash")
     with pytest.raises(ValueError, match=r'does not support attention masks.*set_attention_backend\("native"\)'):
@@ -436,7 +436,7 @@ def with_cuda(make_denoiser):
     return case
 
 
-def test_parallelism_is_refused_with_a_reason(case, tmp_path):
+def test_parallelism_is_rejected_with_a_reason(case, tmp_path):
     from diffusers import ContextParallelConfig, TensorParallelConfig
 
     case.network.save_pretrained(tmp_path)

@@ -33,7 +33,7 @@ def test_a_quantised_denoiser_is_close_and_its_streams_equal_one_pass(denoiser, 
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-4, rtol=0)
 
 
-def test_a_pipeline_quantises_the_components_it_is_told_to(tmp_path):
+def test_a_pipeline_quantises_the_requested_components(tmp_path):
     from ..test_pipeline import PROMPT, make_pipeline
 
     exact = make_pipeline()

@@ -262,7 +262,7 @@ def test_after_eviction_a_stream_equals_a_replay_in_plain_lists(
     parts = [slice(end - size, end) for size, end in zip(chunks, itertools.accumulate(chunks), strict=True)]
     for index, part in enumerate(parts):
         piece = noisy[:, :, part], levels[:, part], prompt
-        found = network(*piece, state=state.frozen()).sample
+        actual = network(*piece, state=state.frozen()).sample
         network(clean[:, :, part], zeros[:, part], prompt, state=state)
         with monkeypatch.context() as patch:
             fresh = TemporalState(window, sink)
@@ -272,7 +272,7 @@ def test_after_eviction_a_stream_equals_a_replay_in_plain_lists(
             for before in parts[:index]:
                 network(clean[:, :, before], zeros[:, before], prompt, state=fresh)
             expected = network(*piece, state=fresh).sample
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_checkpointing_gives_the_same_gradients(randomize, counting_checkpoint):

@@ -70,7 +70,7 @@ def test_it_leads_away_from_the_last_given_frame(pipe, coarse, video, monkeypatc
         assert np.array_equal(again, frames) != matters
 
 
-def test_it_is_bounded_and_goes_on_bit_for_bit_after_saving(pipe, tmp_path):
+def test_it_is_bounded_and_continues_bit_for_bit_after_saving(pipe, tmp_path):
     schedule = {0: PROMPT, 20: OTHER}
     rollout = pipe.rollout(schedule, keyframe_interval=4, num_frames=90, num_inference_steps=1, generator=seeded())
     pieces, held = [], []
@@ -86,10 +86,10 @@ def test_it_is_bounded_and_goes_on_bit_for_bit_after_saving(pipe, tmp_path):
     assert max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
 
 
-def test_prompts_change_where_they_are_due_and_may_be_left_out(pipe, tmp_path):
+def test_prompts_change_at_their_frame_and_may_be_omitted(pipe, tmp_path):
     settings = {"keyframe_interval": 4, "num_frames": 30, "num_inference_steps": 1}
-    told = {9: OTHER, 12: "a green star", 0: None}  # 9 and 12 are due with the same coarse frame
-    rollout = pipe.rollout(told, generator=seeded(), **settings)
+    schedule = {9: OTHER, 12: "a green star", 0: None}  # 9 and 12 are due with the same coarse frame
+    rollout = pipe.rollout(schedule, generator=seeded(), **settings)
     assert rollout.coarse.state.schedule.prompts == {0: None, 3: "a green star"}
     scales = [part.sampler.guidance.scale for part in (rollout.fill, rollout.coarse)]
     assert scales == [pipe.config.guidance_scale] * 2
@@ -106,8 +106,8 @@ def test_a_batch_equals_singles(pipe, video):
     for prompts in ([PROMPT, OTHER], None):
         both = frames_of(pipe.rollout(prompts, clips, generator=[seeded(0), seeded(1)], **settings))
         for index in range(2):
-            told = prompts and prompts[index]
-            single = frames_of(pipe.rollout(told, clips[index], generator=seeded(index), **settings))
+            prompt = prompts and prompts[index]
+            single = frames_of(pipe.rollout(prompt, clips[index], generator=seeded(index), **settings))
             assert abs(both[index].astype(int) - single).max() <= 1
 
 
@@ -118,11 +118,11 @@ def test_a_batch_equals_singles(pipe, video):
      ({"prompt": {"0": PROMPT}}, "integer.*, got '0'"), ({"height": 12}, "height must be a multiple of 8"),
      ({"keyframe_interval": 40}, "must be at most 16")],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(pipe, arguments, message):
+def test_invalid_arguments_are_rejected(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe.rollout(**{"prompt": PROMPT, "keyframe_interval": 2} | arguments)
 
 
-def test_a_checkpoint_that_cannot_says_so():
+def test_an_unsupported_checkpoint_is_an_error():
     with pytest.raises(ValueError, match="keyframes"):
         make_pipeline(tasks=["text", "leading"], window=2).rollout(PROMPT, keyframe_interval=2)

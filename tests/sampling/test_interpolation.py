@@ -39,16 +39,16 @@ def test_given_frames_stay_and_the_others_follow_from_them(pipe, video, factor, 
 @pytest.mark.parametrize("limit", [5, 9])
 @pytest.mark.parametrize("sink", [0, 1])
 @pytest.mark.parametrize("factor", [2, 4, 7, 16])
-def test_windows_make_every_latent_once_within_the_trained_length(limit, sink, factor):
+def test_windows_generate_every_latent_once_within_the_trained_length(limit, sink, factor):
     num_latents = 1 + -(-factor * 40 // 4)
     has_known = [any((4 * (k - 1) + 1 + j) % factor == 0 for j in range(4)) or k == 0 for k in range(num_latents)]
-    made = [0]
-    while len(made) < num_latents:
-        seen, new = next_window(len(made), num_latents, lambda latent: has_known[latent], limit, sink)
-        assert set(seen) <= set(made) and made[-1] in seen and len(seen) + len(new) <= limit
+    generated = [0]
+    while len(generated) < num_latents:
+        seen, new = next_window(len(generated), num_latents, lambda latent: has_known[latent], limit, sink)
+        assert set(seen) <= set(generated) and generated[-1] in seen and len(seen) + len(new) <= limit
         assert has_known[new[-1]] or new[-1] == num_latents - 1
-        made += new
-    assert made == list(range(num_latents))
+        generated += new
+    assert generated == list(range(num_latents))
 
 
 def test_a_single_window_is_the_pipelines_own_call(pipe, video):
@@ -59,7 +59,7 @@ def test_a_single_window_is_the_pipelines_own_call(pipe, video):
     assert abs(result - expected).max() < 1e-4
 
 
-def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe, video, monkeypatch):
+def test_windows_continue_from_finished_latents_and_are_decoded_as_one_stream(pipe, video, monkeypatch):
     windows_seen, denoise = [], Sampler.denoise
 
     def listen(self, *args, known, **kwargs):
@@ -70,10 +70,10 @@ def test_windows_go_on_from_finished_latents_and_are_decoded_as_one_stream(pipe,
     monkeypatch.setattr(Sampler, "denoise", listen)
     frames = pipe.interpolate(video[:6], 8, PROMPT, generator=seeded(), num_inference_steps=2).frames[0]
     finished = encode_clip(pipe.vae, to_clip(video[:1])[None])
-    for leading, made in windows_seen:
+    for leading, generated in windows_seen:
         assert torch.equal(leading[:, :, -1], finished[:, :, -1])
         assert torch.equal(leading[:, :, 0], finished[:, :, 0])
-        finished = torch.cat([finished, made], dim=2)
+        finished = torch.cat([finished, generated], dim=2)
     assert len(windows_seen) > 1
     with torch.no_grad():
         whole = pipe.vae.decode(pipe.vae.denormalize(finished)).sample[0].movedim(0, -1)[: len(frames)]
@@ -114,13 +114,13 @@ def test_frames_that_come_one_after_another_give_the_same_video_in_bounded_memor
     assert len(held) > 8 and max(held[len(held) // 2 :]) <= max(held[: len(held) // 2])
 
 
-def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):
+def test_batches_equal_singles_and_a_prompt_may_be_omitted(pipe, video):
     clips = [video[:3], video[3:6]]
     for prompts in ([PROMPT, OTHER], None, [None, OTHER]):
         both = pipe.interpolate(clips, 4, prompts, generator=[seeded(0), seeded(1)], guidance_scale=2.0).frames
         for index in range(2):
-            told = prompts and prompts[index]
-            single = pipe.interpolate(clips[index], 4, told, generator=seeded(index), guidance_scale=2.0).frames[0]
+            prompt = prompts and prompts[index]
+            single = pipe.interpolate(clips[index], 4, prompt, generator=seeded(index), guidance_scale=2.0).frames[0]
             assert abs(both[index] - single).max() < 1e-4
     assert pipe.interpolate(list(video[:2]), 4, output_type="pt").frames.shape == (1, 5, 3, 16, 16)
 
@@ -139,12 +139,12 @@ def test_batches_equal_singles_and_a_prompt_may_be_left_out(pipe, video):
         ({"prompt": " "}, "non-empty text"),
     ],
 )
-def test_what_cannot_be_is_refused(pipe, video, arguments, message):
+def test_invalid_arguments_are_rejected(pipe, video, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe.interpolate(**{"video": video} | arguments)
 
 
-def test_a_checkpoint_that_cannot_says_so(video):
+def test_an_unsupported_checkpoint_is_an_error(video):
     with pytest.raises(ValueError, match="trained for keyframes and leading"):
         make_pipeline().interpolate(video)
     with pytest.raises(ValueError, match="runs of 5 frames"):

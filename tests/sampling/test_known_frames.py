@@ -16,7 +16,7 @@ from .test_rollout import build
 
 
 @pytest.mark.parametrize(("s", "p_t"), [(4, 1), (4, 2), (2, 1), (1, 1), (1, 2), (1, 3)])
-def test_every_given_frame_has_exactly_one_place(s, p_t):
+def test_every_given_frame_is_used_exactly_once(s, p_t):
     num_frames = 1 + s * (4 * p_t - 1)
     random = np.random.default_rng(0)
     for share, _ in itertools.product((0.1, 0.5, 0.9), range(30)):
@@ -35,7 +35,7 @@ def test_every_given_frame_has_exactly_one_place(s, p_t):
             assert s * (latent - 1) + 1 + slot == index and 0 <= slot < s and latent >= placement.num_leading
 
 
-def test_indices_out_of_range_are_told():
+def test_indices_out_of_range_are_named():
     for index in (-1, 9):
         with pytest.raises(ValueError, match="index from 0 to 8"):
             lay_out({0, index}, 9, LatentGrid())
@@ -95,15 +95,15 @@ def test_known_frames_come_back_and_the_rest_follows_from_them(pipe, video, indi
 
 
 @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_leading_latents_stay_exactly_and_are_told_to_be_clean(pipe, video, scheduler, monkeypatch):
+def test_leading_latents_stay_exact_and_have_the_clean_timestep(pipe, video, scheduler, monkeypatch):
     import diffusers
 
     if scheduler.startswith("Uni"):
         pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    told, forward = [], pipe.transformer.forward
+    recorded, forward = [], pipe.transformer.forward
 
     def listen(*args, **kwargs):
-        told.append((kwargs["timestep"], kwargs["groups"]))
+        recorded.append((kwargs["timestep"], kwargs["groups"]))
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pipe.transformer, "forward", listen)
@@ -111,7 +111,7 @@ def test_leading_latents_stay_exactly_and_are_told_to_be_clean(pipe, video, sche
     clip = torch.stack([to_pixels(frame) for frame in video[:5]], dim=1)[None]
     expected = pipe.vae.normalize(pipe.vae.encode(clip).latent_dist.mode())
     assert torch.equal(latents[:, :, :2], expected)
-    for timestep, groups in told:
+    for timestep, groups in recorded:
         assert timestep.shape == (2, 3) and (timestep[:, :2] == 0).all() and (timestep[:, 2] > 0).all()
         assert list(groups) == [0, 0, 1]
 
@@ -140,7 +140,7 @@ def test_pixels_are_known_without_a_vae(randomize, video):
         assert abs(generate(pipe, (0, 1, 5), changed)[0][[2, 3, 4, 6]] - frames[[2, 3, 4, 6]]).max() > 1e-4
 
 
-def test_known_frames_without_a_prompt_are_refused(pipe, video):
+def test_known_frames_without_a_prompt_are_rejected(pipe, video):
     with pytest.raises(ValueError, match="either prompt or prompt_embeds"):
         pipe(image=video[0])
 
@@ -158,7 +158,7 @@ def test_known_frames_without_a_prompt_are_refused(pipe, video):
         ({"image": "a.png"}, "expected an image .*, got str"),
     ],
 )
-def test_what_cannot_be_given_is_refused(pipe, video, arguments, message):
+def test_invalid_known_frames_are_rejected(pipe, video, arguments, message):
     def fill(value):
         if isinstance(value, list):
             return [fill(one) for one in value]
@@ -172,7 +172,7 @@ def test_what_cannot_be_given_is_refused(pipe, video, arguments, message):
         pipe(PROMPT, **arguments)
 
 
-def test_frames_of_different_sizes_are_refused(pipe, video):
+def test_frames_of_different_sizes_are_rejected(pipe, video):
     with pytest.raises(ValueError, match="must have the size of the video, 16x16, got 8x8"):
         pipe(PROMPT, frames={0: video[0], 4: video[1, :8, :8]})
     with pytest.raises(ValueError, match="different sizes: 16x16, 8x8"):
@@ -182,6 +182,6 @@ def test_frames_of_different_sizes_are_refused(pipe, video):
 @pytest.mark.parametrize(
     ("tasks", "indices", "needed"), [(["text"], (0,), "leading"), (["text", "leading"], (3,), "keyframes")]
 )
-def test_a_checkpoint_that_was_not_trained_for_it_says_so(video, tasks, indices, needed):
+def test_a_checkpoint_that_was_not_trained_for_it_is_an_error(video, tasks, indices, needed):
     with pytest.raises(ValueError, match=f"trained for {needed}; this one was trained for {', '.join(tasks)}"):
         generate(make_pipeline(tasks=tasks), indices, video)

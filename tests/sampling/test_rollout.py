@@ -40,15 +40,15 @@ def frames_of(rollout):
 
 def latents_of(rollout, monkeypatch):
     """All latents that a rollout finishes, and its pixels."""
-    found, denoise = [], rollout.sampler.denoise
+    parts, denoise = [], rollout.sampler.denoise
 
     def listen(*args, **kwargs):
-        found.append(denoise(*args, **kwargs))
-        return found[-1]
+        parts.append(denoise(*args, **kwargs))
+        return parts[-1]
 
     monkeypatch.setattr(rollout.sampler, "denoise", listen)
     pixels = frames_of(rollout)
-    return torch.cat(found, dim=2), pixels
+    return torch.cat(parts, dim=2), pixels
 
 
 @pytest.mark.parametrize("given", [1, 5, 9])
@@ -111,10 +111,10 @@ def test_after_eviction_it_equals_a_replay_of_everything_before(
 
 
 def test_frames_that_fill_no_latent_are_keyframes_of_the_first_chunk(pipe, video, monkeypatch):
-    told, forward = [], pipe.transformer.forward
+    recorded, forward = [], pipe.transformer.forward
 
     def listen(*args, **kwargs):
-        told.append(kwargs.get("keyframes"))
+        recorded.append(kwargs.get("keyframes"))
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pipe.transformer, "forward", listen)
@@ -123,7 +123,7 @@ def test_frames_that_fill_no_latent_are_keyframes_of_the_first_chunk(pipe, video
     clip = to_clip(video[:7])[None]
     slots = encode_slots(pipe.vae, {(0, 0): clip[:, :, 5], (0, 1): clip[:, :, 6]})
     expected = pack_keyframes(slots, 1, 4, slots[0, 0])
-    filled = [one for one in told if one is not None and one.any()]
+    filled = [one for one in recorded if one is not None and one.any()]
     assert len(filled) == 2 and all(torch.allclose(one, expected, atol=1e-5) for one in filled)
 
 
@@ -163,13 +163,13 @@ def test_several_videos_need_no_prompts(pipe, video):
     clips, sources = [video[:5], video[4:9]], [seeded(0), seeded(1)]
     both = pipe.predict(clips, 6, generator=sources).frames
     assert np.array_equal(pipe.predict(np.stack(clips), 6, generator=[seeded(0), seeded(1)]).frames, both)
-    told = pipe.predict(clips, 6, [None, OTHER], generator=[seeded(0), seeded(1)], guidance_scale=1.0).frames
+    prompted = pipe.predict(clips, 6, [None, OTHER], generator=[seeded(0), seeded(1)], guidance_scale=1.0).frames
     for i, prompt in ((0, None), (1, OTHER)):
         images = [image for image in clips[i]]
         assert abs(pipe.predict(images, 6, generator=seeded(i)).frames[0] - both[i]).max() <= 1.01 / 255
         alone = pipe.predict(images, 6, prompt, generator=seeded(i), guidance_scale=1.0).frames
-        assert abs(alone[0] - told[i]).max() <= 1.01 / 255
-    assert abs(told[1] - both[1]).max() > 2 / 255
+        assert abs(alone[0] - prompted[i]).max() <= 1.01 / 255
+    assert abs(prompted[1] - both[1]).max() > 2 / 255
     rollouts = [pipe.rollout(prompt, clips) for prompt in (None, [None, None], [None, OTHER])]
     assert [rollout.sampler.guidance.scale for rollout in rollouts] == [1.0, 1.0, pipe.config.guidance_scale]
 
@@ -229,7 +229,7 @@ def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe)
         torch.testing.assert_close(rollout.state.denoiser.get(key), value, atol=1e-4, rtol=1e-4)
 
 
-def test_without_a_prompt_it_continues_unguided(pipe, video):
+def test_without_a_prompt_it_continues_without_guidance(pipe, video):
     pixels = frames_of(pipe.rollout(None, video[:5], num_frames=4, generator=seeded()))
     assert pixels.shape == (4, 16, 16, 3)
     halfway = frames_of(pipe.rollout({0: None, 8: PROMPT}, video[:5], num_frames=9, generator=seeded()))
@@ -318,10 +318,10 @@ def test_history_guidance_leads_away_from_a_noisy_history(pipe, video, monkeypat
 
 def denoised(rollout, monkeypatch):
     """The latents of the next chunk."""
-    found, denoise = [], rollout.sampler.denoise
-    monkeypatch.setattr(rollout.sampler, "denoise", lambda *a, **k: found.append(denoise(*a, **k)) or found[-1])
+    parts, denoise = [], rollout.sampler.denoise
+    monkeypatch.setattr(rollout.sampler, "denoise", lambda *a, **k: parts.append(denoise(*a, **k)) or parts[-1])
     rollout.step()
-    return found
+    return parts
 
 
 def after_draws(shape, count):
@@ -351,7 +351,7 @@ np.save(sys.argv[3], np.concatenate(list(rollout), axis=-4))
 
 
 @pytest.mark.parametrize("batch", [False, True])
-def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(pipe, video, tmp_path, batch):
+def test_a_saved_rollout_continues_bit_for_bit_in_a_new_process(pipe, video, tmp_path, batch):
     arguments = {"prompt": {0: PROMPT, 12: OTHER}, "video": video[:7], "generator": seeded()}
     if batch:
         arguments = {
@@ -377,7 +377,7 @@ def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(pipe, video, tmp_p
         assert np.array_equal(np.load(tmp_path / "rest.npy"), np.concatenate(pieces[index:], axis=-4))
 
 
-def test_a_rollout_whose_replacement_was_cut_short_is_taken_back(pipe, tmp_path):
+def test_a_rollout_whose_replacement_was_interrupted_is_restored(pipe, tmp_path):
     rollout = pipe.rollout(PROMPT, generator=seeded())
     next(rollout)
     rollout.save(tmp_path / "saved")
@@ -387,7 +387,7 @@ def test_a_rollout_whose_replacement_was_cut_short_is_taken_back(pipe, tmp_path)
     assert np.array_equal(next(loaded), next(rollout))
 
 
-def test_a_rollout_is_saved_over_an_older_one_and_only_loaded_by_its_like(pipe, randomize, tmp_path):
+def test_a_rollout_is_saved_over_an_older_one_and_loaded_with_the_same_weights_only(pipe, randomize, tmp_path):
     rollout = pipe.rollout(PROMPT, num_frames=9, generator=seeded())
     for _ in range(2):
         next(rollout)
@@ -419,22 +419,22 @@ def test_a_checkpoint_may_have_defaults_for_rollouts(randomize, video, tmp_path)
         "history_guidance_scale": 1.25, "num_inference_steps": 3,
     }  # fmt: skip
     pipe = build(randomize)
-    told = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded(), **own))
+    expected = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded(), **own))
     clip = pipe(PROMPT, generator=seeded()).frames
-    untold = pipe.predict(video[:5], 8, generator=seeded(), **own | {"guidance_scale": 1.0}).frames
+    unconditional = pipe.predict(video[:5], 8, generator=seeded(), **own | {"guidance_scale": 1.0}).frames
     pipe.register_to_config(rollout_defaults=own)
     pipe.save_pretrained(tmp_path)
     loaded = VideoGenPipeline.from_pretrained(tmp_path)
-    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded())), told)
+    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded())), expected)
     assert np.array_equal(loaded(PROMPT, generator=seeded()).frames, clip)
-    assert np.array_equal(loaded.predict(video[:5], 8, generator=seeded()).frames, untold)
+    assert np.array_equal(loaded.predict(video[:5], 8, generator=seeded()).frames, unconditional)
     plain = {"guidance_scale": 3.0, "chunk_size": 1, "window": 2, "sink": 1, "history_noise": 0.0,
              "history_guidance_scale": 1.0, "num_inference_steps": 2}  # fmt: skip
-    told = frames_of(build(randomize).rollout(PROMPT, num_frames=17, generator=seeded()))
-    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded(), **plain)), told)
+    expected = frames_of(build(randomize).rollout(PROMPT, num_frames=17, generator=seeded()))
+    assert np.array_equal(frames_of(loaded.rollout(PROMPT, num_frames=17, generator=seeded(), **plain)), expected)
 
 
-def test_defaults_that_rollouts_do_not_have_are_refused(pipe):
+def test_unknown_rollout_defaults_are_rejected(pipe):
     with pytest.raises(ValueError, match="rollout_defaults must be some of num_inference_steps, .*, got stride"):
         VideoGenPipeline(pipe.scheduler, transformer=pipe.transformer, rollout_defaults={"stride": 2})
 
@@ -471,14 +471,14 @@ def test_defaults_that_rollouts_do_not_have_are_refused(pipe):
         ({"video": [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes: 8x16, 8x8"),
     ],
 )
-def test_what_cannot_be_is_refused(pipe, arguments, message):
+def test_invalid_arguments_are_rejected(pipe, arguments, message):
     arguments = dict(arguments)
     pipe.scheduler = arguments.pop("scheduler", pipe.scheduler)
     with pytest.raises(ValueError, match=message):
         pipe.rollout(**{"prompt": PROMPT} | arguments)
 
 
-def test_a_checkpoint_that_cannot_says_so(randomize, video):
+def test_an_unsupported_checkpoint_is_an_error(randomize, video):
     with pytest.raises(ValueError, match="trained for leading; this one was trained for text"):
         build(randomize, tasks=["text"]).rollout(PROMPT)
     only = build(randomize, tasks=["text", "leading"])

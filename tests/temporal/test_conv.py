@@ -75,7 +75,7 @@ def test_later_frames_change_nothing_before_them(randomize):
         assert not torch.equal(layer(changed)[:, :, k], layer(x)[:, :, k])
 
 
-def test_nothing_reaches_a_state_before_the_commit(randomize):
+def test_a_state_is_unchanged_before_the_commit(randomize):
     layer, state = keyed(randomize(CausalConv3d(3, 4, 3, padding=1))), TemporalState()
     history = state.history()
     layer(draw(1, 3, 2, 4, 4), history)

@@ -124,14 +124,14 @@ def test_raft_gets_supported_sides_and_its_flow_is_in_pixels_of_the_original_fra
             return [torch.zeros(len(first), 2, *first.shape[-2:]), moved.expand(len(first), 2, *first.shape[-2:])]
 
     name = "torchvision.models.optical_flow"
-    made = SimpleNamespace(raft_small=lambda weights: Raft(), Raft_Small_Weights=SimpleNamespace(DEFAULT=None))
+    fake = SimpleNamespace(raft_small=lambda weights: Raft(), Raft_Small_Weights=SimpleNamespace(DEFAULT=None))
     for module in ("torchvision", "torchvision.models", name):
-        monkeypatch.setitem(sys.modules, module, made)
+        monkeypatch.setitem(sys.modules, module, fake)
     flow_module._raft.cache_clear()
     frames = torch.rand(2, 2, 3, height, width) * 2 - 1
-    found = optical_flow(*frames, "raft")
+    actual = optical_flow(*frames, "raft")
     flow_module._raft.cache_clear()
-    torch.testing.assert_close(found, torch.tensor([width / 4, height / 8]).view(1, 2, 1, 1).expand_as(found))
+    torch.testing.assert_close(actual, torch.tensor([width / 4, height / 8]).view(1, 2, 1, 1).expand_as(actual))
     for given, brought in zip(frames, seen[0], strict=True):
         assert brought.shape == (2, 3, sides[height], sides[width]) and brought.abs().max() <= 1
         torch.testing.assert_close(brought.mean((-2, -1)), given.mean((-2, -1)), atol=0.02, rtol=0)

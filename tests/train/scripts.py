@@ -126,7 +126,7 @@ def train_vdm(runs, output_dir, check=True, processes=1, fresh=False, script=("t
 
 
 def logged(folder, name):
-    """What a run told of something: `(step, value)`."""
+    """The values that a run logged under a tag: `(step, value)`."""
     return [(event.step, event.value) for event in EventAccumulator(str(folder / "logs")).Reload().Scalars(name)]
 
 

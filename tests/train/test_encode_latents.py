@@ -23,7 +23,7 @@ from .scripts import (
 )
 
 
-def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_dir):
+def test_latents_are_normalised_and_the_same_command_resumes(vae_run, latents_dir):
     paths = sorted(latents_dir.glob("*.safetensors"))
     assert [path.name for path in paths] == ["00000000-00000008.safetensors", "00000008-00000012.safetensors"]
     latents = torch.cat([load_file(path)["latents"] for path in paths]).float()
@@ -34,8 +34,8 @@ def test_latents_are_normalised_and_the_same_command_goes_on(vae_run, latents_di
     assert paths[0].stat().st_mtime_ns == before
     again = torch.cat([load_file(path)["latents"] for path in paths]).float()
     assert torch.equal(latents, again)
-    refused = encode(vae_run, latents_dir, check=False, **{"--seed": 1})
-    assert refused.returncode != 0 and "different settings (seed)" in refused.stderr
+    rejected = encode(vae_run, latents_dir, check=False, **{"--seed": 1})
+    assert rejected.returncode != 0 and "different settings (seed)" in rejected.stderr
 
 
 def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_path, caplog):
@@ -68,7 +68,7 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
 
 
-def test_a_stream_is_encoded_shard_by_shard_and_goes_on(vae_run, tmp_path, caplog):
+def test_a_stream_is_encoded_shard_by_shard_and_resumes(vae_run, tmp_path, caplog):
     for index in range(5):
         frames = np.full((12, 16, 16, 3), 40 * index, dtype=np.uint8)
         write_video(frames, tmp_path / f"{index}.mp4", frame_rate=8.0)
@@ -105,8 +105,8 @@ def test_videos_go_to_buckets_of_their_shape_and_are_augmented(vae_run, tmp_path
     options = {"--data": videos, "--buckets": '["5x16x32", "17x16x32", "5x32x16", "5x16x16"]'}
     done = encode(vae_run, tmp_path / "latents", **options)
     assert "5x16x16: no video is nearest to it" in done.stdout
-    found = {path.name: LatentSet(path) for path in (tmp_path / "latents").iterdir()}
-    shapes = {name: (data.captions, data.shape) for name, data in found.items()}
+    encoded = {path.name: LatentSet(path) for path in (tmp_path / "latents").iterdir()}
+    shapes = {name: (data.captions, data.shape) for name, data in encoded.items()}
     assert shapes == {
         "5x16x32": ([["wide"]] * 2, (4, 2, 2, 4)),
         "17x16x32": ([["long"]], (4, 5, 2, 4)),
@@ -129,8 +129,8 @@ def test_moving_digits_are_encoded_and_trained_on(vae_run, tmp_path):
     data = LatentSet(tmp_path / "latents")
     assert (len(data), *data.shape) == (5, 4, 2, 8, 8) and data.captions == [[""]] * 5
     train_vae(tmp_path / "vae", **size, **{"--max_steps": 3, "--sample_every": 9, "--num_calibration_clips": 2})
-    refused = train_vae(tmp_path / "no", check=False, **{"--data": path})
-    assert refused.returncode != 0 and "Moving MNIST is 64x64" in refused.stderr
+    rejected = train_vae(tmp_path / "no", check=False, **{"--data": path})
+    assert rejected.returncode != 0 and "Moving MNIST is 64x64" in rejected.stderr
 
 
 def test_long_clips_are_encoded_with_their_rates_and_single_frames(vae_run, long_latents):

@@ -22,7 +22,7 @@ def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_d
             assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-def test_processes_that_do_not_know_of_one_another_are_refused(runs, tmp_path):
+def test_processes_that_are_not_connected_are_rejected(runs, tmp_path):
     one_of_two = ["--cpu", "--num_machines=1", "--mixed_precision=no"]
     done = train_vdm(runs, tmp_path, processes=2, check=False, accelerate=one_of_two)
     assert done.returncode != 0 and "starts one process, whatever --num_processes says" in done.stderr
@@ -70,7 +70,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path
     (tmp_path / "descent.py").write_text(DESCENT)
     script = (tmp_path / "descent.py", ROOT / f"train/train_{network}.py")
     options = {"--max_steps": 5, "--ema_decay": 0, "--max_grad_norm": 1e6}
-    found = []
+    outcomes = []
     for name, processes in (("one", 1), ("two", 2)):
         options["--gradient_accumulation_steps"] = 3 - processes
         how = {"processes": processes, "fresh": True, "script": script}
@@ -79,8 +79,8 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path
         else:
             train_vdm(runs, tmp_path / name, **how, **options)
         weights = load_file(tmp_path / name / "checkpoint-5/model.safetensors")
-        found.append((torch.load(tmp_path / name / "gradients.pt"), weights))
-    (alone, weights_alone), (together, weights_together) = found
+        outcomes.append((torch.load(tmp_path / name / "gradients.pt"), weights))
+    (alone, weights_alone), (together, weights_together) = outcomes
     largest = max(gradient.abs().max() for gradient in alone.values())
     assert largest > 1e-3 and alone.keys() == together.keys()
     assert all((alone[name] - together[name]).abs().max() < 1e-5 * largest for name in alone)

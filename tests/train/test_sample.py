@@ -180,7 +180,7 @@ def test_half_of_the_known_beginnings_are_noised_each_frame_at_its_own_level(lon
     assert 70 < sum(noised) < 130
 
 
-def test_windows_behind_a_gap_begin_with_the_sink_and_know_what_a_rollout_knows(long_latents):
+def test_windows_after_a_gap_begin_with_the_sink_and_have_the_context_of_a_rollout(long_latents):
     seen = set()
     for clip, sample in samples(long_latents, length=3, windows={"sink": 1.0}):
         first = next(i for i in range(2, 4) if torch.equal(sample["latents"][:, 1], clip.latents[:, i].float()))

@@ -7,7 +7,7 @@ from vgen.data.shapes import ShapesWorld
 from vgen.training.attributes import ATTRIBUTES, CaptionBatches
 
 
-def test_a_text_encoder_is_taught_what_its_captions_say(text_run):
+def test_a_text_encoder_learns_the_attributes_of_its_captions(text_run):
     tokenizer = AutoTokenizer.from_pretrained(text_run / "tokenizer")
     world = ShapesWorld(seed=3)
     batch = CaptionBatches(world, tokenizer, 50, 32)[0, slice(0, 50)]

@@ -24,10 +24,10 @@ def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
     assert (vae_run / "config.yaml").is_file()
 
 
-def test_a_run_tells_its_losses_and_how_fast_it_trains(vae_run):
+def test_a_run_logs_its_losses_and_its_throughput(vae_run):
     for name in ("l1", "kl", "grad_norm", "lr"):
-        told = logged(vae_run, name)
-        assert [step for step, _ in told] == [1, 2, 3, 4] and all(value > 0 for _, value in told[:-1])
+        losses = logged(vae_run, name)
+        assert [step for step, _ in losses] == [1, 2, 3, 4] and all(value > 0 for _, value in losses[:-1])
     assert logged(vae_run, "lr")[-1][1] == 0  # for the step that does not come
     clips, tokens, share = (
         [value for _, value in logged(vae_run, f"throughput/{name}")]
@@ -63,8 +63,8 @@ def test_a_frozen_encoder_keeps_latents_and_their_statistics(vae_run, tmp_path):
     assert {name for name in before if name.startswith(("encoder.", "quant_conv."))} == kept
     after, first = (CausalVideoVAE.from_pretrained(run / "vae") for run in (tmp_path, vae_run))
     assert after.config.latents_mean == first.config.latents_mean
-    refused = train_vae(tmp_path / "other", check=False, **{"--freeze_encoder": "true"})
-    assert refused.returncode != 0 and "--init" in refused.stderr
+    rejected = train_vae(tmp_path / "other", check=False, **{"--freeze_encoder": "true"})
+    assert rejected.returncode != 0 and "--init" in rejected.stderr
 
 
 def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
@@ -111,7 +111,7 @@ def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tm
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_a_video_more_is_told_to_a_run_that_goes_on(tmp_path, caplog):
+def test_a_run_that_resumes_warns_about_an_added_video(tmp_path, caplog):
     frames = np.random.default_rng(0).integers(0, 256, (12, 24, 32, 3), dtype=np.uint8)
     (tmp_path / "videos").mkdir()
     for name in ("a.mp4", "b.mp4"):
@@ -134,9 +134,9 @@ def test_a_vae_trains_against_a_discriminator(tmp_path):
     train_vae(tmp_path / "again", **options)
     assert trained_alike(tmp_path / "again", tmp_path / "once", "checkpoint-5")
     train_vae(tmp_path / "more", **options | {"--gan_weight": 0.2})
-    found, expected = (load_file(tmp_path / name / "checkpoint-5/model.safetensors") for name in ("more", "once"))
-    judged = {name for name in found if name.startswith("discriminator.")}
-    assert judged and any(not torch.equal(found[name], expected[name]) for name in found.keys() - judged)
+    actual, expected = (load_file(tmp_path / name / "checkpoint-5/model.safetensors") for name in ("more", "once"))
+    judged = {name for name in actual if name.startswith("discriminator.")}
+    assert judged and any(not torch.equal(actual[name], expected[name]) for name in actual.keys() - judged)
 
 
 def test_a_vae_trains_with_lpips(vae_run, tmp_path, monkeypatch):
@@ -147,17 +147,17 @@ def test_a_vae_trains_with_lpips(vae_run, tmp_path, monkeypatch):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, made, true):
-            return self.scale * (made - true).abs().mean((1, 2, 3), keepdim=True)
+        def forward(self, generated, true):
+            return self.scale * (generated - true).abs().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", None)
-    refused = train_vae(tmp_path / "refused", check=False, **{"--lpips_weight": 2.0})
-    assert refused.returncode and "pip install vgen[lpips]" in refused.stderr
+    rejected = train_vae(tmp_path / "refused", check=False, **{"--lpips_weight": 2.0})
+    assert rejected.returncode and "pip install vgen[lpips]" in rejected.stderr
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Difference))
     train_vae(tmp_path / "run", **{"--lpips_weight": 2.0})
     events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
-    found, expected = ([event.value for event in events.Scalars(name)] for name in ("lpips", "l1"))
-    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+    actual, expected = ([event.value for event in events.Scalars(name)] for name in ("lpips", "l1"))
+    assert actual == pytest.approx(expected, rel=1e-5) and len(actual) == 4
     assert not trained_alike(tmp_path / "run", vae_run)
 
 
@@ -170,14 +170,14 @@ def test_a_vae_trains_with_a_temporal_loss(vae_run, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["FSDP", "DEEPSPEED"])
-def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, monkeypatch, strategy):
+def test_a_strategy_that_is_not_active_is_rejected(tmp_path, monkeypatch, strategy):
     monkeypatch.setenv(f"ACCELERATE_USE_{strategy}", "true")
-    refused = train_vae(tmp_path, check=False)
-    assert refused.returncode != 0 and not list(tmp_path.glob("checkpoint-*"))
-    assert f"{strategy} was requested" in refused.stderr or "deepspeed" in refused.stderr.lower()
+    rejected = train_vae(tmp_path, check=False)
+    assert rejected.returncode != 0 and not list(tmp_path.glob("checkpoint-*"))
+    assert f"{strategy} was requested" in rejected.stderr or "deepspeed" in rejected.stderr.lower()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+def test_a_batch_that_does_not_divide_is_rejected(tmp_path):
     done = train_vae(tmp_path, check=False, **{"--gradient_accumulation_steps": 3})
     assert done.returncode != 0 and "must be a multiple of 3" in done.stderr and "got 4 (nearest: 3)" in done.stderr
 

@@ -57,8 +57,8 @@ def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
     assert pipe.transformer is None and pipe("a red circle moves right").frames.shape == (1, 5, 16, 16, 3)
     moved = [name for name, weight in pipe.unet.named_parameters() if name.endswith("conv.weight") and weight.any()]
     assert len([name for name in moved if "temporal" in name]) == 2 + 2 + 4  # they start as zeros
-    refused = train_vdm(runs, tmp_path / "other", check=False, **{"--denoiser": "cnn"})
-    assert refused.returncode != 0 and "Literal['transformer', 'unet']" in refused.stderr
+    rejected = train_vdm(runs, tmp_path / "other", check=False, **{"--denoiser": "cnn"})
+    assert rejected.returncode != 0 and "Literal['transformer', 'unet']" in rejected.stderr
 
 
 def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, stable_diffusion, tmp_path):
@@ -78,10 +78,10 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("temporal" in name for name in moved)
     assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
-    refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
-    assert refused.returncode != 0 and "prediction=flow, but the pipeline" in refused.stderr
-    refused = train_vdm(runs, tmp_path / "other", check=False, **options | {"--zero_terminal_snr": "true"})
-    assert refused.returncode != 0 and "zero_terminal_snr=True, but the pipeline" in refused.stderr
+    rejected = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
+    assert rejected.returncode != 0 and "prediction=flow, but the pipeline" in rejected.stderr
+    rejected = train_vdm(runs, tmp_path / "other", check=False, **options | {"--zero_terminal_snr": "true"})
+    assert rejected.returncode != 0 and "zero_terminal_snr=True, but the pipeline" in rejected.stderr
 
     train_vdm(runs, tmp_path / "adapter", **options | {"--train_only": "lora", "--lora_rank": 2, "--max_steps": 2})
     plain = pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames
@@ -112,8 +112,8 @@ def test_a_public_pipeline_is_fine_tuned_by_lora(wan_folder, tmp_path):
     pipe.unload_lora_weights()
     assert torch.equal(latents(), plain)  # the adapter is all that was trained
     assert not (tmp_path / "run/pipeline").exists()
-    refused = launch("train/train_vdm.py", check=False, **TINY | options | {"--train_text_encoder": "true"})
-    assert refused.returncode != 0 and "train_only=lora" in refused.stderr
+    rejected = launch("train/train_vdm.py", check=False, **TINY | options | {"--train_text_encoder": "true"})
+    assert rejected.returncode != 0 and "train_only=lora" in rejected.stderr
 
 
 def test_all_of_a_public_pipeline_is_fine_tuned(wan_folder, tmp_path):
@@ -157,9 +157,9 @@ def test_a_loss_that_is_not_finite_names_the_clips(vae_run, text_run, latents_di
     assert count == len(LatentSet(latents_dir))
     stopped = train_vdm((vae_run, text_run, tmp_path / "latents"), tmp_path / "vdm", check=False)
     assert stopped.returncode != 0 and not (tmp_path / "vdm/pipeline").exists()
-    told = re.search(r"step 1 is not finite; its batch: 2 token frames of clips ([\d, ]+) in (\S+)", stopped.stderr)
-    assert told and Path(told[2].rstrip(".")) == tmp_path / "latents"
-    numbers = [int(number) for number in told[1].split(", ")]
+    message = re.search(r"step 1 is not finite; its batch: 2 token frames of clips ([\d, ]+) in (\S+)", stopped.stderr)
+    assert message and Path(message[2].rstrip(".")) == tmp_path / "latents"
+    numbers = [int(number) for number in message[1].split(", ")]
     assert len(set(numbers)) == 4 and max(numbers) < count
     stopped = train_vae(tmp_path / "vae", check=False, **{"--kl_weight": 1e39})
     assert stopped.returncode != 0 and not (tmp_path / "vae/vae").exists()
@@ -179,12 +179,12 @@ def test_a_killed_run_on_latents_ends_with_the_weights_of_an_uninterrupted_one(r
     assert [step for step, _ in logged(tmp_path / "again", "loss")] == [1, 2, 3, 4]
 
 
-def test_latents_of_another_vae_are_refused(vae_run, text_run, latents_dir, tmp_path):
+def test_latents_of_another_vae_are_rejected(vae_run, text_run, latents_dir, tmp_path):
     train_vae(tmp_path / "other", **{"--seed": 1})
     train_vae(tmp_path / "decoder", **{"--init": vae_run / "vae", "--freeze_encoder": "true", "--image_steps": 0})
     once = {"--max_steps": 1, "--save_every": 1, "--sample_every": 9}
-    refused = train_vdm((tmp_path / "other", text_run, latents_dir), tmp_path / "no", check=False, **once)
-    assert refused.returncode != 0 and "were encoded with another VAE" in refused.stderr
+    rejected = train_vdm((tmp_path / "other", text_run, latents_dir), tmp_path / "no", check=False, **once)
+    assert rejected.returncode != 0 and "were encoded with another VAE" in rejected.stderr
     train_vdm((tmp_path / "decoder", text_run, latents_dir), tmp_path / "yes", **once)
     # --vae takes the place of the VAE of --init, and its half precision is no other VAE
     train_vdm((vae_run, text_run, latents_dir), tmp_path / "again", **once, **{"--init": tmp_path / "yes/pipeline"})
@@ -215,8 +215,8 @@ def test_captions_are_embedded_once_for_a_text_encoder_that_stays(vae_run, text_
 
     train_text_encoder(tmp_path / "other", **{"--seed": 1})
     folders = vae_run, tmp_path / "other", tmp_path / "latents"
-    refused = train_vdm(folders, tmp_path / "no", check=False)
-    assert refused.returncode != 0 and "embedded with another text_encoder_sha256" in refused.stderr
+    rejected = train_vdm(folders, tmp_path / "no", check=False)
+    assert rejected.returncode != 0 and "embedded with another text_encoder_sha256" in rejected.stderr
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])
@@ -231,11 +231,11 @@ def test_a_temporal_loss_is_trained_with_and_judges_the_estimate(vae_run, text_r
     assert not trained_alike(tmp_path / "run", tmp_path / "without", "checkpoint-2")
     if space == "latent":
         short = encode(vae_run, tmp_path / "short") and tmp_path / "short"
-        refused = train_vdm((vae_run, text_run, short), tmp_path / "no", check=False, **options)
-        assert refused.returncode != 0 and "encode_latents.py --flow dis" in refused.stderr
+        rejected = train_vdm((vae_run, text_run, short), tmp_path / "no", check=False, **options)
+        assert rejected.returncode != 0 and "encode_latents.py --flow dis" in rejected.stderr
 
 
-def test_known_frames_are_trained_and_then_served(vae_run, text_run, long_latents, tmp_path):
+def test_known_frames_are_trained_and_then_used(vae_run, text_run, long_latents, tmp_path):
     options = {
         "--known": json.dumps({"none": 1, "both": 1}), "--window_lengths": "[3, 4]",
         "--windows": json.dumps({"start": 1, "anywhere": 1, "sink": 1}),
@@ -252,14 +252,14 @@ def test_known_frames_are_trained_and_then_served(vae_run, text_run, long_latent
     assert pipe.transformer.keyframe_embedding.weight.any()
 
 
-def test_known_frames_without_their_latents_are_refused(runs, tmp_path):
+def test_known_frames_without_their_latents_are_rejected(runs, tmp_path):
     done = train_vdm(runs, tmp_path, check=False, **{"--known": json.dumps({"keyframes": 1})})
     assert done.returncode != 0 and "--keyframes true" in done.stderr
     done = train_vdm(runs, tmp_path, check=False, **{"--windows": json.dumps({"sink": 1}), "--window_lengths": "[2]"})
     assert done.returncode != 0 and "does not fit clips of 2" in done.stderr
 
 
-def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):
+def test_the_text_encoder_is_trained_only_where_requested(runs, tmp_path):
     before = load_file(runs[1] / "text_encoder/model.safetensors")
     moved = []
     for train in ("false", "true"):
@@ -272,8 +272,8 @@ def test_the_text_encoder_is_trained_along_only_where_asked(runs, tmp_path):
 def test_a_pipeline_to_start_from_must_agree_with_the_settings(runs, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     train_vdm(runs, first)
-    refused = train_vdm(runs, second, check=False, **{"--init": first / "pipeline", "--level_shift": 3})
-    assert refused.returncode != 0 and "level_shift=3.0, but the pipeline" in refused.stderr
+    rejected = train_vdm(runs, second, check=False, **{"--init": first / "pipeline", "--level_shift": 3})
+    assert rejected.returncode != 0 and "level_shift=3.0, but the pipeline" in rejected.stderr
     train_vdm(runs, second, **{"--init": first / "pipeline", "--learning_rate": 0})
     before, after = (
         load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors") for run in (first, second)

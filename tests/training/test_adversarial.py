@@ -26,7 +26,7 @@ def gradients(model, loss):
     }
 
 
-def test_each_logit_teaches_its_own_network(gan_output):
+def test_each_logit_trains_its_own_network(gan_output):
     model, _, out = gan_output
     assert out.real.shape == out.fake.shape == out.generator_logits.shape == (2, 1, 5, 4, 4)
     assert torch.equal(out.fake, out.generator_logits)
@@ -34,7 +34,7 @@ def test_each_logit_teaches_its_own_network(gan_output):
     assert gradients(model, discriminator_loss(out.real, out.fake)) == {"vae": False, "discriminator": True}
 
 
-def test_before_its_start_the_discriminator_takes_no_part(gan_output):
+def test_the_discriminator_is_unused_before_its_start(gan_output):
     model, clip, out = gan_output
     plain = model(clip, generator=torch.Generator().manual_seed(1), use_discriminator=False)
     assert torch.equal(plain.sample, out.sample) and plain.real is plain.fake is plain.generator_logits is None

@@ -90,10 +90,10 @@ def names(folder):
 
 def assert_same(folder, whole):
     for name in ("model.safetensors", "ema.safetensors"):
-        found, expected = (load_file(run / "checkpoint-12" / name) for run in (folder, whole))
-        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    found, expected = (torch.load(run / "result.pt", weights_only=True) for run in (folder, whole))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+        actual, expected = (load_file(run / "checkpoint-12" / name) for run in (folder, whole))
+        assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in actual)
+    actual, expected = (torch.load(run / "result.pt", weights_only=True) for run in (folder, whole))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     logged, wanted = (EventAccumulator(str(run / "logs")).Reload().Scalars("loss") for run in (folder, whole))
     assert [(event.step, event.value) for event in logged] == [(event.step, event.value) for event in wanted]
     assert [event.step for event in logged] == list(range(1, 13))
@@ -109,7 +109,7 @@ def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(who
     assert names(tmp_path) == names(whole) == ["checkpoint-12", "checkpoint-8"]
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path):
+def test_a_run_that_is_asked_to_stop_saves_and_resumes(whole, tmp_path):
     stopped = train(tmp_path, KILL="term6")
     assert "stopped after 6 steps" in stopped.stdout and not (tmp_path / "result.pt").exists()
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
@@ -118,7 +118,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
-def test_processes_of_which_one_is_told_to_stop_save_together_and_go_on(tmp_path):
+def test_when_one_process_is_asked_to_stop_all_save_and_resume(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     configuration = Path(__file__).parents[2] / "train/accelerate/ddp.yaml"
     options = [f"--config_file={configuration}", "--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
@@ -131,7 +131,7 @@ def test_processes_of_which_one_is_told_to_stop_save_together_and_go_on(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed", "no record"])
-def test_the_checkpoint_before_stands_in_for_a_damaged_one(whole, tmp_path, damage):
+def test_the_previous_checkpoint_replaces_a_damaged_one(whole, tmp_path, damage):
     train(tmp_path, check=False, KILL="step10")
     newest = tmp_path / "checkpoint-8"
     path = newest / {"no record": "record.json", "missing": "optimizer.bin"}.get(damage, "model.safetensors")
@@ -148,7 +148,7 @@ def test_the_checkpoint_before_stands_in_for_a_damaged_one(whole, tmp_path, dama
     assert_same(tmp_path, whole)
 
 
-def test_a_run_of_damaged_checkpoints_does_not_begin_anew(tmp_path):
+def test_a_run_with_damaged_checkpoints_does_not_start_over(tmp_path):
     train(tmp_path, check=False, KILL="step6")
     (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"")
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_a_run_whose_steps_are_skipped(tmp_path)
         assert stopped.returncode != 0 and "the loss or gradient of step 6 is not finite" in stopped.stderr
 
 
-def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed_and_a_second_damaged_checkpoint_is_moved_aside(tmp_path):
     train(tmp_path, check=False, KILL="save8")
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-8.partial"]
     (tmp_path / "checkpoint-2.partial").mkdir()
@@ -181,7 +181,7 @@ def test_what_a_killed_run_left_is_removed_and_a_second_damage_is_put_aside(tmp_
     assert names(tmp_path) == ["checkpoint-12", "checkpoint-8", "checkpoint-8.damaged"]
 
 
-def test_what_keeps_a_continuation_from_being_exact_is_named(tmp_path):
+def test_reasons_for_an_inexact_resume_are_named(tmp_path):
     train(tmp_path, check=False, KILL="step6")
     again = train(tmp_path, THREADS="2", DATA="a")
     assert "is not resumed exactly: threads 1 -> 2, data_sha256 None -> a" in again.stderr

@@ -88,12 +88,12 @@ def test_batches_do_not_depend_on_the_workers(make):
     for count in (1, 2):
         config, batches = make(num_workers=count)
         before = torch.get_rng_state()
-        found = list(Feed(run_of(config), batches))
+        batches_read = list(Feed(run_of(config), batches))
         assert torch.equal(torch.get_rng_state(), before)  # the network's dropout draws from it
-        assert len(found) == 5 and all(map(same, found, expected))
+        assert len(batches_read) == 5 and all(map(same, batches_read, expected))
 
 
-def test_processes_and_accumulation_share_one_batch_out(make):
+def test_processes_and_accumulation_divide_one_batch(make):
     def rows(batches):
         return [row for batch in batches for row in batch["noise"].unbind()]
 
@@ -105,8 +105,8 @@ def test_processes_and_accumulation_share_one_batch_out(make):
             Feed(run_of(config, process_index=rank, num_processes=processes), batches) for rank in range(processes)
         ]
         for step in range(config.max_steps):
-            found = rows(next(feed) for feed in feeds for _ in range(parts))
-            assert all(map(torch.equal, found, expected[step])) and len(found) == 4
+            batches_read = rows(next(feed) for feed in feeds for _ in range(parts))
+            assert all(map(torch.equal, batches_read, expected[step])) and len(batches_read) == 4
         assert all(next(feed, None) is None for feed in feeds)
 
 
@@ -123,8 +123,8 @@ def test_a_run_that_resumes_reads_only_what_is_left(make, count):
 
     if count == 0:
         batches.__class__ = Counted
-    found = list(Feed(run_of(config, step=3), batches))
-    assert len(found) == 2 and all(map(same, found, expected))
+    batches_read = list(Feed(run_of(config, step=3), batches))
+    assert len(batches_read) == 2 and all(map(same, batches_read, expected))
     assert count or asked == [(3, slice(0, 4)), (4, slice(0, 4))]
 
 
@@ -231,11 +231,15 @@ class Broken(torch.utils.data.Dataset):
 
 def test_tensors_go_to_the_device_and_the_rest_stays():
     batch = {"a": torch.ones(2), "b": {"c": torch.zeros(1)}, "groups": [0, 1], "mode": "full"}
-    found = to_device(batch, torch.device("meta"))
-    assert found["a"].is_meta and found["b"]["c"].is_meta and (found["groups"], found["mode"]) == ([0, 1], "full")
+    batches_read = to_device(batch, torch.device("meta"))
+    assert (
+        batches_read["a"].is_meta
+        and batches_read["b"]["c"].is_meta
+        and (batches_read["groups"], batches_read["mode"]) == ([0, 1], "full")
+    )
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+def test_a_batch_that_does_not_divide_is_rejected(tmp_path):
     config = RunConfig(output_dir=tmp_path, batch_size=3, max_steps=1)
     with pytest.raises(ValueError, match="multiple of 2 .2 processes .*got 3 .nearest: 4"):
         next(Feed(run_of(config, num_processes=2), Numbers()))

@@ -9,7 +9,7 @@ def draws(draw, *args, count=300):
     return [draw(*args, random.Random(seed)) for seed in range(count)]
 
 
-def test_windows_are_where_they_say():
+def test_windows_are_at_their_stated_positions():
     assert draws(draw_window, "start", 3, 9, 1, count=5) == [[0, 1, 2]] * 5
     anywhere = draws(draw_window, "anywhere", 3, 9, 1)
     assert {window[0] for window in anywhere} == set(range(7))
@@ -25,12 +25,12 @@ def test_windows_are_where_they_say():
     ("kind", "length", "total", "sink"),
     [("start", 4, 3, 0), ("sink", 3, 3, 1), ("sink", 2, 9, 2), ("anywhere", 1, 9, 0)],
 )
-def test_a_window_that_does_not_fit_is_refused(kind, length, total, sink):
+def test_a_window_that_does_not_fit_is_rejected(kind, length, total, sink):
     with pytest.raises(ValueError, match="does not fit"):
         draw_window(kind, length, total, sink, random.Random(0))
 
 
-def test_something_is_always_left_to_generate():
+def test_some_frames_always_remain_to_generate():
     for known in KNOWN:
         for least in (0, 2):
             numbers = set(draws(draw_num_leading, known, 5, least, []))
@@ -38,7 +38,7 @@ def test_something_is_always_left_to_generate():
             assert numbers == (set(range(first, 5)) if first else {0})
 
 
-def test_leading_frames_are_as_many_as_was_asked_for():
+def test_the_number_of_leading_frames_is_the_requested_one():
     assert set(draws(draw_num_leading, "both", 5, 0, [2, 3])) == {2, 3}
     assert set(draws(draw_num_leading, "leading", 5, 3, [2, 3])) == {3}
     assert set(draws(draw_num_leading, "keyframes", 5, 0, [2, 3])) == {0}
@@ -47,7 +47,7 @@ def test_leading_frames_are_as_many_as_was_asked_for():
         draw_num_leading("leading", 5, 0, [5], random.Random(0))
 
 
-def test_only_the_start_of_a_clip_is_made_from_nothing():
+def test_only_the_start_of_a_clip_is_generated_without_context():
     assert [least_known(kind, 2) for kind in ("start", "anywhere", "sink")] == [0, 1, 3]
 
 
@@ -63,7 +63,7 @@ def test_keyframes_are_spaced_last_scattered_or_next():
     assert all(one == [3] for kind in KEYFRAMES for one in draws(draw_keyframes, kind, range(3, 4), 4))
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(ValueError, match="start, sink, anywhere"):
         draw_window("middle", 1, 1, 0, random.Random(0))
     with pytest.raises(ValueError, match="none, leading, keyframes"):

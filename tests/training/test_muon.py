@@ -40,7 +40,7 @@ def test_a_kernel_is_changed_as_the_flattened_matrix_is_by_torch():
     torch.testing.assert_close(conv.weight.flatten(1), flat.matrix, rtol=0, atol=0)
 
 
-def test_it_goes_on_from_its_state_and_follows_weights_that_were_replaced():
+def test_it_resumes_from_its_state_and_follows_replaced_weights():
     torch.manual_seed(0)
     data = torch.randn(6, 2, 3, 2, 6, 6)
     whole = nn.Conv3d(3, 5, (2, 3, 3), bias=False)

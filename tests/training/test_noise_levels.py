@@ -10,7 +10,7 @@ def draws(kind, number=4000, **options):
     return torch.stack([draw_levels(kind, GROUPS, torch.Generator().manual_seed(i), **options) for i in range(number)])
 
 
-def test_kinds_share_levels_as_they_say():
+def test_each_kind_shares_levels_as_documented():
     assert draws("shared", 50).var(dim=1).max() == 0
     group = draws("group", 50)
     assert torch.equal(group[:, 1], group[:, 2]) and not torch.equal(group[:, 0], group[:, 1])
@@ -35,6 +35,6 @@ def test_shift_is_the_schedulers():
     assert torch.allclose(scheduler.sigmas[:-1], shifted.flatten().sort(descending=True).values, atol=1e-6)
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_kind_is_rejected():
     with pytest.raises(ValueError, match="shared, group, independent"):
         draw_levels("random", GROUPS, torch.Generator())

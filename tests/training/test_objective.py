@@ -53,8 +53,8 @@ def test_each_frame_of_a_diffusion_sample_is_diffusers_at_its_timestep(predictio
         expected = oracle.add_noise(clean, added, torch.tensor([timestep]))
         torch.testing.assert_close(sample.latents[row : row + 1, :, frame], expected)
         target = sample.target[row : row + 1, :, frame]
-        found = oracle.step(target, timestep, expected).pred_original_sample
-        torch.testing.assert_close(found, clean, atol=1e-3, rtol=0)  # divided by sqrt(alpha) = 0.07 at the end
+        actual = oracle.step(target, timestep, expected).pred_original_sample
+        torch.testing.assert_close(actual, clean, atol=1e-3, rtol=0)  # divided by sqrt(alpha) = 0.07 at the end
     assert torch.equal(sample.latents[1, :, 2:], latents[1, :, 2:])  # level 0 is clean
 
 
@@ -107,7 +107,7 @@ def test_noise_alone_ends_a_schedule_of_zero_terminal_snr():
             make_scheduler(**options)
 
 
-def test_weights_that_do_not_apply_and_schedulers_without_targets_are_refused():
+def test_weights_that_do_not_apply_and_schedulers_without_targets_are_rejected():
     with pytest.raises(ValueError, match="snr_gamma=5"):
         Objective(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0)
     with pytest.raises(ValueError, match="prediction_type='sample'"):
@@ -129,21 +129,21 @@ def test_known_frames_carry_no_loss():
 
 def test_only_clips_with_a_gap_are_computed_with_unseen_latents(randomize):
     network, calls = make(randomize), []
-    network.register_forward_pre_hook(lambda _, __, told: calls.append(told), with_kwargs=True)
+    network.register_forward_pre_hook(lambda _, __, conditions: calls.append(conditions), with_kwargs=True)
     model = PromptedDenoiser(network, None)
     latents, levels, prompt = inputs(4)
     conv_context = torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-    told = {"prompt_embeds": prompt, "conv_context": conv_context, "gap_index": torch.tensor([5, 2, 5, 1])}
+    conditions = {"prompt_embeds": prompt, "conv_context": conv_context, "gap_index": torch.tensor([5, 2, 5, 1])}
     gaps = {"gap_order": torch.tensor([1, 3, 0, 2]), "num_gaps": 2}
     for groups in ("causal", [0, 0, 1, 1, 2], torch.arange(4)[:, None] // 2 + torch.tensor([0, 0, 1, 1, 2])):
-        found = model(latents, levels, groups=groups, **told, **gaps)
-        expected = model(latents, levels, groups=groups, **told, **gaps | {"num_gaps": None})
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        actual = model(latents, levels, groups=groups, **conditions, **gaps)
+        expected = model(latents, levels, groups=groups, **conditions, **gaps | {"num_gaps": None})
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert [len(call["hidden_states"]) for call in calls] == [2, 2, 4]
         assert torch.equal(calls[0]["conv_context"], conv_context[[1, 3]]) and calls[1]["conv_context"] is None
         calls.clear()
     for gap_index, num_gaps in ((5, 0), (2, 4)):
         gaps = {"gap_order": torch.arange(4), "num_gaps": num_gaps}
-        model(latents, levels, **told | {"gap_index": torch.full((4,), gap_index)}, **gaps)
+        model(latents, levels, **conditions | {"gap_index": torch.full((4,), gap_index)}, **gaps)
         assert [len(call["hidden_states"]) for call in calls] == [4]
         calls.clear()

@@ -50,6 +50,6 @@ def test_every_trainable_weight_is_updated_once(optimizer, kernels, tmp_path):
         ({"muon_kernels": True}, "muon_kernels needs optimizer=muon, got optimizer=adamw"),
     ],
 )
-def test_optimizers_that_do_not_work_are_refused(tmp_path, settings, message):
+def test_unsupported_optimizer_settings_are_rejected(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(output_dir=tmp_path, **settings).check()

@@ -57,10 +57,10 @@ parts = [module for module in sharded.modules() if type(module).__name__ in shar
 assert parts
 for module in [*reversed(parts), sharded]:
     fully_shard(module, mesh=mesh)
-expected, found = loss(whole, inputs), loss(sharded, inputs)
+expected, actual = loss(whole, inputs), loss(sharded, inputs)
 expected.backward()
-found.backward()
-torch.testing.assert_close(found, expected)
+actual.backward()
+torch.testing.assert_close(actual, expected)
 largest = max(weight.grad.abs().max() for weight in whole.parameters() if weight.grad is not None)
 assert largest > 0
 for (key, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):

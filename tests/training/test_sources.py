@@ -39,7 +39,7 @@ def videos(tmp_path):
 @pytest.mark.parametrize("kind", ["shapes", "videos"])
 def test_clips_do_not_depend_on_the_workers(videos, kind):
     options = {"data": str(videos), "augment": {"flip": 0.5, "brightness": 0.3}} if kind == "videos" else {}
-    found = []
+    drawn = []
     for count in (0, 1):
         config = ClipConfig(
             output_dir=videos, batch_size=2, max_steps=6, image_steps=1, image_share=0.3, image_batch_size=3,
@@ -47,9 +47,9 @@ def test_clips_do_not_depend_on_the_workers(videos, kind):
         )  # fmt: skip
         source = open_source(config)
         batches = ClipBatches(source, partial(plan_clips, config))
-        found.append(list(Feed(run_of(config), batches, batches.size)))
-    assert all(same(one, other) for one, other in zip(*found, strict=True)) and len(found[0]) == 6
-    for step, batch in enumerate(found[1]):
+        drawn.append(list(Feed(run_of(config), batches, batches.size)))
+    assert all(same(one, other) for one, other in zip(*drawn, strict=True)) and len(drawn[0]) == 6
+    for step, batch in enumerate(drawn[1]):
         indices, num_frames, start = plan_clips(config, step)
         clips, real = source.clips(batch, CPU)
         expected = source.draw(indices, CPU, num_frames, start)
@@ -75,7 +75,7 @@ def test_videos_are_decoded_by_workers(videos, monkeypatch):
     assert len(list(Feed(run_of(config), batches))) == 3
 
 
-def test_workers_share_a_stream_out(videos):
+def test_workers_divide_a_stream(videos):
     webdataset = pytest.importorskip("webdataset")
     for shard in range(2):
         with webdataset.TarWriter(str(videos / f"{shard}.tar")) as tar:
@@ -87,22 +87,22 @@ def test_workers_share_a_stream_out(videos):
     batches = ClipBatches(source, partial(consecutive_clips, 1, 12))
     config = ClipConfig(output_dir=videos, batch_size=1, max_steps=6, num_workers=4)
     frames = [batch["frames"] for batch in Feed(run_of(config), batches)]
-    found = [round(one.float().mean().item(), 3) for one in frames]
+    drawn = [round(one.float().mean().item(), 3) for one in frames]
     # two workers in turn, each with the three videos of its own shard
-    assert len(set(found[::2])) == 3 and set(found[::2]) == set(found[1::2])
+    assert len(set(drawn[::2])) == 3 and set(drawn[::2]) == set(drawn[1::2])
 
 
 def test_captions_are_tokenised_by_the_feed(tmp_path):
     tokenizer = make_word_tokenizer(vocabulary(), 32)
     batches = CaptionBatches(ShapesWorld(seed=1), tokenizer, 4, 32)
-    found = [
+    drawn = [
         list(Feed(run_of(ClipConfig(output_dir=tmp_path, batch_size=4, max_steps=3, num_workers=count)), batches))
         for count in (0, 1)
     ]
-    assert all(map(same, *found)) and same(found[0][2], batches.draw(range(8, 12)))
+    assert all(map(same, *drawn)) and same(drawn[0][2], batches.draw(range(8, 12)))
 
 
-def test_the_loss_of_attributes_counts_what_is_said():
+def test_the_attribute_loss_counts_mentioned_attributes_only():
     batch = CaptionBatches(ShapesWorld(), make_word_tokenizer(vocabulary(), 32), 4, 32)[0, slice(0, 4)]
     targets = batch["targets"]
     one_hot = [

@@ -60,7 +60,7 @@ def test_pairs_of_weight_zero_and_hidden_pixels_carry_no_loss(moving):
     assert (temporal_loss(warping, moving, moving, motion) > 0).all()
 
 
-def test_weights_weigh(moving):
+def test_weights_scale_the_losses(moving):
     config = TemporalLossConfig(difference_weight=1.0)
     half = temporal_loss(config, moving, moving, weight=torch.full((2, 4), 0.5))
     torch.testing.assert_close(half, 0.5 * temporal_loss(config, moving, moving))

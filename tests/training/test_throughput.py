@@ -26,7 +26,7 @@ def test_counting_leaves_random_states_and_gradients_alone():
     assert torch.equal(torch.get_rng_state(), before) and linear.weight.grad is None
 
 
-def test_what_was_trained_is_told_by_the_second_and_counted_anew(monkeypatch):
+def test_throughput_is_per_second_and_counted_from_zero_after_each_report(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr("vgen.training.throughput.matrix_peak", lambda device, dtype: 1000.0)
@@ -44,8 +44,8 @@ def test_what_was_trained_is_told_by_the_second_and_counted_anew(monkeypatch):
         now[0] += 1
     assert len(calls) == 2
     flops = 3 * 3 * 2 * 2 * 4 * 3  # three parts, each forward and twice that backward
-    told = throughput.take()
-    assert told == pytest.approx(
+    reported = throughput.take()
+    assert reported == pytest.approx(
         {"clips_per_second": 2, "tokens_per_second": 10, "flops_utilisation": flops / 3 / 1000}
     )
     now[0] += 2
