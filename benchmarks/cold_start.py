@@ -1,4 +1,4 @@
-"""Wall time and peak memory of the commands a user meets first, each from a cold process.
+"""Wall time and peak memory of the first commands that a user runs, each in a new process.
 
 python benchmarks/cold_start.py
 """
@@ -33,7 +33,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints medians of five runs."""
+    """Prints the median of five runs of each command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()

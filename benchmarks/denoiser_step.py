@@ -38,7 +38,7 @@ def step_seconds(backend: str, compiled: bool, args: argparse.Namespace) -> floa
 
 
 def main() -> None:
-    """Prints one line a setting."""
+    """Prints one line per setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--batch-size", type=int, default=64)

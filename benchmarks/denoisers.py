@@ -23,7 +23,7 @@ PROMPT = "a red circle moves right"
 
 
 def main() -> None:
-    """Measures both."""
+    """Measures both checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs=2, default=["vgen/shapes-64", "vgen/shapes-64-unet"])
     parser.add_argument("--num-pairs", type=int, default=20)
@@ -56,7 +56,7 @@ def load(name: str) -> VideoGenPipeline:
 
 
 def evaluation(pipe: VideoGenPipeline) -> Callable[[], Any]:
-    """One evaluation of the denoiser, as a step of a default video has it."""
+    """Evaluates the denoiser once, as in a step of a default video."""
     calls: list[tuple[tuple, dict]] = []
     handle = pipe.denoiser.register_forward_pre_hook(
         lambda _, words, named: calls.append((words, named)), with_kwargs=True

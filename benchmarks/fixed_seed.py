@@ -1,6 +1,6 @@
-"""Hashes of what fixed seeds give: outputs of the shipped checkpoints, and the weights after 20 steps of each script.
+"""Hashes of results with fixed seeds: outputs of the shipped checkpoints, and weights after 20 steps of each script.
 
-A change that should not alter results leaves all of them as they were, on one machine with one thread:
+A change that should not alter results leaves all hashes the same. They depend on the processor and the thread count:
 
     OMP_NUM_THREADS=1 python benchmarks/fixed_seed.py --output before.json
     OMP_NUM_THREADS=1 python benchmarks/fixed_seed.py --compare before.json
@@ -50,7 +50,7 @@ MIXTURE = {
 
 
 def digest(arrays: list[Any]) -> str:
-    """Of arrays or tensors, with their shapes."""
+    """The hash of arrays or tensors and their shapes."""
     sha = hashlib.sha256()
     for array in arrays:
         array = np.ascontiguousarray(array)
@@ -136,17 +136,19 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, help="JSON file of an earlier run; the exit code is 1 if any differs")
     parser.add_argument("--skip-training", action="store_true", help="only the outputs of the checkpoints")
     options = parser.parse_args()
-    found = outputs("vgen/shapes-64") | outputs("vgen/shapes-64-unet")
+    hashes = outputs("vgen/shapes-64") | outputs("vgen/shapes-64-unet")
     if not options.skip_training:
         with tempfile.TemporaryDirectory() as folder:
-            found |= trained(Path(folder))
-    print(json.dumps(found, indent=1))
+            hashes |= trained(Path(folder))
+    print(json.dumps(hashes, indent=1))
     if options.output:
-        options.output.write_text(json.dumps(found, indent=1))
+        options.output.write_text(json.dumps(hashes, indent=1))
     if options.compare:
         before = json.loads(options.compare.read_text())
-        differing = [name for name in found if found[name] != before.get(name)]
-        print(f"{len(found) - len(differing)} of {len(found)} as before; differing: {', '.join(differing) or 'none'}")
+        differing = [name for name in hashes if hashes[name] != before.get(name)]
+        print(
+            f"{len(hashes) - len(differing)} of {len(hashes)} as before; differing: {', '.join(differing) or 'none'}"
+        )
         raise SystemExit(bool(differing))
 
 

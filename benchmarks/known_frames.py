@@ -73,8 +73,8 @@ def main() -> None:
             scores = []
             for begin in tqdm(range(0, len(clips), args.batch_size), desc=f"{task}, {name}", leave=False):
                 part = slice(begin, min(begin + args.batch_size, len(clips)))
-                made = make(part, known)
-                scores += [measure(*pair) for pair in zip(made[:, others], clips[part, others], strict=True)]
+                generated = make(part, known)
+                scores += [measure(*pair) for pair in zip(generated[:, others], clips[part, others], strict=True)]
             (psnr, ssim), (middle_psnr, middle_ssim) = np.mean(scores, axis=0), np.median(scores, axis=0)
             results[f"{task}, {name}"] = {
                 "psnr": psnr,
@@ -87,9 +87,9 @@ def main() -> None:
         args.output.write_text(json.dumps(results, indent=1))
 
 
-def measure(made: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+def measure(generated: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of frames `(f, h, w, 3)`, uint8."""
-    a, b = (from_frames(frames[None]) for frames in (made, true))
+    a, b = (from_frames(frames[None]) for frames in (generated, true))
     return psnr(a, b).item(), ssim(a, b).item()
 
 
@@ -101,7 +101,7 @@ def by_model(
     known: list[int],
     args: argparse.Namespace,
 ) -> np.ndarray:
-    """Whole clips from their known frames."""
+    """Completes clips from their known frames."""
     indices = range(part.start, part.stop)
     generators = [torch.Generator().manual_seed(index) for index in indices]
     given = clips[part][:, known]
@@ -115,7 +115,7 @@ def by_model(
 def _make(
     pipe: VideoGenPipeline, given: Any, known: list[int], args: argparse.Namespace, **options: Any
 ) -> np.ndarray:
-    """Whole clips from what is given, one clip's frames or a list of several clips'."""
+    """Completes clips from the frames of one clip, or from a list with the frames of several clips."""
     options |= {"num_inference_steps": args.steps, "output_type": "np"}
     if args.prompted:
         options["guidance_scale"] = args.guidance
@@ -128,20 +128,20 @@ def _make(
 
 
 def simply(way: Callable, clips: np.ndarray, known: Any) -> np.ndarray:
-    """Whole clips by a simple way."""
+    """Completes clips with a simple baseline."""
     return to_frames(way(from_frames(clips), known))
 
 
 @torch.no_grad()
 def by_convlstm(network: ConvLSTMPredictor, clips: np.ndarray, given: int) -> np.ndarray:
-    """Whole clips from their first frames."""
+    """Predicts clips from their first frames."""
     known = from_frames(clips[:, :given]).to(network.device)
     return to_frames(torch.cat([known, network.predict(known, NUM_FRAMES - given).clamp(-1, 1)], dim=2))
 
 
 @torch.no_grad()
 def reconstruct(pipe: VideoGenPipeline, clips: np.ndarray) -> np.ndarray:
-    """The clips, encoded and decoded."""
+    """Encodes and decodes the clips."""
     return to_frames(pipe.vae.decode(pipe.vae.encode(from_frames(clips).to(pipe.device)).latent_dist.mode()).sample)
 
 

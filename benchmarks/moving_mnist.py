@@ -1,12 +1,13 @@
-"""Moving MNIST, 10 frames known and 10 predicted: both denoisers and a ConvLSTM, trained for the same time.
+"""Moving MNIST, 10 known and 10 predicted frames: both denoisers and a ConvLSTM, each trained for the same time.
 
     pip install -c constraints.txt -e ".[data,evaluation]"
     python benchmarks/moving_mnist.py --digits t10k-images-idx3-ubyte.gz --output-dir runs/moving-mnist
 
-Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks see the same kind of clips; the denoisers
-share a VAE, whose time is its own. Steps are chosen so that training takes the minutes that were asked for on this
-machine, by a short run of the same command; encoding latents comes on top. What is done is not done again. Writes the
-tables and pictures of docs/moving_mnist.md; `OUTPUT_DIR/*/evaluation/report.html` has more of both.
+Digits 0 to 7999 are for training, 8000 to 9999 for testing. All networks are trained on the
+same kind of clips. Both denoisers use one VAE, whose training time is not counted. A short run of each command
+determines the number of steps that take the requested minutes on this machine; encoding the latents is not counted.
+Finished parts are skipped. The script writes the tables and figures of docs/moving_mnist.md;
+`OUTPUT_DIR/*/evaluation/report.html` has more.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from vgen.tasks.evaluation import MODEL
 
 PIXELS = 64 * 64
 TRIAL, WARM = 60, 20
-"""Steps of the short run, and of them those that are not timed."""
+"""Steps of the short run, and how many of them are warm-up and not timed."""
 LABEL, GAP = 160, 4
 """Pixels around and between the rows of a picture."""
 DOCS = ROOT / "docs"
@@ -40,7 +41,7 @@ DENOISERS = {"transformer": "Transformer", "unet": "U-Net"}
 
 
 def main() -> None:
-    """Trains and measures what is missing."""
+    """Trains and evaluates whatever is not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, required=True, help="10,000 digits in MNIST's IDX format")
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -58,9 +59,9 @@ def main() -> None:
     latents = {"vae": vae, "output_dir": folder / "latents", "data": training, "num_clips": args.num_latents}
     launch("pipelines/encode_latents.py", latents | {"num_frames": 21, "keyframes": "true"})
     train("convlstm", folder / "convlstm", args.minutes, data=training)
-    made = {"vae": vae, "text_encoder": text, "latents_dir": folder / "latents"}
+    inputs = {"vae": vae, "text_encoder": text, "latents_dir": folder / "latents"}
     for name in DENOISERS:
-        train(name, folder / name, args.minutes, **made)
+        train(name, folder / name, args.minutes, **inputs)
         settings = {
             "model": folder / name / "pipeline", "output_dir": folder / name / "evaluation", "suite": "moving-mnist",
             "data": f"{args.digits}:8000:10000", "tasks": '["prediction"]', "num_frames": 20, "given": 10,

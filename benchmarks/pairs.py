@@ -1,4 +1,4 @@
-"""Two implementations timed turn by turn, and the peak memory of each in a process of its own."""
+"""Compares two implementations: time in alternating calls, peak memory in separate processes."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ import torch
 
 
 def peak_mebibytes() -> float:
-    """The peak so far: of CUDA's allocations, else of the process's resident size."""
+    """The peak so far in MiB: of CUDA allocations, or on a CPU of the resident set size."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
@@ -23,7 +23,7 @@ def peak_mebibytes() -> float:
 
 
 def forget_peak() -> None:
-    """Lets the next peak count from now."""
+    """Resets the peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -31,7 +31,7 @@ def forget_peak() -> None:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, its kernels included."""
+    """The wall time of one call, including its CUDA kernels."""
     begin = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -40,7 +40,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: int) -> tuple[float, float, float]:
-    """Median seconds of ours and of theirs over interleaved pairs, and the median of the pairs' ratios."""
+    """Median seconds of both over alternating calls, and the median ratio of the pairs."""
     seconds(ours), seconds(theirs)
     pairs = []
     for index in range(num_pairs):
@@ -54,7 +54,7 @@ def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: in
 
 
 def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
-    """MiB that this script's `--one` run with these arguments prints, in a process of its own.
+    """Runs this script with these arguments in a new process and returns the MiB that it prints.
 
     `mmap_threshold` is explained in streaming_decode.py.
     """
@@ -67,7 +67,7 @@ def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
 def compare(
     cases: dict[str, Callable[[bool], Callable[[], Any]]], args: argparse.Namespace, passed_on: list[str]
 ) -> None:
-    """Prints one line a case, or with `--one NAME ours|theirs` that run's peak above the one after loading.
+    """Prints one line per case; with `--one NAME ours|theirs`, the peak memory of that call in MiB.
 
     Args:
         cases: For each name, a function that builds our call (`True`) or diffusers' (`False`).
@@ -95,7 +95,7 @@ def compare(
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks have."""
+    """The options that both benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-pairs", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

@@ -94,7 +94,7 @@ def put(text: str, name: str, rows: list[list[str]]) -> str:
     table = "\n".join(lines)
     after, count = re.subn(
         rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{table}\n{found[2]}",
+        lambda match: f"{match[1]}{table}\n{match[2]}",
         text,
         flags=re.S,
     )
@@ -104,7 +104,7 @@ def put(text: str, name: str, rows: list[list[str]]) -> str:
 
 
 def summary(measured: dict[str, Any]) -> list[list[str]]:
-    """The few rows of the README."""
+    """The rows of the README's table."""
     suffixes = ("", "_unet")  # of the Transformer's files and the U-Net's
     scores = [measured[f"shapes{suffix}"] for suffix in suffixes]
     known = [measured[f"known_frames_prompted{suffix}"] for suffix in suffixes]
@@ -188,7 +188,7 @@ ROLLOUTS = {
     "history guidance 1.5": "`history_guidance_scale=1.5`",
     "coarse to fine, 4": "`keyframe_interval=4`",
 }
-"""What the rows of benchmarks/rollout.py are called in the table."""
+"""Names in the table of the rows of benchmarks/rollout.py."""
 
 
 def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
@@ -211,7 +211,7 @@ def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
 
 
 def denoisers(measured: dict[str, Any]) -> list[list[str]]:
-    """What the shipped denoisers cost."""
+    """Parameters, FLOPs and time of the shipped denoisers."""
     rows = [["checkpoint", "parameters", "FLOPs", "step, s", "video, s"]]
     for name, row in measured.items():
         cost = [f"{row['parameters'] / 1e6:.1f}M", f"{row['flops'] / 1e9:.1f}G"]

@@ -2,13 +2,13 @@
 
     python benchmarks/rollout.py --model vgen/shapes-64
 
-Videos of 272 frames of one object from nothing, at the checkpoint's defaults; half of the prompts bounce. An object is
-right if its colour and shape are: in the first 17 frames (where its motion is judged too), in the last 8, in the last
-8 of those that began right, and in each of the 34 windows of 8 frames.
-Slopes are of a line through each video's mean (brightness) and standard deviation (contrast) against time, in units of
-the value range per 100 frames. The seam ratio is the mean difference of neighbouring frames across borders of chunks,
-over that across other borders of latents; in chunks of one latent, which leave none, over that inside latents. The
-first two rows are as chunks of the defaults' length would be.
+Each video has 272 frames of one object, generated from a prompt with the checkpoint's defaults. In half of them the
+object bounces. An object is right if its color and shape are right. This is judged in the first 17 frames (with the
+motion), in the last 8, in the last 8 of the videos that were right at the start, and in all 34 windows of 8 frames.
+A slope is that of a line fitted to a video's mean (brightness) or standard deviation (contrast) over time, in units of
+the value range per 100 frames. The seam ratio is the mean difference between neighboring frames at chunk borders over
+that at other borders between latents. With chunks of one latent there are no others, and it is over the difference
+inside latents. The first two rows are real and reconstructed clips, with the default chunk length.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def rolled_out(pipe: VideoGenPipeline, scenes: list, batch_size: int, **options:
 
 
 def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> dict[str, float]:
-    """Accuracy at the end, and the drift of brightness, contrast and seams."""
+    """The columns of the table for one set of videos."""
     starts, motions, windows, slopes, seams = [], [], [], [], []
     for video, scene in zip(videos, scenes, strict=True):
         begun = check(video[:17], scene).objects
@@ -166,8 +166,8 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
         motions.append(all(one.motion_right for one in begun))
         windows.append([is_right(check(part, scene).objects) for part in np.split(video, len(video) // WINDOW)])
         clip = from_frames(video[None])
-        found = drift_slopes(clip)
-        slopes.append([found[name].item() for name in ("brightness", "contrast")])
+        drift = drift_slopes(clip)
+        slopes.append([drift[name].item() for name in ("brightness", "contrast")])
         seams.append([one.item() for one in border_differences(clip, chunk_size, s)])
     began, right, table = np.array(starts), np.array(windows), np.array(slopes)
     ended = right[:, -1]
@@ -189,12 +189,12 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
 
 
 def is_right(objects: Iterable[ObjectVerdict]) -> bool:
-    """Whether colours and shapes are right."""
+    """Whether all colors and shapes are right."""
     return all(one.color_right and one.shape_right for one in objects)
 
 
 def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
-    """Seconds of a chunk just after the window was filled and much later, and of the cache against none."""
+    """Seconds per chunk once the window is full and 200 chunks later, and the speed-up of the KV cache."""
     defaults = RolloutOptions().resolve(pipe.config, pipe.denoiser.config, prompted=True).to_json()
     window, sink, chunk_size = defaults["window"], defaults["sink"], defaults["chunk_size"]
     filled = 2 + (window + sink) // chunk_size
@@ -229,7 +229,7 @@ def timings(pipe: VideoGenPipeline) -> dict[str, Any]:
 
 
 def memory(pipe: VideoGenPipeline, num_chunks: int) -> float:
-    """Peak in MiB above what loading took."""
+    """Peak memory of a rollout in MiB, without that of the loaded pipeline."""
     forget_peak()
     before = peak_mebibytes()
     rollout = pipe.rollout("a red circle bounces", generator=torch.Generator().manual_seed(0), num_inference_steps=2)

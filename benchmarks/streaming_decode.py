@@ -16,7 +16,7 @@ from pairs import memory_of, peak_mebibytes
 
 
 def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> float:
-    """Peak above that after loading, in MiB."""
+    """Peak memory in MiB, without that of the loaded network."""
     import torch
 
     from vgen.hub import find_checkpoint

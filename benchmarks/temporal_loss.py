@@ -35,7 +35,7 @@ COMMON = {"ema_decay": 0.99, "lr_schedule": "cosine", "warmup_steps": 20, "sampl
 
 
 def main() -> None:
-    """Trains and measures what is missing."""
+    """Trains and evaluates whatever is not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -93,16 +93,16 @@ def score(network: str, model: Path, folder: Path, num_clips: int) -> dict[str, 
     settings = {"model": pipeline, "output_dir": folder / "scores", "num_clips": num_clips, "tasks": tasks}
     launch("pipelines/evaluate.py", settings)
     results = json.loads((folder / "scores" / "results.json").read_text())
-    found = {}
+    scores = {}
     for task, metrics in SCORES[network].items():
         way = next(iter(results["tasks"][task].values()))
         for metric in metrics:
-            found[f"{task}: {column_title(metric)}"] = format_summary(metric, summarize(way[metric]))
-    return found
+            scores[f"{task}: {column_title(metric)}"] = format_summary(metric, summarize(way[metric]))
+    return scores
 
 
 def print_table(network: str, rows: dict[str, dict[str, str]]) -> None:
-    """As Markdown."""
+    """Writes the table in Markdown."""
     columns = list(next(iter(rows.values())))
     print(f"\n| {network} | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
     for row, cells in rows.items():

@@ -47,7 +47,7 @@ def build(kind: str, dtype: str, side: int, batch_size: int, ours: bool):
 
 
 def main() -> None:
-    """Prints one line a case."""
+    """Prints one line per case."""
     parser = make_parser(__doc__)
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 16], help="height and width of the latents")
     parser.add_argument("--batch-size", type=int, default=8)

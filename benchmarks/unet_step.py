@@ -5,9 +5,9 @@ Those are diffusers' UNet3DConditionModel and video-diffusion-pytorch's Unet3D, 
     pip install --no-deps video-diffusion-pytorch==0.7.0 einops-exts==0.0.4 rotary-embedding-torch==0.9.1
     python benchmarks/unet_step.py
 
-Each comparison has our channels chosen so that parameters agree within 5%; all have three resolutions, halved twice.
-video-diffusion-pytorch imports torchvision at its top, for a data set that is not used here: an empty module stands in
-for it there, since torchvision need not be installed.
+The channels of UNet3D are chosen for each comparison so that the numbers of parameters agree within 5%. All networks
+have three resolutions. video-diffusion-pytorch imports torchvision for a dataset class that is not used here; where
+torchvision is not installed, an empty module replaces it.
 """
 
 import importlib.machinery
@@ -46,7 +46,7 @@ def video_diffusion_pytorch() -> type[nn.Module]:
 
 
 def make_ours(widths: tuple[int, ...]) -> UNet3D:
-    """Ours."""
+    """Builds our network."""
     return UNet3D(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -61,7 +61,7 @@ def make_ours(widths: tuple[int, ...]) -> UNet3D:
 
 
 def make_theirs(name: str) -> nn.Module:
-    """A network of another library."""
+    """Builds the network of another library."""
     if name == "diffusers":
         return diffusers.UNet3DConditionModel(
             in_channels=CHANNELS,
@@ -76,13 +76,13 @@ def make_theirs(name: str) -> nn.Module:
 
 
 def count(network: nn.Module) -> int:
-    """Parameters."""
+    """The number of parameters."""
     return sum(weight.numel() for weight in network.parameters())
 
 
 @cache
 def matching_widths(name: str) -> tuple[int, ...]:
-    """Our channels at each resolution, those nearest to 1 : 2 : 4 among all within 5% of another's parameters."""
+    """Channels per resolution, as near to 1 : 2 : 4 as possible with parameters within 5% of the other network's."""
     with torch.device("meta"):
         target = count(make_theirs(name))
         fitting = {}
@@ -96,7 +96,7 @@ def matching_widths(name: str) -> tuple[int, ...]:
 
 
 def build(name: str, dtype: str, frames: int, side: int, batch_size: int, ours: bool) -> Callable[[], None]:
-    """A training step: forward, backward, AdamW, under autocast where `dtype` is not float32."""
+    """Builds a training step: forward, backward and AdamW, under autocast unless `dtype` is float32."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = (make_ours(matching_widths(name)) if ours else make_theirs(name)).to(device)
@@ -121,7 +121,7 @@ def build(name: str, dtype: str, frames: int, side: int, batch_size: int, ours: 
 
 
 def main() -> None:
-    """Prints one line a case."""
+    """Prints one line per case."""
     parser = make_parser(__doc__)
     parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--side", type=int, default=16, help="height and width of the latents")

@@ -34,7 +34,7 @@ def build(kind: str, dtype: str, size: int, frames: int, frames_per_piece: int, 
 
 
 def main() -> None:
-    """Prints one line a case."""
+    """Prints one line per case."""
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
     parser.add_argument(

@@ -42,9 +42,9 @@ def run(*command: object) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True, cwd=Path(__file__).parents[1])
 
 
-def psnr(made: np.ndarray, real: np.ndarray) -> float:
+def psnr(generated: np.ndarray, real: np.ndarray) -> float:
     """PSNR in dB of uint8 frames."""
-    return float(-10 * np.log10(np.square(made / 255.0 - real / 255.0).mean()))
+    return float(-10 * np.log10(np.square(generated / 255.0 - real / 255.0).mean()))
 
 
 # 1. cut: segments of four seconds, each with a caption; the rest is held out for testing

@@ -77,9 +77,9 @@ def main(config: ConvLSTMConfig) -> None:
         total = torch.zeros((), device=accelerator.device)
         for _ in run.parts(config.batch_size):
             clip, _ = source.clips(next(feed), accelerator.device)
-            made = run.network(clip[:, :, : config.given], config.num_frames - config.given - 1)
+            predicted = run.network(clip[:, :, : config.given], config.num_frames - config.given - 1)
             run.count(len(clip), clip[:, 0].numel(), clip.shape, lambda network, clip=clip: network(clip))
-            error = made.float() - clip[:, :, 1:]
+            error = predicted.float() - clip[:, :, 1:]
             loss = (error.abs().mean() + error.square().mean()) * len(clip) / config.batch_size
             run.backward(loss)
             total += loss.detach()
@@ -113,8 +113,8 @@ def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, 
     for first in range(0, config.num_score_clips, config.batch_size):
         numbers = range(first, min(first + config.batch_size, config.num_score_clips))
         clip, _ = source.draw(numbers, device, config.num_frames)
-        made = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
-        values.append(psnr(made.clamp(-1, 1), clip[:, :, config.given :]))
+        predicted = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
+        values.append(psnr(predicted.clamp(-1, 1), clip[:, :, config.given :]))
     return torch.cat(values).mean().item()
 
 
