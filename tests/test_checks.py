@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from vgen.checks import check_choice, check_choices, check_integer, check_literals, check_number
+from vgen.checks import check_choice, check_choices, check_integer, check_literals, check_number, check_weights
 
 Color = Literal["red", "blue"]
 
@@ -75,3 +75,18 @@ def test_fields_of_a_literal_type_are_checked():
     for wrong in ({"color": "green"}, {"other": "green"}, {"color": None}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be one of 'red', 'blue', got "):
             check_literals(Settings(**wrong))
+
+
+def test_weights_of_choices_are_numbers_and_one_is_positive():
+    check_weights("colors", {"red": 0, "blue": 0.5}, Color)
+    for wrong, message in (
+        (["red"], "must be a dictionary with weights for some of red, blue, got "),
+        ({}, "must be a dictionary"),
+        ({"green": 1.0}, "must be a dictionary"),
+        ({"red": 0.0}, "must have a positive weight, got "),
+    ):
+        with pytest.raises(ValueError, match=f"^colors {message}"):
+            check_weights("colors", wrong, Color)
+    for wrong in (-1.0, "1", float("nan"), None):
+        with pytest.raises(ValueError, match=r"^colors\['red'\] must be a finite number of at least 0, got "):
+            check_weights("colors", {"red": wrong}, Color)

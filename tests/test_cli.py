@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_pipeline import make_pipeline
-from vgen.cli import app
+from vgen.cli import EvaluationTask, app
 from vgen.data.video_io import read_video, write_video
 from vgen.pipeline import VideoGenPipeline
+from vgen.tasks import evaluation
 
 PROMPT = "a red circle moves right"
 
@@ -256,6 +258,12 @@ def test_folders_without_usable_videos_and_invalid_buckets_are_errors(tmp_path):
     assert run("data", "validate", tmp_path, "--bucket", "17x64").exit_code == 2
     done = run("data", "validate", tmp_path, "--bucket", "18x64x64")
     assert done.exit_code == 2 and "--bucket must have 4*k + 1 frames, got 18x64x64 (nearest: 17)" in done.stderr
+
+
+def test_evaluate_takes_the_tasks_of_the_evaluation():
+    assert [one.value for one in EvaluationTask] == list(get_args(evaluation.Task))
+    done = run("evaluate", "vgen/shapes-64", "-o", "folder", "--task", "prophecy")
+    assert done.exit_code == 2 and "'--task'" in done.stderr and "prophecy" in done.stderr
 
 
 def test_import_and_help_load_nothing_heavy():

@@ -39,6 +39,26 @@ def check_choices(name: str, values: Any, choices: Any) -> None:
         check_choice(f"each of {name}", value, choices)
 
 
+def check_weights(name: str, weights: Any, choices: Any) -> None:
+    """Checks the probability weights of some choices: `{"leading": 1.0, "none": 3.0}`.
+
+    Args:
+        name: Name of the argument, for the error.
+        weights: What the caller passed.
+        choices: A `Literal` type that lists the allowed keys.
+
+    Raises:
+        ValueError: `weights` is not such a dictionary, or no weight is positive.
+    """
+    allowed = ", ".join(get_args(choices))
+    if not isinstance(weights, dict) or not weights or set(weights) - set(get_args(choices)):
+        raise ValueError(f"{name} must be a dictionary with weights for some of {allowed}, got {weights!r}")
+    for choice, weight in weights.items():
+        check_number(f"{name}[{choice!r}]", weight, minimum=0)
+    if not any(weights.values()):
+        raise ValueError(f"{name} must have a positive weight, got {weights}")
+
+
 def check_literals(settings: Any) -> None:
     """Checks all fields of a dataclass whose type is a `Literal`, or a `Literal` or `None`.
 

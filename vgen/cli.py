@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +37,16 @@ Seed = Annotated[
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the file; the content's by default.")]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; the fastest available one by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+class EvaluationTask(str, Enum):
+    """The tasks of `vgen evaluate`."""  # typer does not support lists of a `Literal`
+
+    RECONSTRUCTION = "reconstruction"
+    PREDICTION = "prediction"
+    INTERPOLATION = "interpolation"
+    GENERATION = "generation"
+    ROLLOUT = "rollout"
 
 
 FLAGS = {
@@ -258,11 +269,8 @@ def evaluate(
     ] = "shapes",
     data: Annotated[str | None, typer.Option(help="Folder of videos, or IDX file of digits.")] = None,
     task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Task: reconstruction, prediction, interpolation, generation or rollout; can be repeated. By default "
-            "all supported ones except rollout."
-        ),
+        list[EvaluationTask] | None,
+        typer.Option(help="Task to evaluate; can be repeated. By default all supported ones except rollout."),
     ] = None,
     num_clips: Annotated[int, typer.Option(help="Number of clips.", min=1)] = 100,
     num_frames: Annotated[int, typer.Option(help="Frames per clip; 0 uses the checkpoint's default.")] = 0,
@@ -287,8 +295,9 @@ def evaluate(
         from vgen.tasks.evaluation import EvaluationConfig
         from vgen.tasks.evaluation import evaluate as run
 
+        tasks: Any = [one.value for one in task] if task else None
         config = EvaluationConfig(
-            output_dir=output, model=model, suite=suite, data=data, tasks=cast(Any, task or None), num_clips=num_clips,
+            output_dir=output, model=model, suite=suite, data=data, tasks=tasks, num_clips=num_clips,
             num_frames=num_frames, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
             features=features, convlstm=convlstm,
             num_inference_steps=steps, guidance_scale=guidance, seed=seed,

@@ -36,5 +36,5 @@ def test_shift_is_the_schedulers():
 
 
 def test_an_unknown_kind_is_rejected():
-    with pytest.raises(ValueError, match="shared, group, independent"):
+    with pytest.raises(ValueError, match="'shared', 'group', 'independent'"):
         draw_levels("random", GROUPS, torch.Generator())

@@ -6,7 +6,7 @@ Axes: `b` batch, `n` tokens or token frames, `h` heads, `p` tokens per token fra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -18,7 +18,6 @@ from vgen.checks import check_choice
 from vgen.temporal.state import TemporalState
 
 GroupMode = Literal["full", "causal", "chunk"]
-GROUP_MODES = get_args(GroupMode)
 Groups = str | Sequence[int] | Tensor
 
 # prefixes of the names of backends that reject or ignore an attention mask

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from vgen.io.pixels import to_uint8
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue, ITU-R BT.601."""
 FlowMethod = Literal["dis", "farneback", "lucas_kanade", "raft"]
-FLOW_METHODS: tuple[FlowMethod, ...] = get_args(FlowMethod)
 
 
 @torch.no_grad()

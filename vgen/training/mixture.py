@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
+from typing import Literal
 
-WINDOWS = ("start", "sink", "anywhere")
-KNOWN = ("none", "leading", "keyframes", "both")
-KEYFRAMES = ("every", "last", "any", "next")
+from vgen.checks import check_choice
+
+WindowKind = Literal["start", "sink", "anywhere"]
+KnownKind = Literal["none", "leading", "keyframes", "both"]
+KeyframeKind = Literal["every", "last", "any", "next"]
 FACTORS = (2, 3, 4, 7, 8, 16)
 
 
-def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Random) -> list[int]:
+def draw_window(kind: WindowKind, length: int, total: int, sink: int, rng: random.Random) -> list[int]:
     """Draws the token frames of a clip that a sample trains on; they are counted from the start of the clip.
 
     Args:
@@ -28,8 +31,7 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
     Raises:
         ValueError: The kind is unknown, or the clip is too short.
     """
-    if kind not in WINDOWS:
-        raise ValueError(f"the kind of a window must be one of {', '.join(WINDOWS)}, got {kind!r}")
+    check_choice("the kind of a window", kind, WindowKind)
     gap = kind == "sink"
     if length + gap > total or length <= least_known(kind, sink):
         raise ValueError(f"a {kind!r} window of {length} token frames does not fit clips of {total} (sink: {sink})")
@@ -42,7 +44,7 @@ def draw_window(kind: str, length: int, total: int, sink: int, rng: random.Rando
     return [*range(sink), *range(first, first + length - sink)]
 
 
-def least_known(kind: str, sink: int) -> int:
+def least_known(kind: WindowKind, sink: int) -> int:
     """The minimum number of known leading token frames in a window of a kind.
 
     The first latent of a video is that of an image, so windows that do not begin with their clip need known frames.
@@ -51,7 +53,7 @@ def least_known(kind: str, sink: int) -> int:
     return {"start": 0, "anywhere": 1, "sink": sink + 1}[kind]
 
 
-def draw_num_leading(known: str, length: int, least: int, legal: Collection[int], rng: random.Random) -> int:
+def draw_num_leading(known: KnownKind, length: int, least: int, legal: Collection[int], rng: random.Random) -> int:
     """Draws the number of known token frames at the start of a window.
 
     Args:
@@ -64,8 +66,7 @@ def draw_num_leading(known: str, length: int, least: int, legal: Collection[int]
     Raises:
         ValueError: `known` is unknown, or the window allows none of the numbers.
     """
-    if known not in KNOWN:
-        raise ValueError(f"known must be one of {', '.join(KNOWN)}, got {known!r}")
+    check_choice("known", known, KnownKind)
     wants_leading = known in ("leading", "both")
     least = max(least, int(wants_leading))
     if not least:
@@ -78,7 +79,7 @@ def draw_num_leading(known: str, length: int, least: int, legal: Collection[int]
     return rng.choice(numbers)
 
 
-def draw_keyframes(kind: str, frames: Sequence[int], compression: int, rng: random.Random) -> list[int]:
+def draw_keyframes(kind: KeyframeKind, frames: Sequence[int], compression: int, rng: random.Random) -> list[int]:
     """Draws the known keyframes from the pixel frames that can be keyframes.
 
     Args:
@@ -92,8 +93,7 @@ def draw_keyframes(kind: str, frames: Sequence[int], compression: int, rng: rand
     Raises:
         ValueError: The kind is unknown.
     """
-    if kind not in KEYFRAMES:
-        raise ValueError(f"the kind of keyframes must be one of {', '.join(KEYFRAMES)}, got {kind!r}")
+    check_choice("the kind of keyframes", kind, KeyframeKind)
     if kind == "next":
         return list(frames[: rng.randint(1, max(1, compression - 1))])
     if kind == "every":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-KINDS = ("shared", "group", "independent")
+from vgen.checks import check_choice
+
+LevelKind = Literal["shared", "group", "independent"]
 
 
 def draw_levels(
-    kind: str,
+    kind: LevelKind,
     groups: Tensor,
     generator: torch.Generator,
     mean: float = 0.0,
@@ -35,8 +39,7 @@ def draw_levels(
     Source: Scaling rectified flow Transformers, arXiv 2403.03206, sections 3.1 and 5.3.2; Diffusion Forcing,
         arXiv 2407.01392.
     """
-    if kind not in KINDS:
-        raise ValueError(f"the kind of noise levels must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("the kind of noise levels", kind, LevelKind)
     if uniform:
         draws = 1 - torch.rand(len(groups), generator=generator)
     else:

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vgen.checks import check_integer, check_number, check_weights
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.diffusion import Prediction
 from vgen.io.fingerprint import encoder_digest, weights_digest
@@ -26,11 +27,19 @@ from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.prompts import tokenize
 from vgen.models.vae import CausalVideoVAE
-from vgen.temporal.attention import GROUP_MODES, make_groups
+from vgen.temporal.attention import GroupMode, make_groups
 from vgen.temporal.flow import Motion, measure_motion
 from vgen.temporal.grid import LatentGrid
-from vgen.training.mixture import KEYFRAMES, KNOWN, WINDOWS, draw_keyframes, draw_num_leading, draw_window, least_known
-from vgen.training.noise_levels import KINDS, draw_levels
+from vgen.training.mixture import (
+    KeyframeKind,
+    KnownKind,
+    WindowKind,
+    draw_keyframes,
+    draw_num_leading,
+    draw_window,
+    least_known,
+)
+from vgen.training.noise_levels import LevelKind, draw_levels
 from vgen.training.run import RunConfig, generators
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
@@ -38,6 +47,9 @@ CONDITIONING_KEYS = (
     "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "conv_context", "gap_index", "groups",
     "gap_order", "num_gaps",
 )  # fmt: skip
+
+
+ChoiceT = TypeVar("ChoiceT", bound=str)
 
 
 @dataclass(kw_only=True)
@@ -48,26 +60,28 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     """Folder with latents, written by `pipelines/encode_latents.py`."""
     max_sequence_length: int = 32
     """Length in tokens that prompts are padded or truncated to."""
-    groups: dict[str, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
+    groups: dict[GroupMode, float] = field(default_factory=lambda: {"full": 0.5, "chunk": 0.25, "causal": 0.25})
     """Probability weights of the attention modes, drawn for each step. In `full`, the leading known frames form a
     group of their own."""
-    windows: dict[str, float] = field(default_factory=lambda: {"start": 1.0})
+    windows: dict[WindowKind, float] = field(default_factory=lambda: {"start": 1.0})
     """Probability weights of the part of a clip that a sample is: its `start`, a later part (`anywhere`), or the
     attention sink followed by a later part (`sink`)."""
     window_lengths: list[int] = field(default_factory=list)
     """Lengths of samples in token frames, drawn for each step; an empty list means whole clips."""
-    known: dict[str, float] = field(default_factory=lambda: {"none": 1.0})
+    known: dict[KnownKind, float] = field(default_factory=lambda: {"none": 1.0})
     """Probability weights of the known frames of a sample: `none`, `leading`, `keyframes` or `both`."""
     num_leading: list[int] = field(default_factory=list)
     """Numbers of leading known token frames, drawn for each sample that has any; an empty list allows all numbers."""
-    keyframes: dict[str, float] = field(default_factory=lambda: {"every": 1.0, "last": 1.0, "any": 1.0, "next": 1.0})
+    keyframes: dict[KeyframeKind, float] = field(
+        default_factory=lambda: {"every": 1.0, "last": 1.0, "any": 1.0, "next": 1.0}
+    )
     """Probability weights of the choice of keyframes: `every` n-th frame, the `last` frame, `any` random frames, or
     the ones `next` to the leading known frames."""
     corrupted: float = 0.5
     """Probability that noise is added to the leading known frames, at an independent level for each frame."""
     corrupted_level: float = 1 / 3
     """Highest noise level of such frames."""
-    levels: dict[str, float] = field(default_factory=lambda: {"shared": 1.0})
+    levels: dict[LevelKind, float] = field(default_factory=lambda: {"shared": 1.0})
     """Probability weights of the noise levels of a sample: one for all frames (`shared`), one per `group`, or one per
     frame (`independent`)."""
     prediction: Prediction = "flow"
@@ -93,21 +107,15 @@ class SampleConfig(RunConfig, TemporalLossConfig):
         """
         super().check()
         self.check_temporal_loss()
-        for name, legal in (
-            ("groups", GROUP_MODES),
-            ("windows", WINDOWS),
-            ("known", KNOWN),
-            ("keyframes", KEYFRAMES),
-            ("levels", KINDS),
-        ):
-            given = getattr(self, name)
-            if not given or set(given) - set(legal) or min(given.values()) < 0:
-                raise ValueError(f"{name} must give weights of at least 0 to some of {', '.join(legal)}, got {given}")
-        if min(self.num_leading, default=1) < 1:
-            raise ValueError(f"num_leading must contain numbers of at least 1, got {self.num_leading}")
+        check_weights("groups", self.groups, GroupMode)
+        check_weights("windows", self.windows, WindowKind)
+        check_weights("known", self.known, KnownKind)
+        check_weights("keyframes", self.keyframes, KeyframeKind)
+        check_weights("levels", self.levels, LevelKind)
+        for number in self.num_leading:
+            check_integer("each of num_leading", number, minimum=1)
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            check_number(name, getattr(self, name), minimum=0, maximum=1)
 
 
 class Source(NamedTuple):
@@ -265,7 +273,7 @@ def plan_step(config: SampleConfig, sources: Sequence[Source], shares: Sequence[
     return StepPlan(mode, source, rng.choice(sources[source].config.window_lengths))
 
 
-def choose(weights: Mapping[str, float], rng: random.Random) -> str:
+def choose(weights: Mapping[ChoiceT, float], rng: random.Random) -> ChoiceT:
     """Draws one of the names with probabilities proportional to the weights."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
@@ -478,7 +486,7 @@ def sample_keyframes(
     window: Window,
     spec: DenoiserSpec,
     config: SampleConfig,
-    known: str,
+    known: KnownKind,
     num_leading: int,
     latents: Tensor,
     rng: random.Random,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vgen.temporal.flow import FLOW_METHODS, FlowMethod, Motion
+from vgen.checks import check_number
+from vgen.temporal.flow import FlowMethod, Motion
 
 
 @dataclass(kw_only=True)
@@ -31,14 +32,10 @@ class TemporalLossConfig:
         """Checks the settings.
 
         Raises:
-            ValueError: A weight is negative or the method unknown.
+            ValueError: A weight is not a number of at least 0.
         """
-        weights = (self.difference_weight, self.warping_weight, self.matched_weight)
-        if min(weights) < 0 or self.flow not in FLOW_METHODS:
-            raise ValueError(
-                f"difference_weight, warping_weight, matched_weight={weights} must not be negative and "
-                f"flow={self.flow!r} must be one of {', '.join(FLOW_METHODS)}"
-            )
+        for name in ("difference_weight", "warping_weight", "matched_weight"):
+            check_number(name, getattr(self, name), minimum=0)
 
 
 def temporal_loss(
