@@ -83,6 +83,7 @@ run(
 run(
     *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", args.hop,
     "--augment", flips, "--repeats", args.repeats, "--output_dir", output / "latents",
+    f"--mixed_precision={precision}",
 )  # fmt: skip
 run(
     *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",

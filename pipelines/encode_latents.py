@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -49,7 +49,7 @@ from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import this_process
 from vgen.tasks.jobs import check_settings
-from vgen.temporal.flow import measure_motion
+from vgen.temporal.flow import FlowMethod, measure_motion
 from vgen.training.run import compile_blocks
 from vgen.training.sources import ShapesSource
 
@@ -113,13 +113,16 @@ class EncodeConfig:
     encoded at all of them."""
     keyframes: bool = False
     """Whether to also encode each frame as an image, for training with keyframes; doubles the time."""
-    flow: str | None = None
+    flow: FlowMethod | None = None
     """Method of `vgen.temporal.flow.optical_flow` for the motion between latents, which `warping_weight` needs; `None`
     stores no motion."""
     height: int = 64
     """Height of clips in pixels."""
     width: int = 64
     """Width of clips in pixels."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Precision of the encoder: `no` (float32) or `bf16`. `no` is much faster on CPUs without instructions for
+    bfloat16."""
     batch_size: int = 16
     """Clips that are encoded at once."""
     shard_size: int = 2000
@@ -265,10 +268,10 @@ class Shard:
         if config.short == "pad":
             s = self.codec.temporal_compression_ratio
             self.real.append(torch.cat([batch.real[:, :1], batch.real[:, 1:].unflatten(1, (-1, s)).all(2)], dim=1))
-        self.latents.append(encode(self.codec, clip))
+        self.latents.append(encode(self.codec, clip, config.mixed_precision))
         if config.keyframes:
             alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
-            images = torch.cat([encode(self.codec, images) for images in alone])
+            images = torch.cat([encode(self.codec, images, config.mixed_precision) for images in alone])
             self.frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
         if config.flow:  # from the last frame of each latent to that of the next one
             motion = measure_motion(clip[:, :, :: self.codec.temporal_compression_ratio], config.flow)
@@ -422,9 +425,9 @@ def to_batch(clips: list[Clip], device: torch.device) -> Batch:
     return Batch(pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips], real)
 
 
-def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor) -> Tensor:
+def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor, mixed_precision: str) -> Tensor:
     """Encodes clips to normalised latents, on the CPU in half precision."""
-    with torch.autocast(clip.device.type, torch.bfloat16):
+    with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         posterior = vae.encode(clip).latent_dist
     return vae.normalize(posterior.mode().float()).half().cpu()
 

@@ -21,11 +21,18 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
+from tests.warm import start_server
 from vgen.models.prompts import make_word_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, so one thread each, also in what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers of xdist share one warm interpreter, which imports while they collect."""
+    if config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
+        start_server()
 
 
 @torch.no_grad()

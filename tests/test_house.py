@@ -133,7 +133,7 @@ def test_every_script_says_what_it_does(path):
 
 
 def test_the_measured_tables_are_those_of_the_results():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], capture_output=True, check=False)
+    done = subprocess.run([warm_python(), ROOT / "benchmarks/readme.py", "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,13 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+from tests.warm import warm_python
 from vgen.hub import find_checkpoint
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
@@ -236,7 +236,7 @@ def test_names_in_a_saved_pipeline_are_a_file_format(pipe, tmp_path):
 def test_a_saved_pipeline_loads_in_a_fresh_process(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     code = f"from vgen import VideoGenPipeline; print(type(VideoGenPipeline.from_pretrained({str(tmp_path)!r}).vae))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run([warm_python(), "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "CausalVideoVAE" in done.stdout, done.stderr
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -33,7 +34,10 @@ PRELOADED = (
     "vgen.data.video_io", "vgen.tasks.evaluation", "vgen.tasks.jobs", "vgen.pipeline", "vgen.training.run",
 )  # fmt: skip
 
-# stands for the interpreter: hands its arguments to the server, forwards signals and ends as the program did
+FOLDER = "VGEN_WARM_PYTHON"
+"""Environment variable with the folder of the running server."""
+
+# replaces the interpreter: sends its arguments to the server, forwards signals and ends as the program did
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
 
@@ -54,9 +58,8 @@ sys.exit(code)
 """
 
 
-@functools.cache
-def warm_python() -> str:
-    """The path of the warm interpreter; the first call starts the server, which ends with this process."""
+def start_server() -> None:
+    """Starts the server in the background, for this process and those that it starts; it ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client, address = folder / "python", folder / "socket"
@@ -65,12 +68,24 @@ def warm_python() -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(address), str(client)]
     with open(folder / "errors", "wb") as errors:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": errors}
         server = subprocess.Popen(command, env=environment, **pipes)
-    assert server.stdin and server.stdout
+    assert server.stdin
     atexit.register(server.stdin.close)  # which ends it
-    assert server.stdout.readline() == b"ready\n", (folder / "errors").read_text()
-    return str(client)
+    os.environ[FOLDER] = str(folder)
+
+
+@functools.cache
+def warm_python() -> str:
+    """The path of the warm interpreter. Starts the server where pytest's main process has not, and waits for it."""
+    if FOLDER not in os.environ:
+        start_server()
+    folder = Path(os.environ[FOLDER])
+    for _ in range(1200):
+        if (folder / "socket").exists():
+            return str(folder / "python")
+        time.sleep(0.1)
+    raise RuntimeError(f"the warm interpreter has not started in two minutes: {(folder / 'errors').read_text()}")
 
 
 def serve(address: str, client: str) -> dict[str, Any]:
@@ -85,10 +100,10 @@ def serve(address: str, client: str) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
+    listener.bind(f"{address}.new")  # renamed once it listens
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    os.write(1, b"ready\n")
+    listener.listen(64)
+    os.rename(f"{address}.new", address)
     while True:
         readable, _, _ = select.select([listener, 0], [], [])
         if 0 in readable:

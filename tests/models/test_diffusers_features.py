@@ -4,7 +4,6 @@ import inspect
 import json
 import shutil
 import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from tests.warm import warm_python
 from vgen.io.fingerprint import weights_digest
 from vgen.temporal.state import TemporalState
 
@@ -177,7 +177,7 @@ def test_a_fresh_process_loads_it(case, tmp_path):
     name, module = type(case.network).__name__, type(case.network).__module__
     loaded = f"__import__({module!r}, fromlist=['x']).{name}.from_pretrained({str(tmp_path)!r})"
     code = f"from vgen.io.fingerprint import weights_digest; print(weights_digest({loaded}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm_python(), "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [weights_digest(case.network)]
 
 
@@ -267,25 +267,28 @@ def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(ca
 def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_denoiser):
     case = Transformer(make_denoiser)
     case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
-    state = TemporalState(window=2, sink=1)
-    chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
+    state = TemporalState(window=1, sink=1)
+    chunks = torch.randn(1, 3, 8, 4, 4).split(1, dim=2)
 
     def step(chunk):
         case._call(case.network, chunk, state=state.frozen())
         case._call(case.network, chunk, state=state)
 
     torch.compiler.reset()
-    for chunk in chunks[:4]:
+    for chunk in chunks[:3]:
         step(chunk)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for chunk in chunks[4:]:
+        for chunk in chunks[3:]:
             step(chunk)
 
 
 def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_denoiser):
     case = Transformer(make_denoiser)
-    state, same = TemporalState(window=2, sink=1), TemporalState(window=2, sink=1)
-    chunks = torch.randn(1, 3, 12, 4, 4).split(1, dim=2)
+    state, same = TemporalState(window=1, sink=1), TemporalState(window=1, sink=1)
+    chunks = torch.randn(1, 3, 8, 4, 4).split(1, dim=2)
+    for chunk in chunks[:2]:  # which fill the window
+        for one in (state, same):
+            case._call(case.network, chunk, state=one)
     torch.compiler.reset()
     compiled = torch.compile(case.network.forward, fullgraph=True, backend="eager", dynamic=False)
 
@@ -294,10 +297,9 @@ def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_den
         compiled_call(state=state.frozen())
         close(compiled_call(state=state).sample, case._call(case.network, chunk, state=same))
 
-    for chunk in chunks[:5]:
-        step(chunk)
+    step(chunks[2])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for chunk in chunks[5:]:
+        for chunk in chunks[3:]:
             step(chunk)
 
 

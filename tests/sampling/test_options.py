@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.warm import warm_python
 from vgen import InterpolationOptions, RolloutOptions, VideoGenPipeline
 from vgen.cli import app
 from vgen.sampling.options import help_of
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 LOAD = """
 import importlib.util, runpy, sys
+for name in [name for name in sys.modules if name.split(".")[0] == "vgen"]:
+    del sys.modules[name]
 spec = importlib.util.spec_from_file_location("vgen.sampling.options", sys.argv.pop(1))
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
@@ -61,7 +64,7 @@ def test_a_new_option_needs_one_file(tmp_path):
 
     def run(code, *words):
         environment = {"COLUMNS": "200", "TERM": "dumb", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", LOAD + code, tmp_path / "options.py", *map(str, words)]
+        command = [warm_python(), "-c", LOAD + code, tmp_path / "options.py", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -1,7 +1,6 @@
 """Rollout: equal to full passes and to a slow replay, bounded, and right about what was given."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from tests.warm import warm_python
 from vgen import VideoGenPipeline, load_rollout
 from vgen.io.pixels import to_clip
 from vgen.models.denoiser import pack_keyframes
@@ -365,14 +365,8 @@ def test_a_saved_rollout_continues_bit_for_bit_in_a_new_process(pipe, video, tmp
         pieces.append(next(rollout))
     pieces.append(frames_of(rollout))
     for index in (0, 2):
-        command = [
-            sys.executable,
-            "-c",
-            CONTINUE,
-            tmp_path / "pipe",
-            tmp_path / f"saved {index}",
-            tmp_path / "rest.npy",
-        ]
+        folders = tmp_path / "pipe", tmp_path / f"saved {index}"
+        command = [warm_python(), "-c", CONTINUE, *folders, tmp_path / "rest.npy"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         assert np.array_equal(np.load(tmp_path / "rest.npy"), np.concatenate(pieces[index:], axis=-4))
 

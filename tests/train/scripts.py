@@ -100,7 +100,7 @@ def train_vae(output_dir, check=True, script=("train/train_vae.py",), processes=
 def encode(vae_run, output_dir, check=True, processes=1, **options):
     settings = {
         "--vae": vae_run / "vae", "--output_dir": output_dir, "--height": 16, "--width": 16, "--num_frames": 5,
-        "--batch_size": 4, "--shard_size": 8, "--num_clips": 12,
+        "--batch_size": 4, "--shard_size": 8, "--num_clips": 12, "--mixed_precision": "no",
     }  # fmt: skip
     settings = {name: value for name, value in (settings | options).items() if value is not None}
     return launch("pipelines/encode_latents.py", check=check, processes=processes, **settings)

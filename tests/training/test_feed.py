@@ -149,7 +149,8 @@ def test_sizes_may_differ_from_step_to_step(tmp_path):
 def test_a_step_needs_no_value_from_the_device(make, make_unet):
     """Fake tensors have none: whatever asks for one, and so waits for the device, raises."""
     config, batches = make()
-    steps = [batches[step, slice(0, 4)] for step in range(10)]
+    drawn = [batches[step, slice(0, 4)] for step in range(10)]
+    steps = list({(batch["num_gaps"], type(batch["groups"])): batch for batch in drawn}.values())  # one of each kind
     assert {batch["num_gaps"] for batch in steps} > {1, 2, 3}
     assert {type(batch["groups"]) for batch in steps} == {list, torch.Tensor}
     mode, objective = FakeTensorMode(), Objective(make_scheduler("flow"))
@@ -157,7 +158,7 @@ def test_a_step_needs_no_value_from_the_device(make, make_unet):
         denoiser = make_unet(keyframe_slots=4, sink=1, group_modes=["full", "chunk", "causal"])
         model = PromptedDenoiser(denoiser, None)
     for num_gaps_matters in (True, False):
-        for batch in steps:
+        for batch in steps if num_gaps_matters else steps[:1]:
             batch = {name: mode.from_tensor(x) if torch.is_tensor(x) else x for name, x in batch.items()}
             conditions = conditioning(batch) | ({} if num_gaps_matters else {"num_gaps": None})
             del conditions["input_ids"], conditions["prompt_mask"]
@@ -231,12 +232,9 @@ class Broken(torch.utils.data.Dataset):
 
 def test_tensors_go_to_the_device_and_the_rest_stays():
     batch = {"a": torch.ones(2), "b": {"c": torch.zeros(1)}, "groups": [0, 1], "mode": "full"}
-    batches_read = to_device(batch, torch.device("meta"))
-    assert (
-        batches_read["a"].is_meta
-        and batches_read["b"]["c"].is_meta
-        and (batches_read["groups"], batches_read["mode"]) == ([0, 1], "full")
-    )
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"].is_meta and moved["b"]["c"].is_meta
+    assert (moved["groups"], moved["mode"]) == ([0, 1], "full")
 
 
 def test_a_batch_that_does_not_divide_is_rejected(tmp_path):

@@ -83,7 +83,5 @@ def test_scaled_down_motion_moves_by_fewer_pixels(moving):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="warping_weight must be a finite number of at least 0, got -1.0"):
         TemporalLossConfig(warping_weight=-1.0).check_temporal_loss()
-    with pytest.raises(ValueError, match="flow='nearest' must be one of dis"):
-        TemporalLossConfig(flow="nearest").check_temporal_loss()

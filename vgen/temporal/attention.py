@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from vgen.checks import check_choice
 from vgen.temporal.state import TemporalState
 
+# as operations of the graph they are not traced: their parsing of patterns would take most of the time of a compilation
+torch.compiler.allow_in_graph(rearrange)
+torch.compiler.allow_in_graph(repeat)
+
 GroupMode = Literal["full", "causal", "chunk"]
 Groups = str | Sequence[int] | Tensor
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vgen.temporal.state import History
 
+torch.compiler.allow_in_graph(rearrange)  # see vgen.temporal.attention
+
 
 def append(past: Tensor, piece: Tensor) -> Tensor:
     """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next piece, in the dtype of the piece.
