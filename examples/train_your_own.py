@@ -32,6 +32,10 @@ parser.add_argument("--vae-steps", type=int, default=300)
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--hop", type=int, default=2, help="frames between the starts of clips")
 parser.add_argument("--repeats", type=int, default=8, help="augmented copies of each clip")
+parser.add_argument(
+    "--batch-size", type=int, default=8, help="clips per step of the VAE; the denoiser takes 4 times as many"
+)
+parser.add_argument("--calibration-clips", type=int, default=64, help="clips for the statistics of the latents")
 args = parser.parse_args()
 
 
@@ -78,7 +82,7 @@ run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate
 run(
     *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rates", f"[{RATE}]",
     "--augment", flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,
-    "--num_score_clips=16", "--num_calibration_clips=64", *fine,
+    "--batch_size", args.batch_size, "--num_score_clips=16", "--num_calibration_clips", args.calibration_clips, *fine,
 )  # fmt: skip
 run(
     *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", args.hop,
@@ -87,8 +91,8 @@ run(
 )  # fmt: skip
 run(
     *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",
-    "--output_dir", output / "model", "--max_steps", args.steps, "--batch_size", 32, "--learning_rate", 1e-3,
-    "--known", '{"leading": 0.9, "none": 0.1}', "--level_shift", 1.5,
+    "--output_dir", output / "model", "--max_steps", args.steps, "--batch_size", 4 * args.batch_size,
+    "--learning_rate", 1e-3, "--known", '{"leading": 0.9, "none": 0.1}', "--level_shift", 1.5,
     "--sample_prompts", json.dumps([args.caption]), *fine,
 )  # fmt: skip
 

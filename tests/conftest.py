@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """The workers of xdist share one warm interpreter, which imports while they collect."""
     if config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
         start_server()
+
+
+def pytest_collection_finish() -> None:
+    """Lets later garbage collections skip the millions of objects of imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from vgen.data.video_io import read_video, write_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what they are given and write; one that is not named here takes nothing
-FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1"]
+FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1", "--batch-size=2", "--calibration-clips=8"]
 ARGUMENTS = {
     "gallery": ["gallery.gif"],
     "interactive": ["--num_chunks=10", "--num_inference_steps=1"],

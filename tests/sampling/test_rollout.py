@@ -192,6 +192,7 @@ def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_a_thousand_chunks(randomize):
     rollout = build(randomize, num_layers=1).rollout(PROMPT, generator=seeded(), num_inference_steps=1)
     sizes = set()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vgen.checks import check_choice
 from vgen.temporal.state import TemporalState
 
-# as operations of the graph they are not traced: their parsing of patterns would take most of the time of a compilation
+# torch.compile traces them as single operations: tracing their parsing of patterns takes most of a compilation's time
 torch.compiler.allow_in_graph(rearrange)
 torch.compiler.allow_in_graph(repeat)
 
