@@ -1,5 +1,6 @@
 """Properties of VideoGenPipeline on tiny random weights."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -331,3 +332,39 @@ def test_a_config_that_does_not_match_its_weights_is_rejected_with_the_keys(pipe
         with pytest.raises(ValueError, match=key):
             VideoGenPipeline.from_pretrained(tmp_path / "broken")
         shutil.rmtree(tmp_path / "broken")
+
+
+VIDEO = np.zeros((5, 16, 16, 3), np.uint8)
+CALLS = {
+    "__call__": {"prompt": PROMPT},
+    "rollout": {"prompt": PROMPT, "num_frames": 5},
+    "predict": {"video": VIDEO, "num_frames": 4},
+    "interpolate": {"video": VIDEO},
+    "interpolator": {"prompt": PROMPT, "size": (16, 16)},
+}
+
+
+WRONG = {
+    "object": object(),
+    "bytes": b"a",
+    "dict": {"0": 1},
+    "tensor": torch.zeros(2, 2),
+    "list": [object()],
+    "1j": 1j,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("method", CALLS)
+def test_an_argument_of_a_wrong_type_is_one_line_that_names_it(method, wrong):
+    pipe = make_pipeline()
+    call = getattr(pipe, method)
+    for name, parameter in inspect.signature(call).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD or name in ("return_dict", "keep_given"):
+            continue
+        with pytest.raises(ValueError) as error:
+            result = call(**CALLS[method] | {name: wrong})
+            if method == "rollout":
+                result.step()
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 250
+        assert any(word in str(error.value) for word in (name, "frame", "image")), (name, str(error.value))

@@ -1,5 +1,6 @@
 """What the pages tell the reader to type: Python runs page by page, commands are parsed, and cheap ones run."""
 
+import functools
 import os
 import re
 import shlex
@@ -155,10 +156,15 @@ def run_vgen(words, folder):
     assert all((folder / name).exists() for name in outputs)
 
 
+@functools.cache
+def help_of(script):
+    return run(script, "--help", cwd=ROOT)
+
+
 def understands(script, words):
     """Whether a script knows all options of a command and accepts their values."""
     assert (ROOT / script).is_file(), script
-    listed = run(script, "--help", cwd=ROOT)
+    listed = help_of(script)
     given = [word.split("=")[0] for word in words if word.startswith("--")]
     unknown = [option for option in given if not re.search(rf"(?<![\w-]){option}(?![\w-])", listed)]
     assert not unknown, f"{script} has no {unknown}"

@@ -11,6 +11,30 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
+def shown(value: Any) -> str:
+    """A value in one short line, for an error."""
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_type(name: str, value: object, types: Any, expected: str) -> None:
+    """Checks the type of an argument.
+
+    Args:
+        name: Name of the argument, for the error.
+        value: What the caller passed.
+        types: A type or a tuple of types.
+        expected: Describes them in the error: "a tensor (b, l, d)".
+
+    Raises:
+        ValueError: `value` has another type.
+    """
+    if not isinstance(value, types):
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Checks an option with a small set of values.
 
@@ -24,7 +48,7 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """
     allowed = get_args(choices) or tuple(choices)
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
 
 
 def check_choices(name: str, values: Any, choices: Any) -> None:
@@ -34,7 +58,9 @@ def check_choices(name: str, values: Any, choices: Any) -> None:
         ValueError: `values` is not a sequence, or one of its entries is not allowed.
     """
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name} must be a sequence of {', '.join(map(repr, get_args(choices)))}, got {values!r}")
+        raise ValueError(
+            f"{name} must be a sequence of {', '.join(map(repr, get_args(choices)))}, got {shown(values)}"
+        )
     for value in values:
         check_choice(f"each of {name}", value, choices)
 
@@ -52,7 +78,7 @@ def check_weights(name: str, weights: Any, choices: Any) -> None:
     """
     allowed = ", ".join(get_args(choices))
     if not isinstance(weights, dict) or not weights or set(weights) - set(get_args(choices)):
-        raise ValueError(f"{name} must be a dictionary with weights for some of {allowed}, got {weights!r}")
+        raise ValueError(f"{name} must be a dictionary with weights for some of {allowed}, got {shown(weights)}")
     for choice, weight in weights.items():
         check_number(f"{name}[{choice!r}]", weight, minimum=0)
     if not any(weights.values()):
@@ -81,7 +107,7 @@ def check_integer(name: str, value: object, minimum: int | None = None, maximum:
     """
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or not _in_range(value, minimum, maximum):
-        raise ValueError(f"{name} must be an integer{_describe_range(minimum, maximum)}, got {value!r}")
+        raise ValueError(f"{name} must be an integer{_describe_range(minimum, maximum)}, got {shown(value)}")
 
 
 def check_number(
@@ -109,7 +135,7 @@ def check_number(
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     limits = (minimum, maximum, above, below)
     if not is_number or not math.isfinite(value) or not _in_range(value, *limits):  # type: ignore[arg-type]
-        raise ValueError(f"{name} must be a finite number{_describe_range(*limits)}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number{_describe_range(*limits)}, got {shown(value)}")
 
 
 def _in_range(

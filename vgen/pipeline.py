@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -21,7 +22,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vgen.checks import check_choice, check_integer, check_number
+from vgen.checks import check_choice, check_integer, check_number, check_type
 from vgen.diffusion import is_flow
 from vgen.hub import find_checkpoint, not_found, register
 from vgen.io.fingerprint import fingerprint_components
@@ -51,8 +52,16 @@ from vgen.sampling.options import InterpolationOptions, RolloutOptions, accepts
 from vgen.sampling.prompts import PromptSchedule, check_prompts, fill_empty_prompts, has_prompt, is_single
 from vgen.sampling.rollout import FORMAT as ROLLOUT
 from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, read_record
-from vgen.sampling.sampler import Generators, Sampler, decode_latents, draw_generator, draw_noise, running_sampler
-from vgen.temporal.attention import make_groups
+from vgen.sampling.sampler import (
+    Generators,
+    Sampler,
+    check_generator,
+    decode_latents,
+    draw_generator,
+    draw_noise,
+    running_sampler,
+)
+from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
 
@@ -299,7 +308,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             negative_prompt_embeds,
             groups,
             output_type,
-            tensor_inputs,
             guidance.scale,
             num_videos_per_prompt,
             max_sequence_length,
@@ -396,12 +404,17 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: The checkpoint cannot continue videos, or an argument is not possible.
         """
+        self._check_embeds(prompt_embeds, negative_prompt_embeds)
+        if negative_prompt_embeds is not None and prompt_embeds is None:
+            raise ValueError("a rollout with negative_prompt_embeds needs prompt_embeds: its other prompts may change")
         prompt = _one_per_video(prompt, video)
         schedule = PromptSchedule.of(prompt)
         prompted = has_prompt(prompt) or prompt_embeds is not None
         config = self.denoiser.config
         check_tasks(config, self.grid, {"leading"})
-        options = (options or RolloutOptions()).updated(**overrides).resolve(self.config, config, prompted=prompted)
+        options = RolloutOptions() if options is None else options
+        check_type("options", options, RolloutOptions, "RolloutOptions")
+        options = options.updated(**overrides).resolve(self.config, config, prompted=prompted)
         self._check_guidance(overrides.get("guidance_scale"), guider)
         guidance, interval = Guidance.of(options, guider), options.keyframe_interval or 1
         single = is_single(prompt) and (prompt_embeds is None or len(prompt_embeds) == 1)
@@ -418,7 +431,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
                 options.num_inference_steps or 0,
                 prompt_embeds,
                 negative_prompt_embeds,
-                callback_on_step_end_tensor_inputs=tensor_inputs,
                 groups=(0,),
                 max_sequence_length=max_sequence_length,
                 attention_kwargs=attention_kwargs,
@@ -428,8 +440,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             check_integer("num_frames", num_frames, minimum=1)
         if guidance.uses_weak_history and not is_flow(self.scheduler):
             raise ValueError(f"history guidance needs a flow-matching scheduler, got {type(self.scheduler).__name__}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"expected one generator or {count}, one per video, got {len(generator)}")
+        check_generator(generator, count)
         sampler = self.sampler(guidance)
         if interval > 1:
             check_tasks(config, self.grid, {"keyframes"})
@@ -576,6 +587,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             ValueError: The checkpoint cannot interpolate, or only by less; or an argument is not possible.
         """
         check_choice("output_type", output_type, ("np", "pil", "pt"))
+        check_type("prompt", prompt, (str, list, NoneType), "a string, a list of strings, or None")
         prompt = _one_per_video(prompt, video)
         single = is_single(prompt)
         clip = to_clips(video, 1 if single else len(prompt), batched=not single)  # type: ignore[arg-type]
@@ -620,8 +632,11 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: As `interpolate` does.
         """
-        base = options or InterpolationOptions()
-        options = base.updated(factor=factor, **overrides).resolve(self.config, prompted=has_prompt(prompt))
+        options = InterpolationOptions() if options is None else options
+        check_type("options", options, InterpolationOptions, "InterpolationOptions")
+        check_type("prompt", prompt, (str, list, NoneType), "a string, a list of strings, or None")
+        check_generator(generator, 1 if is_single(prompt) else len(prompt))  # type: ignore[arg-type]
+        options = options.updated(factor=factor, **overrides).resolve(self.config, prompted=has_prompt(prompt))
         self._check_guidance(overrides.get("guidance_scale"), guider)
         guidance = Guidance.of(options, guider)
         sampler = self.sampler(guidance)
@@ -674,7 +689,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         negative_prompt_embeds: Tensor | None = None,
         groups: str | Sequence[int] = "full",
         output_type: OutputType = "np",
-        callback_on_step_end_tensor_inputs: Sequence[str] = (),
         guidance_scale: float = 1.0,
         num_videos_per_prompt: int = 1,
         max_sequence_length: int | None = None,
@@ -699,9 +713,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         check_integer("num_videos_per_prompt", num_videos_per_prompt, minimum=1)
         if max_sequence_length is not None:
             check_integer("max_sequence_length", max_sequence_length, minimum=1)
-        text_dim = self.denoiser.text_dim
-        if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_dim):
-            raise ValueError(f"prompt_embeds must have shape (b, l, {text_dim}), got {tuple(prompt_embeds.shape)}")
+        self._check_embeds(prompt_embeds, negative_prompt_embeds)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pass either prompt or prompt_embeds, and not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -710,18 +722,16 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError("this pipeline has no text encoder: pass prompt_embeds instead of prompt")
         if prompt is not None:
             check_prompts(prompt)
-        for one in negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]:
-            if not isinstance(one, str):
-                raise ValueError(f"negative_prompt must be a string or a list of strings, got {one!r}")
+        for one in negative_prompt if isinstance(negative_prompt, list) else [negative_prompt]:
+            if one is not None or isinstance(negative_prompt, list):
+                check_type("negative_prompt", one, str, "a string or a list of strings")
         if isinstance(groups, str):
             check_choice("groups", groups, tuple(self.denoiser.config.group_modes))
+        else:
+            check_groups(groups)
         check_choice("output_type", output_type, OutputType)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be some of {', '.join(self._callback_tensor_inputs)}, got "
-                f"{', '.join(sorted(unknown))}"
-            )
+        if attention_kwargs is not None:
+            check_type("attention_kwargs", attention_kwargs, dict, "a dict")
         for name, value in (attention_kwargs or {}).items():
             check_choice("a key of attention_kwargs", name, ("scale",))
             check_number("attention_kwargs['scale']", value)
@@ -796,11 +806,11 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         """
         space, channels = self.vae_scale_factor_spatial, self.denoiser.config.in_channels
         shape = (batch_size, channels, self.grid.num_latents(num_frames), height // space, width // space)
+        check_generator(generator, batch_size)
         if latents is not None:
+            check_type("latents", latents, Tensor, f"a tensor {shape}")
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have shape {shape} for these settings, got {tuple(latents.shape)}")
-        elif isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"expected one generator or {batch_size}, one per video, got {len(generator)}")
         return (draw_noise(shape, generator, dtype) if latents is None else latents).to(device=device, dtype=dtype)
 
     def decode_latents(self, latents: Tensor, output_type: OutputType, known: KnownFrames | None = None) -> Any:
@@ -916,10 +926,25 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: Both kinds are asked for, or a guider with FasterCache.
         """
+        if guider is not None:
+            check_type("guider", guider, BaseGuidance, "one of diffusers' guiders")
         if guider is not None and scale is not None:
             raise ValueError("pass guidance_scale or guider, not both: the guider has a weight of its own")
         if guider is not None and isinstance(self.denoiser._cache_config, FasterCacheConfig):
             raise ValueError("FasterCache needs guidance in one batch: call disable_cache(), or pass no guider")
+
+    def _check_embeds(self, prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None) -> None:
+        """Checks embeddings.
+
+        Raises:
+            ValueError: They are not tensors of the width that the denoiser takes.
+        """
+        width = self.denoiser.text_dim
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                check_type(name, embeds, Tensor, f"a tensor (b, l, {width})")
+                if embeds.ndim != 3 or embeds.shape[-1] != width:
+                    raise ValueError(f"{name} must have shape (b, l, {width}), got {tuple(embeds.shape)}")
 
     def _encode_given(self, given: dict[int, Tensor], num_frames: int, num_videos_per_prompt: int) -> KnownFrames:
         """What the denoiser gets of known frames.

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from vgen.checks import check_choice, check_type, shown
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.sampler import OnStep, Sampler
 
@@ -20,9 +21,18 @@ TENSOR_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
 def tensor_inputs_of(callback: Callback | None, names: Sequence[str]) -> Sequence[str]:
-    """Names of the tensors that a callback gets; diffusers' own classes name theirs."""
+    """Names of the tensors that a callback gets; diffusers' own classes name theirs.
+
+    Raises:
+        ValueError: The callback cannot be called, or there are other tensors than `TENSOR_INPUTS`.
+    """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be callable, got {shown(callback)}")
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        return callback.tensor_inputs
+        names = callback.tensor_inputs
+    check_type("callback_on_step_end_tensor_inputs", names, (list, tuple), "a list of names")
+    for name in names:
+        check_choice("each of callback_on_step_end_tensor_inputs", name, TENSOR_INPUTS)
     return names
 
 

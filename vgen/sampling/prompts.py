@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
-from vgen.checks import check_integer
+from vgen.checks import check_integer, check_type
 
 Prompt = str | None | Sequence[str | None]
 """For one video or, as a sequence, for several; `None` is unconditional."""
@@ -60,11 +61,9 @@ class PromptSchedule:
         Raises:
             ValueError: It is none of these, or a mapping does not begin at frame 0 or has other keys than integers.
         """
+        expected = "a string, a list of strings, a dict of strings by frame, or None"
+        check_type("prompt", prompt, (str, list, Mapping, NoneType), expected)
         if not isinstance(prompt, Mapping):
-            if prompt is not None and not isinstance(prompt, (str, list)):
-                raise ValueError(
-                    f"prompt must be a string, a list, a dict of strings by frame or None, got {type(prompt).__name__}"
-                )
             return cls({0: prompt})
         for frame in prompt:
             check_integer("a frame of a prompt schedule", frame, minimum=0)

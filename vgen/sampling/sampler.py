@@ -18,6 +18,7 @@ from diffusers import FasterCacheConfig
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from vgen.checks import check_type
 from vgen.diffusion import flow_sample, level_to_timestep
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.locks import lock_of
@@ -299,6 +300,19 @@ def decode_latents(
     if vae is None:
         return latents
     return vae.decode(vae.denormalize(latents).to(vae.dtype), state=state).sample
+
+
+def check_generator(generator: Any, num_videos: int) -> None:
+    """Checks the source of the noise of some videos.
+
+    Raises:
+        ValueError: It is neither a generator nor a list with one for each video.
+    """
+    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in each:
+        check_type("generator", one, torch.Generator, "a torch.Generator or a list of them")
+    if isinstance(generator, list) and len(generator) != num_videos:
+        raise ValueError(f"expected one generator or {num_videos}, one per video, got {len(generator)}")
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> Tensor:

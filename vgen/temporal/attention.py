@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispa
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vgen.checks import check_choice
+from vgen.checks import check_choice, shown
 from vgen.temporal.state import TemporalState
 
 # torch.compile traces them as single operations: tracing their parsing of patterns takes most of a compilation's time
@@ -58,6 +58,20 @@ def make_groups(mode: str, num_frames: int, num_leading: int = 0, chunk_size: in
     for frame in range(num_frames):
         groups.append((groups[-1] if groups else -1) + (frame in starts))
     return groups
+
+
+def check_groups(groups: Any) -> None:
+    """Checks group ids that a user passes; their shape is checked where the number of frames is known.
+
+    Raises:
+        ValueError: They are not integers.
+    """
+    try:
+        ids = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError, KeyError):
+        ids = torch.zeros(())
+    if not ids.ndim or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"groups must be a group mode or integers, got {shown(groups)}")
 
 
 def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch.device) -> Tensor | None:
