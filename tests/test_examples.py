@@ -38,7 +38,12 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def names():
+    for name in sorted(path.stem for path in EXAMPLES.glob("*.py")):
+        yield pytest.param(name, marks=pytest.mark.slow) if name == "gallery" else name
+
+
+@pytest.mark.parametrize("name", names())
 def test_an_example_runs(tmp_path, name):
     frames = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), dtype=np.uint8)
     write_video(frames, tmp_path / "clip.mp4", frame_rate=8.0)

@@ -125,6 +125,7 @@ MISSING = {
 }
 
 
+@pytest.mark.slow
 def test_hub_ids_are_downloaded_and_loaded_and_missing_ones_are_named(endpoint, wan_folder, tmp_path):
     """In one new process with the server and one without: to import everything takes most of the time."""
     pipe, other = make_pipeline(), make_pipeline(seed=1)

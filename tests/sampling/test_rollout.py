@@ -442,7 +442,7 @@ def test_unknown_rollout_defaults_are_rejected(pipe):
         ({"generator": [seeded(), seeded()]}, "expected one generator or 1, one per video, got 2"),
         ({"prompt": {4: PROMPT}}, "must begin at frame 0"),
         ({"prompt": {0: PROMPT, "8": OTHER}}, "a frame of a prompt schedule must be an integer.*, got '8'"),
-        ({"prompt": (PROMPT, OTHER)}, "prompt must be a string, a list, .*, got tuple"),
+        ({"prompt": (PROMPT, OTHER)}, "prompt must be a string, a list of strings, .*, got \\('a red"),
         ({"prompt": ""}, "non-empty text, got ''"),
         ({"prompt": {0: PROMPT, 8: " "}}, "non-empty text, got ' '"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),

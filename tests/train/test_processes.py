@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from .scripts import ROOT, train_vae, train_vdm
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_dir, tmp_path):
     train_vae(tmp_path / "vae", processes=2, cold=True)
     train_vdm((vae_run, text_run, latents_dir), tmp_path / "two", processes=2)

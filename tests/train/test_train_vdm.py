@@ -61,6 +61,7 @@ def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
     assert rejected.returncode != 0 and "Literal['transformer', 'unet']" in rejected.stderr
 
 
+@pytest.mark.slow
 def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, stable_diffusion, tmp_path):
     start = VideoGenPipeline.from_stable_diffusion(stable_diffusion, num_frames=4, group_modes=["full", "causal"])
     start.save_pretrained(tmp_path / "start")

@@ -99,7 +99,10 @@ def assert_same(folder, whole):
     assert [event.step for event in logged] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("moment", ["step3", "step6", "step8", "write4", "write8", "save4", "save8", "save12"])
+@pytest.mark.parametrize(
+    "moment",
+    ["step3", pytest.param("step6", marks=pytest.mark.slow), "step8", "write4", "write8", "save4", "save8", "save12"],
+)
 def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(whole, tmp_path, moment):
     killed = train(tmp_path, check=False, KILL=moment)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result.pt").exists()
@@ -117,6 +120,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_when_one_process_is_asked_to_stop_all_save_and_resume(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     configuration = Path(__file__).parents[2] / "train/accelerate/ddp.yaml"

@@ -81,6 +81,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_workers(make):
     config, batches = make(num_workers=0)
     expected = list(Feed(run_of(config), batches))
@@ -146,6 +147,7 @@ def test_sizes_may_differ_from_step_to_step(tmp_path):
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_step_needs_no_value_from_the_device(make, make_unet):
     """Fake tensors have none: whatever asks for one, and so waits for the device, raises."""
     config, batches = make()
