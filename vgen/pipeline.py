@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -31,6 +32,7 @@ from vgen.models.convert import from_wan_index
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import check_not_pickled
+from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import encode_texts, warn_unknown_words
 from vgen.models.transformer import SpacetimeTransformer
@@ -830,6 +832,12 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
             slices = vae.decode_stream(vae.denormalize(latents).to(vae.dtype))
         for one in slices:
             yield to_frames(one)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Offloads what offloading loaded, and clears step caches; waits for what other threads evaluate."""
+        denoiser = self.transformer if self.unet is None else self.unet
+        with nullcontext() if denoiser is None else lock_of(denoiser):
+            super().maybe_free_model_hooks()
 
     def sampler(self, guidance: Guidance | None = None) -> Sampler:
         """A sampler with this pipeline's networks and a scheduler of its own."""

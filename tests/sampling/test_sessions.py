@@ -1,6 +1,7 @@
 """Rollouts and calls share weights and nothing else: in threads, after forks, step by step."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -104,8 +105,10 @@ def test_an_interrupted_call_does_not_stop_another(pipe):
     assert np.array_equal(result, expected[0]) and torch.equal(stopped, expected[1])
 
 
-def test_threads_that_run_freely_share_a_step_cache(pipe):
+def test_threads_that_run_freely_share_a_step_cache(pipe, monkeypatch):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    disable = pipe.transformer.disable_cache
+    monkeypatch.setattr(pipe.transformer, "disable_cache", lambda: (disable(), time.sleep(0.05)))  # others may begin
     jobs = [lambda seed=seed: frames_of(pipe.rollout(PROMPT, num_frames=9, generator=seeded(seed))) for seed in (0, 1)]
     expected, results = [job() for job in jobs], [None, None]
 

@@ -285,7 +285,10 @@ class Sampler:
     @contextmanager
     def _without_other_calls(self) -> Iterator[None]:
         """Keeps other threads out for a whole call where a step cache belongs to the denoiser."""
-        with nullcontext() if self.denoiser._cache_config is None else lock_of(self.denoiser):
+        lock = lock_of(self.denoiser)
+        with lock:  # another thread may have disabled the cache for an evaluation
+            has_cache = self.denoiser._cache_config is not None
+        with lock if has_cache else nullcontext():
             yield
 
     def decode(self, latents: Tensor, state: TemporalState | None = None) -> Tensor:
