@@ -98,7 +98,14 @@ def test_there_are_snippets():
     assert set(PREPARED) <= {name_of(page) for page in PAGES}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def pages_with_python():
+    for page in PAGES:
+        if blocks(page, "python"):
+            marks = [pytest.mark.slow] if page.name == "known_frames.md" else []
+            yield pytest.param(page, id=name_of(page), marks=marks)
+
+
+@pytest.mark.parametrize("page", pages_with_python())
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, folder, request):
     if any("from_stable_diffusion(" in code for code in blocks(page, "python")):
         (folder / "stable-diffusion-folder").symlink_to(request.getfixturevalue("stable_diffusion"))

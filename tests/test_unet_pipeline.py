@@ -224,6 +224,7 @@ def test_an_inflated_pipeline_saves_streams_and_rejects_other_layouts(randomize,
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")
 
 
+@pytest.mark.slow
 def test_the_shipped_one_has_the_transformers_latents_and_follows_prompts():
     folder = find_packaged("vgen/shapes-64-unet")
     assert sum(path.stat().st_size for path in folder.rglob("*")) <= 20e6

@@ -242,7 +242,8 @@ def test_sequential_offloading_keeps_streams_equal(case):
     close(case.streamed(case.network), exact)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_the_whole_network_compiles_without_a_graph_break(case, monkeypatch, backend):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
@@ -255,6 +256,7 @@ def test_the_whole_network_compiles_without_a_graph_break(case, monkeypatch, bac
     close(case.whole(case.network), exact)
 
 
+@pytest.mark.slow
 def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(case):
     exact = case.whole(case.network)
     torch.compiler.reset()
@@ -264,6 +266,7 @@ def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(ca
         close(case.streamed(case.network), exact)
 
 
+@pytest.mark.slow
 def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_denoiser):
     case = Transformer(make_denoiser)
     case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
@@ -282,6 +285,7 @@ def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_denoi
             step(chunk)
 
 
+@pytest.mark.slow
 def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_denoiser):
     case = Transformer(make_denoiser)
     state, same = TemporalState(window=1, sink=1), TemporalState(window=1, sink=1)
@@ -303,6 +307,7 @@ def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_den
             step(chunk)
 
 
+@pytest.mark.slow
 def test_a_stream_through_the_compiled_vae_is_compiled_once_for_its_first_and_once_for_later_pieces(make_vae):
     case = VAE(make_vae)
     clip = torch.cat([case.input, case.input[:, :, 1:]], dim=2)

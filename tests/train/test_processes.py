@@ -67,6 +67,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("network", ["vae", "vdm"])
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_that_accumulates(runs, tmp_path, network):
     (tmp_path / "descent.py").write_text(DESCENT)
     script = (tmp_path / "descent.py", ROOT / f"train/train_{network}.py")

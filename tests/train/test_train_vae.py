@@ -84,7 +84,7 @@ def test_a_public_vae_is_trained_on(wan_folder, tmp_path, learning_rate):
     assert all(torch.equal(weights[name], before[name]) for name in before) == (learning_rate == 0)
 
 
-@pytest.mark.parametrize("kind", ["folder", "dataset"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("dataset", marks=pytest.mark.slow)])
 def test_a_killed_run_on_videos_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, kind):
     videos = tmp_path / "videos"
     videos.mkdir()

@@ -177,6 +177,7 @@ def test_a_step_needs_no_value_from_the_device(make, make_unet):
             (batch["gap_index"] < 3).nonzero()
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_does_not_end_the_workers(tmp_path):
     feed = Feed(run_of(RunConfig(output_dir=tmp_path, max_steps=20, num_workers=2)), Numbers())
     batches = [next(feed) for _ in range(2)]
