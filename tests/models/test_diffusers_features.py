@@ -260,7 +260,7 @@ def test_the_whole_network_compiles_without_a_graph_break(case, monkeypatch, bac
 def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(case):
     exact = case.whole(case.network)
     torch.compiler.reset()
-    case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
+    case.network.compile_repeated_blocks(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=64):  # one compilation for each shape of a block
         close(case.whole(case.network), exact)
         close(case.streamed(case.network), exact)

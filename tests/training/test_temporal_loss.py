@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vgen.checks import check_literals
 from vgen.temporal.flow import Motion, measure_motion
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
@@ -85,3 +86,5 @@ def test_scaled_down_motion_moves_by_fewer_pixels(moving):
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="warping_weight must be a finite number of at least 0, got -1.0"):
         TemporalLossConfig(warping_weight=-1.0).check_temporal_loss()
+    with pytest.raises(ValueError, match="flow must be one of 'dis', .*, got 'nearest'"):
+        check_literals(TemporalLossConfig(flow="nearest"))
