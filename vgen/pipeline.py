@@ -8,11 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from vgen.models.prompts import encode_texts, warn_unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
-from vgen.sampling.callbacks import TENSOR_INPUTS, Callback, step_function, tensor_inputs_of
+from vgen.sampling.callbacks import TENSOR_INPUTS, Callback, RunningCallMixin, step_function, tensor_inputs_of
 from vgen.sampling.coarse_to_fine import FORMAT as COARSE_TO_FINE
 from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, interpolator_for, load_states
 from vgen.sampling.conditions import Conditions, Guidance
@@ -61,7 +60,7 @@ from vgen.sampling.sampler import (
     decode_latents,
     draw_generator,
     draw_noise,
-    running_sampler,
+    latent_shape,
 )
 from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
@@ -77,7 +76,7 @@ class VideoGenPipelineOutput(BaseOutput):
     frames: Any
 
 
-class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
+class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     """Turns prompts into videos.
 
     Args:
@@ -146,8 +145,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.vae_scale_factor_temporal = 1 if vae is None else vae.temporal_compression_ratio
         self.vae_scale_factor_spatial = 1 if vae is None else vae.spatial_compression_ratio
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
-        self._samplers: WeakSet[Sampler] = WeakSet()
-        self._last_sampler: Sampler | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
@@ -806,8 +803,8 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: The number of generators or the shape of `latents` does not fit.
         """
-        space, channels = self.vae_scale_factor_spatial, self.denoiser.config.in_channels
-        shape = (batch_size, channels, self.grid.num_latents(num_frames), height // space, width // space)
+        num_latents = self.grid.num_latents(num_frames)
+        shape = latent_shape(self.denoiser, self.video_vae, batch_size, num_latents, (height, width))
         check_generator(generator, batch_size)
         if latents is not None:
             check_type("latents", latents, Tensor, f"a tensor {shape}")
@@ -844,8 +841,7 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
         sampler = Sampler(
             self.denoiser, self.scheduler, self.video_vae, device=self._execution_device, guidance=guidance
         )
-        self._samplers.add(sampler)
-        self._last_sampler = sampler
+        self._follow(sampler)
         return sampler
 
     def fingerprint(self) -> dict[str, list[str | None]]:
@@ -874,59 +870,6 @@ class VideoGenPipeline(DiffusionPipeline, LoraLoaderMixin):
     def grid(self) -> LatentGrid:
         """How pixel frames, latents and token frames correspond."""
         return LatentGrid(self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
-
-    # What follows is what callbacks and step caches of diffusers read and set during a call: the state of the sampler
-    # that runs in this thread, or of the last call.
-
-    @property
-    def _call(self) -> Sampler:
-        sampler = running_sampler.get() or self._last_sampler
-        if sampler is None:
-            raise RuntimeError("this describes a running call: there was none yet")
-        return sampler
-
-    @property
-    def guidance_scale(self) -> float:
-        """Weight of classifier-free guidance in the running call."""
-        return self._call.guidance.scale
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._call.guidance.scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, scale: float) -> None:
-        self._call.guidance = replace(self._call.guidance, scale=scale)
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call is guided, so that it needs negative prompts."""
-        return self._call.guidance.needs_negative
-
-    @property
-    def num_timesteps(self) -> int:
-        """Timesteps of the running call."""
-        return self._call.num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """The running call's timestep."""
-        return None if self._last_sampler is None else self._call.current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call stops; set `_interrupt` in a callback, or in another thread to stop all calls."""
-        return self._call.interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._call.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        running = running_sampler.get()
-        for sampler in list(self._samplers) if running is None else [running]:
-            sampler.interrupt = value
 
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
         """Checks that guidance is asked for in one way.

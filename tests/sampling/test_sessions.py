@@ -1,5 +1,6 @@
 """Rollouts and calls share weights and nothing else: in threads, after forks, step by step."""
 
+import sys
 import threading
 import time
 
@@ -273,3 +274,25 @@ def test_options_come_in_one_object_or_one_by_one(pipe):
     assert (overridden.window, overridden.guidance_scale, overridden.num_inference_steps) == (2, 1.0, 1)
     with pytest.raises(TypeError, match="unexpected arguments stride: options are .*keyframe_interval"):
         pipe.rollout(PROMPT, stride=2)
+
+
+def test_an_interrupt_reaches_all_calls_while_other_threads_begin_theirs(pipe):
+    done, sampler, interval = threading.Event(), pipe.sampler(), sys.getswitchinterval()
+
+    def begin():
+        while not done.is_set():
+            pipe.sampler()
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(100_000):
+            pipe._interrupt = True
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert sampler.interrupt

@@ -1,17 +1,18 @@
-"""Callbacks of diffusers' kind, called after each denoising step."""
+"""Callbacks of diffusers' kind, called after each denoising step, and what they read of the running call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
+from weakref import ref
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from vgen.checks import check_choice, check_type, shown
 from vgen.sampling.conditions import Conditions
-from vgen.sampling.sampler import OnStep, Sampler
+from vgen.sampling.sampler import OnStep, Sampler, running_sampler
 
 Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 """Called as `f(pipeline, step, timestep, tensors)`; tensors that it returns replace the current ones."""
@@ -69,3 +70,73 @@ def step_function(
         return latents, conditions
 
     return on_step
+
+
+class RunningCallMixin:
+    """What callbacks and step caches of diffusers read and set of a pipeline during a call.
+
+    It is the state of the sampler that runs in this thread, or of the last call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._samplers: set[ref[Sampler]] = set()
+        self._last_sampler: Sampler | None = None
+
+    def _follow(self, sampler: Sampler) -> None:
+        """Makes a new sampler the last one."""
+        self._samplers.add(ref(sampler, self._samplers.discard))
+        self._last_sampler = sampler
+
+    @property
+    def _call(self) -> Sampler:
+        sampler = running_sampler.get() or self._last_sampler
+        if sampler is None:
+            raise RuntimeError("this describes a running call: there was none yet")
+        return sampler
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of classifier-free guidance in the running call."""
+        return self._call.guidance.scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance.scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self._call.guidance = replace(self._call.guidance, scale=scale)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call is guided, so that it needs negative prompts."""
+        return self._call.guidance.needs_negative
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the running call."""
+        return self._call.num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The running call's timestep."""
+        return None if self._last_sampler is None else self._call.current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call stops; set `_interrupt` in a callback, or in another thread to stop all calls."""
+        return self._call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        running = running_sampler.get()
+        # a copy, since other threads may add theirs
+        samplers = [one() for one in self._samplers.copy()] if running is None else [running]
+        for sampler in samplers:
+            if sampler is not None:
+                sampler.interrupt = value

@@ -27,7 +27,7 @@ from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
 from vgen.sampling.options import RolloutOptions
 from vgen.sampling.prompts import PromptSchedule, check_prompts
-from vgen.sampling.sampler import OnStep, Sampler, draw_noise
+from vgen.sampling.sampler import OnStep, Sampler, draw_noise, latent_shape
 from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
@@ -368,7 +368,7 @@ class Rollout(VideoStream):
         """The latents of the next chunk."""
         state, sampler, conditions = self.state, self.sampler, self._conditions
         frames = self._run_length * sampler.grid.patch_frames
-        shape = sampler.latent_shape(len(conditions.prompt_embeds), frames, state.size)
+        shape = latent_shape(sampler.denoiser, sampler.vae, len(conditions.prompt_embeds), frames, state.size)
         noise = draw_noise(shape, state.generator, torch.float32).to(sampler.device)
         if state.keyframes:
             slots = pack_keyframes(state.keyframes, frames, sampler.grid.compression, noise[:, :, 0])

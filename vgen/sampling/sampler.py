@@ -82,11 +82,6 @@ class Sampler:
         """An independent sampler with the same networks."""
         return Sampler(self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance)
 
-    def latent_shape(self, batch_size: int, num_latents: int, size: tuple[int, int]) -> tuple[int, ...]:
-        """`(b, c, t, h, w)` for frames of `size`, which is height and width in pixels."""
-        space = 1 if self.vae is None else self.vae.spatial_compression_ratio
-        return batch_size, self.denoiser.config.in_channels, num_latents, size[0] // space, size[1] // space
-
     def denoise(
         self,
         noise: Tensor,
@@ -303,6 +298,18 @@ def decode_latents(
     if vae is None:
         return latents
     return vae.decode(vae.denormalize(latents).to(vae.dtype), state=state).sample
+
+
+def latent_shape(
+    denoiser: SpacetimeTransformer | UNet3D,
+    vae: CausalVideoVAE | PerFrameVAE | None,
+    batch_size: int,
+    num_latents: int,
+    size: tuple[int, int],
+) -> tuple[int, ...]:
+    """`(b, c, t, h, w)` for frames of `size`, which is height and width in pixels."""
+    space = 1 if vae is None else vae.spatial_compression_ratio
+    return batch_size, denoiser.config.in_channels, num_latents, size[0] // space, size[1] // space
 
 
 def check_generator(generator: Any, num_videos: int) -> None:
