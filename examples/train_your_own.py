@@ -36,6 +36,8 @@ parser.add_argument(
     "--batch-size", type=int, default=8, help="clips per step of the VAE; the denoiser takes 4 times as many"
 )
 parser.add_argument("--calibration-clips", type=int, default=64, help="clips for the statistics of the latents")
+parser.add_argument("--score-clips", type=int, default=16, help="clips that the VAE's reconstructions are scored on")
+parser.add_argument("--num-inference-steps", type=int, default=20, help="denoising steps of predictions")
 args = parser.parse_args()
 
 
@@ -82,7 +84,8 @@ run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate
 run(
     *launch, "train/train_vae.py", "--init", shipped / "vae", "--data", clips, "--frame_rates", f"[{RATE}]",
     "--augment", flips, "--output_dir", output / "vae", "--max_steps", args.vae_steps, "--learning_rate", 5e-4,
-    "--batch_size", args.batch_size, "--num_score_clips=16", "--num_calibration_clips", args.calibration_clips, *fine,
+    "--batch_size", args.batch_size, "--num_score_clips", args.score_clips,
+    "--num_calibration_clips", args.calibration_clips, *fine,
 )  # fmt: skip
 run(
     *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", args.hop,
@@ -102,7 +105,7 @@ frames = Fit(frames.shape[1:3], SIZE).to_target(frames)
 given, true = frames[:NUM_GIVEN], frames[NUM_GIVEN:]
 rows = [frames]
 for name, model in (("before", "vgen/shapes-64"), ("after", output / "model/pipeline")):
-    pipe = VideoGenPipeline.from_pretrained(model)
+    pipe = VideoGenPipeline.from_pretrained(model, num_inference_steps=args.num_inference_steps)
     new = pipe.predict(given, NUM_NEW, generator=torch.Generator().manual_seed(0)).frames[0]
     new = (new * 255).round().astype(np.uint8)
     with torch.no_grad():  # the upper bound for predictions

@@ -15,7 +15,10 @@ from vgen.data.video_io import read_video, write_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what they are given and write; one that is not named here takes nothing
-FEW = ["--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1", "--batch-size=2", "--calibration-clips=8"]
+FEW = [
+    "--vae-steps=1", "--steps=1", "--hop=16", "--repeats=1", "--batch-size=1", "--calibration-clips=2",
+    "--score-clips=2", "--num-inference-steps=2",
+]  # fmt: skip
 ARGUMENTS = {
     "gallery": ["gallery.gif"],
     "interactive": ["--num_chunks=10", "--num_inference_steps=1"],

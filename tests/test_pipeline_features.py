@@ -68,15 +68,15 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_flow_scheduler_goes_to_the_same_video(pipe, name):
+def test_every_flow_scheduler_goes_to_the_same_video(pipe):
     """All solve one differential equation; with small steps they agree, which a wrong level or sign would not."""
     exact = latents(pipe, num_inference_steps=40, guidance_scale=1.0)
-    pipe.scheduler = SCHEDULERS[name]()
-    noise = latents(pipe, num_inference_steps=1, guidance_scale=1.0)
-    close = latents(pipe, num_inference_steps=30, guidance_scale=1.0)
-    error, coarse = ((one - exact).norm() / exact.norm() for one in (close, noise))
-    assert error < 0.02 and error < coarse / 2
+    for name, make_scheduler in SCHEDULERS.items():
+        pipe.scheduler = make_scheduler()
+        noise = latents(pipe, num_inference_steps=1, guidance_scale=1.0)
+        close = latents(pipe, num_inference_steps=30, guidance_scale=1.0)
+        error, coarse = ((one - exact).norm() / exact.norm() for one in (close, noise))
+        assert error < 0.02 and error < coarse / 2, name
 
 
 def test_a_swapped_scheduler_is_saved(pipe, tmp_path):
@@ -314,7 +314,7 @@ def assert_long_videos_equal(pipe, exact, atol=1e-2):
     """Rolled out, predicted and interpolated."""
     clip = torch.rand(5, 3, 16, 16, generator=seeded())
     for make in (
-        lambda pipe: np.concatenate(list(pipe.rollout(PROMPT, num_frames=24, generator=seeded()))) / 255,
+        lambda pipe: np.concatenate(list(pipe.rollout(PROMPT, num_frames=16, generator=seeded()))) / 255,
         lambda pipe: pipe.predict(clip, 8, generator=seeded()).frames,
         lambda pipe: pipe.interpolate(clip, 2, generator=seeded()).frames,
     ):

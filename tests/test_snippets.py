@@ -157,8 +157,8 @@ def run_vgen(words, folder):
     if words[0] in COSTLY or not all((folder / name).exists() for name in set(inputs) - set(outputs)):
         return
     lengths = {index + 1 for index, word in enumerate(words) if word == "--num-frames"}
-    words = ["40" if index in lengths and int(word) > 40 else word for index, word in enumerate(words)]
-    words = [re.sub(r"^500=", "20=", word) for word in words]
+    words = ["16" if index in lengths and int(word) > 16 else word for index, word in enumerate(words)]
+    words = [re.sub(r"^500=", "8=", word) for word in words]
     run("-m", "vgen.cli", *words, "--steps", "2", cwd=folder)
     assert all((folder / name).exists() for name in outputs)
 

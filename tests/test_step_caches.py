@@ -119,7 +119,7 @@ def test_long_videos_under_a_cache(name, how, rows, video):
         settings = {"num_inference_steps": STEPS, "generator": seeded()}
         if how == "interpolation":
             return pipe.interpolate(video[:4], 7, PROMPT, **settings).frames
-        return np.concatenate(list(pipe.rollout(PROMPT, num_frames=21, output_type="np", **settings)))
+        return np.concatenate(list(pipe.rollout(PROMPT, num_frames=17, output_type="np", **settings)))
 
     plain, work = make(), sum(rows)
     if name == "FasterCache":

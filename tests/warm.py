@@ -1,13 +1,13 @@
 """A Python that starts warm: forks of one process that has imported torch and vgen and never computed.
 
 `warm_python()` gives the path of an executable that takes the arguments of `python` (a script, `-m` or `-c`). Its
-program is a process of its own: arguments, environment, folder, session and exit status are those of a fresh
-interpreter, it can be killed, and it starts others the same way through `sys.executable`. It shares the hash seed and
-the imported modules: some tests keep `sys.executable`, which starts cold.
+program is a process of its own: arguments, environment, folder, open files, blocked signals, session and exit status
+are those of a fresh interpreter, it can be killed, and it starts others the same way through `sys.executable`. It
+shares the hash seed and the imported modules: some tests start `sys.executable`, which is cold in them.
 """
 
 import atexit
-import functools
+import fcntl
 import gc
 import importlib
 import json
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import types
 from pathlib import Path
@@ -39,15 +38,29 @@ FOLDER = "VGEN_WARM_PYTHON"
 
 # replaces the interpreter: sends its arguments to the server, forwards signals and ends as the program did
 CLIENT = """#!{python} -SE
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, time
 
+def inheritable(file):
+    try:
+        return os.get_inheritable(file)
+    except OSError:
+        return False
+
+files = [file for file in map(int, os.listdir("/dev/fd")) if inheritable(file)]
+while not os.path.exists({address!r}):
+    with open({errors!r}) as file:
+        errors = file.read()
+    if "Traceback" in errors:
+        sys.exit(errors)
+    time.sleep(0.05)
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ), "files": files}}
+    request["blocked"] = list(signal.pthread_sigmask(signal.SIG_BLOCK, []))
     request = json.dumps(request).encode()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))
-    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], files)
     server.sendall(request)
     code = int(server.recv(8) or 1)
 if code < 0:
@@ -58,34 +71,30 @@ sys.exit(code)
 """
 
 
-def start_server() -> None:
-    """Starts the server in the background, for this process and those that it starts; it ends with this process."""
+def start_server() -> Path:
+    """Starts the server in the background, for this process and those that it starts; it ends with this process.
+
+    Returns the path of the warm interpreter, which waits for the server.
+    """
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    client, address = folder / "python", folder / "socket"
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    client, address, errors = folder / "python", folder / "socket", folder / "errors"
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address), errors=str(errors)))
     client.chmod(0o755)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(address), str(client)]
-    with open(folder / "errors", "wb") as errors:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": errors}
+    with errors.open("wb") as file:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": file}
         server = subprocess.Popen(command, env=environment, **pipes)
     assert server.stdin
     atexit.register(server.stdin.close)  # which ends it
     os.environ[FOLDER] = str(folder)
+    return client
 
 
-@functools.cache
 def warm_python() -> str:
-    """The path of the warm interpreter. Starts the server where pytest's main process has not, and waits for it."""
-    if FOLDER not in os.environ:
-        start_server()
-    folder = Path(os.environ[FOLDER])
-    for _ in range(1200):
-        if (folder / "socket").exists():
-            return str(folder / "python")
-        time.sleep(0.1)
-    raise RuntimeError(f"the warm interpreter has not started in two minutes: {(folder / 'errors').read_text()}")
+    """The path of the warm interpreter; starts the server where pytest's main process has not."""
+    return str(Path(os.environ[FOLDER]) / "python" if FOLDER in os.environ else start_server())
 
 
 def serve(address: str, client: str) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def serve(address: str, client: str) -> dict[str, Any]:
 
 def supervise(connection: socket.socket) -> dict[str, Any]:
     """Forks once more and returns in the fork; the other process answers the client and never returns."""
-    size, files, *_ = socket.recv_fds(connection, 8, 3)
+    size, files, *_ = socket.recv_fds(connection, 8, 64)
     request = b""
     while len(request) < int.from_bytes(size, "big"):
         request += connection.recv(1 << 20)
@@ -129,10 +138,15 @@ def supervise(connection: socket.socket) -> dict[str, Any]:
     if child == 0:
         connection.close()
         os.setsid()
-        for number, file in enumerate(files):
+        program = json.loads(request)
+        numbers = program.pop("files")
+        above = [fcntl.fcntl(file, fcntl.F_DUPFD, max(numbers) + 1) for file in files]
+        for file in files:
+            os.close(file)
+        for file, number in zip(above, numbers, strict=True):
             os.dup2(file, number)
             os.close(file)
-        return json.loads(request)
+        return program
     for file in files:
         os.close(file)
     watch(connection, child, server)
@@ -160,24 +174,26 @@ def watch(connection: socket.socket, child: int, server: int) -> NoReturn:
     os._exit(0)
 
 
-def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+def run(arguments: list[str], folder: str, environment: dict[str, str], blocked: list[int]) -> None:
     """Runs a program as `python` does."""
     import random
 
     import numpy
     import torch
 
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     random.seed()
     numpy.random.seed()
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    if arguments[0] == "-u":
-        arguments = arguments[1:]
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     kind, *rest = arguments
+    while kind in ("-B", "-u"):  # forks write no bytecode
+        if kind == "-u":
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+        kind, *rest = rest
     if kind == "-m":
         sys.argv, sys.path[0] = rest, folder
         sys.modules.pop(rest[0], None)
@@ -187,7 +203,7 @@ def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     if kind == "-c":
         source, sys.argv, sys.path[0] = rest[0], ["-c", *rest[1:]], ""
     else:
-        source, sys.argv, sys.path[0] = Path(kind).read_text(), arguments, str(Path(kind).resolve().parent)
+        source, sys.argv, sys.path[0] = Path(kind).read_text(), [kind, *rest], str(Path(kind).resolve().parent)
         main.__file__ = kind
     exec(compile(source, "<string>" if kind == "-c" else kind, "exec"), main.__dict__)
 

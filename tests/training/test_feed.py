@@ -25,6 +25,8 @@ from vgen.training.sample import (
     denoiser_temporal_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 @dataclass
 class Process:
@@ -81,7 +83,6 @@ def same(one, other):
     )
 
 
-@pytest.mark.slow
 def test_batches_do_not_depend_on_the_workers(make):
     config, batches = make(num_workers=0)
     expected = list(Feed(run_of(config), batches))

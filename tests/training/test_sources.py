@@ -26,6 +26,8 @@ from .test_feed import run_of, same
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 @pytest.fixture
 def videos(tmp_path):
