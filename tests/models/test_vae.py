@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from vgen.models.vae import CausalVideoVAE, patchify, unpatchify
+from vgen.models.vae import CausalVideoVAE, ChannelNorm, patchify, unpatchify
 from vgen.temporal.state import TemporalState
 
 LAYOUTS = {
@@ -451,6 +451,13 @@ def test_half_precision_gives_finite_numbers_close_to_full(make_vae):
     assert stream_encode(vae, clip.bfloat16(), [2, 7]).isfinite().all()
     output = vae(clip.bfloat16())
     assert output.sample.isfinite().all() and output.latent_dist.parameters.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-5, 1e-2, 1.0, 100.0])
+@torch.no_grad()
+def test_the_norm_of_small_and_large_vectors_is_right_in_float16(size):
+    x = (size * draw(1, 8, 2, 3, 3)).half()
+    torch.testing.assert_close(ChannelNorm(8)(x), ChannelNorm(8)(x.float()).half(), atol=2e-3, rtol=2e-3)
 
 
 @torch.no_grad()

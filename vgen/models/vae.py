@@ -47,6 +47,8 @@ class ChannelNorm(nn.Module):
         """Maps `(b, c, ...)` to the same shape. The statistic is computed in float32."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+        if x.dtype == torch.float16:  # the scale of a small vector exceeds the range of float16
+            return (x * scale).to(x.dtype) * self.gamma.to(x.dtype)
         return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
 
 
