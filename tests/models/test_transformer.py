@@ -289,6 +289,23 @@ def test_frozen_view_leaves_the_state_unchanged(make_transformer, attention):
     assert all(torch.equal(state.get(key), tensor) for key, tensor in copies.items())
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("written", [2, 5])
+@torch.no_grad()
+def test_frozen_view_keeps_what_the_state_held(make_transformer, attention, written):
+    network = make_transformer(attention=attention, window=3, sink=1)
+    latents, levels, prompt = inputs(t=11)
+    pieces = [(latents[:, :, [frame]], levels[:, [frame]], prompt) for frame in range(11)]
+    state = TemporalState()
+    for piece in pieces[:written]:
+        network(*piece, state=state)
+    view = state.frozen()
+    before = network(*pieces[written], state=view).sample
+    for piece in pieces[written:]:  # in the end nothing but the sink is left of what the view holds
+        network(*piece, state=state)
+        assert torch.equal(network(*pieces[written], state=view).sample, before)
+
+
 @torch.no_grad()
 def test_frozen_view_of_a_fresh_state_equals_no_state(make_transformer):
     network = make_transformer(window=3, sink=1)

@@ -277,7 +277,10 @@ class FrameCache:
         return keys[:, : self.num_frames], values[:, : self.num_frames]
 
     def write(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Appends new token frames in place and evicts the oldest ones outside the sink.
+        """Appends new token frames and evicts the oldest ones outside the sink.
+
+        The buffers are replaced and not written in place, so frozen views keep what they had. A copy for each chunk
+        costs little next to the denoising steps that read it; the old buffer is freed unless a view holds it.
 
         Args:
             layers: Keys before rotation, and values, `(b, n, p, h, d)`, by the key of every attention layer.
@@ -291,10 +294,10 @@ class FrameCache:
                 buffer = self.state.get(f"{key}.{name}")
                 if buffer is None:
                     buffer = new.new_zeros(new.shape[0], self.capacity, *new.shape[2:])
-                    self.state.put(f"{key}.{name}", buffer)
                 for begin in range(0, n, window):  # no two of `window` consecutive frames share a slot
                     part = slice(begin, begin + window)
-                    buffer.index_copy_(1, slots[part], new[:, part].detach().to(buffer))
+                    buffer = buffer.index_copy(1, slots[part], new[:, part].detach().to(buffer))
+                self.state.put(f"{key}.{name}", buffer)
         self.state.put("frames", self._total(first.device) + n)
         self.state.num_frames = min(self.state.num_frames + n, self.capacity)
 

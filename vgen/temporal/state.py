@@ -160,12 +160,10 @@ class TemporalState:
         return own + sum(branch.num_bytes for branch in self._branches.values())
 
     def frozen(self) -> TemporalState:
-        """Returns a read-only view, for example for the denoising steps of a chunk.
+        """Returns a read-only snapshot, for example for the denoising steps of a chunk.
 
-        Calls with the view never change this state. The view shares its tensors, including the ring buffers of the KV
-        cache, so it costs no memory. The ring buffers are written in place: a later write to this state changes the
-        keys and values that the view reads, but not its positions. Do not use a view after such a write; `copy` gives
-        an independent state.
+        Calls with the snapshot never change this state, and later calls with this state never change the snapshot. It
+        shares the tensors until this state is written to, so until then it costs no memory.
         """
         view = TemporalState(self.window, self.sink)
         view.identity = self.identity
