@@ -172,7 +172,7 @@ def test_mistakes_with_known_frames_print_one_line(able, model, tmp_path, clip, 
         (["--num-frames", 8], "nearest: 9"),
         (["--model", "vgen/nothing"], "no model"),
         (["--steps", 0], "num_inference_steps"),
-        (["--fps", 0], "frame"),
+        (["--fps", 0], "--fps must be"),
         (["--device", "nonsense"], "--device nonsense is not available"),
         (["--output", "video.xyz"], ".xyz"),
         (["--output", "no/such/folder/video.mp4"], "does not exist"),
@@ -264,6 +264,59 @@ def test_evaluate_takes_the_tasks_of_the_evaluation():
     assert [one.value for one in EvaluationTask] == list(get_args(evaluation.Task))
     done = run("evaluate", "vgen/shapes-64", "-o", "folder", "--task", "prophecy")
     assert done.exit_code == 2 and "'--task'" in done.stderr and "prophecy" in done.stderr
+
+
+MISTAKES = {
+    "generate ok -o video.txt": "the suffix must be .mp4",
+    "generate ok -o no/video.mp4": "does not exist",
+    "generate ok -o there.mp4": "there.mp4 exists already",
+    "generate ok -o video.mp4 --model nowhere": "no model 'nowhere'",
+    "generate ok -o video.mp4 --steps 0": "num_inference_steps must be an integer of at least 1",
+    "generate ok -o video.mp4 --height -8": "height must be an integer of at least 1",
+    "generate ok -o video.mp4 --fps 0": "--fps must be a finite number above 0",
+    "generate ok -o video.mp4 --groups none": "--groups",
+    "animate nosuch.png ok -o video.mp4": "no such file: nosuch.png",
+    "predict nosuch.mp4 -o video.mp4": "no such file or folder: nosuch.mp4",
+    "predict script.py -o video.mp4": "script.py is not a supported video",
+    "predict empty.mp4 -o video.mp4": "empty.mp4 is empty",
+    "predict frames -o video.mp4 --window 0": "window must be an integer of at least 1, got 0",
+    "predict frames -o video.mp4 --history-noise 2": "history_noise must be",
+    "interpolate frames -o video.mp4 --factor 1": "factor must be an integer of at least 2, got 1",
+    "interpolate nosuch.mp4 -o video.mp4": "no such file or folder",
+    "rollout ok -o video.mp4 --at 5": "--at must be FRAME=PROMPT",
+    "rollout ok -o video.mp4 --with-input": "--with-input needs --video",
+    "rollout ok -o video.mp4 --num-frames 0": "num_frames must be an integer of at least 1",
+    "rollout ok -o video.mp4 --video nosuch.mp4": "no such file or folder",
+    "anomaly nosuch.mp4 -o plot.png": "no such file or folder",
+    "anomaly frames -o plot.txt": "must be a .png, .svg or .pdf",
+    "info nowhere": "no model 'nowhere'",
+}
+TRY_ALL = """
+import json, sys, time
+from typer.testing import CliRunner
+from vgen.cli import app
+results = {}
+for words in json.loads(sys.argv[1]):
+    begin = time.perf_counter()
+    done = CliRunner().invoke(app, words.split())
+    results[words] = [done.exit_code, done.stderr, time.perf_counter() - begin, "torch" in sys.modules]
+print(json.dumps(results))
+"""
+
+
+def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name, content in (("there.mp4", "x"), ("script.py", "x"), ("empty.mp4", "")):
+        (tmp_path / name).write_text(content)
+    command = [sys.executable, "-c", TRY_ALL, json.dumps(list(MISTAKES))]
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    results = json.loads(done.stdout)
+    assert results.keys() == MISTAKES.keys()
+    for words, (code, errors, seconds, imported) in results.items():
+        assert code == 2 and MISTAKES[words] in errors and not imported, (words, errors)
+        assert seconds < 0.5
+    assert time.perf_counter() - begin < 5  # measured: 1 s with the interpreter's start
 
 
 def test_import_and_help_load_nothing_heavy():

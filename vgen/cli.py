@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -11,7 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vgen.checks import check_integer, check_number
+from vgen.data.formats import check_video_input, check_video_output
+from vgen.hub import find_checkpoint
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
+from vgen.sampling.prompts import check_prompts
 
 DEFAULT_MODEL = "vgen/shapes-64"
 
@@ -108,7 +112,8 @@ def generate(
     overwrite: Overwrite = False,
 ) -> None:
     """Generate a video from a prompt."""
-    with _writing(output, overwrite) as done:
+    counts = {"num_frames": num_frames, "height": height, "width": width, "num_inference_steps": steps}
+    with _writing(output, overwrite, model, prompt=prompt, fps=fps, counts=counts) as done:
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
@@ -133,7 +138,10 @@ def animate(
     overwrite: Overwrite = False,
 ) -> None:
     """Generate a video from a first frame and a prompt."""
-    with _writing(output, overwrite) as done:
+    counts = {"num_frames": num_frames, "num_inference_steps": steps}
+    with _writing(output, overwrite, model, prompt=prompt, fps=fps, counts=counts) as done:
+        if not image.is_file():
+            raise FileNotFoundError(f"no such file: {image}")
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
@@ -160,7 +168,17 @@ def predict(
     **options: Any,
 ) -> None:
     """Continue a video."""
-    with _writing(output, overwrite) as done:
+    checked = RolloutOptions(**options)
+    with _writing(
+        output,
+        overwrite,
+        model,
+        video=clip,
+        prompt=prompt,
+        fps=fps,
+        options=checked,
+        counts={"num_frames": num_frames},
+    ) as done:
         from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
@@ -183,7 +201,8 @@ def interpolate(
     **options: Any,
 ) -> None:
     """Generate the frames between those of a video: slow motion at its frame rate, or smoother motion with --fps."""
-    with _writing(output, overwrite) as done:
+    checked = InterpolationOptions(**options)
+    with _writing(output, overwrite, model, video=clip, prompt=prompt, fps=fps, options=checked) as done:
         from vgen.tasks.video_files import interpolate_file
 
         done |= interpolate_file(
@@ -212,9 +231,17 @@ def rollout(
     **options: Any,
 ) -> None:
     """Generate a video of any length, chunk by chunk."""
-    with _writing(output, overwrite) as done:
-        from vgen.tasks.video_files import predict_file, rollout_file
-
+    checked = RolloutOptions(**options)
+    with _writing(
+        output,
+        overwrite,
+        model,
+        video=video,
+        prompt=prompt,
+        fps=fps,
+        options=checked,
+        counts={"num_frames": num_frames},
+    ) as done:
         schedule = {0: prompt}
         for word in at or ():
             frame, _, text = word.partition("=")
@@ -223,6 +250,8 @@ def rollout(
             schedule[int(frame)] = text
         if with_input and video is None:
             raise ValueError("--with-input needs --video")
+        from vgen.tasks.video_files import predict_file, rollout_file
+
         pipe = _load(model, device)
         settings = {"seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames} | options
         if video is None:
@@ -238,6 +267,7 @@ def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a fol
         from rich.console import Console
         from rich.table import Table
 
+        find_checkpoint(model)
         pipe = _load(model, "cpu")
         table = Table(show_header=False, title=model)
         defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
@@ -364,13 +394,15 @@ def anomaly(
 
     with _one_line_errors():
         _check_output(output, overwrite)
+        if output.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--output must be a .png, .svg or .pdf file, got {output}")
+        check_video_input(video)
+        find_checkpoint(model)
         from vgen.metrics.report import check_installed, plot_scores
         from vgen.tasks.anomaly import find_anomalies
         from vgen.tasks.video_files import read_fitted
 
         check_installed()
-        if output.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--output must be a .png, .svg or .pdf file, got {output}")
         pipe = _load(model, device)
         pipe.set_progress_bar_config(disable=True)
         frames, rate = read_fitted(pipe, video)
@@ -451,11 +483,38 @@ def _one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _writing(output: Path, overwrite: bool) -> Iterator[dict[str, Any]]:
-    """Prints what was written, from the entries that the command adds to the dictionary; see `_one_line_errors`."""
+def _writing(
+    output: Path,
+    overwrite: bool,
+    model: str,
+    *,
+    video: Path | None = None,
+    prompt: str | None = None,
+    fps: float | None = None,
+    options: SamplingOptions | None = None,
+    counts: Mapping[str, int | None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Checks what can be checked without a network, runs a command, and prints what it wrote.
+
+    The command imports torch in this context, so that a mistake is reported before, and adds its entries to the
+    dictionary.
+    """
     entries: dict[str, Any] = {}
     with _one_line_errors():
         _check_output(output, overwrite)
+        check_video_output(output, overwrite)
+        if video is not None:
+            check_video_input(video)
+        if prompt is not None:
+            check_prompts(prompt)
+        if fps is not None:
+            check_number("--fps", fps, above=0)
+        for name, count in (counts or {}).items():
+            if count is not None:
+                check_integer(name, count, minimum=1)
+        if options is not None:
+            options.check(resolved=False)
+        find_checkpoint(model)
         yield entries
     if "fit" in entries:
         typer.echo(entries["fit"], err=True)

@@ -6,9 +6,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-
 CHECKPOINTS = Path(str(resources.files("vgen"))) / "checkpoints"
 PREFIX = "vgen/"
 
@@ -56,6 +53,9 @@ def register(pipeline: type, components: tuple[type[Any], ...]) -> None:
     `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module, and downloads from the
     Hub only what it knows how to load.
     """
+    import diffusers
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
     setattr(diffusers, pipeline.__name__, pipeline)
     for component in components:
         LOADABLE_CLASSES[component.__module__] = {component.__name__: ["save_pretrained", "from_pretrained"]}

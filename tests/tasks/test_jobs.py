@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.warm import warm_python
 from vgen.data.video_io import VideoWriter, read_video, write_video
@@ -63,6 +65,22 @@ def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0.txt", "1.txt", "2.txt", "3.txt", "manifest.jsonl", "settings.json"
     ]  # fmt: skip
+
+
+def test_a_job_out_of_memory_leaves_nothing_to_the_next(tmp_path):
+    held = []
+
+    def make(job, path):
+        if job.name == "0.txt":
+            big = torch.zeros(1)
+            big.itself = big  # a cycle, as networks with hooks have them
+            held.append(weakref.ref(big))
+            raise torch.OutOfMemoryError("out of memory")
+        assert held[0]() is None
+        path.write_text("done")
+        return {}
+
+    assert run(tmp_path, make, JOBS[:2]) == 1 and (tmp_path / "1.txt").is_file()
 
 
 def test_jobs_with_changed_inputs_or_missing_files_run_again(tmp_path):

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from vgen.checks import check_choice
 from vgen.data.augment import Augmentation, augment
+from vgen.data.formats import VIDEO_SUFFIXES
 from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
-from vgen.data.video_io import VIDEO_SUFFIXES, VideoInfo, iter_video, video_info
+from vgen.data.video_io import VideoInfo, iter_video, video_info
 from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, warn_skipped
+from vgen.data.formats import VIDEO_SUFFIXES
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
-from vgen.data.video_io import VIDEO_SUFFIXES
 from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"

@@ -24,10 +24,10 @@ import imageio.v3 as iio
 import numpy as np
 
 from vgen.checks import check_integer, check_number
+from vgen.data.formats import ANIMATION_SUFFIXES, IMAGE_SUFFIXES, check_video_input
 from vgen.data.memory_file import MemoryFile
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
-    IMAGE_SUFFIXES,
     VideoWriter,
     check_frame_rate,
     join_videos,
@@ -35,7 +35,6 @@ from vgen.data.video_writer import (
 )
 
 __all__ = [
-    "VIDEO_SUFFIXES",
     "VideoInfo",
     "VideoWriter",
     "iter_video",
@@ -44,10 +43,6 @@ __all__ = [
     "video_info",
     "write_video",
 ]
-
-_CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-_ANIMATIONS = (".gif", ".webp")
-VIDEO_SUFFIXES = _CONTAINERS + _ANIMATIONS
 
 _ROUNDING = 0.006  # seconds of tolerance for stored times; gif counts in hundredths
 _SEEK_MARGIN = 5.0  # seconds to seek early: FFmpeg seeks by decoding time, which precedes display time
@@ -158,13 +153,7 @@ def _checked(
     path: str | os.PathLike, start: float | None = None, end: float | None = None, frame_rate: float | None = None
 ) -> Path:
     path = cast(Path, path) if isinstance(path, MemoryFile) else Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
-        supported = ", ".join(VIDEO_SUFFIXES)
-        raise ValueError(f"{path} is not a supported video: expected {supported} or a folder of frames")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
+    check_video_input(path)
     if start is not None:
         check_number("start", start, 0)
     if end is not None:
@@ -222,7 +211,7 @@ def _resampled(frames: Iterator[_Frame], start: float, frame_rate: float, roundi
 def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_VideoFile | _Animation | _ImageFolder"]:
     if path.is_dir():
         yield _ImageFolder(path, frame_rate)
-    elif path.suffix.lower() in _ANIMATIONS:
+    elif path.suffix.lower() in ANIMATION_SUFFIXES:
         yield _Animation(path)
     else:
         try:

@@ -19,13 +19,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vgen.checks import check_integer, check_number
+from vgen.data.formats import check_video_output
 from vgen.io.atomic import workspace_for
-
-__all__ = ["DEFAULT_FRAME_RATE", "IMAGE_SUFFIXES", "VideoWriter", "check_frame_rate", "join_videos", "write_video"]
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _MAX_GIF_RATE = 50.0  # browsers play faster gifs more slowly
 
@@ -151,8 +149,8 @@ class VideoWriter:
         self.num_frames = 0
         self._crf = crf
         self._overwrite = overwrite
+        check_video_output(self.path, overwrite)
         self._check_settings()
-        self._check_target()
         with self._errors_naming_the_path():
             self._workspace = workspace_for(self.path)
         self._partial = Path(self._workspace.name, self.path.name)
@@ -191,7 +189,7 @@ class VideoWriter:
                 raise ValueError(f"{self.path} was not written: expected at least one frame, got none")
             self._sink.close()
             self._sink = None
-            self._check_target()
+            check_video_output(self.path, self._overwrite)
             if self.path.is_dir():
                 self.path.rename(Path(self._workspace.name, "replaced"))
             self._partial.replace(self.path)
@@ -217,25 +215,12 @@ class VideoWriter:
 
     def _check_settings(self) -> None:
         suffix = self.path.suffix.lower()
-        if suffix not in (".mp4", ".gif", ".webp", ""):
-            raise ValueError(f"the suffix must be .mp4, .gif or .webp, or none for a folder, got {self.path}")
         if suffix == ".gif" and self.frame_rate > _MAX_GIF_RATE:
             raise ValueError(f"frame_rate must be at most {_MAX_GIF_RATE:g} for a gif, got {self.frame_rate:g}")
         if self._crf is not None and suffix != ".mp4":
             raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
         if self._crf is not None:
             check_integer("crf", self._crf, 0, 51)
-
-    def _check_target(self) -> None:
-        if not os.path.lexists(self.path):
-            return
-        if not self._overwrite:
-            raise FileExistsError(f"{self.path} already exists (overwrite=True replaces it)")
-        is_folder = self.path.is_dir()
-        if is_folder != (self.path.suffix == ""):
-            raise FileExistsError(f"{self.path} cannot be replaced: it is a {'folder' if is_folder else 'file'}")
-        if is_folder and any(entry.suffix.lower() not in IMAGE_SUFFIXES for entry in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} cannot be replaced: the folder contains more than frames")
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
         """Checks frames and returns them as `(f, h, w, 3)`."""

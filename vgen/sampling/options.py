@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, get_type_hints
 
 from docstring_parser import parse_from_object
 from typing_extensions import Self
 
-from vgen.checks import check_integer, check_number
+from vgen.checks import check_integer, check_number, check_type
 
 
 @dataclass(kw_only=True)
@@ -71,17 +72,28 @@ class SamplingOptions:
             raise TypeError(f"unexpected arguments {', '.join(unknown)}: options are {', '.join(self.names())}")
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
-    def check(self) -> None:
-        """Checks options that are resolved.
+    def check(self, resolved: bool = True) -> None:
+        """Checks all options.
+
+        Args:
+            resolved: Whether every option must have a value; otherwise those that are `None` are not checked.
 
         Raises:
             ValueError: An option has the wrong type or is out of range.
         """
-        check_integer("num_inference_steps", self.num_inference_steps, minimum=1)
-        check_number("guidance_scale", self.guidance_scale)
-        check_number("frame_rate", self.frame_rate, above=0)
-        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ValueError(f"negative_prompt must be a string, got {type(self.negative_prompt).__name__}")
+        for name, check in self._checks().items():
+            value = getattr(self, name)
+            if resolved or value is not None:
+                check(name, value)
+        if self.negative_prompt is not None:
+            check_type("negative_prompt", self.negative_prompt, str, "a string")
+
+    def _checks(self) -> dict[str, Callable[[str, Any], None]]:
+        return {
+            "num_inference_steps": partial(check_integer, minimum=1),
+            "guidance_scale": check_number,
+            "frame_rate": partial(check_number, above=0),
+        }
 
     def _filled(self, defaults: Mapping[str, Any], prompted: bool) -> Self:
         unguided = {} if prompted else {"guidance_scale": 1.0}
@@ -126,17 +138,15 @@ class RolloutOptions(SamplingOptions):
         options.check_denoiser(denoiser)
         return options
 
-    def check(self) -> None:
-        """Checks options that are resolved.
-
-        Raises:
-            ValueError: An option has the wrong type or is out of range.
-        """
-        super().check()
-        for name, least in (("chunk_size", 1), ("window", 1), ("sink", 0), ("keyframe_interval", 1)):
-            check_integer(name, getattr(self, name), minimum=least)
-        check_number("history_noise", self.history_noise, minimum=0, below=1)
-        check_number("history_guidance_scale", self.history_guidance_scale)
+    def _checks(self) -> dict[str, Callable[[str, Any], None]]:
+        return super()._checks() | {
+            "chunk_size": partial(check_integer, minimum=1),
+            "window": partial(check_integer, minimum=1),
+            "sink": partial(check_integer, minimum=0),
+            "keyframe_interval": partial(check_integer, minimum=1),
+            "history_noise": partial(check_number, minimum=0, below=1),
+            "history_guidance_scale": check_number,
+        }
 
     def check_denoiser(self, denoiser: Mapping[str, Any]) -> None:
         """Checks that a denoiser was trained for chunks of this size and a context of this length.
@@ -180,14 +190,8 @@ class InterpolationOptions(SamplingOptions):
         options.check()
         return options
 
-    def check(self) -> None:
-        """Checks options that are resolved.
-
-        Raises:
-            ValueError: An option has the wrong type or is out of range.
-        """
-        super().check()
-        check_integer("factor", self.factor, minimum=2)
+    def _checks(self) -> dict[str, Callable[[str, Any], None]]:
+        return super()._checks() | {"factor": partial(check_integer, minimum=2)}
 
 
 def parameters_of(options: type[SamplingOptions]) -> list[inspect.Parameter]:

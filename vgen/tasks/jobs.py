@@ -8,6 +8,7 @@ manifest. At the end, the main process merges them.
 
 from __future__ import annotations
 
+import gc
 import glob
 import json
 import os
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from vgen.checks import check_choice
-from vgen.data.video_io import VIDEO_SUFFIXES
+from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix
 from vgen.io.atomic import remove_workspaces, write_text
 from vgen.io.fingerprint import digest_json
 from vgen.pipeline import VideoGenPipeline
@@ -36,7 +37,6 @@ MANIFEST = "manifest.jsonl"
 BARRIER_TIMEOUT = timedelta(days=30)
 """How long a process that has finished its jobs waits for the others, which may take much longer."""
 DType = Literal["float32", "bfloat16", "float16"]
-Suffix = Literal[".mp4", ".gif", ".webp", ""]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class JobConfig(ModelConfig):
     on `seed` and its file name, not on the other files.
     """
 
-    suffix: Suffix = ".mp4"
+    suffix: OutputSuffix = ".mp4"
     """Suffix of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
     fps: float | None = None
     """Frames per second of the files; the frame rate of the content if not set."""
@@ -127,7 +127,7 @@ def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> li
     Raises:
         ValueError: The file has no prompts, a line is not such an object, or the suffix is not supported.
     """
-    check_choice("suffix", config.suffix, Suffix)
+    check_choice("suffix", config.suffix, OutputSuffix)
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     prompt_types = (str, dict) if schedules else (str,)
     rows = [
@@ -154,7 +154,7 @@ def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
     Raises:
         ValueError: The folder has no videos, or the suffix is not supported.
     """
-    check_choice("suffix", config.suffix, Suffix)
+    check_choice("suffix", config.suffix, OutputSuffix)
     entries = sorted(entry for entry in folder.iterdir() if entry.name[:1] != ".")
     videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
@@ -224,6 +224,10 @@ def run_jobs(
             line |= make(job, path)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             line |= {"status": "failed", "error": " ".join(str(error).split())}
+        if line["status"] == "failed":  # its tensors are in the error's traceback, which is gone by now
+            gc.collect()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
         now = time.time()
         append_line(own_manifest, line | {"seconds": round(now - begin, 3), "time": now})
     process.wait_for_everyone()
