@@ -117,7 +117,9 @@ def main(config: VAEConfig) -> None:
     model = VAEWithDiscriminator(vae, PatchDiscriminator()) if config.gan_weight else vae
     perceptual = LPIPS().to(accelerator.device) if config.lpips_weight else None
     batches = ClipBatches(source, partial(plan_clips, config))
-    run = Run(config, accelerator, model, batches.name, source.digest)
+    # layers for time are not used on single images, nor is the discriminator, which starts late
+    partly_used = config.num_frames == 1 or config.image_steps > 0 or config.image_share > 0 or config.gan_weight > 0
+    run = Run(config, accelerator, model, batches.name, source.digest, has_unused_weights=partly_used)
     feed = Feed(run, batches, batches.size)
     if run.step and source.is_stream:
         logger.warning(f"{config.output_dir} is not resumed exactly: a stream starts from its beginning")

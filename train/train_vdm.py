@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -160,7 +161,8 @@ def main(config: VDMConfig) -> None:
         config, sources, shares, DenoiserSpec.of(pipe.denoiser), None if embedded else pipe.tokenizer
     )
     digest = hashlib.sha256("".join(source.data.digest for source in sources).encode()).hexdigest()
-    run = Run(config, accelerator, model, batches.name, digest)
+    # the embeddings of keyframes and frame rates are used in some steps only
+    run = Run(config, accelerator, model, batches.name, digest, has_unused_weights=True)
     feed = Feed(run, batches)
     empty = sum(not any(captions) for source in sources for captions in source.data.captions)
     accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
@@ -193,11 +195,12 @@ def main(config: VDMConfig) -> None:
             total += torch.stack([losses.sum(), temporal.sum()]).detach() / config.batch_size
         run.update()
         run.log(loss=total[0], **({"temporal": total[1]} if config.wants_temporal_loss else {}))
-        if run.wants_scores:  # prompt adherence and sample videos
+        if run.scores_are_due:  # prompt adherence and sample videos
             with run.average:
                 scores, shown = score(pipe, config, accelerator)
             run.report({f"adherence/{name}": value for name, value in scores.items()})
-            write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
+            if accelerator.is_main_process:
+                write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
@@ -299,7 +302,10 @@ def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]
 
 @torch.no_grad()
 def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
-    """Prompt adherence on fixed prompts of ShapesWorld, and frames `(f, h, w, 3)` of some videos."""
+    """Prompt adherence on fixed prompts of ShapesWorld, and frames `(f, h, w, 3)` of some videos.
+
+    The processes divide the videos among them.
+    """
     scores: dict[str, float] = {}
     shown = []
     training, trains_text = pipe.denoiser.training, pipe.text_encoder.training
@@ -309,13 +315,16 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
     pipe.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str]) -> Tensor:
-        with accelerator.autocast():
-            videos = pipe(
-                prompts,
-                generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
-                output_type="pt",
-            ).frames
-        clips = rearrange(videos.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
+        videos: dict[int, Tensor] = {}
+        mine = range(len(prompts))[accelerator.process_index :: accelerator.num_processes]
+        if mine:
+            generators = [torch.Generator().manual_seed(index) for index in mine]
+            with accelerator.autocast():
+                made = pipe([prompts[index] for index in mine], generator=generators, output_type="pt").frames
+            videos = dict(zip(mine, made.float().cpu(), strict=True))
+        everyone = dict(gather_object(list(videos.items())))
+        clips = torch.stack([everyone[index] for index in range(len(prompts))])
+        clips = rearrange(clips * 2 - 1, "b f c h w -> b c f h w")
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
         return clips
 

@@ -5,7 +5,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .scripts import ROOT, train_vae, train_vdm
+from tests.warm import warm_python
+from vgen.data.video_io import read_video
+
+from .scripts import ON_CPUS, ROOT, launch_processes, train_vae, train_vdm
 
 
 @pytest.mark.slow
@@ -21,12 +24,44 @@ def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_d
         for name in ("l1", "kl") if run == "vae" else ("loss",):
             values = [[event.value for event in events.Scalars(name)[:2]] for events in (logged, alone)]
             assert values[0] == pytest.approx(values[1], rel=1e-4)
+        scores = [tag for tag in alone.Tags()["scalars"] if tag.startswith(("adherence", "psnr"))]
+        assert scores and all(logged.Scalars(tag)[0].step == alone.Scalars(tag)[0].step for tag in scores)
+        samples, expected_samples = (read_video(path / "samples.mp4")[0] for path in (tmp_path / run, expected))
+        assert samples.shape == expected_samples.shape and abs(samples.astype(int) - expected_samples).mean() < 2
 
 
 def test_processes_that_are_not_connected_are_rejected(runs, tmp_path):
     one_of_two = ["--cpu", "--num_machines=1", "--mixed_precision=no"]
     done = train_vdm(runs, tmp_path, processes=2, check=False, accelerate=one_of_two)
     assert done.returncode != 0 and "starts one process, whatever --num_processes says" in done.stderr
+
+
+DROPOUT = """
+import sys
+from pathlib import Path
+import torch
+from accelerate.utils import gather
+from torch import nn
+from vgen.training.run import Run, RunConfig, start
+
+config = RunConfig(output_dir=Path(sys.argv[1]), max_steps=1, seed=3, ema_decay=0.0)
+accelerator = start(config)
+run = Run(config, accelerator, nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5)))
+for _ in run.steps():
+    for _ in run.parts(2):
+        out = run.network(torch.ones(1, 8))
+        run.backward(out.mean())
+    run.update()
+masks, weights = gather(out == 0), gather(run.network.module[0].weight[None])
+assert torch.equal(weights[0], weights[1]) and not torch.equal(masks[0], masks[1])
+run.end(lambda _: None)
+"""
+
+
+def test_processes_have_the_same_weights_and_dropout_of_their_own(tmp_path):
+    (tmp_path / "dropout.py").write_text(DROPOUT)
+    done = launch_processes(warm_python(), [str(tmp_path / "dropout.py"), str(tmp_path / "run")], 2, ON_CPUS)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.gpu

@@ -7,13 +7,19 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -120,6 +126,9 @@ class RunConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
+SCORING_TIMEOUT = timedelta(hours=12)
+"""How long processes wait for one that computes scores or saves a checkpoint."""
+
 NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
 """Settings that do not affect a run's weights."""
 
@@ -143,8 +152,7 @@ def start(config: RunConfig) -> Accelerator:
     """Creates the accelerator of a run and saves the settings next to its checkpoints."""
     accelerator = Accelerator(
         cpu=on_cpus(),
-        # temporal kernels have no gradient on images, nor has the keyframe embedding on text to video
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SCORING_TIMEOUT)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
@@ -330,6 +338,8 @@ class Run:
         model: The network to train. Only its `forward` is called.
         name_batch: Describes the batch of a step; used in the error for a step whose gradient is not finite.
         data: Digest of the training data. If it differs when a run is resumed, there is a warning.
+        has_unused_weights: Whether the loss of some steps does not depend on all trainable weights. Several processes
+            then search for these weights in each step, which takes time.
     """
 
     def __init__(
@@ -339,6 +349,7 @@ class Run:
         model: nn.Module,
         name_batch: Callable[[int], str] = "batch {}".format,
         data: str | None = None,
+        has_unused_weights: bool = False,
     ):
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
         strategy = accelerator.distributed_type.name
@@ -353,7 +364,10 @@ class Run:
         model.to(accelerator.device)
         optimizers, self.schedules = make_optimizers(config, model)
         self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=has_unused_weights)
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
+        if accelerator.process_index > 0:  # all processes have made the same network; dropout is each one's own
+            set_seed(config.seed, device_specific=True)
         accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
             name: value for name, value in yaml.safe_load(config_text(config)).items() if name not in NOT_IN_RESULTS
@@ -457,19 +471,28 @@ class Run:
         self._bar.set_postfix(summary)
 
     @property
-    def wants_scores(self) -> bool:
-        """Whether this process should compute scores after this step: the main process, every `sample_every` steps.
+    def scores_are_due(self) -> bool:
+        """Whether scores should be computed after this step, that is, every `sample_every` steps.
 
         Always false for sharded networks, because no process holds all weights.
         """
-        return not self.sharded and self.step % self.config.sample_every == 0 and self.accelerator.is_main_process
+        return not self.sharded and self.step % self.config.sample_every == 0
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether this process should compute scores after this step: the main process, if they are due.
+
+        The others wait for it in the next step.
+        """
+        return self.scores_are_due and self.accelerator.is_main_process
 
     def report(self, scores: dict[str, float]) -> None:
-        """Writes scores to the logs and to the terminal."""
-        self.accelerator.log(scores, step=self.step)
-        summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self._bar.write(f"step {self.step}: {summary}")
+        """Writes scores to the logs and to the terminal, in the main process."""
         self._throughput.restart()
+        if self.accelerator.is_main_process:
+            self.accelerator.log(scores, step=self.step)
+            summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            self._bar.write(f"step {self.step}: {summary}")
 
     def save(self) -> None:
         """Writes a checkpoint, every `save_every` steps and after the last one."""
