@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
 from torch import Tensor, nn
-
-_computed: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 def digest_json(value: Any) -> str:
@@ -22,22 +19,13 @@ def digest_json(value: Any) -> str:
 def fingerprint_weights(network: nn.Module) -> str | None:
     """A hash of every weight and buffer of a network, with adapters, their scales and which of them are active.
 
-    Computed once for a network in its state: again only after a weight was replaced or written in place.
+    It is computed at every call: writes through `.data`, as in fusing LoRA layers, leave no other trace.
 
     Returns:
         XXH3 (128 bits) of names, shapes, dtypes and bytes; `None` where offloading keeps weights out of reach.
     """
     weights = _weights(network)
-    adapters = _adapters(network)
-    state = ([(name, id(weight), weight._version, weight.dtype) for name, weight in weights], adapters)
-    known = _computed.get(network)
-    if known is not None and known[0] == state:
-        return known[1]
-    value = None
-    if not any(weight.is_meta for _, weight in weights):
-        value = _hash(weights, adapters)
-    _computed[network] = (state, value)
-    return value
+    return None if any(weight.is_meta for _, weight in weights) else _hash(weights, _adapters(network))
 
 
 def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
