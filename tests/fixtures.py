@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing.spawn
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,9 +54,12 @@ def splits() -> Callable[[int], list[list[int]]]:
 
 
 @pytest.fixture
-def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def warm_workers() -> Iterator[None]:
     """The workers of data loaders are forks of the warm interpreter."""
-    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(warm_python()))
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(warm_python())
+    yield
+    multiprocessing.set_executable(before)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 `warm_python()` gives the path of an executable that takes the arguments of `python` (a script, `-m` or `-c`). Its
 program is a process of its own: arguments, environment, folder, open files, blocked signals, session and exit status
 are those of a fresh interpreter, it can be killed, and it starts others the same way through `sys.executable`. It
-shares the hash seed and the imported modules: some tests start `sys.executable`, which is cold in them.
+shares the hash seed and the imported modules, which do not read environment variables again: some tests start
+`sys.executable`, which is cold in them.
 """
 
 import atexit
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -50,18 +52,20 @@ files = [file for file in map(int, os.listdir("/dev/fd")) if inheritable(file)]
 while not os.path.exists({address!r}):
     with open({errors!r}) as file:
         errors = file.read()
-    if "Traceback" in errors:
-        sys.exit(errors)
+    if "Traceback" in errors or time.time() > {deadline}:
+        sys.exit("the warm interpreter has not started: " + errors)
     time.sleep(0.05)
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ), "files": files}}
-    request["blocked"] = list(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    request["blocked"] = list(blocked)
     request = json.dumps(request).encode()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))
     socket.send_fds(server, [len(request).to_bytes(8, "big")], files)
     server.sendall(request)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     code = int(server.recv(8) or 1)
 if code < 0:
     if -code != signal.SIGKILL:
@@ -79,9 +83,10 @@ def start_server() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client, address, errors = folder / "python", folder / "socket", folder / "errors"
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address), errors=str(errors)))
+    limit = {"deadline": time.time() + 300}
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address), errors=str(errors), **limit))
     client.chmod(0o755)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # CUDA does not fork
     command = [sys.executable, __file__, str(address), str(client)]
     with errors.open("wb") as file:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": file}
@@ -116,6 +121,7 @@ def serve(address: str, client: str) -> dict[str, Any]:
     while True:
         readable, _, _ = select.select([listener, 0], [], [])
         if 0 in readable:
+            shutil.rmtree(Path(address).parent, ignore_errors=True)
             os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -130,8 +136,11 @@ def supervise(connection: socket.socket) -> dict[str, Any]:
     """Forks once more and returns in the fork; the other process answers the client and never returns."""
     size, files, *_ = socket.recv_fds(connection, 8, 64)
     request = b""
-    while len(request) < int.from_bytes(size, "big"):
-        request += connection.recv(1 << 20)
+    while missing := int.from_bytes(size, "big") - len(request):  # signals may follow
+        part = connection.recv(missing)
+        if not part:
+            os._exit(1)
+        request += part
     server = os.getppid()
     os.setsid()  # what ends the tests' process group does not end this process
     child = os.fork()
