@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 from vgen.data.shapes import ShapesWorld, render
+from vgen.io.pixels import from_pt
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import psnr
 from vgen.metrics.suites import WORLD_SEED
@@ -101,7 +101,7 @@ def generated(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).frames
-        videos.extend(rearrange(frames.cpu() * 2 - 1, "b f c h w -> b c f h w"))
+        videos.extend(from_pt(frames.cpu()))
     return videos
 
 

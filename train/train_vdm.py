@@ -23,7 +23,7 @@ from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
-from vgen.io.pixels import to_uint8
+from vgen.io.pixels import from_pt, to_uint8
 from vgen.metrics.prompt import adherence
 from vgen.models.image_vae import load_vae
 from vgen.models.prompts import load_text_encoder
@@ -323,8 +323,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
                 made = pipe([prompts[index] for index in mine], generator=generators, output_type="pt").frames
             videos = dict(zip(mine, made.float().cpu(), strict=True))
         everyone = dict(gather_object(list(videos.items())))
-        clips = torch.stack([everyone[index] for index in range(len(prompts))])
-        clips = rearrange(clips * 2 - 1, "b f c h w -> b c f h w")
+        clips = from_pt(torch.stack([everyone[index] for index in range(len(prompts))]))
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
         return clips
 

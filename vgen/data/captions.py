@@ -9,6 +9,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vgen.checks import check_choice
+
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "medium", "large")
@@ -40,8 +42,7 @@ class ShapeDescription:
     def __post_init__(self):
         allowed = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES, "speed": SPEEDS}
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), values)
         if (self.shape, self.motion) == ("circle", "spin"):
             raise ValueError("motion must not be 'spin' for a circle, whose rotation is invisible")
 
@@ -54,8 +55,7 @@ class SceneDescription:
     background: str = "black"
 
     def __post_init__(self):
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"background must be one of {', '.join(map(repr, BACKGROUNDS))}, got {self.background!r}")
+        check_choice("background", self.background, BACKGROUNDS)
         colors = [item.color for item in self.objects]
         if not 1 <= len(colors) <= 2 or len(set(colors)) < len(colors):
             raise ValueError(f"a scene must have one or two objects of different colours, got {colors}")

@@ -34,6 +34,16 @@ def from_frames(frames: np.ndarray | Tensor) -> Tensor:
     return from_uint8(frames).movedim(-1, -4)
 
 
+def from_pt(frames: Tensor) -> Tensor:
+    """Converts `pt` outputs of the pipeline, `(b, f, c, h, w)` in [0, 1], to clips `(b, c, f, h, w)` in [-1, 1]."""
+    return frames.float().movedim(1, 2) * 2 - 1
+
+
+def to_pt(clip: Tensor) -> Tensor:
+    """Converts clips `(b, c, f, h, w)` in [-1, 1] to `(b, f, c, h, w)` in [0, 1]."""
+    return (clip.float().movedim(1, 2) / 2 + 0.5).clamp(0, 1)
+
+
 def is_batch(video: Any) -> bool:
     """Whether this is several videos, each as `to_clip` takes it, rather than the frames of one."""
     if isinstance(video, (list, tuple)):

@@ -27,7 +27,7 @@ from vgen.checks import check_choices, check_integer
 from vgen.hub import find_packaged
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import weights_digest
-from vgen.io.pixels import from_uint8, to_uint8
+from vgen.io.pixels import from_pt, from_uint8, to_uint8
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
 from vgen.metrics.report import FORMAT, check_installed, make_report
@@ -341,7 +341,7 @@ class Measurement:
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
             frame_rate=config.frame_rate, generator=self._generators(samples), output_type="pt",
         ).frames  # fmt: skip
-        return {MODEL: from_pt(frames), TRUE: samples.clips}, []
+        return {MODEL: from_pt(frames.cpu()), TRUE: samples.clips}, []
 
     def _rollout(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
         config = self.config
@@ -359,13 +359,15 @@ class Measurement:
         """Predicts the frames after the given ones, `(b, 3, f, h, w)`."""
         given, count = range(self.config.given), self.config.num_frames - self.config.given
         options = {"num_frames": count, "frame_rate": self.config.frame_rate}
-        return from_pt(self._from_known(self.pipe.predict, samples, given, generators, **options))
+        frames = self._from_known(self.pipe.predict, samples, given, generators, **options)
+        return from_pt(frames.cpu())
 
     def _interpolate(self, samples: Samples) -> Tensor:
         """Interpolates clips from every N-th frame."""
         config, generators = self.config, self._generators(samples)
         options = {"factor": config.factor, "frame_rate": config.frame_rate / config.factor}
-        return from_pt(self._from_known(self.pipe.interpolate, samples, keyframes_of(config), generators, **options))
+        frames = self._from_known(self.pipe.interpolate, samples, keyframes_of(config), generators, **options)
+        return from_pt(frames.cpu())
 
     def _from_known(
         self, call: Callable, samples: Samples, known: Iterable[int], generators: list[torch.Generator], **options: Any
@@ -518,11 +520,6 @@ def countable_frames(config: EvaluationConfig, task: str) -> int:
 def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, task: str) -> int:
     """Frames per clip that the feature network gets."""
     return network.num_frames or config.num_feature_frames or countable_frames(config, task)
-
-
-def from_pt(frames: Tensor) -> Tensor:
-    """Converts `pt` outputs of the pipeline, `(b, f, c, h, w)` in [0, 1], to clips `(b, c, f, h, w)` in [-1, 1]."""
-    return rearrange(frames.float().cpu() * 2 - 1, "b f c h w -> b c f h w")
 
 
 def draw_strip(clip: Tensor) -> str:

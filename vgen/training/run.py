@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from vgen.checks import check_literals
+from vgen.io.atomic import write_text
 from vgen.io.settings import parse_settings
 from vgen.processes import check_world_size, drain_gloo_threads, on_cpus
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
@@ -167,7 +168,7 @@ def start(config: RunConfig) -> Accelerator:
     set_seed(config.seed)
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / "config.yaml").write_text(config_text(config))
+        write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
 
 
