@@ -8,9 +8,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from tests.warm import warm_python
+from vgen import InterpolationOptions, RolloutOptions, load_rollout
 from vgen.hub import find_checkpoint
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
@@ -344,6 +350,8 @@ CALLS = {
 }
 
 
+ALL_TASKS = {"tasks": ["text", "leading", "keyframes"], "window": 2, "sink": 1}
+
 WRONG = {
     "object": object(),
     "bytes": b"a",
@@ -368,3 +376,36 @@ def test_an_argument_of_a_wrong_type_is_one_line_that_names_it(method, wrong):
                 result.step()
         assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 250
         assert any(word in str(error.value) for word in (name, "frame", "image")), (name, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("__call__", {"image": VIDEO[0], "height": 0}, "the size of the video, 0x16, got 16x16"),
+        ("__call__", {"image": VIDEO[0], "height": "16"}, "height must be an integer, got '16'"),
+        ("__call__", {"image": VIDEO[0], "prompt": 5}, "prompt must be"),
+        ("rollout", {"video": VIDEO, "height": 0}, "the video must have the size 0x16, got 16x16"),
+        ("rollout", {"video": VIDEO, "width": 16.0}, "width must be an integer, got 16.0"),
+        ("interpolator", {"size": 16}, r"size must be \(height, width\), got 16"),
+        ("interpolator", {"size": (16,)}, r"size must be \(height, width\)"),
+    ],
+)
+def test_sizes_and_prompts_are_checked_before_they_are_used(method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(make_pipeline(**ALL_TASKS), method)(**CALLS[method] | arguments)
+
+
+@pytest.mark.parametrize("method", ["rollout", "interpolator"])
+def test_a_guider_and_a_scale_in_options_are_rejected(method):
+    options = (RolloutOptions if method == "rollout" else InterpolationOptions)(guidance_scale=3.0)
+    with pytest.raises(ValueError, match="guidance_scale or guider, not both"):
+        getattr(make_pipeline(**ALL_TASKS), method)(**CALLS[method], guider=ClassifierFreeGuidance(), options=options)
+
+
+def test_a_rollout_with_numbers_of_numpy_is_saved(tmp_path):
+    pipe = make_pipeline(**ALL_TASKS)
+    options = {"num_frames": np.int64(5), "num_inference_steps": np.int64(1), "guidance_scale": np.float32(2)}
+    rollout = pipe.rollout(PROMPT, attention_kwargs={"scale": np.float32(1)}, **options)
+    rollout.step()
+    rollout.save(tmp_path / "saved")
+    assert np.array_equal(next(load_rollout(tmp_path / "saved", pipe)), next(rollout))

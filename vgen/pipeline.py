@@ -22,7 +22,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vgen.checks import check_choice, check_integer, check_number, check_type
+from vgen.checks import check_choice, check_integer, check_number, check_type, shown
 from vgen.diffusion import is_flow
 from vgen.hub import find_checkpoint, not_found, register
 from vgen.io.fingerprint import fingerprint_components
@@ -279,8 +279,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             if image is None and frames is None
             else collect_given_frames(image, frames, _count(prompt, prompt_embeds))
         )
+        _check_size(height, width)
         for one in given.values():
-            height, width = height or one.shape[-2], width or one.shape[-1]
+            height = one.shape[-2] if height is None else height
+            width = one.shape[-1] if width is None else width
             if (height, width) != tuple(one.shape[-2:]):
                 raise ValueError(
                     f"known frames must have the size of the video, {height}x{width}, got {size_text(one)}"
@@ -413,8 +415,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         check_tasks(config, self.grid, {"leading"})
         options = RolloutOptions() if options is None else options
         check_type("options", options, RolloutOptions, "RolloutOptions")
-        options = options.updated(**overrides).resolve(self.config, config, prompted=prompted)
-        self._check_guidance(overrides.get("guidance_scale"), guider)
+        options = options.updated(**overrides)
+        self._check_guidance(options.guidance_scale, guider)
+        options = options.resolve(self.config, config, prompted=prompted)
         guidance, interval = Guidance.of(options, guider), options.keyframe_interval or 1
         single = is_single(prompt) and (prompt_embeds is None or len(prompt_embeds) == 1)
         count = 1 if single else len(prompt if prompt_embeds is None else prompt_embeds)  # type: ignore[arg-type]
@@ -450,9 +453,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             schedule=schedule,
             single=single,
             size=size,
-            num_frames=num_frames,
+            num_frames=None if num_frames is None else int(num_frames),
             max_sequence_length=max_sequence_length,
-            attention_kwargs=attention_kwargs,
+            attention_kwargs=attention_kwargs and {name: float(value) for name, value in attention_kwargs.items()},
             generator=draw_generator() if generator is None else generator,
             denoiser=TemporalState(options.window, options.sink),
         )
@@ -489,15 +492,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 self.config.height if height is None else height,
                 self.config.width if width is None else width,
             )
+        _check_size(height, width)
         if isinstance(video, Iterator):
             video = video if single and not whole else list(video)
         clips = stream_clips(video) if isinstance(video, Iterator) else iter([to_clips(video, count, not single)])
         first = next(clips)
         size = (first.shape[-2], first.shape[-1])
-        if (height or size[0], width or size[1]) != size:
-            raise ValueError(
-                f"the video must have the size {height or size[0]}x{width or size[1]}, got {size_text(first)}"
-            )
+        wanted = (size[0] if height is None else height, size[1] if width is None else width)
+        if wanted != size:
+            raise ValueError(f"the video must have the size {wanted[0]}x{wanted[1]}, got {size_text(first)}")
         return itertools.chain([first], clips), size
 
     def _hooks(
@@ -635,8 +638,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         check_type("options", options, InterpolationOptions, "InterpolationOptions")
         check_type("prompt", prompt, (str, list, NoneType), "a string, a list of strings, or None")
         check_generator(generator, 1 if is_single(prompt) else len(prompt))  # type: ignore[arg-type]
-        options = options.updated(factor=factor, **overrides).resolve(self.config, prompted=has_prompt(prompt))
-        self._check_guidance(overrides.get("guidance_scale"), guider)
+        options = options.updated(factor=factor, **overrides)
+        self._check_guidance(options.guidance_scale, guider)
+        options = options.resolve(self.config, prompted=has_prompt(prompt))
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise ValueError(f"size must be (height, width), got {shown(size)}")
         guidance = Guidance.of(options, guider)
         sampler = self.sampler(guidance)
         check_factor(options.factor, self.grid, max_latents(sampler))
@@ -838,11 +844,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     def sampler(self, guidance: Guidance | None = None) -> Sampler:
         """A sampler with this pipeline's networks and a scheduler of its own."""
-        sampler = Sampler(
-            self.denoiser, self.scheduler, self.video_vae, device=self._execution_device, guidance=guidance
+        self._last_sampler = Sampler(
+            self.denoiser,
+            self.scheduler,
+            self.video_vae,
+            device=self._execution_device,
+            guidance=guidance,
+            siblings=self._samplers,
         )
-        self._follow(sampler)
-        return sampler
+        return self._last_sampler
 
     def fingerprint(self) -> dict[str, list[str | None]]:
         """Hashes that identify the configuration and all weights of each component, adapters included."""
@@ -959,6 +969,17 @@ def _one_per_video(prompt: Any, video: Any) -> Any:
     return [None] * len(video) if prompt is None and is_batch(video) else prompt
 
 
+def _check_size(height: Any, width: Any) -> None:
+    """Checks the types of the sides of a video where they are given.
+
+    Raises:
+        ValueError: One is not an integer.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_integer(name, side)
+
+
 def _count(prompt: Any, prompt_embeds: Tensor | None) -> int:
     """Number of prompts.
 
@@ -967,6 +988,8 @@ def _count(prompt: Any, prompt_embeds: Tensor | None) -> int:
     """
     if prompt is None and prompt_embeds is None:
         raise ValueError("pass either prompt or prompt_embeds, and not both")
+    if prompt is not None:
+        check_prompts(prompt)
     rows: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     return len(rows)
 

@@ -296,3 +296,52 @@ def test_an_interrupt_reaches_all_calls_while_other_threads_begin_theirs(pipe):
         for thread in threads:
             thread.join()
     assert sampler.interrupt
+
+
+def test_an_interrupt_reaches_forks(pipe):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        if len(steps) == 2:
+            thread = threading.Thread(target=lambda: setattr(pipe, "_interrupt", True))  # not of this call
+            thread.start()
+            thread.join()
+        return {}
+
+    rollout = pipe.rollout(PROMPT, num_frames=9, num_inference_steps=4, callback_on_step_end=stop, generator=seeded())
+    rollout.fork().step()
+    assert steps == [0, 1]
+    rollout.step()
+    assert steps[2:] == [0, 1, 2, 3]
+
+
+def test_an_interrupt_while_prompts_are_encoded_is_kept(pipe, monkeypatch):
+    encode, steps = pipe.encode_prompt, []
+
+    def interrupted(*arguments, **named):
+        pipe._interrupt = True
+        return encode(*arguments, **named)
+
+    monkeypatch.setattr(pipe, "encode_prompt", interrupted)
+    pipe(PROMPT, num_inference_steps=4, callback_on_step_end=lambda *_: steps.append(1) or {})
+    assert not steps
+
+
+def test_guidance_that_a_callback_changes_is_that_of_its_chunk(pipe):
+    def cut(pipe, step, timestep, tensors):
+        scales.append(pipe.guidance_scale)
+        if step == 1:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    options = {"num_inference_steps": 4, "num_frames": 9}
+    results = {}
+    for name, callback, scale in (("cut", cut, 3.0), ("guided", None, 3.0), ("unguided", None, 1.0)):
+        scales = []
+        make = pipe.rollout(PROMPT, callback_on_step_end=callback, guidance_scale=scale, generator=seeded(), **options)
+        results[name] = [make.step() for _ in range(3)]
+        assert scales == ([3.0, 3.0, 1.0, 1.0] * 3 if callback else [])
+    for index in range(3):
+        assert not torch.equal(results["cut"][index], results["guided"][index])
+        assert not torch.equal(results["cut"][index], results["unguided"][index])

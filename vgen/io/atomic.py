@@ -57,7 +57,11 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     backup = backup_path(folder)
     if folder.exists():
         shutil.rmtree(backup, ignore_errors=True)

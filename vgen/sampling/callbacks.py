@@ -83,11 +83,6 @@ class RunningCallMixin:
         self._samplers: set[ref[Sampler]] = set()
         self._last_sampler: Sampler | None = None
 
-    def _follow(self, sampler: Sampler) -> None:
-        """Makes a new sampler the last one."""
-        self._samplers.add(ref(sampler, self._samplers.discard))
-        self._last_sampler = sampler
-
     @property
     def _call(self) -> Sampler:
         sampler = running_sampler.get() or self._last_sampler

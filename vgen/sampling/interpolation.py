@@ -213,6 +213,7 @@ class Interpolator:
         )
         steps = self.options.num_inference_steps
         assert steps is not None
+        sampler.interrupt = False  # one between two windows would leave this one noise
         latents = sampler.denoise(noise, conditions, steps, self.generator, known=known)
         made = latents[:, :, len(seen) :]
         state.finished |= {latent: made[:, :, index : index + 1] for index, latent in enumerate(new)}

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, get_type_hints
 
 from docstring_parser import parse_from_object
@@ -30,6 +31,12 @@ class SamplingOptions:
     """Prompt to steer away from; needs guidance."""
     frame_rate: float | None = None
     """Frames per second of the content: of the new frames, or of the given ones between which frames are made."""
+
+    def __post_init__(self) -> None:
+        for name in self.names():  # NumPy's numbers are not of JSON's kinds
+            value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, (int, float)):
+                setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     @classmethod
     def names(cls) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.io.atomic import atomic_directory, backup_path
-from vgen.io.pixels import to_frames
+from vgen.io.pixels import to_frames, to_pt
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
@@ -281,6 +281,7 @@ class Rollout(VideoStream):
         """
         self._check_step(prompt, actions)
         state = self.state
+        self.sampler.interrupt = False  # one between two chunks would leave this one noise
         if prompt is not None:
             state.schedule.prompts[state.frames_done] = prompt
         self.set_prompt()
@@ -421,7 +422,7 @@ def convert_chunk(chunk: Tensor, frame_type: FrameType) -> Any:
     """A chunk `(b, 3, n, h, w)` in [-1, 1] as users want it, with its batch axis."""
     if frame_type == "uint8":
         return to_frames(chunk)
-    frames = (chunk.float().movedim(1, 2) / 2 + 0.5).clamp(0, 1)
+    frames = to_pt(chunk)
     if frame_type == "pt":
         return frames
     arrays = frames.movedim(2, -1).cpu().numpy()

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from diffusers import FasterCacheConfig
@@ -52,6 +53,7 @@ class Sampler:
         vae: Encodes and decodes; `None` if latents are pixels.
         device: Where the networks compute.
         guidance: How predictions are guided.
+        siblings: Gets a weak reference to this sampler, and to its copies.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Sampler:
         *,
         device: torch.device,
         guidance: Guidance | None = None,
+        siblings: set[ref[Sampler]] | None = None,
     ):
         self.denoiser = denoiser
         self.scheduler = copy.deepcopy(scheduler)
@@ -71,8 +74,10 @@ class Sampler:
         self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
         compression = 1 if vae is None else vae.temporal_compression_ratio
         self.grid = LatentGrid(compression, denoiser.patch_size[0])
+        self.siblings = set() if siblings is None else siblings
+        self.siblings.add(ref(self, self.siblings.discard))
         self.interrupt = False
-        """Whether to stop denoising before the next step."""
+        """Whether to stop denoising before the next step; the end of `denoise` clears it."""
         self.num_timesteps = 0
         """Timesteps of the running call."""
         self.current_timestep: Tensor | None = None
@@ -80,7 +85,9 @@ class Sampler:
 
     def copy(self) -> Sampler:
         """An independent sampler with the same networks."""
-        return Sampler(self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance)
+        return Sampler(
+            self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance, siblings=self.siblings
+        )
 
     def denoise(
         self,
@@ -104,13 +111,14 @@ class Sampler:
             state: What was written for the frames before; it is only read.
             on_step: Called after each step.
         """
-        token = running_sampler.set(self)
+        token, guidance = running_sampler.set(self), self.guidance
         try:
             with self._without_other_calls():
                 self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
                 return self._denoise(noise, conditions, num_inference_steps, generator, known, state, on_step)
         finally:
-            self.current_timestep = None
+            self.current_timestep, self.interrupt = None, False
+            self.guidance = guidance  # callbacks change that of this call, and not of later chunks
             running_sampler.reset(token)
 
     def _denoise(
@@ -126,7 +134,6 @@ class Sampler:
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         timesteps = self.scheduler.timesteps
         self.num_timesteps = len(timesteps)
-        self.interrupt = False  # of an earlier chunk
         latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         num_known = 0 if known is None else known.layout.num_leading // self.grid.patch_frames
         generated = torch.arange(latents.shape[2] // self.grid.patch_frames, device=self.device) >= num_known
@@ -217,14 +224,16 @@ class Sampler:
         """One batch for classifier-free guidance; guiders evaluate their inputs one by one."""
         if self.guidance.guider is not None:
             return self._guided_by_guider(latents, timestep, conditions, state, context)
-        if not self.guidance.needs_negative or conditions.negative_prompt_embeds is None:
+        is_guided = self.guidance.needs_negative
+        # a rollout's cache has rows for both prompts, also when a callback turns guidance off
+        if conditions.negative_prompt_embeds is None or not (is_guided or state is not None):
             return self._evaluate(f"{context}cond", latents, timestep, conditions.prompt_embeds, conditions, state)
         both = conditions.doubled()
         out = self._evaluate(
             f"{context}cond_uncond", torch.cat([latents, latents]), timestep, both.prompt_embeds, both, state
         )
         negative, positive = out.chunk(2)
-        return negative + self.guidance.scale * (positive - negative)
+        return negative + self.guidance.scale * (positive - negative) if is_guided else positive
 
     def _guided_by_guider(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, state: TemporalState | None, context: str
