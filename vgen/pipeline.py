@@ -485,7 +485,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Given frames of `count` videos as clips `(b, 3, f, h, w)`, as one if `whole`, and the size of the frames.
 
         Raises:
-            ValueError: They are not videos, there is another number of them, or another size was asked for.
+            ValueError: They are not videos, there is another number of them, or another size was requested.
         """
         if video is None:
             return [], (
@@ -882,10 +882,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return LatentGrid(self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
 
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
-        """Checks that guidance is asked for in one way.
+        """Checks that guidance is requested in one way.
 
         Raises:
-            ValueError: Both kinds are asked for, or a guider with FasterCache.
+            ValueError: Both kinds are requested, or a guider with FasterCache.
         """
         if guider is not None:
             check_type("guider", guider, BaseGuidance, "one of diffusers' guiders")

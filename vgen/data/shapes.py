@@ -304,7 +304,7 @@ class Outline:
         return self.corners * self.notch * math.sin(math.pi / self.corners) * self.radius**2
 
 
-# A circle is a shape whose edges lie outside the circle around it.
+# A circle is a shape whose edges are outside the circle around it.
 NO_EDGE = 2.0
 # The radii make the areas similar.
 OUTLINES = {

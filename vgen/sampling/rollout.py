@@ -137,7 +137,7 @@ class RolloutState:
         check_fingerprint(folder, record["made_with"], fingerprint)
         if record["versions"] != _versions():
             logger.warning(f"{folder} was saved with {record['versions']}: the continuation may differ in rounding")
-        # copies lie where PyTorch aligns them, on which the rounding of some processors' kernels depends
+        # copies have PyTorch's alignment, on which the rounding of some processors' kernels depends
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / "tensors.safetensors").items()}
         on_device = {name: one.to(device) for name, one in tensors.items() if not name.startswith("generator.")}
         generators = []
@@ -224,7 +224,7 @@ class VideoStream:
         return self
 
     def __next__(self) -> Any:
-        """The next chunk in the form that was asked for."""
+        """The next chunk in the form that the caller chose."""
         if self.is_done:
             self.hooks.on_end()
             raise StopIteration

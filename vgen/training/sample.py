@@ -314,7 +314,7 @@ class DenoiserBatches(Dataset):
         return plan_step(self.config, self.sources, self.shares, step)
 
     def __getitem__(self, key: tuple[int, slice]) -> dict[str, Any]:
-        """The samples of a step whose indices in the batch lie in a slice; see `make_batch`."""
+        """The samples of a step whose indices in the batch are in a slice; see `make_batch`."""
         step, part = key
         plan = self.plan(step)
         return make_batch(self.sources[plan.source], self.spec, step, part, plan.mode, plan.length, self.tokenizer)
