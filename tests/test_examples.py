@@ -43,7 +43,7 @@ SAID = {
 
 def names():
     for name in sorted(path.stem for path in EXAMPLES.glob("*.py")):
-        yield pytest.param(name, marks=pytest.mark.slow) if name == "gallery" else name
+        yield pytest.param(name, marks=pytest.mark.slow) if name in ("gallery", "train_your_own") else name
 
 
 @pytest.mark.parametrize("name", names())

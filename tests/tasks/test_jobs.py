@@ -213,6 +213,7 @@ def frames_in(folder):
     return {path.name: read_video(path)[0] for path in folder.iterdir() if path.suffix == ".mp4"}
 
 
+@pytest.mark.slow
 def test_text_to_video_survives_a_kill_and_does_not_depend_on_the_processes(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
     options = {"prompts": tmp_path / "prompts.txt", "num_inference_steps": 15}

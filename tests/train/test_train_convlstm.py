@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -10,6 +11,7 @@ from vgen.models.convlstm import ConvLSTMPredictor
 from .scripts import TINY, launch, train_vdm
 
 
+@pytest.mark.slow
 def test_a_convlstm_trains_and_a_model_is_evaluated_by_two_processes(runs, tmp_path):
     settings = {
         "--output_dir": tmp_path / "run", "--model": '{"channels": [4]}', "--height": 16, "--width": 16,

@@ -82,6 +82,7 @@ os._exit(0)  # gloo's threads may still free tensors of the last gathering, whic
 """
 
 
+@pytest.mark.slow
 def test_sharded_networks_give_the_same_losses_and_gradients(tmp_path: Path):
     (tmp_path / "shard.py").write_text(SCRIPT)
     command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
