@@ -83,8 +83,9 @@ def start_server() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client, address, errors = folder / "python", folder / "socket", folder / "errors"
-    limit = {"deadline": time.time() + 300}
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address), errors=str(errors), **limit))
+    client.write_text(
+        CLIENT.format(python=sys.executable, address=str(address), errors=str(errors), deadline=time.time() + 300)
+    )
     client.chmod(0o755)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # CUDA does not fork
     command = [sys.executable, __file__, str(address), str(client)]

@@ -315,15 +315,15 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
     pipe.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str]) -> Tensor:
-        videos: dict[int, Tensor] = {}
+        videos: list[tuple[int, Tensor]] = []
         mine = range(len(prompts))[accelerator.process_index :: accelerator.num_processes]
         if mine:
             generators = [torch.Generator().manual_seed(index) for index in mine]
             with accelerator.autocast():
                 made = pipe([prompts[index] for index in mine], generator=generators, output_type="pt").frames
-            videos = dict(zip(mine, made.float().cpu(), strict=True))
-        everyone = dict(gather_object(list(videos.items())))
-        clips = from_pt(torch.stack([everyone[index] for index in range(len(prompts))]))
+            videos = list(zip(mine, made.float().cpu(), strict=True))
+        gathered = dict(gather_object(videos))
+        clips = from_pt(torch.stack([gathered[index] for index in range(len(prompts))]))
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
         return clips
 

@@ -279,7 +279,7 @@ class FrameCache:
     def write(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Appends new token frames and evicts the oldest ones outside the sink.
 
-        The buffers are replaced and not written in place, so frozen views keep what they had. A copy for each chunk
+        Copies of the buffers are written and replace them, so frozen views keep what they had. One copy for each write
         costs little next to the denoising steps that read it; the old buffer is freed unless a view holds it.
 
         Args:
@@ -292,11 +292,11 @@ class FrameCache:
         for key, pair in layers.items():
             for name, new in zip(("key", "value"), pair, strict=True):
                 buffer = self.state.get(f"{key}.{name}")
-                if buffer is None:
-                    buffer = new.new_zeros(new.shape[0], self.capacity, *new.shape[2:])
+                shape = (new.shape[0], self.capacity, *new.shape[2:])
+                buffer = new.new_zeros(shape) if buffer is None else buffer.clone()
                 for begin in range(0, n, window):  # no two of `window` consecutive frames share a slot
                     part = slice(begin, begin + window)
-                    buffer = buffer.index_copy(1, slots[part], new[:, part].detach().to(buffer))
+                    buffer.index_copy_(1, slots[part], new[:, part].detach().to(buffer))
                 self.state.put(f"{key}.{name}", buffer)
         self.state.put("frames", self._total(first.device) + n)
         self.state.num_frames = min(self.state.num_frames + n, self.capacity)
