@@ -19,7 +19,7 @@ def check_video_input(path: Path) -> None:
     """Checks the path of a video: a file or a folder of frames.
 
     Raises:
-        FileNotFoundError: There is nothing.
+        FileNotFoundError: The path does not exist.
         ValueError: The file is empty, or its suffix is not supported.
     """
     if not path.exists():
@@ -35,7 +35,7 @@ def check_video_output(path: Path, overwrite: bool) -> None:
     """Checks the path of a video to write.
 
     Raises:
-        FileExistsError: There is something that may not be replaced.
+        FileExistsError: The path exists and may not be replaced.
         ValueError: The suffix is not supported.
     """
     if path.suffix.lower() not in get_args(OutputSuffix):

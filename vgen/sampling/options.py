@@ -33,7 +33,7 @@ class SamplingOptions:
     """Frames per second of the content: of the new frames, or of the given ones between which frames are made."""
 
     def __post_init__(self) -> None:
-        for name in self.names():  # NumPy's numbers are not of JSON's kinds
+        for name in self.names():  # NumPy scalars are not JSON-serializable
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, (int, float)):
                 setattr(self, name, int(value) if isinstance(value, Integral) else float(value))

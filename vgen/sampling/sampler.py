@@ -53,7 +53,7 @@ class Sampler:
         vae: Encodes and decodes; `None` if latents are pixels.
         device: Where the networks compute.
         guidance: How predictions are guided.
-        siblings: Gets a weak reference to this sampler, and to its copies.
+        siblings: Weak references to the samplers of one pipeline; this one and its copies are added.
     """
 
     def __init__(
