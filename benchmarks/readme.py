@@ -111,19 +111,19 @@ def summary(measured: dict[str, Any]) -> list[list[str]]:
     rolled = [measured[f"rollout{suffix}"]["defaults"] for suffix in suffixes]
     costs = [measured["denoisers"][name] for name in (TRANSFORMER, UNET)]
 
-    def right(split: str) -> list[str]:
-        return [f"{100 * score[f'{split}, 2 object(s), generated, full']['right']:.1f}%" for score in scores]
+    def correct(split: str) -> list[str]:
+        return [f"{100 * score[f'{split}, 2 object(s), generated, full']['correct']:.1f}%" for score in scores]
 
     def median(task: str) -> list[str]:
         return [f"{row[f'{task}, the model']['median psnr']:.1f} dB" for row in known]
 
     return [
         ["", f"`{TRANSFORMER}`", f"`{UNET}`"],
-        ["text to video, all objects correct", *right("train")],
-        ["the same, combinations absent from training", *right("held_out")],
+        ["text to video, all objects correct", *correct("train")],
+        ["the same, combinations absent from training", *correct("held_out")],
         ["prediction from 5 frames and a caption, PSNR", *median("prediction, 5 known")],
         ["interpolation, every 8th frame and a caption given, PSNR", *median("interpolation, every 8th known")],
-        ["rollout, object still correct after 272 frames", *(f"{100 * row['right at end']:.0f}%" for row in rolled)],
+        ["rollout, object still correct after 272 frames", *(f"{100 * row['correct at end']:.0f}%" for row in rolled)],
         ["parameters of the denoiser", *(f"{row['parameters'] / 1e6:.1f}M" for row in costs)],
         ["time for a video of 17 frames, 20 steps", *(f"{row['video seconds']:.2f} s" for row in costs)],
     ]
@@ -144,31 +144,25 @@ def shapes(measured: dict[str, Any]) -> list[list[str]]:
         ("held_out", "not in training", "75%"),
     ):
         for count in (2, 1):
-            right = [
-                f"{100 * measured[results][f'{split}, {count} object(s), {videos}']['right']:.1f}%"
+            correct = [
+                f"{100 * measured[results][f'{split}, {count} object(s), {videos}']['correct']:.1f}%"
                 for results, videos in columns.values()
             ]
-            rows.append([name, "1 or 2" if count == 2 else "1", *right, target if count == 2 else ""])
+            rows.append([name, "1 or 2" if count == 2 else "1", *correct, target if count == 2 else ""])
     return rows
 
 
 def known_frames(measured: dict[str, Any]) -> list[list[str]]:
     """Median PSNR and mean SSIM of each method."""
     plain = measured["known_frames"]
-    baselines = {
-        "copy of the last frame": "copy of the last frame",
-        "ConvLSTM": "ConvLSTM",
-        "linear blend": "linear blend",
-        "optical flow (DIS)": "optical flow (DIS)",
-        "ceiling: VAE alone": "VAE only (upper bound)",
-    }
+    baselines = ["copy of the last frame", "ConvLSTM", "linear blend", "optical flow (DIS)", "VAE only (upper bound)"]
     models = {
         "known_frames": "Transformer",
         "known_frames_prompted": "Transformer, caption",
         "known_frames_unet": "U-Net",
         "known_frames_prompted_unet": "U-Net, caption",
     }
-    rows = [["task", *models.values(), *baselines.values()]]
+    rows = [["task", *models.values(), *baselines]]
     for task in dict.fromkeys(name.rpartition(", ")[0] for name in plain):
         scores = [measured[name][f"{task}, the model"] for name in models]
         scores += [plain.get(f"{task}, {name}") for name in baselines]
@@ -178,7 +172,6 @@ def known_frames(measured: dict[str, Any]) -> list[list[str]]:
 
 
 ROLLOUTS = {
-    "VAE alone (ceiling)": "VAE only (upper bound)",
     "defaults, these prompts": "defaults, first 24 prompts",
     "chunks of 2": "`chunk_size=2`",
     "sink off": "`sink=0`",
@@ -194,18 +187,18 @@ ROLLOUTS = {
 def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
     """Quality over the length of a rollout."""
     shares = {
-        "right at start": "start",
+        "correct at start": "start",
         "motion at start": "motion",
-        "right windows": "all windows",
-        "right at end": "end",
-        "still right": "retained",
+        "correct windows": "all windows",
+        "correct at end": "end",
+        "retained": "retained",
     }
     rows = [["rollout", "prompts", *shares.values(), "brightness", "contrast", "seam ratio"]]
     for name, row in [*measured.items(), ("U-Net, defaults", unet["defaults"])]:
-        if isinstance(row, dict) and "right at start" in row:
-            right = [f"{100 * row[part]:.0f}%" if part in row else "" for part in shares]
+        if isinstance(row, dict) and "correct at start" in row:
+            correct = [f"{100 * row[part]:.0f}%" if part in row else "" for part in shares]
             slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
-            cells = [f"{row['prompts']:.0f}", *right, *slopes, f"{row['seam ratio']:.2f}"]
+            cells = [f"{row['prompts']:.0f}", *correct, *slopes, f"{row['seam ratio']:.2f}"]
             rows.append([ROLLOUTS.get(name, name), *cells])
     return rows
 

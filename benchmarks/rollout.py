@@ -3,8 +3,8 @@
     python benchmarks/rollout.py --model vgen/shapes-64
 
 Each video has 272 frames of one object, generated from a prompt with the checkpoint's defaults. In half of them the
-object bounces. An object is right if its color and shape are right. This is judged in the first 17 frames (with the
-motion), in the last 8, in the last 8 of the videos that were right at the start, and in all 34 windows of 8 frames.
+object bounces. An object is correct if its color and shape are. This is judged in the first 17 frames (with the
+motion), in the last 8, in the last 8 of the videos that were correct at the start, and in all 34 windows of 8 frames.
 A slope is that of a line fitted to a video's mean (brightness) or standard deviation (contrast) over time, in units of
 the value range per 100 frames. The seam ratio is the mean difference between neighboring frames at chunk borders over
 that at other borders between latents. With chunks of one latent there are no others, and it is over the difference
@@ -54,11 +54,11 @@ MEASURES = {
 }
 COLUMNS = (
     "prompts",
-    "right at start",
+    "correct at start",
     "motion at start",
-    "right windows",
-    "right at end",
-    "still right",
+    "correct windows",
+    "correct at end",
+    "retained",
     "brightness",
     "|brightness|",
     "contrast",
@@ -106,8 +106,8 @@ def main() -> None:
         # one frame more, as the VAE takes a multiple of its compression and one
         clips = reconstructions(pipe, scenes, num_frames=NUM_FRAMES + 1, batch_size=1)
         decoded = [to_frames(clip[None])[0, :NUM_FRAMES] for clip in clips]
-        results["VAE alone (ceiling)"] = judge(decoded, scenes, s, defaults["chunk_size"])
-        show("VAE alone (ceiling)", results)
+        results["VAE only (upper bound)"] = judge(decoded, scenes, s, defaults["chunk_size"])
+        show("VAE only (upper bound)", results)
     for name in args.measures:
         some = scenes if name == "defaults" else scenes[: args.num_prompts_measures]
         videos = rolled_out(pipe, some, args.batch_size, **MEASURES[name])
@@ -162,21 +162,21 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
     starts, motions, windows, slopes, seams = [], [], [], [], []
     for video, scene in zip(videos, scenes, strict=True):
         begun = check(video[:17], scene).objects
-        starts.append(is_right(begun))
-        motions.append(all(one.motion_right for one in begun))
-        windows.append([is_right(check(part, scene).objects) for part in np.split(video, len(video) // WINDOW)])
+        starts.append(is_correct(begun))
+        motions.append(all(one.motion_correct for one in begun))
+        windows.append([is_correct(check(part, scene).objects) for part in np.split(video, len(video) // WINDOW)])
         clip = from_frames(video[None])
         drift = drift_slopes(clip)
         slopes.append([drift[name].item() for name in ("brightness", "contrast")])
         seams.append([one.item() for one in border_differences(clip, chunk_size, s)])
-    began, right, table = np.array(starts), np.array(windows), np.array(slopes)
-    ended = right[:, -1]
+    began, correct, table = np.array(starts), np.array(windows), np.array(slopes)
+    ended = correct[:, -1]
     at_chunks, elsewhere = np.mean(seams, axis=0)  # the ratio of the means: a video at rest has none of its own
     measured = (
         len(scenes),
         began.mean(),
         np.mean(motions),
-        right.mean(),
+        correct.mean(),
         ended.mean(),
         ended[began].mean(),
         table[:, 0].mean(),
@@ -188,9 +188,9 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
     return {name: float(value) for name, value in zip(COLUMNS, measured, strict=True)}
 
 
-def is_right(objects: Iterable[ObjectVerdict]) -> bool:
-    """Whether all colors and shapes are right."""
-    return all(one.color_right and one.shape_right for one in objects)
+def is_correct(objects: Iterable[ObjectVerdict]) -> bool:
+    """Whether all colors and shapes are correct."""
+    return all(one.color_correct and one.shape_correct for one in objects)
 
 
 def timings(pipe: VideoGenPipeline) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/shapes.py --model vgen/shapes-64
 
-Prompts are drawn from ShapesWorld's own captions; a video is right if every object's colour, shape and motion are. The
-ceiling is the same score on the VAE's reconstructions of the true clips. Prints one table.
+Prompts are captions of ShapesWorld; a video is correct if every object's color, shape and motion are. The upper bound
+is the same score for the VAE's reconstructions of the true clips. Prints one table.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
         args.output.write_text(json.dumps(results, indent=1))
 
 
-COLUMNS = ("right", "color", "shape", "motion")
+COLUMNS = ("correct", "color", "shape", "motion")
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ TERMS = {
     "matched differences": ("matched_weight",),
 }
 SCORES = {
-    "vae": {"reconstruction": ("psnr", "warping error", "flicker", "right")},
-    "vdm": {"generation": ("right", "warping error", "flicker", "motion"), "prediction": ("psnr", "warping error")},
+    "vae": {"reconstruction": ("psnr", "warping error", "flicker", "correct")},
+    "vdm": {"generation": ("correct", "warping error", "flicker", "motion"), "prediction": ("psnr", "warping error")},
 }
 COMMON = {"ema_decay": 0.99, "lr_schedule": "cosine", "warmup_steps": 20, "sample_every": 100000, "save_every": 100}
 

@@ -1,6 +1,6 @@
 """An animation of videos with their prompts, without selection, as in the README.
 
-The prompts are the first captions of ShapesWorld's held-out split, so their combinations of colour, shape and motion
+The prompts are the first captions of ShapesWorld's held-out split, so their combinations of color, shape and motion
 do not occur in the training data. Video i has seed i.
 
 python examples/gallery.py docs/shapes-64.gif

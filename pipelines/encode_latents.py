@@ -426,7 +426,7 @@ def to_batch(clips: list[Clip], device: torch.device) -> Batch:
 
 
 def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor, mixed_precision: str) -> Tensor:
-    """Encodes clips to normalised latents, on the CPU in half precision."""
+    """Encodes clips to normalized latents, on the CPU in half precision."""
     with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         posterior = vae.encode(clip).latent_dist
     return vae.normalize(posterior.mode().float()).half().cpu()

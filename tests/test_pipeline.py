@@ -202,7 +202,7 @@ def test_pixels_train_without_a_vae():
     pipe = make_pipeline(vae=False, in_channels=3, out_channels=3, patch_size=(2, 16, 16))
     model, objective = PromptedDenoiser(pipe.transformer, pipe.text_encoder), Objective(pipe.scheduler)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    clips = torch.randn(1, 3, 1, 1, 1, generator=seeded()).expand(8, 3, 4, 16, 16)  # one colour
+    clips = torch.randn(1, 3, 1, 1, 1, generator=seeded()).expand(8, 3, 4, 16, 16)  # one color
     ids, mask = tokenize(pipe.tokenizer, [PROMPT] * 8, 8)
     losses = []
     for step in range(60):

@@ -236,4 +236,4 @@ def test_the_shipped_one_has_the_transformers_latents_and_follows_prompts():
     generators = [torch.Generator().manual_seed(number) for number in range(8)]
     generated = pipe(captions, num_inference_steps=10, generator=generators, output_type="pt").frames
     clips = [2 * video.movedim(1, 0) - 1 for video in generated]
-    assert adherence(clips, [world.scene(number) for number in range(8)])["right"] >= 0.75
+    assert adherence(clips, [world.scene(number) for number in range(8)])["correct"] >= 0.75

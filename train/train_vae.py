@@ -192,7 +192,7 @@ def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[
     if not isinstance(source, ShapesSource):
         return {}
     scenes = [source.world.scene(index) for index in range(len(reconstructions))]
-    return {"readable": adherence(reconstructions, scenes)["right"]}
+    return {"readable": adherence(reconstructions, scenes)["correct"]}
 
 
 @torch.no_grad()

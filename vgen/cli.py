@@ -378,10 +378,15 @@ def anomaly(
     model: Model = DEFAULT_MODEL,
     given: Annotated[int, typer.Option(help="Number of true frames that each prediction starts from.", min=1)] = 5,
     ahead: Annotated[
-        int, typer.Option(help="Frames per prediction; after an event, its other frames are marked too.")
+        int,
+        typer.Option(help="Frames per prediction. An event also marks the frames after it in the same prediction."),
     ] = 4,
     threshold: Annotated[
-        float, typer.Option(help="Robust standard deviations above the median from which a frame is anomalous.")
+        float,
+        typer.Option(
+            help="A frame is anomalous if its log error exceeds the median by more than this many robust standard "
+            "deviations. Both statistics are computed over the lower half of the log errors."
+        ),
     ] = 6.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
     steps: Steps = None,
@@ -410,12 +415,14 @@ def anomaly(
             pipe, frames, given=given, ahead=ahead, threshold=threshold, seed=seed, num_inference_steps=steps,
             frame_rate=rate,
         )  # fmt: skip
-        plot_scores(result.scores.tolist(), result.jumps, "mean squared error of prediction").savefig(output, dpi=150)
+        plot_scores(result.scores.tolist(), result.anomalous_frames, "mean squared error of prediction").savefig(
+            output, dpi=150
+        )
     if as_json:
         scores = [None if score != score else score for score in result.scores.tolist()]
-        typer.echo(json.dumps({"scores": scores, "jumps": result.jumps}))
+        typer.echo(json.dumps({"scores": scores, "anomalous_frames": result.anomalous_frames}))
     else:
-        typer.echo(f"anomalous frames: {', '.join(map(str, result.jumps)) or 'none'}")
+        typer.echo(f"anomalous frames: {', '.join(map(str, result.anomalous_frames)) or 'none'}")
         typer.echo(f"wrote {output}")
 
 

@@ -34,7 +34,7 @@ def make_scheduler(
         prediction: `flow` for flow matching; `v_prediction` or `epsilon` for diffusion on the schedule of Stable
             Diffusion.
         name: `ddim`, `dpmsolver++` or `unipc`, for diffusion.
-        shift: Moves noise levels towards noise, for flow matching.
+        shift: Moves noise levels toward noise, for flow matching.
         zero_terminal_snr: Whether the last timestep of diffusion is pure noise.
 
     Raises:
@@ -82,7 +82,7 @@ def prediction_of(scheduler: Any) -> Prediction:
 
 
 def shift_of(scheduler: Any) -> float:
-    """How far a flow-matching scheduler moves noise levels towards noise; 1 is not at all."""
+    """How far a flow-matching scheduler moves noise levels toward noise; 1 is not at all."""
     return scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
 
 
@@ -107,7 +107,7 @@ def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor,
     `x_l = (1 - l) x_0 + l e` and `v = e - x_0`, as `FlowMatchEulerDiscreteScheduler` expects.
 
     Args:
-        latents: Clean and normalised, `(b, c, t, h, w)`.
+        latents: Clean and normalized, `(b, c, t, h, w)`.
         noise: The same shape.
         levels: `(b, n)` in [0, 1], one for each token frame; `t` is a multiple of `n`.
 

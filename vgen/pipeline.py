@@ -624,7 +624,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             size: Height and width of the frames in pixels.
             generator: Source of the noise.
             keep_given: Whether given frames are returned unchanged. Otherwise they come as the VAE decodes them: no
-                longer exact, but nothing jumps between them and their neighbours.
+                longer exact, but nothing jumps between them and their neighbors.
             guider: As in the call of the pipeline, instead of `guidance_scale`.
             attention_kwargs: As in the call of the pipeline.
             max_sequence_length: Length of prompts in tokens.
@@ -819,7 +819,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return (draw_noise(shape, generator, dtype) if latents is None else latents).to(device=device, dtype=dtype)
 
     def decode_latents(self, latents: Tensor, output_type: OutputType, known: KnownFrames | None = None) -> Any:
-        """Decodes normalised latents; known frames are put in their places."""
+        """Decodes normalized latents; known frames are put in their places."""
         clip = decode_latents(self.video_vae, latents)
         return self._postprocess(clip if known is None else known.overwrite_frames(clip), output_type)
 

@@ -94,14 +94,14 @@ def test_sentences_that_a_user_types(text, expected):
     ("text", "message"),
     [
         ("a pink circle hovers", "unknown words: hovers, pink"),
-        ("a circle moves right", "colour of 'a circle'"),
+        ("a circle moves right", "color of 'a circle'"),
         ("a red circle", "one motion of 'a red circle'"),
         ("a red square spins and moves right", "one motion"),
         ("a red circle moves left and right", "one motion"),
         ("moves right", "one or two objects"),
-        ("a red circle moves up and a red star moves up", "different colours"),
+        ("a red circle moves up and a red star moves up", "different colors"),
         ("a red circle spins", "must not be 'spin' for a circle"),
-        ("a red circle moves up on a background", "colour of the background"),
+        ("a red circle moves up on a background", "color of the background"),
     ],
 )
 def test_incomplete_or_ambiguous_captions_raise(text, message):

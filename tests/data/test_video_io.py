@@ -16,7 +16,7 @@ SUFFIXES = (".mp4", ".gif", ".webp", "")
 
 
 def moving_pattern(num_frames=12, height=32, width=48):
-    """Frames that all differ and that a palette of 256 colours holds exactly."""
+    """Frames that all differ and that a palette of 256 colors holds exactly."""
     i, y, x = np.mgrid[:num_frames, :height, :width]
     return np.stack([(3 * x + 5 * i) % 200 // 16 * 16, 4 * y % 200 // 16 * 16, 10 + 3 * i], -1).astype(np.uint8)
 

@@ -46,29 +46,29 @@ RED_SQUARE_RIGHT = "a red square moves right"
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_true_videos_are_right(split):
+def test_true_videos_are_correct(split):
     scenes, clips = draw(range(50), split)
     assert adherence(clips, scenes) == dict.fromkeys(
-        ["right", "number", "background", "color", "shape", "motion"], 1.0
+        ["correct", "number", "background", "color", "shape", "motion"], 1.0
     )
 
 
-def test_true_videos_are_right_by_their_captions():
+def test_true_videos_are_correct_by_their_captions():
     world = ShapesWorld(split="all", seed=11)
     _, clips = draw(range(10))
-    assert all(check(clip, world.caption(index, 1)).right for index, clip in enumerate(clips))
+    assert all(check(clip, world.caption(index, 1)).correct for index, clip in enumerate(clips))
 
 
 @pytest.mark.parametrize(("num_frames", "size"), [(24, (64, 64)), (65, (64, 64)), (17, (48, 80))])
-def test_true_videos_of_other_lengths_and_sizes_are_right(num_frames, size):
+def test_true_videos_of_other_lengths_and_sizes_are_correct(num_frames, size):
     scenes, clips = draw(range(100, 112), num_frames=num_frames, height=size[0], width=size[1])
-    assert adherence(clips, scenes)["right"] == 1
+    assert adherence(clips, scenes)["correct"] == 1
 
 
-def test_blurred_and_noisy_videos_are_right():
+def test_blurred_and_noisy_videos_are_correct():
     scenes, clips = draw(range(200, 260))
     noise = 0.03 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
-    assert adherence((blur(clips, 1.0) + noise).clamp(-1, 1), scenes)["right"] >= 0.98
+    assert adherence((blur(clips, 1.0) + noise).clamp(-1, 1), scenes)["correct"] >= 0.98
 
 
 def with_one_change(scene: Scene, name: str, step: int) -> SceneDescription | None:
@@ -91,21 +91,21 @@ def test_one_wrong_attribute_is_detected(name):
             if changed is None:
                 continue
             verdict = check(clip, changed)
-            assert not verdict.right
+            assert not verdict.correct
             others = {"color", "shape", "motion"} - {name}
-            assert not getattr(verdict.objects[-1], f"{name}_right")
-            assert all(getattr(verdict.objects[-1], f"{other}_right") for other in others)
-            assert all(one.right for one in verdict.objects[:-1])
+            assert not getattr(verdict.objects[-1], f"{name}_correct")
+            assert all(getattr(verdict.objects[-1], f"{other}_correct") for other in others)
+            assert all(one.correct for one in verdict.objects[:-1])
 
 
 def test_number_and_background_are_checked():
     clip = clip_of(one_object(), one_object(color="blue", motion="left", position=(0.5, 0.85), velocity=(-0.06, 0.0)))
     verdict = check(clip, "a red square moves right and a blue square moves left")
-    assert verdict.right and verdict.background_right
+    assert verdict.correct and verdict.background_correct
     fewer = check(clip, "a red square moves right on a navy background")
-    assert fewer.objects[0].right and not fewer.number_right and not fewer.background_right and not fewer.right
+    assert fewer.objects[0].correct and not fewer.number_correct and not fewer.background_correct and not fewer.correct
     more = check(clip_of(one_object()), "a red square moves right and a blue square moves left")
-    assert more.objects[0].right and not more.objects[1].color_right and not more.right
+    assert more.objects[0].correct and not more.objects[1].color_correct and not more.correct
 
 
 def vanished(clip: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ DEFECTS += [turned_back_away_from_a_wall, smeared, shuffled, grown, spun, accomp
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_wrong(defect):
     clip = clip_of(one_object())
-    assert check(clip, RED_SQUARE_RIGHT).right
-    assert not check(defect(clip), RED_SQUARE_RIGHT).right
+    assert check(clip, RED_SQUARE_RIGHT).correct
+    assert not check(defect(clip), RED_SQUARE_RIGHT).correct
 
 
 def test_noise_and_blank_videos_are_wrong():
@@ -183,7 +183,7 @@ def test_noise_and_blank_videos_are_wrong():
         torch.full((3, 3, 64, 64), torch.nan),
     ]
     for video in videos:
-        assert not check(video, RED_SQUARE_RIGHT).right
+        assert not check(video, RED_SQUARE_RIGHT).correct
 
 
 def test_object_hidden_by_another_one_is_not_missing():
@@ -191,10 +191,10 @@ def test_object_hidden_by_another_one_is_not_missing():
     behind = one_object(color="blue", position=(0.14, 0.5), radius=0.09, velocity=(0.1, 0.0))
     clip = clip_of(front, behind, num_frames=65)
     assert not ((clip[2] > 0.5) & (clip[0] < 0)).any(dim=(1, 2)).all(), "the scene should hide the blue square"
-    assert check(clip, "a red circle stays still and a blue square moves right").right
+    assert check(clip, "a red circle stays still and a blue square moves right").correct
     gone = clip.clone()
     gone[:, 3] = clip_of(front, num_frames=1)[:, 0]
-    assert not check(gone, "a red circle stays still and a blue square moves right").right
+    assert not check(gone, "a red circle stays still and a blue square moves right").correct
 
 
 def test_measured_values_are_those_of_the_scene():
@@ -218,7 +218,7 @@ def test_bytes_and_floats_give_equal_readings():
     for scene, clip in zip(scenes, clips, strict=True):
         video = rearrange((clip + 1) * 127.5, "c f h w -> f h w c").round().byte()
         assert check(video.numpy(), scene) == check(clip, scene)
-        assert check(video, scene).right
+        assert check(video, scene).correct
 
 
 def test_invalid_input_raises():
@@ -237,4 +237,4 @@ def test_invalid_input_raises():
 def test_adherence_counts_videos_and_objects():
     right, still = clip_of(one_object()), clip_of(one_object(motion="still", velocity=(0.0, 0.0)))
     result = adherence([right, still, right, right], [RED_SQUARE_RIGHT] * 3 + ["a blue circle moves right"])
-    assert result == {"right": 0.5, "number": 1, "background": 1, "color": 0.75, "shape": 0.75, "motion": 0.75}
+    assert result == {"correct": 0.5, "number": 1, "background": 1, "color": 0.75, "shape": 0.75, "motion": 0.75}

@@ -98,8 +98,8 @@ def test_shapes_are_the_same_each_time_and_checked(clips):
     samples = suite.samples(range(1, 3))
     assert len(suite) == 3 and samples.numbers == [1, 2] and samples.clips.shape == (2, 3, 17, 64, 64)
     assert torch.equal(samples.clips, open_suite(SuiteConfig(**WORLD, num_clips=3)).samples(range(1, 3)).clips)
-    assert suite.right(1, samples.clips[0]) == {"right": 1.0}
-    assert suite.right(1, samples.clips[1]) == {"right": 0.0}
+    assert suite.correct(1, samples.clips[0]) == {"correct": 1.0}
+    assert suite.correct(1, samples.clips[1]) == {"correct": 0.0}
 
 
 def test_a_folder_gives_windows_and_their_captions(tmp_path):
@@ -120,7 +120,7 @@ def test_a_folder_gives_windows_and_their_captions(tmp_path):
     assert len(suite) == 6 and len(open_suite(SuiteConfig(**settings, num_clips=2))) == 2
     samples = suite.samples(range(6))
     assert samples.clips.shape == (6, 3, 5, 32, 32) and samples.captions.count("noise") == 2
-    assert suite.right(0, samples.clips[0]) == {} and not suite.captioned
+    assert suite.correct(0, samples.clips[0]) == {} and not suite.captioned
 
 
 def test_digits_bounce(digits):

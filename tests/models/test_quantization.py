@@ -18,7 +18,7 @@ def quantized(module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("denoiser", ["transformer", "unet"])
-def test_a_quantised_denoiser_is_close_and_its_streams_equal_one_pass(denoiser, make_transformer, make_unet, tmp_path):
+def test_a_quantized_denoiser_is_close_and_its_streams_equal_one_pass(denoiser, make_transformer, make_unet, tmp_path):
     exact = (make_transformer if denoiser == "transformer" else make_unet)(group_modes=["full", "causal"])
     exact.save_pretrained(tmp_path)
     config = TorchAoConfig(Int8WeightOnlyConfig())
@@ -33,7 +33,7 @@ def test_a_quantised_denoiser_is_close_and_its_streams_equal_one_pass(denoiser, 
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-4, rtol=0)
 
 
-def test_a_pipeline_quantises_the_requested_components(tmp_path):
+def test_a_pipeline_quantizes_the_requested_components(tmp_path):
     from ..test_pipeline import PROMPT, make_pipeline
 
     exact = make_pipeline()

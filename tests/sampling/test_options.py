@@ -1,4 +1,4 @@
-"""Options are spelt once: what is a field appears wherever options are taken, shown, saved and defaulted."""
+"""Options are spelled once: what is a field appears wherever options are taken, shown, saved and defaulted."""
 
 import json
 import re

@@ -31,13 +31,21 @@ def film(jump=None, f=23):
 def test_an_event_is_marked_at_its_frame(jump):
     pipe = Repeats()
     result = find_anomalies(pipe, film(jump), ahead=1)
-    assert result.jumps == [jump] and np.isnan(result.scores[:5]).all() and np.isfinite(result.scores[5:]).all()
+    assert (
+        result.anomalous_frames == [jump]
+        and np.isnan(result.scores[:5]).all()
+        and np.isfinite(result.scores[5:]).all()
+    )
     assert result.scores[jump] == pytest.approx((80 / 255) ** 2, rel=0.05)
     assert np.array_equal(pipe.given[2], film(jump)[2:7])  # true frames, not predicted ones
 
 
 def test_an_event_marks_the_rest_of_its_prediction():
-    assert find_anomalies(Repeats(), film(14), ahead=4).jumps == [14, 15, 16]  # predictions begin at 5, 9, 13, 17, 21
+    assert find_anomalies(Repeats(), film(14), ahead=4).anomalous_frames == [
+        14,
+        15,
+        16,
+    ]  # predictions begin at 5, 9, 13, 17, 21
 
 
 def test_the_packaged_checkpoint_marks_a_change_of_the_object():
@@ -47,15 +55,15 @@ def test_the_packaged_checkpoint_marks_a_change_of_the_object():
     pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
     pipe.set_progress_bar_config(disable=True)
     result = find_anomalies(pipe, video, ahead=2, num_inference_steps=4)
-    assert result.jumps[0] == 11 and result.scores[11] > 100 * np.nanmedian(result.scores[:11])
-    assert find_anomalies(pipe, first, ahead=2, num_inference_steps=4).jumps == []
+    assert result.anomalous_frames[0] == 11 and result.scores[11] > 100 * np.nanmedian(result.scores[:11])
+    assert find_anomalies(pipe, first, ahead=2, num_inference_steps=4).anomalous_frames == []
 
 
 def test_without_an_event_no_frame_is_marked():
-    assert find_anomalies(Repeats(), film(), ahead=4).jumps == []
+    assert find_anomalies(Repeats(), film(), ahead=4).anomalous_frames == []
     still = np.full((12, 8, 8, 3), 7, np.uint8)
     result = find_anomalies(Repeats(), still)
-    assert result.jumps == [] and result.scores[5:].max() == 0
+    assert result.anomalous_frames == [] and result.scores[5:].max() == 0
 
 
 @pytest.mark.parametrize(

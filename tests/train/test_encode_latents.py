@@ -23,7 +23,7 @@ from .scripts import (
 )
 
 
-def test_latents_are_normalised_and_the_same_command_resumes(vae_run, latents_dir):
+def test_latents_are_normalized_and_the_same_command_resumes(vae_run, latents_dir):
     paths = sorted(latents_dir.glob("*.safetensors"))
     assert [path.name for path in paths] == ["00000000-00000008.safetensors", "00000008-00000012.safetensors"]
     latents = torch.cat([load_file(path)["latents"] for path in paths]).float()

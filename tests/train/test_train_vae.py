@@ -31,7 +31,7 @@ def test_a_run_logs_its_losses_and_its_throughput(vae_run):
     assert logged(vae_run, "lr")[-1][1] == 0  # for the step that does not come
     clips, tokens, share = (
         [value for _, value in logged(vae_run, f"throughput/{name}")]
-        for name in ("clips_per_second", "tokens_per_second", "flops_utilisation")
+        for name in ("clips_per_second", "tokens_per_second", "flops_utilization")
     )
     # four images of 2 x 2 latent pixels, then four clips of two times as many
     assert [b / a for a, b in zip(clips, tokens, strict=True)] == pytest.approx([4, 4, 8, 8])

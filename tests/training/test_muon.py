@@ -9,7 +9,7 @@ SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 
 
 def train(optimizer, network, weights, data, steps):
-    """Steps towards small outputs; `weights` are what the optimiser changes."""
+    """Steps toward small outputs; `weights` are what the optimizer changes."""
     for step in range(steps):
         network(data[step]).square().mean().backward()
         optimizer.step()

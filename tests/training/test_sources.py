@@ -94,7 +94,7 @@ def test_workers_divide_a_stream(videos):
     assert len(set(drawn[::2])) == 3 and set(drawn[::2]) == set(drawn[1::2])
 
 
-def test_captions_are_tokenised_by_the_feed(tmp_path):
+def test_captions_are_tokenized_by_the_feed(tmp_path):
     tokenizer = make_word_tokenizer(vocabulary(), 32)
     batches = CaptionBatches(ShapesWorld(seed=1), tokenizer, 4, 32)
     drawn = [

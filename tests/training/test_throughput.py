@@ -46,7 +46,7 @@ def test_throughput_is_per_second_and_counted_from_zero_after_each_report(monkey
     flops = 3 * 3 * 2 * 2 * 4 * 3  # three parts, each forward and twice that backward
     reported = throughput.take()
     assert reported == pytest.approx(
-        {"clips_per_second": 2, "tokens_per_second": 10, "flops_utilisation": flops / 3 / 1000}
+        {"clips_per_second": 2, "tokens_per_second": 10, "flops_utilization": flops / 3 / 1000}
     )
     now[0] += 2
     assert throughput.take()["clips_per_second"] == 0

@@ -1,4 +1,4 @@
-"""Augmentation of clips. Geometric changes are the same for every frame; colour changes may differ."""
+"""Augmentation of clips. Geometric changes are the same for every frame; color changes may differ."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Augmentation:
     saturation: float = 0.0
     """Largest relative change of saturation, at most 1."""
     hue: float = 0.0
-    """Largest change of hue, as a fraction of the colour circle, at most 0.5."""
+    """Largest change of hue, as a fraction of the color circle, at most 0.5."""
     color_per_frame: bool = False
-    """Whether colours change independently in each frame, as under flickering light."""
+    """Whether colors change independently in each frame, as under flickering light."""
 
     def __post_init__(self) -> None:
         """Checks the settings."""

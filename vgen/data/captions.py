@@ -58,7 +58,7 @@ class SceneDescription:
         check_choice("background", self.background, BACKGROUNDS)
         colors = [item.color for item in self.objects]
         if not 1 <= len(colors) <= 2 or len(set(colors)) < len(colors):
-            raise ValueError(f"a scene must have one or two objects of different colours, got {colors}")
+            raise ValueError(f"a scene must have one or two objects of different colors, got {colors}")
 
 
 SHAPE_WORDS = {"circle": ("circle", "ball"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star",)}
@@ -232,7 +232,7 @@ def parse_caption(text: str) -> SceneDescription:
         The described scene. Size, speed and background default to medium, normal and black.
 
     Raises:
-        ValueError: A word is not part of the grammar, or an object has no colour, shape or motion or several.
+        ValueError: A word is not part of the grammar, or an object has no color, shape or motion or several.
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     known = set(vocabulary())
@@ -255,7 +255,7 @@ def parse_caption(text: str) -> SceneDescription:
         name = _join(*adjective, words[noun])
         objects.append(
             ShapeDescription(
-                color=_read_one(adjective, {color: (color,) for color in COLORS}, f"colour of {name!r}"),
+                color=_read_one(adjective, {color: (color,) for color in COLORS}, f"color of {name!r}"),
                 shape=shapes[words[noun]],
                 motion=_read_motion(predicate, name),
                 size=_read_one(adjective, SIZE_WORDS, f"size of {name!r}", default="medium"),
@@ -269,7 +269,7 @@ def _take_background(words: list[str]) -> tuple[str, list[str]]:
     if "background" not in words:
         return "black", words
     end = words.index("background")
-    background = _read_one(words[max(end - 1, 0) : end], BACKGROUND_WORDS, "colour of the background")
+    background = _read_one(words[max(end - 1, 0) : end], BACKGROUND_WORDS, "color of the background")
     start = end - 1
     while start > 0 and words[start - 1] in (*ARTICLES, "on", "against", "with"):
         start -= 1

@@ -33,7 +33,7 @@ def write_shard(
 
     Args:
         path: Path of the shard.
-        latents: Normalised latents `(n, c, t, h, w)`; stored in half precision.
+        latents: Normalized latents `(n, c, t, h, w)`; stored in half precision.
         captions: Captions of each clip.
         frame_rates: Pixel frames per second of each clip.
         frames: Latents of every frame after the first, each encoded as an image, `(n, f - 1, c, h, w)`.
@@ -71,7 +71,7 @@ class EncodedClip(NamedTuple):
     """One clip of a `LatentSet`."""
 
     latents: Tensor
-    """Normalised latents `(c, t, h, w)`."""
+    """Normalized latents `(c, t, h, w)`."""
     captions: list[str]
     frame_rate: float
     frames: Tensor | None

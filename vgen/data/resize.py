@@ -22,12 +22,12 @@ class Fit:
 
     @property
     def cropped(self) -> tuple[int, int]:
-        """Height and width of the largest centred crop of the source with the target's aspect ratio."""
+        """Height and width of the largest centered crop of the source with the target's aspect ratio."""
         ratio = min(self.source[0] / self.target[0], self.source[1] / self.target[1])
         return max(1, round(self.target[0] * ratio)), max(1, round(self.target[1] * ratio))
 
     def crop(self, frames: np.ndarray) -> np.ndarray:
-        """Crops frames `(f, h, w, 3)` to the centred part that is used."""
+        """Crops frames `(f, h, w, 3)` to the centered part that is used."""
         (height, width), (rows, columns) = self.cropped, self.source
         top, left = (rows - height) // 2, (columns - width) // 2
         return frames[:, top : top + height, left : left + width]

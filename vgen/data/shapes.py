@@ -88,7 +88,7 @@ class ShapeObject(ShapeDescription):
     """A described shape with its position and velocity."""
 
     position: tuple[float, float]
-    """Centre at time 0, as fractions of the frame's width and height."""
+    """Center at time 0, as fractions of the frame's width and height."""
     radius: float
     """Radius at time 0 of the circle around a triangle or star, in shorter sides. Other shapes are smaller."""
     angle: float
@@ -134,7 +134,7 @@ class ShapesWorld:
         """Defines the list of scenes.
 
         Args:
-            split: Which combinations of colour, shape and motion occur.
+            split: Which combinations of color, shape and motion occur.
             num_objects: Possible numbers of objects in a scene, drawn uniformly.
             seed: Seed of the scenes, at least 0.
 
@@ -183,7 +183,7 @@ def make_scene(objects: Sequence[ShapeDescription], background: str, rng: random
     The content of the first frame is sampled before the motions and independently of them.
 
     Args:
-        objects: One or two descriptions, of different colours. The first one is on top.
+        objects: One or two descriptions, of different colors. The first one is on top.
         background: One of `BACKGROUND_COLORS`.
         rng: Random generator.
     """
@@ -246,7 +246,7 @@ def _set_in_motion(
 
 
 def _bounce_velocity(shape: str, start: _Start, axes: tuple[int, ...], rng: random.Random) -> tuple[float, float]:
-    """Velocity towards the nearer wall of each axis that reaches the first wall after 5 to 10 frame intervals."""
+    """Velocity toward the nearer wall of each axis that reaches the first wall after 5 to 10 frame intervals."""
     left, right, top, bottom = _extents(shape, start.radius, start.angle)
     signs, distances = [0, 0], []
     for axis, low, high in ((0, left, right), (1, top, bottom)):
@@ -260,7 +260,7 @@ def _bounce_velocity(shape: str, start: _Start, axes: tuple[int, ...], rng: rand
 
 
 def _extents(shape: str, radius: float, angle: float) -> tuple[float, float, float, float]:
-    """Distances from the centre of a shape to its left, right, top and bottom ends."""
+    """Distances from the center of a shape to its left, right, top and bottom ends."""
     outline = OUTLINES[shape]
     radius = radius * outline.radius
     if outline.corners == 1:
@@ -276,11 +276,11 @@ class Outline:
     """A shape of equal sectors. Straight edges connect the corner of each sector to the notches on both sides."""
 
     radius: float
-    """Distance of the corners from the centre."""
+    """Distance of the corners from the center."""
     corners: int
     """Number of corners; 1 for a circle."""
     notch: float
-    """Distance of the notches between corners from the centre, relative to that of the corners."""
+    """Distance of the notches between corners from the center, relative to that of the corners."""
     upright: float
     """Direction of the first corner of an upright shape, in radians."""
 
@@ -382,16 +382,16 @@ def _coverage(
 def outline_coverage(
     x: Tensor, y: Tensor, direction: Tensor, *, outer: Tensor, edge: Tensor, sector: Tensor, normal: Tensor
 ) -> Tensor:
-    """Computes the fraction of a pixel that an outline covers, from the signed distance of the pixel's centre.
+    """Computes the fraction of a pixel that an outline covers, from the signed distance of the pixel's center.
 
     All arguments broadcast. The last four are `Outline.numbers`, with lengths multiplied by the shape's radius.
 
     Args:
-        x: Horizontal offset of the pixel's centre from the shape's centre, in pixels.
+        x: Horizontal offset of the pixel's center from the shape's center, in pixels.
         y: Vertical offset, downwards, in pixels.
         direction: Direction of the shape's first corner, in radians.
         outer: Radius of the circle around the outline, in pixels.
-        edge: Distance of the edges' lines from the centre, in pixels.
+        edge: Distance of the edges' lines from the center, in pixels.
         sector: Angle between adjacent corners, in radians.
         normal: Direction of an edge's outer normal relative to the direction of its corner, in radians.
     """
@@ -405,7 +405,7 @@ def outline_coverage(
 def _trajectory(
     objects: Sequence[ShapeObject | None], times: Tensor, height: int, width: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    """Centres, corner directions and radii `(b, f)` in pixels and radians, and a flag `(b, 1)` for wrapping around."""
+    """Centers, corner directions and radii `(b, f)` in pixels and radians, and a flag `(b, 1)` for wrapping around."""
     side = min(height, width)
     rows = [_numbers(item) if item else (0.5, 0.5, 0.0, 0.0, -1.0, 0.0, 0.0, 1.0, 1.0) for item in objects]
     px, py, vx, vy, radius, angle, spin, final_scale, wraps = torch.tensor(rows, dtype=torch.float64).T[..., None]
@@ -427,7 +427,7 @@ def _numbers(item: ShapeObject) -> tuple[float, ...]:
 
 
 def _reflect(position: Tensor, velocity: Tensor, times: Tensor, low: Tensor, high: Tensor, length: int) -> Tensor:
-    """Position between walls at 0 and `length` of a shape with extents `low` and `high` around its centre."""
+    """Position between walls at 0 and `length` of a shape with extents `low` and `high` around its center."""
     span = (length - low - high).clamp(min=1e-6)
-    travelled = torch.remainder(position * length - low + velocity * length * times, 2 * span)
-    return low + span - (travelled - span).abs()
+    traveled = torch.remainder(position * length - low + velocity * length * times, 2 * span)
+    return low + span - (traveled - span).abs()

@@ -35,7 +35,7 @@ def validate_folder(
         short: How to treat videos with too few frames.
 
     Returns:
-        A JSON-serialisable dictionary. `clips` has an entry for each listed video or segment: `path`, `accepted`,
+        A JSON-serializable dictionary. `clips` has an entry for each listed video or segment: `path`, `accepted`,
         `reason`, `num_frames`, `height`, `width`, `nearest_length` (longest valid length that fits), `bucket`,
         `num_clips`, `captions`. `accepted`, `refused` and `without_caption` are numbers of such entries. `buckets`
         has, for each bucket, its clips and batches per epoch, and the size of a batch of float32 pixels in MiB.

@@ -118,7 +118,7 @@ class VideoWriter:
     raises. The suffix of `path` selects the format:
 
     - `.mp4`: H.264 in `yuv420p`, or in `yuv444p` for odd widths and heights, which `yuv420p` does not support.
-    - `.gif`: 256 colours per frame, looping. Times are rounded to hundredths of a second, without drift.
+    - `.gif`: 256 colors per frame, looping. Times are rounded to hundredths of a second, without drift.
     - `.webp`: lossless and looping.
     - none: a folder of numbered, lossless png frames that store the frame rate.
 

@@ -28,7 +28,7 @@ class FeatureNetwork(nn.Module):
     """Features of clips from a video model of transformers (VideoMAE, TimeSformer, ViViT, V-JEPA 2, ...).
 
     The feature of a clip is the mean of its tokens in the last layer. Whole frames are resized to the model's input
-    size, bilinearly with antialiasing, and their values are normalised as the model's processor config says.
+    size, bilinearly with antialiasing, and their values are normalized as the model's processor config says.
 
     Args:
         source: Folder or Hub id of the model.
@@ -62,7 +62,7 @@ class FeatureNetwork(nn.Module):
 
     @property
     def values(self) -> str:
-        """How pixels in [0, 1] are normalised for the network, in words."""
+        """How pixels in [0, 1] are normalized for the network, in words."""
         mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
         return f"times {self.scale:.4g} less {self.offset:g}, mean {mean}, deviation {std}"
 
@@ -86,7 +86,7 @@ class FeatureNetwork(nn.Module):
 
 
 def _read_processor(source: str | Path) -> dict[str, Any]:
-    """Reads how a model's processor normalises values. Without a config it warns and returns common defaults."""
+    """Reads how a model's processor normalizes values. Without a config it warns and returns common defaults."""
     from transformers import ImageProcessingMixin
     from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -156,7 +156,7 @@ class Protocol:
     resize: str
     """How frames were resized to the network's input size."""
     values: str
-    """How pixel values were normalised."""
+    """How pixel values were normalized."""
     feature_network: str
     """Hash of the weights of the feature network."""
 

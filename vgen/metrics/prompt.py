@@ -1,11 +1,11 @@
 """Checks whether a video of ShapesWorld shows what its caption says, from its pixels and without a network.
 
-Each pixel is modelled as a mixture of the background and the colour of one object. Its coverage, the share of that
-colour, is measured along the line between the two colours in RGB, where the palette is spread evenly. Positions are on
+Each pixel is modeled as a mixture of the background and the color of one object. Its coverage, the share of that
+color, is measured along the line between the two colors in RGB, where the palette is spread evenly. Positions are on
 a torus, because shapes that leave the frame on one side enter it on the other. Lengths in constants are in units of
 the frame's shorter side.
 
-Axes: `f` frames, `k` colours, `p` pixels, `s` the shapes in the order of `SHAPES`, `h w` the pixels of a frame or of a
+Axes: `f` frames, `k` colors, `p` pixels, `s` the shapes in the order of `SHAPES`, `h w` the pixels of a frame or of a
 window around an object.
 """
 
@@ -35,9 +35,9 @@ PIXEL = 1 / 64
 MIN_CONTRAST = 0.15
 """Distance from the background, in RGB from 0 to 1, below which a pixel counts as background."""
 MAX_COLOR_ERROR = 0.25
-"""Largest distance of a pixel from a mixture of the background and a palette colour for it to have that colour."""
+"""Largest distance of a pixel from a mixture of the background and a palette color for it to have that color."""
 MAX_COLOR_ERROR_NEAR_CORE = 0.4
-"""The same limit next to pixels that are known to have the colour."""
+"""The same limit next to pixels that are known to have the color."""
 CORE_COVERAGE = 0.45
 MIN_COVERAGE = 0.2
 MAX_COVERED = 0.5
@@ -65,7 +65,7 @@ class Reading:
     """Attributes of one object, read from the pixels."""
 
     color: str | None
-    """The nearest colour of the palette; `None` if the object has no colour of the palette."""
+    """The nearest color of the palette; `None` if the object has no color of the palette."""
     shape: str | None
     """`None` if no shape matches in most frames, or if the object is missing in a frame."""
     motion: str | None
@@ -90,14 +90,14 @@ class Reading:
 class ObjectVerdict:
     """Which attributes of one described object match the video."""
 
-    color_right: bool
-    shape_right: bool
-    motion_right: bool
+    color_correct: bool
+    shape_correct: bool
+    motion_correct: bool
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Whether all three attributes match."""
-        return self.color_right and self.shape_right and self.motion_right
+        return self.color_correct and self.shape_correct and self.motion_correct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,13 @@ class Verdict:
 
     objects: tuple[ObjectVerdict, ...]
     """In the order of the caption."""
-    number_right: bool
-    background_right: bool
+    number_correct: bool
+    background_correct: bool
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Whether all objects match and there are no others, regardless of the background."""
-        return self.number_right and all(verdict.right for verdict in self.objects)
+        return self.number_correct and all(verdict.correct for verdict in self.objects)
 
 
 def check(video: np.ndarray | Tensor, expected: SceneDescription | str) -> Verdict:
@@ -131,8 +131,8 @@ def check(video: np.ndarray | Tensor, expected: SceneDescription | str) -> Verdi
     pairs = _match(scene.objects, readings)
     return Verdict(
         objects=tuple(_compare(described, reading) for described, reading in pairs),
-        number_right=len(readings) == len(scene.objects),
-        background_right=_nearest_background(_background(frames)) == scene.background,
+        number_correct=len(readings) == len(scene.objects),
+        background_correct=_nearest_background(_background(frames)) == scene.background,
     )
 
 
@@ -144,7 +144,7 @@ def adherence(videos: Sequence[np.ndarray | Tensor], expected: Sequence[SceneDes
         expected: The scene or caption of each video.
 
     Returns:
-        Fractions of videos for `right`, `number` and `background`, and of objects for `color`, `shape` and `motion`.
+        Fractions of videos for `correct`, `number` and `background`, and of objects for `color`, `shape` and `motion`.
 
     Raises:
         ValueError: The numbers of videos and captions differ or are 0, or as in `check`.
@@ -154,12 +154,12 @@ def adherence(videos: Sequence[np.ndarray | Tensor], expected: Sequence[SceneDes
     verdicts = [check(video, scene) for video, scene in zip(videos, expected, strict=True)]
     objects = [verdict for scene in verdicts for verdict in scene.objects]
     return {
-        "right": _fraction([verdict.right for verdict in verdicts]),
-        "number": _fraction([verdict.number_right for verdict in verdicts]),
-        "background": _fraction([verdict.background_right for verdict in verdicts]),
-        "color": _fraction([verdict.color_right for verdict in objects]),
-        "shape": _fraction([verdict.shape_right for verdict in objects]),
-        "motion": _fraction([verdict.motion_right for verdict in objects]),
+        "correct": _fraction([verdict.correct for verdict in verdicts]),
+        "number": _fraction([verdict.number_correct for verdict in verdicts]),
+        "background": _fraction([verdict.background_correct for verdict in verdicts]),
+        "color": _fraction([verdict.color_correct for verdict in objects]),
+        "shape": _fraction([verdict.shape_correct for verdict in objects]),
+        "motion": _fraction([verdict.motion_correct for verdict in objects]),
     }
 
 
@@ -170,7 +170,7 @@ def read_video(video: np.ndarray | Tensor) -> list[Reading]:
         video: uint8 `(f, h, w, c)`, or a float tensor `(3, f, h, w)` in [-1, 1].
 
     Returns:
-        One reading per colour that differs from the background, the largest object first.
+        One reading per color that differs from the background, the largest object first.
 
     Raises:
         ValueError: The array is not a video, or is empty.
@@ -185,7 +185,7 @@ def _fraction(values: Sequence[bool]) -> float:
 def _match(
     described: Sequence[ShapeDescription], readings: Sequence[Reading]
 ) -> list[tuple[ShapeDescription, Reading | None]]:
-    """Pairs each description with the reading of its colour, or else with one of a colour that is not described."""
+    """Pairs each description with the reading of its color, or else with one of a color that is not described."""
     by_color = {reading.color: reading for reading in readings if reading.color}
     colors = {item.color for item in described}
     others = [reading for reading in readings if reading.color not in colors]
@@ -194,11 +194,11 @@ def _match(
 
 def _compare(described: ShapeDescription, reading: Reading | None) -> ObjectVerdict:
     if reading is None:
-        return ObjectVerdict(color_right=False, shape_right=False, motion_right=False)
+        return ObjectVerdict(color_correct=False, shape_correct=False, motion_correct=False)
     return ObjectVerdict(
-        color_right=reading.color == described.color and reading.presence == 1,
-        shape_right=reading.shape == described.shape,
-        motion_right=reading.motion == described.motion,
+        color_correct=reading.color == described.color and reading.presence == 1,
+        shape_correct=reading.shape == described.shape,
+        motion_correct=reading.motion == described.motion,
     )
 
 
@@ -220,7 +220,7 @@ def _to_frames(video: np.ndarray | Tensor) -> Tensor:
 
 
 def _background(frames: Tensor) -> Tensor:
-    """Colour of the background, `(3,)`: the median, because objects never cover half of a frame."""
+    """Color of the background, `(3,)`: the median, because objects never cover half of a frame."""
     return rearrange(frames, "f c h w -> c (f h w)").median(dim=-1).values
 
 
@@ -231,7 +231,7 @@ def _nearest_background(background: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One colour of a video, with the share of each pixel that it covers."""
+    """One color of a video, with the share of each pixel that it covers."""
 
     color: str | None
     coverage: Tensor  # (f, h, w)
@@ -250,7 +250,7 @@ def _read_objects(frames: Tensor) -> list[Reading]:
 
 
 def _find_layers(frames: Tensor) -> list[_Layer]:
-    """Separates the frames into one layer per colour, and one for pixels without a colour of the palette."""
+    """Separates the frames into one layer per color, and one for pixels without a color of the palette."""
     size = (len(frames), *frames.shape[2:])
     background = _background(frames)
     offset = rearrange(frames - rearrange(background, "c -> c 1 1"), "f c h w -> c (f h w)")
@@ -262,7 +262,7 @@ def _find_layers(frames: Tensor) -> list[_Layer]:
     min_pixels = MIN_AREA * min(size[1:]) ** 2 * size[0]
     present = _cores(amount, error, MAX_COLOR_ERROR).sum(dim=1) >= min_pixels
 
-    # The colour of edges and blurred pixels is ambiguous: they belong to a present colour next to them.
+    # The color of edges and blurred pixels is ambiguous: they belong to a present color next to them.
     amount, error = amount[present], error[present]
     cores = _paint(_cores(amount, error, MAX_COLOR_ERROR_NEAR_CORE), pixel_index, size)
     around = F.max_pool2d(F.pad(cores, (2, 2, 2, 2), mode="circular"), 5, 1).flatten(1)[:, pixel_index] > 0
@@ -285,11 +285,11 @@ def _paint(values: Tensor, pixel_index: Tensor, size: tuple[int, int, int]) -> T
 
 
 def _unmix(offset: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
-    """Fits mixtures of background and each colour: the share of the colour, and the distance, both `(k, p)`.
+    """Fits mixtures of background and each color: the share of the color, and the distance, both `(k, p)`.
 
     Args:
         offset: Pixels minus background, `(3, p)`.
-        colors: Colours minus background, `(k, 3)`.
+        colors: Colors minus background, `(k, 3)`.
     """
     product = colors @ offset
     square = colors.square().sum(dim=1, keepdim=True)
@@ -299,7 +299,7 @@ def _unmix(offset: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cores(amount: Tensor, error: Tensor, max_error: float) -> Tensor:
-    """Mask `(k, p)` of pixels that clearly have one colour."""
+    """Mask `(k, p)` of pixels that clearly have one color."""
     return _lowest(error) & (amount > CORE_COVERAGE) & (error < max_error)
 
 
@@ -362,7 +362,7 @@ class _Windows:
 
     coverage: Tensor  # (f, h, w)
     center: Tensor  # (f, 2), x and y of the object in the frame, in pixels
-    x: Tensor  # (f, 1, w), pixels from the object's centre
+    x: Tensor  # (f, 1, w), pixels from the object's center
     y: Tensor  # (f, h, 1)
 
 
@@ -421,7 +421,7 @@ def _read_shape(windows: _Windows, moments: Tensor, area: Tensor, clear: Tensor)
         scores = torch.maximum(scores, _overlap(windows.coverage, drawn, area))
         drawn = F.avg_pool2d(drawn, 3, stride=1, padding=1)
 
-    # Frames count by squared area, because the shape is hard to recognise after it has shrunk.
+    # Frames count by squared area, because the shape is hard to recognize after it has shrunk.
     weight = area.square() * clear / (area.square() * clear).sum()
     mean = (scores * weight[:, None]).sum(dim=0)
     best = int(mean.argmax())
@@ -440,7 +440,7 @@ def _overlap(coverage: Tensor, drawn: Tensor, area: Tensor) -> Tensor:
 
 
 def _track(center: Tensor, size: tuple[int, int]) -> Tensor:
-    """Unwraps centres `(f, 2)`: removes the jumps from one side of the frame to the other."""
+    """Unwraps centers `(f, 2)`: removes the jumps from one side of the frame to the other."""
     length = torch.tensor([size[1], size[0]], dtype=center.dtype)
     step = center.diff(dim=0)
     step = step - length * torch.round(step / length)

@@ -117,7 +117,7 @@ class Suite(Protocol):
     def long(self, numbers: Sequence[int], num_frames: int) -> Tensor | None:
         """Loads longer videos `(b, 3, num_frames, h, w)` by number; `None` if the suite has only clips."""
 
-    def right(self, number: int, clip: Tensor) -> dict[str, float]:
+    def correct(self, number: int, clip: Tensor) -> dict[str, float]:
         """Scores whether a clip `(3, f, h, w)` shows what the caption says; empty if that cannot be checked."""
 
 
@@ -171,9 +171,9 @@ class Shapes:
             frame_rate=config.frame_rate,
         )
 
-    def right(self, number: int, clip: Tensor) -> dict[str, float]:
-        """Returns 1 if colour, shape and motion of every object match the caption, else 0."""
-        return {"right": float(check(clip, self.world.scene(number)).right)}
+    def correct(self, number: int, clip: Tensor) -> dict[str, float]:
+        """Returns 1 if color, shape and motion of every object match the caption, else 0."""
+        return {"correct": float(check(clip, self.world.scene(number)).correct)}
 
 
 class Videos:
@@ -212,7 +212,7 @@ class Videos:
         """Damaged files that were skipped, with the reasons."""
         return {str(video.path): reason for video, reason in self.source.skipped.items()}
 
-    def right(self, number: int, clip: Tensor) -> dict[str, float]:
+    def correct(self, number: int, clip: Tensor) -> dict[str, float]:
         """Returns nothing, because the content of real videos is not checked."""
         return {}
 
@@ -238,7 +238,7 @@ class Digits:
     def long(self, numbers: Sequence[int], num_frames: int) -> None:
         """Returns `None`: without captions there are no long videos to compare."""
 
-    def right(self, number: int, clip: Tensor) -> dict[str, float]:
+    def correct(self, number: int, clip: Tensor) -> dict[str, float]:
         """Returns nothing, because the digits have no captions."""
         return {}
 
@@ -279,7 +279,7 @@ def flow_interpolation(clip: Tensor, keyframes: Sequence[int], method: FlowMetho
 
 
 def _between(clip: Tensor, keyframes: Sequence[int], prepare: Callable) -> Tensor:
-    """Fills in the frames between keyframes, up to the last one, quantised to 8 bits.
+    """Fills in the frames between keyframes, up to the last one, quantized to 8 bits.
 
     `prepare` maps two keyframes `(b, 3, h, w)` to a function from a time in (0, 1) to a frame.
     """

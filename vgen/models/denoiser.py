@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class FrameRateEmbedder(nn.Module):
-    """Embeds the frame rate on a logarithmic scale. The output layer is zero-initialised.
+    """Embeds the frame rate on a logarithmic scale. The output layer is zero-initialized.
 
     Args:
         dim: Channels of the embedding.
@@ -87,7 +87,7 @@ def pack_keyframes(images: Mapping[tuple[int, int], Tensor], num_latents: int, n
     channel of ones. Empty slots are zero.
 
     Args:
-        images: Normalised latents `(b, c, h, w)` of single frames, by indices of latent frame and slot.
+        images: Normalized latents `(b, c, h, w)` of single frames, by indices of latent frame and slot.
         num_latents: Number of latent frames, `t`.
         num_slots: Slots per latent frame, `s`: the temporal compression of the VAE.
         like: A latent `(b, c, h, w)` that sets the shape, device and dtype.

@@ -76,11 +76,11 @@ class PerFrameVAE:
             yield self.decode(part).sample
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Converts raw latents to the normalised ones that the denoiser uses."""
+        """Converts raw latents to the normalized ones that the denoiser uses."""
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Converts normalised latents back to raw ones."""
+        """Converts normalized latents back to raw ones."""
         return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
 
 

@@ -231,7 +231,7 @@ class SpacetimeTransformer(
         freq_dim: Channels of the sinusoidal embeddings of noise levels and frame rates.
         ffn_dim: Inner width of the feed-forward layers.
         num_layers: Number of blocks.
-        cross_attn_norm: Whether to normalise before cross-attention.
+        cross_attn_norm: Whether to normalize before cross-attention.
         qk_norm: Must be `rms_norm_across_heads`.
         eps: Epsilon of the norms.
         image_dim: Must be `None`; the image-to-video layout of Wan is unsupported.
@@ -362,7 +362,7 @@ class SpacetimeTransformer(
         """Predicts the scheduler's target (velocity or noise) for every latent frame.
 
         Args:
-            hidden_states: Normalised latents `(b, c, t, h, w)`.
+            hidden_states: Normalized latents `(b, c, t, h, w)`.
             timestep: Noise levels as scheduler timesteps: `(b,)`, or `(b, n)` with one for each token frame.
             encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.

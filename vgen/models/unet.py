@@ -555,7 +555,7 @@ class UNet3D(
         """Predicts the scheduler's target (velocity or noise) for every latent frame.
 
         Args:
-            hidden_states: Normalised latents `(b, c, n, h, w)`.
+            hidden_states: Normalized latents `(b, c, n, h, w)`.
             timestep: Noise levels as scheduler timesteps: one number, `(b,)`, or `(b, n)` with one for each frame.
             encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.

@@ -242,7 +242,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         dim_mult: Multiples of `base_dim`, one per level. Height and width are halved between levels.
         num_res_blocks: Residual blocks per level in the encoder; the decoder has one more.
         attn_scales: Must be empty; only the middle block has attention.
-        temperal_downsample: For each step between levels, whether it halves time too (spelt as in diffusers).
+        temperal_downsample: For each step between levels, whether it halves time too (spelled as in diffusers).
         dropout: Dropout rate inside residual blocks.
         latents_mean: Mean of each latent channel, for `normalize`; `None` means zeros.
         latents_std: Standard deviation of each latent channel; `None` means ones.

@@ -130,7 +130,7 @@ class Interpolator:
         conditions: Prompts; keyframes, groups and frame rate are set for each window.
         generator: Source of the noise.
         keep_given: Whether given frames are returned unchanged, or as the VAE decodes them among the others: no longer
-            exact, but nothing jumps between them and their neighbours.
+            exact, but nothing jumps between them and their neighbors.
         state: To continue from; `None` begins.
     """
 

@@ -68,7 +68,7 @@ class KnownFrames:
 
     layout: KnownFrameLayout
     leading: Tensor | None
-    """Normalised latents `(b, c, num_leading, h, w)`; `None` if there are none."""
+    """Normalized latents `(b, c, num_leading, h, w)`; `None` if there are none."""
     keyframes: Tensor | None
     """Slots `(b, s * (c + 1), t, h, w)`."""
     pixels: dict[int, Tensor]
@@ -137,7 +137,7 @@ def encode_known_frames(
 
 
 def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
-    """Normalised latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
+    """Normalized latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
 
     The pixels must be on the device where the VAE computes, which offloaded weights do not show. Without a VAE,
     latents are pixels.
@@ -151,7 +151,7 @@ def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: T
 def encode_slots(
     vae: CausalVideoVAE | PerFrameVAE | None, frames: Mapping[tuple[int, int], Tensor]
 ) -> dict[tuple[int, int], Tensor]:
-    """Normalised latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
+    """Normalized latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
     alone = torch.stack(list(frames.values()))
     images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
     return dict(zip(frames, images, strict=True))

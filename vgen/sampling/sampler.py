@@ -296,14 +296,14 @@ class Sampler:
             yield
 
     def decode(self, latents: Tensor, state: TemporalState | None = None) -> Tensor:
-        """Pixels of normalised latents, see `decode_latents`."""
+        """Pixels of normalized latents, see `decode_latents`."""
         return decode_latents(self.vae, latents, state)
 
 
 def decode_latents(
     vae: CausalVideoVAE | PerFrameVAE | None, latents: Tensor, state: TemporalState | None = None
 ) -> Tensor:
-    """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalised latents; with a state, of the next ones of a stream."""
+    """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalized latents; with a state, of the next ones of a stream."""
     if vae is None:
         return latents
     return vae.decode(vae.denormalize(latents).to(vae.dtype), state=state).sample

@@ -20,7 +20,7 @@ class Anomaly(NamedTuple):
     scores: np.ndarray
     """Mean squared error of each predicted frame, float `(f,)`, for pixels in [0, 1]. NaN for the first frames, which
     are not predicted."""
-    jumps: list[int]
+    anomalous_frames: list[int]
     """Indices of the frames with an unusually high score."""
 
 
@@ -68,8 +68,8 @@ def find_anomalies(
     lower_half = np.sort(logs[given:])[: (len(logs) - given + 1) // 2]
     median = np.median(lower_half)
     deviation = 1.4826 * np.median(np.abs(lower_half - median))
-    jumps = np.flatnonzero(logs > median + threshold * max(deviation, 0.3))
-    return Anomaly(scores, jumps.tolist())
+    anomalous = np.flatnonzero(logs > median + threshold * max(deviation, 0.3))
+    return Anomaly(scores, anomalous.tolist())
 
 
 def _predictions(

@@ -62,7 +62,7 @@ Task = Literal["reconstruction", "prediction", "interpolation", "generation", "r
 TASKS: tuple[Task, ...] = get_args(Task)
 MODEL = "the model"
 """Name of the evaluated checkpoint among the methods of the results."""
-TRUE, CEILING = "true clips", "the VAE, of true clips"
+TRUE, UPPER_BOUND = "true clips", "VAE only"
 """Names of the true clips and of their reconstructions, the best that a latent model can reach."""
 PAIRED = ("reconstruction", "prediction", "interpolation")
 """Tasks whose videos are compared with the true clip."""
@@ -260,7 +260,7 @@ class Measurement:
         for task in self.tasks:
             methods, counted = getattr(self, f"_{task}")(samples)
             if task != "rollout" and decoded is not None:
-                methods["the VAE" if task == "reconstruction" else CEILING] = decoded
+                methods[UPPER_BOUND] = decoded
             if task in PAIRED:
                 methods[TRUE] = samples.clips
             methods = {name: clips[:, :, : next(iter(methods.values())).shape[2]] for name, clips in methods.items()}
@@ -297,7 +297,7 @@ class Measurement:
             values = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
         values |= score_time(clips)
         if task in ("reconstruction", "generation"):
-            each = [self.suite.right(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
+            each = [self.suite.correct(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
             values |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
         return values
 

@@ -413,7 +413,7 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
 
 
 class SpacetimeAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self- or cross-attention with RMS-normalised queries and keys.
+    """Multi-head self- or cross-attention with RMS-normalized queries and keys.
 
     The parameters have the names of diffusers' `WanAttention`.
 

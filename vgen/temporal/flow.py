@@ -74,7 +74,7 @@ def warp(second: Tensor, flow: Tensor) -> Tensor:
         torch.arange(width, device=flow.device, dtype=flow.dtype),
         indexing="ij",
     )
-    # pixel centres in the convention of `align_corners=False`
+    # pixel centers in the convention of `align_corners=False`
     grid = torch.stack([(x + flow[:, 0] + 0.5) * 2 / width - 1, (y + flow[:, 1] + 0.5) * 2 / height - 1], dim=-1)
     warped = F.grid_sample(second.to(grid.dtype), grid, padding_mode="border", align_corners=False)
     return warped.to(second.dtype)
@@ -153,7 +153,7 @@ def _opencv(method: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         search.setFinestScale(0)  # small frames need every pixel
         return lambda first, second: search.calc(first, second, None)  # type: ignore[call-overload]
     if method == "farneback":
-        # pyramid scale, levels, window, iterations, neighbourhood and its deviation from OpenCV's tutorial
+        # pyramid scale, levels, window, iterations, neighborhood and its deviation from OpenCV's tutorial
         return lambda first, second: cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)  # type: ignore[call-overload]
 
     def track(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -23,11 +23,11 @@ ATTRIBUTES = {
     "number": (1, 2),
 }
 IGNORED = -100
-"""Target of words that are not the colour of an object; `cross_entropy` ignores it."""
+"""Target of words that are not the color of an object; `cross_entropy` ignores it."""
 
 
 class AttributeReader(nn.Module):
-    """Classifies the attributes of an object from the embedding of its colour word; colours are unique in a scene.
+    """Classifies the attributes of an object from the embedding of its color word; colors are unique in a scene.
 
     This teaches the text encoder which words describe the same object, which denoising alone teaches only slowly.
     """
@@ -65,7 +65,7 @@ class CaptionBatches(Dataset):
     def draw(self, indices: range) -> dict[str, Tensor]:
         """`input_ids` and `mask` `(b, l)` of the captions of scenes, and `targets` `(b, l, attributes)`.
 
-        Targets are class indices of the attributes at colour words, and `IGNORED` at all other words.
+        Targets are class indices of the attributes at color words, and `IGNORED` at all other words.
         """
         scenes = [self.world.scene(index) for index in indices]
         captions = [self.world.caption(index) for index in indices]

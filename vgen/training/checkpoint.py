@@ -37,7 +37,7 @@ class EMAWeights:
         self._average = EMAModel(network.parameters(), decay=decay, foreach=True)
 
     def step(self) -> None:
-        """Updates the average after an optimiser step."""
+        """Updates the average after an optimizer step."""
         self._average.step(self._network.parameters())
 
     def __enter__(self) -> None:
@@ -56,7 +56,7 @@ class EMAWeights:
         save_file(tensors, path)
 
     def load(self, path: Path, step: int) -> None:
-        """Reads the average of a run after `step` optimiser steps."""
+        """Reads the average of a run after `step` optimizer steps."""
         tensors = load_file(path)
         with torch.no_grad():
             for name, weight in zip(self._names, self._average.shadow_params, strict=True):
@@ -97,12 +97,12 @@ def save_checkpoint(
     keep_last: int,
     settings: dict[str, Any],
 ) -> None:
-    """Saves everything that is needed to resume a run after `step` optimiser steps.
+    """Saves everything that is needed to resume a run after `step` optimizer steps.
 
     Args:
-        accelerator: Holds the networks, optimisers, schedules and random states.
+        accelerator: Holds the networks, optimizers, schedules and random states.
         folder: The run's folder.
-        step: Number of optimiser steps done.
+        step: Number of optimizer steps done.
         average: The EMA of the weights.
         keep_last: Number of checkpoints to keep; older ones are deleted.
         settings: The settings that must be equal for a run to be resumed exactly.

@@ -1,4 +1,4 @@
-"""The optimiser Muon, extended to the kernels of convolutions."""
+"""The optimizer Muon, extended to the kernels of convolutions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 class KernelMuon(torch.optim.Muon):
     """`torch.optim.Muon` for weights of two and more dimensions, flattened to (output channels, all other dimensions).
 
-    The optimiser's parameters are views of the weights that are renewed in every step, so that weights may be moved to
+    The optimizer's parameters are views of the weights that are renewed in every step, so that weights may be moved to
     another device or replaced between steps.
 
     Args:
@@ -26,7 +26,7 @@ class KernelMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes an optimiser step."""
+        """Takes an optimizer step."""
         for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
             matrix.data = weight.detach().view(matrix.shape)
             matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)

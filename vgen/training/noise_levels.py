@@ -30,7 +30,7 @@ def draw_levels(
         generator: Random numbers of this sample, on the CPU.
         mean: Mean of the logit.
         std: Standard deviation of the logit.
-        shift: Timestep shift, `shift * l / (1 + (shift - 1) * l)`; values above 1 favour high noise levels.
+        shift: Timestep shift, `shift * l / (1 + (shift - 1) * l)`; values above 1 favor high noise levels.
         uniform: Whether levels are uniform in (0, 1], for diffusion.
 
     Raises:

@@ -57,7 +57,7 @@ class Objective:
         """Makes a noisy sample.
 
         Args:
-            latents: Clean normalised latents `(b, c, t, h, w)`.
+            latents: Clean normalized latents `(b, c, t, h, w)`.
             noise: Gaussian noise of the same shape.
             levels: Noise level of each token frame, `(b, n)` in [0, 1]; `t` is a multiple of `n`. Level 0 is clean.
                 Diffusion rounds levels up to whole timesteps.

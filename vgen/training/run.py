@@ -1,4 +1,4 @@
-"""What all training scripts share: settings, accelerator, optimisers, and every part of a step except the loss."""
+"""What all training scripts share: settings, accelerator, optimizers, and every part of a step except the loss."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class RunConfig:
     seed: int = 0
     """All random numbers are functions of the seed, the step and the index of a sample in the batch."""
     max_steps: int = 1000
-    """Number of optimiser steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     batch_size: int = 8
-    """Samples per optimiser step, in total over all processes and accumulation steps."""
+    """Samples per optimizer step, in total over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1
-    """Number of forward and backward passes per optimiser step in each process."""
+    """Number of forward and backward passes per optimizer step in each process."""
     num_workers: int | None = None
     """Number of DataLoader workers of each process; 0 prepares batches in the training process. `None` means 0 on the
     CPU, and otherwise one worker for each spare core, up to 4. Results do not depend on it."""
@@ -67,13 +67,13 @@ class RunConfig:
     decay_steps: int = 0
     """Number of last steps in which `warmup_stable_decay` lowers the learning rate to zero."""
     warmup_steps: int = 100
-    """Number of optimiser steps in which the learning rate rises to its peak."""
+    """Number of optimizer steps in which the learning rate rises to its peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`; or `muon`, which trains the weight matrices of linear layers by Muon and all other weights by AdamW."""
     muon_kernels: bool = False
     """Whether `muon` also trains the kernels of convolutions, flattened to (output channels, all other dimensions)."""
     weight_decay: float = 0.0
-    """Weight decay of matrices and kernels, for both optimisers; biases and gains have none."""
+    """Weight decay of matrices and kernels, for both optimizers; biases and gains have none."""
     adam_beta2: float = 0.99
     """Second beta of AdamW."""
     max_grad_norm: float = 1.0
@@ -118,7 +118,7 @@ class RunConfig:
             )
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ValueError(
-                "optimizer=muon does not support mixed_precision=fp16, whose loss scaling allows only one optimiser: "
+                "optimizer=muon does not support mixed_precision=fp16, whose loss scaling allows only one optimizer: "
                 "use bf16"
             )
         if self.muon_kernels and self.optimizer != "muon":
@@ -222,7 +222,7 @@ def copy_of(network: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
-    """The optimisers of all trainable weights, and their schedules. Weight decay applies to matrices only.
+    """The optimizers of all trainable weights, and their schedules. Weight decay applies to matrices only.
 
     With `optimizer="muon"`, Muon trains the matrices of linear layers (and, with `muon_kernels`, the kernels of
     convolutions), and AdamW trains all other weights. Both have the same learning rate, because Muon's updates are
@@ -379,7 +379,7 @@ class Run:
             [_hyperparameters(group) for group in schedule.optimizer.param_groups] for schedule in self.schedules
         ]
         self.step = resume(accelerator, config.output_dir, self.average, self._settings)
-        """Number of optimiser steps done."""
+        """Number of optimizer steps done."""
         for schedule, groups in zip(self.schedules, configured, strict=True):
             _override_hyperparameters(schedule, groups)
         # steps that an interrupted run logged after its last checkpoint are logged again
@@ -430,7 +430,7 @@ class Run:
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def update(self) -> None:
-        """Takes an optimiser step with the accumulated gradients."""
+        """Takes an optimizer step with the accumulated gradients."""
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self._norm = _as_scalar(norm, self.accelerator.device)
         for optimizer in self.optimizers:
@@ -463,12 +463,12 @@ class Run:
         rest = {"grad_norm": self._norm.item(), "lr": self.schedules[0].get_last_lr()[0]}
         processes = self.accelerator.num_processes
         for name, value in self._throughput.take().items():  # all processes do the same amount of work
-            rest[f"throughput/{name}"] = value if name == "flops_utilisation" else value * processes
+            rest[f"throughput/{name}"] = value if name == "flops_utilization" else value * processes
         self.accelerator.log(values | rest, step=self.step)
         summary = {name: f"{value:.4f}" for name, value in values.items()}
         summary["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
         summary["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
-        summary["MFU"] = f"{rest['throughput/flops_utilisation']:.0%}"
+        summary["MFU"] = f"{rest['throughput/flops_utilization']:.0%}"
         self._bar.set_postfix(summary)
 
     @property

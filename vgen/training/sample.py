@@ -1,6 +1,6 @@
 """Training samples of a denoiser: a window of an encoded clip, its known frames, noise levels and conditioning.
 
-A sample depends only on the seed, the optimiser step and its index in the batch. Axes: `b` batch, `c` channels,
+A sample depends only on the seed, the optimizer step and its index in the batch. Axes: `b` batch, `c` channels,
 `t h w` latent frames, rows and columns, `n` token frames.
 """
 
@@ -91,7 +91,7 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     level_std: float = 1.0
     """Standard deviation of the logit of a noise level."""
     level_shift: float = 1.0
-    """Timestep shift of flow matching, in training and at inference; values above 1 favour high noise levels."""
+    """Timestep shift of flow matching, in training and at inference; values above 1 favor high noise levels."""
     temporal_space: Literal["latent", "pixel"] = "latent"
     """Space in which the temporal loss compares the estimated clean clip: `latent`, or `pixel`, which decodes it."""
     text_dropout: float = 0.1
@@ -335,7 +335,7 @@ def make_batch(
     Args:
         source: The clips.
         spec: Properties of the denoiser.
-        step: Index of the optimiser step, from 0.
+        step: Index of the optimizer step, from 0.
         part: Indices in the batch.
         mode: Attention mode.
         length: Length of the windows in token frames.
@@ -474,7 +474,7 @@ def gap_context(clip: EncodedClip, window: Window, spec: DenoiserSpec) -> dict[s
 
 
 def pairs_of(clip: EncodedClip, window: Window) -> dict[str, Tensor]:
-    """Whether neighbouring latents of the window are adjacent in the clip, `(t - 1,)`, and the motion between them."""
+    """Whether neighboring latents of the window are adjacent in the clip, `(t - 1,)`, and the motion between them."""
     pairs = {"adjacent": window.latents.diff() == 1}
     if clip.motion is not None:
         pairs["motion"] = clip.motion[:, window.latents[:-1].clamp_max(clip.motion.shape[1] - 1)].float()

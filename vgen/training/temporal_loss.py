@@ -1,4 +1,4 @@
-"""Losses between neighbouring frames: no change, no change along the optical flow, or the change of the real clip."""
+"""Losses between neighboring frames: no change, no change along the optical flow, or the change of the real clip."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class TemporalLossConfig:
     """Settings of the temporal loss; it is off if all weights are 0."""
 
     difference_weight: float = 0.0
-    """Weight of the absolute difference between neighbouring frames."""
+    """Weight of the absolute difference between neighboring frames."""
     warping_weight: float = 0.0
     """Weight of the absolute difference between a frame and the next frame warped to it by the optical flow of the
     real clip, where the flow is reliable."""
@@ -55,7 +55,7 @@ def temporal_loss(
         video: The output of the network, a reconstruction or an estimate, as pixels or latents `(b, c, f, h, w)`.
         real: The real clip, of the same shape.
         motion: Motion of the real clip; required for `warping_weight`.
-        weight: Weight of each pair of neighbouring frames, `(b, f - 1)`; `None` means 1. Pairs of weight 0 are
+        weight: Weight of each pair of neighboring frames, `(b, f - 1)`; `None` means 1. Pairs of weight 0 are
             excluded from the mean.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Training throughput and model FLOPs utilisation (MFU)."""
+"""Training throughput and model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Throughput:
         found = {
             "clips_per_second": self._clips / seconds,
             "tokens_per_second": self._tokens / seconds,
-            "flops_utilisation": self._operations / seconds / self._peak,
+            "flops_utilization": self._operations / seconds / self._peak,
         }
         self.restart()
         return found

@@ -1,4 +1,4 @@
-"""Rules of the house that no other test sees."""
+"""Rules of the codebase that no other test checks."""
 
 import ast
 import re
