@@ -4,7 +4,7 @@
 
 Each length runs in a process of its own, on random latents; memory is the peak resident size above that after loading.
 glibc puts ever larger blocks on its heap as they are freed, where they leave holes: the resident size creeps up with
-the number of pieces although the live memory does not. `MALLOC_MMAP_THRESHOLD_`, which any program can be started
+the number of slices although the live memory does not. `MALLOC_MMAP_THRESHOLD_`, which any program can be started
 with, keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from pairs import memory_of, peak_mebibytes
 
 
-def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> float:
+def measure(num_frames: int, size: int, model: str, frames_per_slice: int) -> float:
     """Peak memory in MiB, without that of the loaded network."""
     import torch
 
@@ -24,15 +24,15 @@ def measure(num_frames: int, size: int, model: str, frames_per_piece: int) -> fl
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval().to(device)
-    vae.frames_per_piece = frames_per_piece
+    vae.frames_per_slice = frames_per_slice
     loaded = peak_mebibytes()
     ratio = vae.spatial_compression_ratio
     shape = (1, vae.config.z_dim, vae.grid.num_latents(num_frames), size // ratio, size // ratio)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     frames = 0
     with torch.no_grad():
-        for piece in vae.decode_stream(latents):
-            frames += piece.shape[2]
+        for part in vae.decode_stream(latents):
+            frames += part.shape[2]
     assert frames == num_frames
     return peak_mebibytes() - loaded
 
@@ -43,20 +43,20 @@ def main() -> None:
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--num-frames", type=int, nargs="+", default=[17, 257])
-    parser.add_argument("--frames-per-piece", type=int, default=8, help="the same for every length")
+    parser.add_argument("--frames-per-slice", type=int, default=8, help="the same for every length")
     parser.add_argument("--mmap-threshold", type=int, default=65536, help="bytes; 0 for glibc's own")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(measure(args.one, args.size, args.model, args.frames_per_piece))
+        print(measure(args.one, args.size, args.model, args.frames_per_slice))
         return
     peaks = {}
     for num_frames in args.num_frames:
         settings = {
             "model": args.model,
             "size": args.size,
-            "frames-per-piece": args.frames_per_piece,
+            "frames-per-slice": args.frames_per_slice,
             "one": num_frames,
         }
         peak = memory_of([f"--{name}={value}" for name, value in settings.items()], args.mmap_threshold)

@@ -2,8 +2,8 @@
 
     python benchmarks/vae.py
 
-Median of interleaved pairs. Streamed decoding hands pieces of 8 frames on; diffusers decodes in one call, which works
-in pieces of 4 frames.
+Median of interleaved pairs. Streamed decoding hands slices of 8 frames on; diffusers decodes in one call, which works
+in slices of 4 frames.
 """
 
 from functools import partial
@@ -16,13 +16,13 @@ from vgen.models.vae import CausalVideoVAE
 CONFIG = {"base_dim": 32, "z_dim": 8, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
 
 
-def build(kind: str, dtype: str, size: int, frames: int, frames_per_piece: int, ours: bool):
+def build(kind: str, dtype: str, size: int, frames: int, frames_per_slice: int, ours: bool):
     """The call of one case."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = CausalVideoVAE(**CONFIG).to(device, getattr(torch, dtype)).eval()
-    vae.frames_per_piece = frames_per_piece
+    vae.frames_per_slice = frames_per_slice
     network = vae if ours else vae.to_diffusers().to(device, getattr(torch, dtype)).eval()
     clip = torch.rand(1, 3, frames, size, size, device=device).to(network.dtype)
     latents = torch.randn(1, 8, 1 + (frames - 1) // 4, size // 4, size // 4, device=device).to(network.dtype)
@@ -41,7 +41,7 @@ def main() -> None:
         "--frames", type=int, nargs="+", default=[17, 65, 257], help="lengths for streamed decoding, in frames"
     )
     parser.add_argument(
-        "--frames-per-piece",
+        "--frames-per-slice",
         type=int,
         default=8,
         help="frames per decoding call of ours; at least 4, which is one latent",
@@ -52,15 +52,15 @@ def main() -> None:
         for size in args.sizes:
             for kind in ("encode", "decode"):
                 cases[f"{kind} 17 frames {size} {dtype}"] = partial(
-                    build, kind, dtype, size, 17, args.frames_per_piece
+                    build, kind, dtype, size, 17, args.frames_per_slice
                 )
         for frames in args.frames:
             size = args.sizes[0]
             cases[f"stream {frames} frames {size} {dtype}"] = partial(
-                build, "stream", dtype, size, frames, args.frames_per_piece
+                build, "stream", dtype, size, frames, args.frames_per_slice
             )
     passed_on = ["--dtypes", *args.dtypes, "--sizes", *map(str, args.sizes), "--frames", *map(str, args.frames)]
-    passed_on += ["--frames-per-piece", str(args.frames_per_piece)]
+    passed_on += ["--frames-per-slice", str(args.frames_per_slice)]
     compare(cases, args, passed_on)
 
 

@@ -33,7 +33,7 @@ def test_the_same_noise_gives_the_same_video(wan_folder):
 
 def test_the_video_is_decoded_as_a_stream(wan_folder):
     _, pipe = load(wan_folder)
-    pipe.vae.frames_per_piece = 4
+    pipe.vae.frames_per_slice = 4
     generator = torch.Generator().manual_seed
     latents = pipe(PROMPT, generator=generator(1), output_type="latent", **SETTINGS).frames
     pieces = list(pipe.decode_stream(latents))

@@ -46,12 +46,12 @@ def make_scheduler(
     check_choice("scheduler", name, SchedulerName)
     if prediction == "flow":
         if zero_terminal_snr:
-            raise ValueError("zero_terminal_snr is for v_prediction: flow matching ends in pure noise anyway")
+            raise ValueError("zero_terminal_snr must be False for flow matching, whose last noise level is pure noise already")
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     if shift != 1:
-        raise ValueError(f"level_shift must be 1 for {prediction}, got {shift}: it is for flow matching")
+        raise ValueError(f"level_shift must be 1 for {prediction}, got {shift}: only flow matching supports a shift")
     if zero_terminal_snr and prediction == "epsilon":
-        raise ValueError("zero_terminal_snr needs v_prediction, got epsilon: pure noise holds nothing to predict")
+        raise ValueError("zero_terminal_snr needs v_prediction, got epsilon: at the last timestep the input is the noise itself, so epsilon ")
     options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
     return SCHEDULERS[name](
         beta_schedule="scaled_linear",

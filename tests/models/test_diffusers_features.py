@@ -17,7 +17,7 @@ from vgen.temporal.state import TemporalState
 
 
 class VAE:
-    """A tiny VAE, what it maps, and the same piece by piece."""
+    """A tiny VAE, what it maps, and the same slice by slice."""
 
     def __init__(self, make):
         self.network = make()
@@ -38,7 +38,7 @@ class VAE:
 
 
 class Transformer:
-    """A tiny denoiser, what it maps, and the same piece by piece."""
+    """A tiny denoiser, what it maps, and the same slice by slice."""
 
     def __init__(self, make):
         self.network = make(group_modes=["full", "causal"], keyframe_slots=1, frame_rate_embedding=True)
@@ -322,7 +322,7 @@ def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_den
 
 
 @pytest.mark.slow
-def test_a_stream_through_the_compiled_vae_is_compiled_once_for_its_first_and_once_for_later_pieces(make_vae):
+def test_a_stream_through_the_compiled_vae_is_compiled_once_for_its_first_and_once_for_later_slices(make_vae):
     case = VAE(make_vae)
     clip = torch.cat([case.input, case.input[:, :, 1:]], dim=2)
     latents = case.network.encode(clip).latent_dist.mode()

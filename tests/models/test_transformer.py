@@ -370,7 +370,7 @@ def test_state_of_another_network_raises(make_transformer, make_vae):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 4, 4), (1, 3, 1, 4, 8)])
-def test_piece_of_another_batch_or_size_raises(make_transformer, shape):
+def test_slice_of_another_batch_or_size_raises(make_transformer, shape):
     network, state = make_transformer(), TemporalState(window=2)
     level = torch.tensor([300.0])
     with torch.no_grad():

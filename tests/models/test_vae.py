@@ -158,7 +158,7 @@ def test_frames_that_complete_no_latent_are_buffered_as_pixels(make_vae):
 
 
 @torch.no_grad()
-def test_a_piece_that_completes_no_latent_gives_an_empty_distribution(make_vae):
+def test_a_slice_that_completes_no_latent_gives_an_empty_distribution(make_vae):
     vae, state = make_vae(), TemporalState()
     moments(vae, draw_clip(vae, 1), state)
     distribution = vae.encode(draw_clip(vae, 2), state).latent_dist
@@ -166,7 +166,7 @@ def test_a_piece_that_completes_no_latent_gives_an_empty_distribution(make_vae):
 
 
 @torch.no_grad()
-def test_an_empty_piece_of_latents_decodes_to_no_frames(make_vae):
+def test_an_empty_slice_of_latents_decodes_to_no_frames(make_vae):
     vae, state = make_vae(), TemporalState()
     latents = draw(1, 3, 3, 2, 3)
     offline = vae.decode(latents).sample
@@ -214,13 +214,13 @@ def test_stream_resumed_from_a_file_continues_identically(make_vae, tmp_path):
 
 
 @torch.no_grad()
-def test_a_long_video_is_decoded_in_bounded_pieces_that_equal_one_pass(make_vae):
+def test_a_long_video_is_decoded_in_bounded_slices_that_equal_one_pass(make_vae):
     vae = make_vae()
     latents = draw(1, 3, 11, 2, 3)
     whole = vae.decode(latents, clamp=False).sample
     sizes = []
     vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2]))
-    vae.frames_per_piece = 8
+    vae.frames_per_slice = 8
     close(vae.decode(latents, clamp=False).sample, whole)
     assert sizes == [2, 2, 2, 2, 2, 1]
     assert vae.decode(latents).sample.abs().max() <= 1
@@ -228,20 +228,20 @@ def test_a_long_video_is_decoded_in_bounded_pieces_that_equal_one_pass(make_vae)
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames, sizes", [(41, [5, 8, 8, 8, 8, 4]), (5, [5]), (1, [1]), (9, [5, 4])])
-def test_a_long_video_is_encoded_in_bounded_pieces_that_equal_one_pass(make_vae, frames, sizes):
+def test_a_long_video_is_encoded_in_bounded_slices_that_equal_one_pass(make_vae, frames, sizes):
     vae = make_vae()
     clip = draw_clip(vae, frames)
     whole, seen = vae.encode(clip).latent_dist.parameters, []
     vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
-    vae.frames_per_piece = 8
+    vae.frames_per_slice = 8
     close(vae.encode(clip).latent_dist.parameters, whole)
     assert seen == sizes
 
 
 @torch.no_grad()
-def test_decode_stream_never_holds_more_than_a_piece(make_vae):
+def test_decode_stream_never_holds_more_than_a_slice(make_vae):
     vae, state = make_vae(), TemporalState()
-    vae.frames_per_piece = 8
+    vae.frames_per_slice = 8
     latents = draw(1, 3, 11, 2, 3)
     pieces, bytes_held, worked = [], [], []
     vae.decoder.register_forward_pre_hook(lambda module, args: worked.append(args[0].shape[2]))
@@ -251,14 +251,14 @@ def test_decode_stream_never_holds_more_than_a_piece(make_vae):
         assert len(worked) == len(pieces)  # nothing is decoded in advance
     assert [piece.shape[2] for piece in pieces] == [5, 8, 8, 8, 8, 4]
     assert len(set(bytes_held[1:])) == 1
-    vae.frames_per_piece = 1000
+    vae.frames_per_slice = 1000
     close(torch.cat(pieces, dim=2), vae.decode(latents, clamp=False).sample)
 
 
 @torch.no_grad()
 def test_decode_stream_of_a_frozen_state_continues_it(make_vae):
     vae, state = make_vae(), TemporalState()
-    vae.frames_per_piece = 4
+    vae.frames_per_slice = 4
     latents = draw(1, 3, 5, 2, 3)
     vae.decode(latents[:, :, :2], state)
     expected = vae.decode(latents[:, :, 2:], state.frozen(), clamp=False).sample
@@ -268,7 +268,7 @@ def test_decode_stream_of_a_frozen_state_continues_it(make_vae):
 
 def test_long_encoding_under_autograd_has_gradients(make_vae):
     vae = make_vae()
-    vae.frames_per_piece = 4
+    vae.frames_per_slice = 4
     clip = draw_clip(vae, 9).requires_grad_()
     vae.encode(clip).latent_dist.mean[:, :, -1].sum().backward()
     assert clip.grad.abs().amax((0, 1, 3, 4)).min() > 0
@@ -276,7 +276,7 @@ def test_long_encoding_under_autograd_has_gradients(make_vae):
 
 def test_long_decoding_under_autograd_has_gradients(make_vae):
     vae = make_vae()
-    vae.frames_per_piece = 4
+    vae.frames_per_slice = 4
     latents = draw(1, 3, 3, 2, 3).requires_grad_()
     vae.decode(latents, clamp=False).sample[:, :, -1].sum().backward()
     assert latents.grad.abs().amax((0, 1, 3, 4)).min() > 0
@@ -375,7 +375,7 @@ def test_state_of_another_config_raises(make_vae):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 16, 16), (1, 3, 4, 16, 24)])
-def test_piece_of_another_batch_or_size_raises(make_vae, shape):
+def test_slice_of_another_batch_or_size_raises(make_vae, shape):
     vae, state = make_vae(), TemporalState()
     with torch.no_grad():
         latents = vae.encode(torch.rand(1, 3, 1, 16, 16), state).latent_dist.mode()
@@ -387,7 +387,7 @@ def test_piece_of_another_batch_or_size_raises(make_vae, shape):
 
 
 @torch.no_grad()
-def test_failed_piece_leaves_the_state_unchanged(make_vae):
+def test_failed_slice_leaves_the_state_unchanged(make_vae):
     vae, state = make_vae(), TemporalState()
     clip = draw_clip(vae, 9)
     first = moments(vae, clip[:, :, :5], state)

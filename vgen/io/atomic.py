@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uuid import uuid4
 
 @contextmanager
 def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a path next to `path` to write to; what was written there replaces `path` if nothing was raised.
+    """Yields a path next to `path` to write to; the file written there replaces `path` unless an exception is raised.
 
     Args:
         path: The file to write.
@@ -27,7 +27,7 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that appears whole."""
+    """Writes a text file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text)
 
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 def workspace_for(path: Path) -> TemporaryDirectory[str]:
     """A hidden folder next to `path`, for writers that need the name and suffix of the final file.
 
-    The file is written in there and then moved to `path`; the folder goes with what is left.
+    The file is written there and then moved to `path`; the folder is deleted with everything left in it.
     """
     return TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True)
 
@@ -50,7 +50,7 @@ def remove_workspaces(folder: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which replaces `folder` if nothing was raised.
+    """Yields a folder to write into, which replaces `folder` unless an exception is raised.
 
     Replacing takes two renames. If the process stops between them, the old folder is at `backup_path(folder)`.
     """

@@ -316,7 +316,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             **shared,
         )
         self._initialize()
-        self.frames_per_piece = 32
+        self.frames_per_slice = 32
         self.use_slicing = False
         self.use_tiling = False
         self.tiling = Tiling()
@@ -371,7 +371,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, clip: Tensor, state: TemporalState | None = None, return_dict: bool = True) -> Any:
-        """Encodes a clip, or the next piece of a stream.
+        """Encodes a clip, or the next slice of a stream.
 
         Args:
             clip: `(b, c, f, h, w)` in [-1, 1]. Without a state, `f = 1 + s*k`. With a state, any number of frames:
@@ -380,15 +380,15 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             return_dict: Whether to return an `AutoencoderKLOutput` or a tuple.
 
         Returns:
-            An output whose `latent_dist` is the posterior of raw latents `(b, c, t, h, w)`; `t = 0` if the piece
+            An output whose `latent_dist` is the posterior of raw latents `(b, c, t, h, w)`; `t = 0` if the slice
             completes no latent.
 
         Raises:
             ValueError: Height or width is not a multiple of the spatial compression, `f` is not `1 + s*k`, or the
-                piece does not match the stream.
+                slice does not match the stream.
         """
         self._check_size(clip)
-        moments = self._encode_in_parts(clip, None) if state is None else self._encode_piece(clip, state)
+        moments = self._encode_in_parts(clip, None) if state is None else self._encode_slice(clip, state)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -396,10 +396,10 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True, return_dict: bool = True
     ) -> Any:
-        """Decodes latents, or the next piece of a stream of them.
+        """Decodes latents, or the next slice of a stream of them.
 
         Args:
-            latents: Raw latents `(b, c, t, h, w)`. Any split of a stream into pieces gives the same frames.
+            latents: Raw latents `(b, c, t, h, w)`. Any split of a stream into slices gives the same frames.
             state: Memory of the stream; updated by this call.
             clamp: Whether to clamp to [-1, 1]. Losses use the unclamped values.
             return_dict: Whether to return a `DecoderOutput` or a tuple.
@@ -409,7 +409,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             every other one gives `s`.
 
         Raises:
-            ValueError: The piece does not match the stream.
+            ValueError: The slice does not match the stream.
         """
         if latents.shape[2] == 0:
             clip = self._empty_clip(latents)
@@ -421,7 +421,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode_stream(
         self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
-        """Decodes `latents` piece by piece, with memory that does not grow with their number.
+        """Decodes `latents` slice by slice, with memory that does not grow with their number.
 
         Args:
             latents: Raw latents `(b, c, t, h, w)`.
@@ -429,12 +429,12 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             clamp: Whether to clamp to [-1, 1].
 
         Yields:
-            Consecutive pieces `(b, c, n, h, w)` of the clip.
+            Consecutive slices `(b, c, n, h, w)` of the clip.
         """
         state = TemporalState() if state is None else state
         state = state if state.writable else state.copy()
-        for piece in latents.split(self._latents_per_piece, dim=2):
-            yield self.decode(piece, state, clamp=clamp).sample
+        for part in latents.split(self._latents_per_slice, dim=2):
+            yield self.decode(part, state, clamp=clamp).sample
 
     def enable_tiling(
         self,
@@ -504,8 +504,8 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         return with_same_weights(self, AutoencoderKLWan)
 
     @property
-    def _latents_per_piece(self) -> int:
-        return max(1, self.frames_per_piece // self.temporal_compression_ratio)
+    def _latents_per_slice(self) -> int:
+        return max(1, self.frames_per_slice // self.temporal_compression_ratio)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
@@ -532,7 +532,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         x = patchify(clip, self.config.patch_size)
         return self.quant_conv(self.encoder(_channels_last(x), history))
 
-    def _encode_piece(self, clip: Tensor, state: TemporalState) -> Tensor:
+    def _encode_slice(self, clip: Tensor, state: TemporalState) -> Tensor:
         state.bind(self)
         s = self.temporal_compression_ratio
         pending = state.pending
@@ -565,7 +565,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._decode(latents, None) if torch.is_grad_enabled() else self._decode_bounded(latents)
 
     def _encode_bounded(self, clip: Tensor) -> Tensor:
-        s, n = self.temporal_compression_ratio, self._latents_per_piece
+        s, n = self.temporal_compression_ratio, self._latents_per_slice
         first = self.grid.num_frames(n)
         if clip.shape[2] <= first:
             return self._encode(clip, None)
@@ -573,7 +573,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         rest = clip.shape[2] - first
         sizes = [first, *(min(s * n, rest - begin) for begin in range(0, rest, s * n))]
         state = TemporalState()
-        return torch.cat([self._streamed(self._encode, piece, state) for piece in clip.split(sizes, dim=2)], dim=2)
+        return torch.cat([self._streamed(self._encode, part, state) for part in clip.split(sizes, dim=2)], dim=2)
 
     def _decode(self, latents: Tensor, history: History | None) -> Tensor:
         x = self.decoder(_channels_last(self.post_quant_conv(latents)), history)
@@ -611,15 +611,15 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode_bounded(self, latents: Tensor) -> Tensor:
         b, _, t, h, w = latents.shape
-        if t <= self._latents_per_piece:
+        if t <= self._latents_per_slice:
             return self._decode(latents, None)
         ratio = self.spatial_compression_ratio
         clip, begin = None, 0
-        for piece in self.decode_stream(latents, clamp=False):
+        for part in self.decode_stream(latents, clamp=False):
             if clip is None:
-                clip = piece.new_empty(b, piece.shape[1], self.grid.num_frames(t), h * ratio, w * ratio)
-            clip[:, :, begin : begin + piece.shape[2]] = piece
-            begin += piece.shape[2]
+                clip = part.new_empty(b, part.shape[1], self.grid.num_frames(t), h * ratio, w * ratio)
+            clip[:, :, begin : begin + part.shape[2]] = part
+            begin += part.shape[2]
         assert clip is not None
         return clip
 

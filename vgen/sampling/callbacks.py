@@ -1,4 +1,4 @@
-"""Callbacks of diffusers' kind, called after each denoising step, and what they read of the running call."""
+"""diffusers-style callbacks, called after each denoising step, and the attributes of the running call they read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPi
 """Called as `f(pipeline, step, timestep, tensors)`; tensors that it returns replace the current ones."""
 
 TENSOR_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-"""What a callback can get and replace."""
+"""Tensors that a callback can receive and replace."""
 
 
 def tensor_inputs_of(callback: Callback | None, names: Sequence[str]) -> Sequence[str]:
-    """Names of the tensors that a callback gets; diffusers' own classes name theirs.
+    """Names of the tensors that a callback receives; diffusers' own callback classes list theirs.
 
     Raises:
-        ValueError: The callback cannot be called, or there are other tensors than `TENSOR_INPUTS`.
+        ValueError: The callback is not callable, or a name is not one of `TENSOR_INPUTS`.
     """
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end must be callable, got {shown(callback)}")
@@ -48,9 +48,9 @@ def step_function(
 
     Args:
         pipeline: First argument of the callback.
-        sampler: Denoises.
-        callback: Of the user.
-        tensor_inputs: Names of the tensors that the callback gets.
+        sampler: The sampler whose steps are reported.
+        callback: The user's callback; `None` only advances the progress bar.
+        tensor_inputs: Names of the tensors that the callback receives.
         advance: Called once for each denoising step, however often the scheduler evaluates the denoiser in it.
     """
 
@@ -73,9 +73,9 @@ def step_function(
 
 
 class RunningCallMixin:
-    """What callbacks and step caches of diffusers read and set of a pipeline during a call.
+    """Pipeline attributes that diffusers' callbacks and step caches read and set during a call.
 
-    It is the state of the sampler that runs in this thread, or of the last call.
+    They describe the sampler that is running in this thread, or else the last call.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class RunningCallMixin:
     def _call(self) -> Sampler:
         sampler = running_sampler.get() or self._last_sampler
         if sampler is None:
-            raise RuntimeError("this describes a running call: there was none yet")
+            raise RuntimeError("this attribute is only available during or after a call of the pipeline")
         return sampler
 
     @property
@@ -105,17 +105,17 @@ class RunningCallMixin:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call is guided, so that it needs negative prompts."""
+        """Whether the running call uses guidance and therefore negative prompts."""
         return self._call.guidance.needs_negative
 
     @property
     def num_timesteps(self) -> int:
-        """Timesteps of the running call."""
+        """Number of timesteps of the running call."""
         return self._call.num_timesteps
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """The running call's timestep."""
+        """Current timestep of the running call."""
         return None if self._last_sampler is None else self._call.current_timestep
 
     @property

@@ -1,4 +1,4 @@
-"""Coarse to fine: a rollout of frames far apart feeds an interpolation of those between them, for very long videos.
+"""Coarse to fine, for very long videos: a rollout generates widely spaced frames, and an interpolation fills the gaps.
 
 Axes: `b` videos, `t h w` latent frames, rows and columns.
 """
@@ -26,26 +26,26 @@ FORMAT = "vgen.CoarseToFine/3"
 
 @dataclass(kw_only=True)
 class CoarseToFineState:
-    """What the continuation needs besides the states of the rollout and of the interpolation."""
+    """Everything needed to continue, except the states of the rollout and of the interpolation."""
 
     schedule: PromptSchedule
-    """By new frame of the result."""
+    """Prompts by new frame of the result."""
     single: bool
     num_frames: int | None
-    """New frames in all; `None` has no end."""
+    """Total number of new frames; `None` is unlimited."""
     frames_done: int = 0
-    """New frames so far."""
+    """Number of new frames so far."""
     prompt: Any = None
     """The prompt that the interpolation is conditioned on."""
     num_skipped: int = 0
-    """Frames of the next chunk that are not new: the last one of a given video."""
+    """Number of frames of the next chunk that are not new: the last one of a given video."""
 
     def copy(self) -> CoarseToFineState:
         """An independent state that continues the same videos."""
         return replace(self, schedule=PromptSchedule(dict(self.schedule.prompts)))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, of JSON's kinds."""
+        """The state as a JSON-serializable dictionary."""
         return vars(self) | {"schedule": list(self.schedule.prompts.items())}
 
     @classmethod
@@ -57,17 +57,17 @@ class CoarseToFineState:
 class CoarseToFine(VideoStream):
     """Continues a video as a `Rollout` does.
 
-    A rollout at a lower frame rate makes every `keyframe_interval`-th frame, so that its KV cache reaches as many
-    times further back; its frames become keyframes, and those between them are interpolated. All frames come out of
-    one decoder: the coarse ones are shown as it decodes them among the others.
+    A rollout at a lower frame rate generates every `keyframe_interval`-th frame, so its KV cache covers a time span
+    that is longer by the same factor. Its frames become keyframes, and the frames between them are interpolated. One
+    decoder decodes all frames: the coarse ones are decoded together with the others.
 
     Made by `VideoGenPipeline.rollout(..., keyframe_interval=...)`, which describes the arguments.
 
     Args:
-        coarse: Makes the frames far apart.
-        fill: Makes those between; it takes frames at the rate of `coarse`.
-        state: To continue from.
-        frame_type: What iterating yields.
+        coarse: The rollout that generates the coarse frames.
+        fill: The interpolator that generates the frames between them; it takes frames at the rate of `coarse`.
+        state: State to continue from.
+        frame_type: Type of the frames that iterating yields.
     """
 
     def __init__(self, coarse: Rollout, fill: Interpolator, state: CoarseToFineState, frame_type: FrameType = "uint8"):
@@ -78,7 +78,7 @@ class CoarseToFine(VideoStream):
     def step(self, prompt: Any = None, actions: Any = None) -> Tensor:
         """The next frames; arguments, result and errors are those of `Rollout.step`.
 
-        A prompt applies to the frames between and, from its next chunk on, to the coarse frames.
+        A prompt applies to the interpolated frames at once and to the coarse frames from their next chunk on.
         """
         self._check_step(prompt, actions)
         state = self.state
@@ -102,7 +102,7 @@ class CoarseToFine(VideoStream):
         return new
 
     def set_prompt(self) -> None:
-        """Encodes the prompt that is due for the frames between."""
+        """Encodes the prompt that is due for the interpolated frames."""
         due = self.state.schedule.due(self.state.frames_done)
         if due != self.state.prompt:
             self.state.prompt = due
@@ -112,7 +112,7 @@ class CoarseToFine(VideoStream):
             )
 
     def fork(self) -> CoarseToFine:
-        """An independent rollout that continues the same video; both continue as this one alone would."""
+        """An independent copy that continues the same video. Both continue as if the other did not exist."""
         coarse, fill = self.coarse.fork(), self.fill
         fill = Interpolator(
             fill.sampler.copy(), fill.options, fill.conditions, coarse.state.generator, keep_given=fill.keep_given,
@@ -121,7 +121,7 @@ class CoarseToFine(VideoStream):
         return CoarseToFine(coarse, fill, self.state.copy(), self.frame_type)
 
     def save(self, folder: str | Path) -> None:
-        """Writes all that the continuation needs but the weights, as `Rollout.save` does."""
+        """Writes everything needed to continue, except the weights, as `Rollout.save` does."""
         with saved_rollout(Path(folder)) as partial:
             for name in ("coarse", "fill"):
                 (partial / name).mkdir()
@@ -140,14 +140,14 @@ def load_states(folder: Path, device: torch.device) -> tuple[CoarseToFineState, 
 def begin_coarse_to_fine(
     sampler: Sampler, state: RolloutState, hooks: Hooks, frame_type: FrameType, clip: Tensor | None
 ) -> CoarseToFine:
-    """Begins both parts.
+    """Starts the rollout and the interpolation.
 
     Args:
-        sampler: Denoises and decodes.
-        state: With the settings of all frames, which has not begun.
-        hooks: Of the pipeline.
-        frame_type: What iterating yields.
-        clip: What is continued, `(b, 3, f, h, w)` in [-1, 1]; `None` begins a video.
+        sampler: The sampler that denoises and decodes.
+        state: A rollout state that has not started, with the settings of the full frame rate.
+        hooks: Functions of the pipeline.
+        frame_type: Type of the frames that iterating yields.
+        clip: The video to continue, `(b, 3, f, h, w)` in [-1, 1]; `None` starts a new one.
     """
     interval, num_frames = state.options.keyframe_interval, state.num_frames
     assert interval is not None and state.options.frame_rate is not None
@@ -173,7 +173,7 @@ def begin_coarse_to_fine(
 
 
 def interpolator_for(coarse: Rollout) -> Interpolator:
-    """What makes the frames between those of a rollout, under its current prompt."""
+    """The interpolator for the frames between those of a rollout, with its current prompt."""
     options, state = coarse.state.options, coarse.state
     assert state.prompt_embeds is not None and options.keyframe_interval is not None
     filling = InterpolationOptions(

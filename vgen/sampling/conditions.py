@@ -21,7 +21,7 @@ class Guidance:
     """How predictions are guided."""
 
     scale: float = 1.0
-    """Weight of classifier-free guidance; off up to 1."""
+    """Weight of classifier-free guidance. Values up to 1 turn it off."""
     guider: BaseGuidance | None = None
     """One of diffusers' guiders instead of classifier-free guidance with `scale`."""
     history_scale: float = 1.0

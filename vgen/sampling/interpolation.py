@@ -25,24 +25,24 @@ from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
 
 RECENT = 2
-"""Finished latents just before a window that it is conditioned on, besides those from the start, if there is room."""
+"""Number of finished latents just before a window that it is conditioned on, in addition to those from the start."""
 
 DEFAULT_MAX_LATENTS = 21
-"""Most latents of a window for denoisers that do not record what they were trained with; that of Wan 2.1."""
+"""Maximum latents per window for denoisers that do not record their training length; that of Wan 2.1."""
 
 
 def next_window(
     first: int, num_latents: int, has_known: Callable[[int], bool], limit: int, sink: int
 ) -> tuple[list[int], range]:
-    """Plans which finished latents the next window is conditioned on, and which it makes.
+    """Plans which finished latents the next window is conditioned on, and which latents it generates.
 
     Every window but the last ends with a latent that holds a given frame.
 
     Args:
         first: The first latent that is not finished, 1 or more.
-        num_latents: Of the whole video.
+        num_latents: Number of latents of the whole video.
         has_known: Whether a frame of a latent is given.
-        limit: Most latents that the denoiser was trained with.
+        limit: Maximum number of latents that the denoiser was trained with.
         sink: Latents from the start to condition on, if there is room.
 
     Raises:
@@ -54,11 +54,11 @@ def next_window(
         ends = [end for end in range(first + 1, first + room + 1) if end == num_latents or has_known(end - 1)]
         if ends:
             return seen, range(first, ends[-1])
-    raise ValueError(f"latents {first} to {first + limit - 2} hold no given frame: use a smaller factor")
+    raise ValueError(f"no frame is given in latents {first} to {first + limit - 2}: use a smaller factor")
 
 
 def max_latents(sampler: Sampler) -> int:
-    """Most latents of a window."""
+    """Maximum number of latents per window."""
     return sampler.denoiser.config.trained_token_frames or DEFAULT_MAX_LATENTS
 
 
@@ -67,30 +67,30 @@ def check_factor(factor: int, grid: LatentGrid, limit: int) -> None:
 
     Args:
         factor: Given frames become every `factor`-th.
-        grid: Of the model.
-        limit: Most latents that the denoiser was trained with.
+        grid: Frame arithmetic of the model.
+        limit: Maximum number of latents that the denoiser was trained with.
 
     Raises:
-        ValueError: Given frames would be too far apart, or frame 0 has no place.
+        ValueError: Given frames would be too far apart, or frame 0 does not fill a token frame.
     """
     lay_out([0], 1 + grid.unit, grid)
     gap = -(-factor // grid.compression)
     if gap > limit - 1:
         raise ValueError(
-            f"factor must be at most {grid.compression * (limit - 1)} for this checkpoint, which makes at most "
+            f"factor must be at most {grid.compression * (limit - 1)} for this checkpoint, which generates at most "
             f"{limit - 1} latents at once; got {factor}, which puts {gap} latents between given frames"
         )
 
 
 @dataclass
 class InterpolationState:
-    """All that the continuation of an interpolation needs, but the weights and the noise's source."""
+    """Everything needed to continue an interpolation, except the weights and the noise generator."""
 
     decoder: TemporalState = field(default_factory=TemporalState)
     num_given: int = 0
-    """Given frames so far."""
+    """Number of given frames so far."""
     num_made: int = 0
-    """Latents made so far."""
+    """Number of latents generated so far."""
     given: dict[int, Tensor] = field(default_factory=dict)
     """Given frames `(b, 3, h, w)` in [-1, 1] that are still needed, by index in the result."""
     finished: dict[int, Tensor] = field(default_factory=dict)
@@ -122,16 +122,16 @@ class InterpolationState:
 
 
 class Interpolator:
-    """Makes the frames between given ones that come one after another, in bounded memory.
+    """Generates the frames between given frames, which arrive one after another, in bounded memory.
 
     Args:
-        sampler: Denoises and decodes.
-        options: Resolved; their frame rate is that of the given frames.
-        conditions: Prompts; keyframes, groups and frame rate are set for each window.
+        sampler: The sampler that denoises and decodes.
+        options: Resolved options; their frame rate is that of the given frames.
+        conditions: Prompt embeddings; keyframes, groups and frame rate are set for each window.
         generator: Source of the noise.
-        keep_given: Whether given frames are returned unchanged, or as the VAE decodes them among the others: no longer
-            exact, but nothing jumps between them and their neighbors.
-        state: To continue from; `None` begins.
+        keep_given: Whether to return given frames unchanged. Otherwise the VAE decodes them together with the others:
+            they are no longer exact, but there is no visible jump between them and their neighbors.
+        state: State to continue from; `None` starts a new video.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Interpolator:
         self.state = state or InterpolationState()
 
     def stream(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Takes given frames, as `take`, and yields pixels, as `next`, as soon as possible and to the end.
+        """Takes given frames, as `take` does, and yields pixels, as `next` does, as soon as they can be generated.
 
         Raises:
             ValueError: There are fewer than two given frames, or they are too far apart.
@@ -176,7 +176,7 @@ class Interpolator:
         """The next frames, pixels `(b, 3, n, h, w)` in [-1, 1]; `None` if more given frames are needed.
 
         Args:
-            last: Whether there are no more given frames; `None` means the end then.
+            last: Whether there are no more given frames; a result of `None` then means the end.
         """
         grid, state, limit = self.sampler.grid, self.state, max_latents(self.sampler)
         end = self.options.factor * (state.num_given - 1)  # the last given frame
@@ -195,7 +195,7 @@ class Interpolator:
         return clip if self.keep_given else decoded
 
     def _known(self, latent: int) -> range:
-        """Frames of a latent after the first that are given."""
+        """The given frames of a latent other than the first."""
         frames, factor = self.sampler.grid.frames_of(latent), self.options.factor
         return range(-(-frames.start // factor) * factor, frames.stop, factor)
 
@@ -213,7 +213,7 @@ class Interpolator:
         )
         steps = self.options.num_inference_steps
         assert steps is not None
-        sampler.interrupt = False  # one between two windows would leave this one noise
+        sampler.interrupt = False  # an interrupt between two windows would leave the next one as noise
         latents = sampler.denoise(noise, conditions, steps, self.generator, known=known)
         made = latents[:, :, len(seen) :]
         state.finished |= {latent: made[:, :, index : index + 1] for index, latent in enumerate(new)}
@@ -230,7 +230,7 @@ class Interpolator:
     def _conditions_of(
         self, leading: Tensor, frames: list[int], num_latents: int, count: int, offset: int
     ) -> Conditions:
-        """Conditions of a window of `count` latents, whose latent k of the video stands at `k - offset`."""
+        """Conditions of a window of `count` latents; latent k of the video is at index `k - offset`."""
         sampler, config, grid = self.sampler, self.sampler.denoiser.config, self.sampler.grid
         slots = lay_out(frames, grid.num_frames(num_latents + 1), grid).slots
         places = {(latent - offset, slot): self.state.given[frame] for frame, (latent, slot) in slots.items()}

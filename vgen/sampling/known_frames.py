@@ -1,4 +1,4 @@
-"""Given frames, and what a denoiser gets of them: leading latents at noise level 0, and keyframe slots.
+"""Converts given frames to inputs of a denoiser: leading latents at noise level 0, and keyframe slots.
 
 Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns. Pixel frame 0 is latent 0; latent k >= 1 holds
 frames `s*(k-1)+1 .. s*k`, and its slot j is for frame `s*(k-1) + 1 + j`.
@@ -24,14 +24,14 @@ from vgen.temporal.state import TemporalState
 
 @dataclass(frozen=True)
 class KnownFrameLayout:
-    """Where given frames go."""
+    """Which given frames become leading latents and which become keyframes."""
 
     num_leading: int
-    """Leading latents, a multiple of the latents of a token frame."""
+    """Number of leading latents, a multiple of the latents per token frame."""
     leading_frames: int
-    """Pixel frames that these hold: the first ones of the video."""
+    """Number of pixel frames in these latents, counted from the start of the video."""
     slots: dict[int, tuple[int, int]]
-    """Latent and slot of each other given pixel frame."""
+    """Latent and slot of every other given pixel frame."""
 
 
 def lay_out(given: Collection[int], num_frames: int, grid: LatentGrid) -> KnownFrameLayout:
@@ -40,10 +40,10 @@ def lay_out(given: Collection[int], num_frames: int, grid: LatentGrid) -> KnownF
     Args:
         given: Indices of pixel frames.
         num_frames: Length of the video, `1 + s*k`.
-        grid: Of the model.
+        grid: Frame arithmetic of the model.
 
     Raises:
-        ValueError: An index is out of range, frame 0 has no place, or nothing is left to generate.
+        ValueError: An index is out of range, frame 0 does not fill a token frame, or nothing is left to generate.
     """
     wrong = sorted(index for index in given if not 0 <= index < num_frames)
     if wrong:
@@ -64,7 +64,7 @@ def lay_out(given: Collection[int], num_frames: int, grid: LatentGrid) -> KnownF
 
 @dataclass(frozen=True)
 class KnownFrames:
-    """What a denoiser gets of the given frames of a batch."""
+    """Inputs of a denoiser made from the given frames of a batch."""
 
     layout: KnownFrameLayout
     leading: Tensor | None
@@ -75,13 +75,13 @@ class KnownFrames:
     """The given frames `(b, 3, h, w)` in [-1, 1]."""
 
     def overwrite_latents(self, latents: Tensor) -> Tensor:
-        """Latents `(b, c, t, h, w)` with the known ones in their places."""
+        """Latents `(b, c, t, h, w)` with the known ones at their positions."""
         if self.leading is None:
             return latents
         return torch.cat([self.leading.to(latents), latents[:, :, self.layout.num_leading :]], dim=2)
 
     def overwrite_frames(self, clip: Tensor) -> Tensor:
-        """A decoded clip `(b, 3, f, h, w)` with the given frames in their places."""
+        """A decoded clip `(b, 3, f, h, w)` with the given frames at their positions."""
         clip = clip.clone()
         for index, frame in self.pixels.items():
             clip[:, :, index] = frame.to(clip)
@@ -92,12 +92,12 @@ def check_tasks(denoiser: Mapping[str, Any], grid: LatentGrid, tasks: set[str]) 
     """Checks that a denoiser was trained for some tasks.
 
     Args:
-        denoiser: Its config.
-        grid: Of the model.
-        tasks: Of `text`, `leading` and `keyframes`.
+        denoiser: Config of the denoiser.
+        grid: Frame arithmetic of the model.
+        tasks: Required tasks: any of `text`, `leading` and `keyframes`.
 
     Raises:
-        ValueError: It was not, or has another number of keyframe slots than the VAE needs.
+        ValueError: A task is missing, or the number of keyframe slots is not the one that the VAE needs.
     """
     missing, slots = sorted(tasks - set(denoiser["tasks"])), denoiser["keyframe_slots"]
     if missing or ("keyframes" in tasks and slots != grid.compression):
@@ -114,13 +114,13 @@ def encode_known_frames(
     grid: LatentGrid,
     vae: CausalVideoVAE | PerFrameVAE | None = None,
 ) -> KnownFrames:
-    """Encodes given frames: the leading run as a clip, every other frame alone.
+    """Encodes given frames: the leading run as a clip, every other frame on its own.
 
     Args:
         frames: Pixel frames `(b, 3, h, w)` in [-1, 1] by index.
         num_frames: Length of the video.
-        grid: Of the model.
-        vae: Encodes; without one, latents are pixels.
+        grid: Frame arithmetic of the model.
+        vae: Encodes the frames; `None` if latents are pixels.
 
     Raises:
         ValueError: See `lay_out`.
@@ -137,10 +137,10 @@ def encode_known_frames(
 
 
 def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
-    """Normalized latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, the next of a stream.
+    """Normalized latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, those of the next slice.
 
-    The pixels must be on the device where the VAE computes, which offloaded weights do not show. Without a VAE,
-    latents are pixels.
+    The pixels must be on the device where the VAE computes; offloaded weights do not show which one that is. Without a
+    VAE, latents are pixels.
     """
     if vae is None:
         return clip
@@ -151,7 +151,7 @@ def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: T
 def encode_slots(
     vae: CausalVideoVAE | PerFrameVAE | None, frames: Mapping[tuple[int, int], Tensor]
 ) -> dict[tuple[int, int], Tensor]:
-    """Normalized latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded alone, by (latent, slot)."""
+    """Normalized latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded on its own, by (latent, slot)."""
     alone = torch.stack(list(frames.values()))
     images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
     return dict(zip(frames, images, strict=True))
@@ -166,7 +166,8 @@ def collect_given_frames(image: Any, frames: Mapping[int, Any] | None, count: in
         count: Number of prompts.
 
     Raises:
-        ValueError: There are none, two for one index, another number than prompts, or they differ in size.
+        ValueError: No frames are given, an index is given twice, or the images of an index differ in size or in number
+            from the prompts.
     """
     if frames is not None and (not isinstance(frames, Mapping) or not frames):
         raise ValueError(f"frames must be a non-empty dict of images by frame index, got {type(frames).__name__}")

@@ -1,7 +1,7 @@
 """Options of rollouts and interpolations: their defaults, checks and JSON, for Python, the command line and jobs.
 
 An option is a field. It reaches `VideoGenPipeline.rollout`, `vgen rollout`, `pipelines/rollout.py`, a checkpoint's
-`rollout_defaults` and saved rollouts from here alone.
+`rollout_defaults` and saved rollouts from this module only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vgen.checks import check_integer, check_number, check_type
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """What every way to sample has; `None` takes the checkpoint's default."""
+    """Options that rollouts and interpolations share; `None` uses the checkpoint's default."""
 
     num_inference_steps: int | None = None
-    """Denoising steps for each chunk or window."""
+    """Number of denoising steps for each chunk or window."""
     guidance_scale: float | None = None
-    """Weight of classifier-free guidance; off up to 1, and by default without a prompt."""
+    """Weight of classifier-free guidance. Values up to 1 turn it off; without a prompt it is off by default."""
     negative_prompt: str | None = None
-    """Prompt to steer away from; needs guidance."""
+    """Prompt to steer away from; requires guidance."""
     frame_rate: float | None = None
-    """Frames per second of the content: of the new frames, or of the given ones between which frames are made."""
+    """Frames per second of the content: of the new frames in a rollout, of the given frames in an interpolation."""
 
     def __post_init__(self) -> None:
         for name in self.names():  # NumPy scalars are not JSON-serializable
@@ -53,7 +53,7 @@ class SamplingOptions:
         """Options by name.
 
         Raises:
-            ValueError: There is no option of a name.
+            ValueError: A name is not that of an option.
         """
         unknown = sorted(set(record) - set(cls.names()))
         if unknown:
@@ -61,7 +61,7 @@ class SamplingOptions:
         return cls(**record)
 
     def to_json(self) -> dict[str, Any]:
-        """All options by name, of JSON's kinds."""
+        """All options by name, as a JSON-serializable dictionary."""
         return asdict(self)
 
     def given(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class SamplingOptions:
         """A copy with some options set.
 
         Raises:
-            TypeError: There is no option of a name.
+            TypeError: A name is not that of an option.
         """
         unknown = sorted(set(options) - set(self.names()))
         if unknown:
@@ -110,29 +110,29 @@ class SamplingOptions:
 
 @dataclass(kw_only=True)
 class RolloutOptions(SamplingOptions):
-    """Options of `VideoGenPipeline.rollout` and `predict`; `None` takes the checkpoint's default for rollouts."""
+    """Options of `VideoGenPipeline.rollout` and `predict`; `None` uses the checkpoint's default for rollouts."""
 
     chunk_size: int | None = None
-    """Token frames that are generated at once."""
+    """Number of token frames that are generated at once."""
     window: int | None = None
-    """Recent token frames in the KV cache."""
+    """Number of recent token frames in the KV cache."""
     sink: int | None = None
-    """First token frames of the video that stay in the KV cache."""
+    """Number of token frames from the start of the video that stay in the KV cache."""
     history_noise: float | None = None
     """Noise level that the denoiser is conditioned on when generated frames are written to the KV cache, from 0 to
     below 1; no noise is added."""
     history_guidance_scale: float | None = None
-    """Weight of history guidance, which contrasts the history with a noisier copy of it; off at 1, otherwise it
-    doubles the cost."""
+    """Weight of history guidance, which contrasts the history with a noisier copy of it. 1 turns it off; any other
+    value doubles the cost."""
     keyframe_interval: int | None = None
-    """Coarse to fine from 2 on: only every N-th frame is rolled out, at a lower frame rate, and the others are
-    interpolated, so that the KV cache reaches further back."""
+    """If 2 or more, coarse to fine: only every N-th frame is rolled out, at a lower frame rate, and the others are
+    interpolated, so the KV cache covers a longer time span."""
 
     def resolve(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
         """The same options with every default filled in, and checked.
 
         Args:
-            pipeline: Config of the pipeline; its `rollout_defaults` come before its other defaults.
+            pipeline: Config of the pipeline; its `rollout_defaults` take precedence over its other defaults.
             denoiser: Config of the denoiser.
             prompted: Whether there is a prompt; without one, guidance is off by default.
 
@@ -159,7 +159,7 @@ class RolloutOptions(SamplingOptions):
         """Checks that a denoiser was trained for chunks of this size and a context of this length.
 
         Raises:
-            ValueError: It was not.
+            ValueError: The denoiser was not trained for these options.
         """
         assert self.sink is not None and self.window is not None and self.chunk_size is not None
         modes, limit = denoiser["group_modes"], denoiser["trained_token_frames"]
@@ -178,10 +178,10 @@ class RolloutOptions(SamplingOptions):
 
 @dataclass(kw_only=True)
 class InterpolationOptions(SamplingOptions):
-    """Options of `VideoGenPipeline.interpolate`; `None` takes the checkpoint's default."""
+    """Options of `VideoGenPipeline.interpolate`; `None` uses the checkpoint's default."""
 
     factor: int = 2
-    """Given frames become every N-th frame of the result."""
+    """N: the given frames become every N-th frame of the result."""
 
     def resolve(self, pipeline: Mapping[str, Any], *, prompted: bool) -> InterpolationOptions:
         """The same options with every default filled in, and checked.

@@ -1,4 +1,4 @@
-"""Prompts of one video or of several: a text, a list, a schedule by frame, or none."""
+"""Prompts of one or several videos: a string, a list, a schedule by frame, or `None`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ Prompt = str | None | Sequence[str | None]
 
 
 def is_single(prompt: Any) -> bool:
-    """Whether a prompt is for one video: a text, a schedule of texts or `None`, but not a list."""
+    """Whether a prompt is for one video: a string, a schedule or `None`, but not a list."""
     return prompt is None or isinstance(prompt, (str, Mapping))
 
 
 def has_prompt(prompt: Any) -> bool:
-    """Whether a prompt conditions anything: one text in a list or in a schedule is enough."""
+    """Whether a prompt is conditional; one string in a list or in a schedule is enough."""
     if isinstance(prompt, Mapping):
         prompt = list(prompt.values())
     return prompt is not None and (isinstance(prompt, str) or any(one is not None for one in prompt))
 
 
 def fill_empty_prompts(prompt: Prompt, text: str) -> str | list[str]:
-    """A prompt, or a list of them, with a text instead of `None`."""
+    """Replaces `None` in a prompt, or in a list of prompts, by a string."""
     if prompt is None or isinstance(prompt, str):
         return text if prompt is None else prompt
     return [text if one is None else one for one in prompt]
 
 
 def check_prompts(prompt: Any, name: str = "prompt") -> None:
-    """Checks texts.
+    """Checks a prompt or a list of prompts.
 
     Raises:
-        ValueError: It is neither a text nor a list of texts, a list is empty, or a text is blank.
+        ValueError: This is neither a string nor a list of strings, the list is empty, or a string is blank.
     """
     if not isinstance(prompt, (str, list)):
         raise ValueError(f"{name} must be a string or a list of strings, got {type(prompt).__name__}")
@@ -49,17 +49,17 @@ def check_prompts(prompt: Any, name: str = "prompt") -> None:
 
 @dataclass
 class PromptSchedule:
-    """Prompts by the new frame that they begin at."""
+    """Prompts by the index of the new frame at which they start."""
 
     prompts: dict[int, Any]
-    """Texts, or lists of texts for several videos; frame 0 has one."""
+    """Strings, or lists of strings for several videos. There is always one at frame 0."""
 
     @classmethod
     def of(cls, prompt: Prompt | Mapping[int, str]) -> PromptSchedule:
-        """A schedule of what `VideoGenPipeline.rollout` takes.
+        """Converts the `prompt` argument of `VideoGenPipeline.rollout` to a schedule.
 
         Raises:
-            ValueError: It is none of these, or a mapping does not begin at frame 0 or has other keys than integers.
+            ValueError: The prompt has a wrong type, or a mapping has no frame 0 or has keys that are not integers.
         """
         expected = "a string, a list of strings, a dict of strings by frame, or None"
         check_type("prompt", prompt, (str, list, Mapping, NoneType), expected)
@@ -68,7 +68,7 @@ class PromptSchedule:
         for frame in prompt:
             check_integer("a frame of a prompt schedule", frame, minimum=0)
         if 0 not in prompt:
-            raise ValueError(f"a prompt schedule must begin at frame 0, got frames {sorted(prompt)}")
+            raise ValueError(f"a prompt schedule must start at frame 0, got frames {sorted(prompt)}")
         return cls(dict(sorted(prompt.items())))
 
     def due(self, frame: int) -> Any:
@@ -76,5 +76,5 @@ class PromptSchedule:
         return fill_empty_prompts(self.prompts[max(begin for begin in self.prompts if begin <= frame)], "")
 
     def coarse(self, interval: int) -> PromptSchedule:
-        """The schedule of every `interval`-th frame; each prompt begins with the first one that it applies to."""
+        """The schedule of every `interval`-th frame; each prompt starts at the first of these frames that it applies to."""
         return PromptSchedule({-(-frame // interval): prompt for frame, prompt in self.prompts.items()})

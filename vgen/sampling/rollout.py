@@ -1,4 +1,4 @@
-"""Rollout: a video that is continued chunk after chunk, without end and in bounded memory.
+"""Rollout: a video that is generated chunk by chunk, for as long as needed, in bounded memory.
 
 Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` token frames.
 """
@@ -34,31 +34,31 @@ logger = logging.get_logger(__name__)
 
 FORMAT = "vgen.Rollout/2"
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
-"""From a prompt, or a list of one per video, to embeddings and those of the negative prompt."""
+"""Maps a prompt, or a list of one per video, to its embeddings and those of the negative prompt."""
 FrameType = Literal["uint8", "np", "pil", "pt"]
 """What iterating over a rollout yields: uint8 arrays `(n, h, w, 3)`, or diffusers' `np`, `pil` and `pt`."""
 
 
 @dataclass(kw_only=True)
 class RolloutState:
-    """All that the continuation of a rollout needs, but the networks: plain data, saved as JSON and safetensors."""
+    """Everything needed to continue a rollout, except the networks: plain data, saved as JSON and safetensors."""
 
     options: RolloutOptions
-    """Resolved."""
+    """Resolved options."""
     schedule: PromptSchedule
     single: bool
-    """Whether chunks are of one video, without a batch axis."""
+    """Whether there is one video, so that chunks have no batch axis."""
     size: tuple[int, int]
     """Height and width in pixels."""
     num_frames: int | None
-    """New frames in all; `None` has no end."""
+    """Total number of new frames; `None` is unlimited."""
     max_sequence_length: int | None = None
-    """Tokens of prompts; `None` is the pipeline's default."""
+    """Length of prompts in tokens; `None` uses the pipeline's default."""
     attention_kwargs: dict[str, Any] | None = None
     generator: torch.Generator | list[torch.Generator]
     """Source of the noise."""
     frames_done: int = 0
-    """New frames so far."""
+    """Number of new frames so far."""
     prompt: Any = None
     """The prompt that the embeddings are of; `None` if they were given."""
     prompt_embeds: Tensor | None = None
@@ -70,13 +70,13 @@ class RolloutState:
     keyframes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Latents `(b, c, h, w)` of given frames that fill no token frame, by latent and slot of the next chunk."""
     num_given: int = 0
-    """How many frames of the next chunk these are."""
+    """Number of frames of the next chunk that are given."""
     denoiser: TemporalState
     decoder: TemporalState = field(default_factory=TemporalState)
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """The sources of the noise."""
+        """The noise generators."""
         return self.generator if isinstance(self.generator, list) else [self.generator]
 
     def copy(self) -> RolloutState:
@@ -96,8 +96,8 @@ class RolloutState:
         """Writes the state into a folder.
 
         Args:
-            folder: Exists.
-            fingerprint: Of the networks.
+            folder: An existing folder.
+            fingerprint: Fingerprint of the networks.
         """
         tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(self.generators)}
         tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self.history)}
@@ -126,12 +126,13 @@ class RolloutState:
         """Reads what `save` wrote.
 
         Args:
-            folder: Where.
-            device: Where the networks compute.
-            fingerprint: Of the networks that continue.
+            folder: The folder that `save` wrote to.
+            device: Device on which the networks run.
+            fingerprint: Fingerprint of the current networks.
 
         Raises:
-            ValueError: Other networks made it, which are named; or its noise came from a device that is not here.
+            ValueError: It was made with other networks, which the error names, or its noise comes from a device that is not
+                available.
         """
         record = read_record(folder)
         check_fingerprint(folder, record["made_with"], fingerprint)
@@ -145,7 +146,7 @@ class RolloutState:
             try:
                 generators.append(torch.Generator(where))
             except RuntimeError as error:
-                raise ValueError(f"{folder} draws its noise on {where}, which is not available here") from error
+                raise ValueError(f"{folder} draws its noise on the device {where}, which is not available on this machine") from error
             generators[-1].set_state(tensors[f"generator.{index}"])
         keyframes = {}
         for name in (name for name in on_device if name.startswith("keyframe.")):
@@ -178,11 +179,11 @@ class RolloutState:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What a rollout needs of the pipeline that began it."""
+    """Functions of the pipeline that a rollout uses."""
 
     encode: Encode
     fingerprint: Callable[[], dict[str, Any]]
-    """Identity of the networks, for `save`."""
+    """Returns the fingerprint of the networks, for `save`."""
     on_step: OnStep | None = None
     """Called after each denoising step."""
     on_end: Callable[[], None] = lambda: None
@@ -190,7 +191,7 @@ class Hooks:
 
 
 class VideoStream:
-    """What rollouts of both kinds share: iterating is a loop over `step`."""
+    """Base class of both kinds of rollouts: iterating calls `step` in a loop."""
 
     state: Any
     hooks: Hooks
@@ -202,22 +203,22 @@ class VideoStream:
 
     @property
     def single(self) -> bool:
-        """Whether chunks are of one video, without a batch axis when iterating."""
+        """Whether there is one video, so that iterating yields chunks without a batch axis."""
         return self.state.single
 
     @property
     def num_frames(self) -> int | None:
-        """New frames in all; `None` has no end."""
+        """Total number of new frames; `None` is unlimited."""
         return self.state.num_frames
 
     @property
     def frames_done(self) -> int:
-        """New frames so far."""
+        """Number of new frames so far."""
         return self.state.frames_done
 
     @property
     def is_done(self) -> bool:
-        """Whether all of `num_frames` were made."""
+        """Whether all `num_frames` frames have been generated."""
         return self.num_frames is not None and self.frames_done >= self.num_frames
 
     def __iter__(self) -> Iterator[Any]:
@@ -233,7 +234,7 @@ class VideoStream:
 
     def _check_step(self, prompt: Any, actions: Any) -> None:
         if self.is_done:
-            raise ValueError(f"the rollout has ended: all num_frames={self.num_frames} new frames were made")
+            raise ValueError(f"the rollout has ended: all num_frames={self.num_frames} new frames have been generated")
         if actions is not None:
             raise ValueError("actions must be None: this checkpoint was not trained with actions")
         if prompt is None:
@@ -246,19 +247,19 @@ class VideoStream:
 
 
 class Rollout(VideoStream):
-    """Continues a video chunk after chunk; iterating yields the new frames, uint8 `(n, h, w, 3)` by default.
+    """Continues a video chunk by chunk; iterating yields the new frames, uint8 `(n, h, w, 3)` by default.
 
     The denoiser keeps `sink` token frames from the start and `window` recent ones in its KV cache; the VAE's decoder
-    keeps what its convolutions need. Nothing else grows, so a chunk costs the same however long the video is.
+    keeps what its convolutions need. Both are bounded, so a chunk costs the same however long the video is.
     Generated frames are never decoded and encoded again.
 
     Made by `VideoGenPipeline.rollout`, which describes the arguments.
 
     Args:
-        sampler: Denoises and decodes.
-        state: To continue from.
-        hooks: Of the pipeline.
-        frame_type: What iterating yields.
+        sampler: The sampler that denoises and decodes.
+        state: State to continue from.
+        hooks: Functions of the pipeline.
+        frame_type: Type of the frames that iterating yields.
     """
 
     def __init__(self, sampler: Sampler, state: RolloutState, hooks: Hooks, frame_type: FrameType = "uint8"):
@@ -269,19 +270,19 @@ class Rollout(VideoStream):
         """Generates the next chunk.
 
         Args:
-            prompt: Applies from this chunk on, instead of what is scheduled: a text, or a list of one per video. The
-                KV cache is computed again with it.
+            prompt: Prompt from this chunk on, instead of the scheduled one: a string, or a list of one per video. The
+                KV cache is recomputed with it.
             actions: Must be `None` for checkpoints without actions.
 
         Returns:
             Pixels `(b, 3, n, h, w)` in [-1, 1] on the device.
 
         Raises:
-            ValueError: All frames were made, or an argument is not possible.
+            ValueError: All frames have been generated, or an argument is invalid.
         """
         self._check_step(prompt, actions)
         state = self.state
-        self.sampler.interrupt = False  # one between two chunks would leave this one noise
+        self.sampler.interrupt = False  # an interrupt between two chunks would leave the next one as noise
         if prompt is not None:
             state.schedule.prompts[state.frames_done] = prompt
         self.set_prompt()
@@ -293,22 +294,23 @@ class Rollout(VideoStream):
         return clip
 
     def fork(self) -> Rollout:
-        """An independent rollout that continues the same video; both continue as this one alone would."""
+        """An independent copy that continues the same video. Both continue as if the other did not exist."""
         return Rollout(self.sampler.copy(), self.state.copy(), self.hooks, self.frame_type)
 
     def save(self, folder: str | Path) -> None:
-        """Writes all that the continuation needs but the weights, in JSON and safetensors, for `load_rollout`.
+        """Writes everything needed to continue, except the weights, as JSON and safetensors, for `load_rollout`.
 
-        The folder appears whole; an older rollout of the same name is replaced. Guiders and callbacks are not saved.
+        The folder is written atomically and replaces an older rollout of the same name. Guiders and callbacks are not
+        saved.
 
         Raises:
-            ValueError: There is something else of that name.
+            ValueError: The path exists and is not a saved rollout.
         """
         with saved_rollout(Path(folder)) as partial:
             self.state.save(partial, self.hooks.fingerprint())
 
     def set_prompt(self) -> None:
-        """Encodes the prompt that is due; the KV cache is computed again if it changes."""
+        """Encodes the prompt that is due; the KV cache is recomputed if it changes."""
         state = self.state
         due = state.schedule.due(state.frames_done)
         if state.prompt_embeds is not None and due == state.prompt:
@@ -327,7 +329,7 @@ class Rollout(VideoStream):
         """Encodes given frames `(b, 3, f, h, w)`: whole token frames go to the KV cache, the others are keyframes.
 
         Raises:
-            ValueError: Some would be keyframes, which the checkpoint was not trained for.
+            ValueError: Some frames would be keyframes, and the checkpoint was not trained for keyframes.
         """
         self.set_prompt()
         sampler, grid = self.sampler, self.sampler.grid
@@ -382,7 +384,7 @@ class Rollout(VideoStream):
 
     @property
     def _run_length(self) -> int:
-        """Token frames of the next chunk: the first of a video comes alone."""
+        """Token frames of the next chunk; the first chunk of a video has one."""
         chunk_size = self.state.options.chunk_size
         assert chunk_size is not None
         return chunk_size if self.state.history else 1
@@ -391,8 +393,8 @@ class Rollout(VideoStream):
     def _num_context(self) -> int:
         """Token frames kept beyond those in the KV cache: whole chunks of what convolutions see before them.
 
-        When the KV cache is computed again, these drop out of it again, and the convolutions continue from them as if
-        nothing were missing after the sink.
+        When the KV cache is recomputed, these frames are evicted from it again, and the convolutions continue from them
+        as if no frames were missing after the sink.
         """
         assert self.state.options.chunk_size is not None
         context = getattr(self.sampler.denoiser, "conv_history", 0)
@@ -419,7 +421,7 @@ class Rollout(VideoStream):
 
 
 def convert_chunk(chunk: Tensor, frame_type: FrameType) -> Any:
-    """A chunk `(b, 3, n, h, w)` in [-1, 1] as users want it, with its batch axis."""
+    """Converts a chunk `(b, 3, n, h, w)` in [-1, 1] to a frame type, with a batch axis."""
     if frame_type == "uint8":
         return to_frames(chunk)
     frames = to_pt(chunk)
@@ -431,10 +433,10 @@ def convert_chunk(chunk: Tensor, frame_type: FrameType) -> Any:
 
 @contextmanager
 def saved_rollout(folder: Path) -> Iterator[Path]:
-    """A folder to write a rollout into, that then appears whole in the place of an older one.
+    """Yields a folder to write a rollout to, which then atomically replaces an older one.
 
     Raises:
-        ValueError: There is something else of that name.
+        ValueError: The path exists and is not a saved rollout.
     """
     if folder.exists() and not (folder / "rollout.json").is_file():
         raise ValueError(f"{folder} exists and is not a saved rollout: choose another name")
@@ -443,7 +445,7 @@ def saved_rollout(folder: Path) -> Iterator[Path]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a rollout was saved there; restores the older one if replacing it was interrupted."""
+    """Whether the folder contains a saved rollout. If replacing one was interrupted, the old one is restored first."""
     if not folder.exists() and backup_path(folder).exists():
         backup_path(folder).replace(folder)
     return (folder / "rollout.json").is_file()
@@ -453,7 +455,7 @@ def read_record(folder: Path, formats: tuple[str, ...] = (FORMAT,)) -> dict[str,
     """The content of `rollout.json`.
 
     Raises:
-        ValueError: The folder holds no rollout, or one of another format.
+        ValueError: The folder contains no rollout, or one in another format.
     """
     if not is_saved(folder):
         raise ValueError(f"{folder} is not a saved rollout: it has no rollout.json")
@@ -466,15 +468,15 @@ def read_record(folder: Path, formats: tuple[str, ...] = (FORMAT,)) -> dict[str,
 
 
 def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-    """Checks that the networks that made something are those that continue it.
+    """Checks that a result is continued with the same networks that it was made with.
 
     Args:
-        folder: For the error.
-        made_with: Fingerprints of components by name; a `None` in one cannot be compared.
-        fingerprint: Those of the networks at hand.
+        folder: Folder of the result, for the error message.
+        made_with: Fingerprints of its components by name. `None` entries are not compared.
+        fingerprint: Fingerprints of the current components.
 
     Raises:
-        ValueError: Some differ, which are named.
+        ValueError: Some components differ. The error names them.
     """
 
     def agree(one: list[str | None], other: list[str | None] | None) -> bool:
@@ -482,7 +484,7 @@ def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict
 
     differing = [name for name, mark in made_with.items() if not agree(mark, fingerprint.get(name))]
     if differing:
-        raise ValueError(f"{folder} was made with another {' and '.join(differing)} than this pipeline has")
+        raise ValueError(f"{folder} was made with a different {' and '.join(differing)} than that of this pipeline")
 
 
 def _versions() -> dict[str, str]:

@@ -36,24 +36,24 @@ OnStep = Callable[[int, Tensor, Tensor, Conditions], tuple[Tensor, Conditions]]
 """Called after each step with its index, timestep, the latents and the conditions; returns the last two."""
 
 WEAK_LEVEL = 1 / 3
-"""Lowest noise level of the history that history guidance contrasts with: the highest that training shows."""
+"""Minimum noise level of the weak history in history guidance; training uses no higher level."""
 
 running_sampler: ContextVar[Sampler | None] = ContextVar("running_sampler", default=None)
 """The sampler that denoises in this thread."""
 
 
 class Sampler:
-    """Samples with networks that it shares and with everything else of its own.
+    """Samples latents. It shares the networks with other samplers and owns everything else.
 
-    Each call of a pipeline and each rollout has one, so two of them in two threads do not affect each other.
+    Each call of a pipeline and each rollout has its own sampler, so calls in two threads do not affect each other.
 
     Args:
-        denoiser: Predicts.
-        scheduler: Is copied.
+        denoiser: The denoising network.
+        scheduler: A diffusers scheduler; the sampler works with a copy.
         vae: Encodes and decodes; `None` if latents are pixels.
-        device: Where the networks compute.
+        device: Device on which the networks run.
         guidance: How predictions are guided.
-        siblings: Weak references to the samplers of one pipeline; this one and its copies are added.
+        siblings: Weak references to all samplers of a pipeline; this one and its copies are added.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Sampler:
         self.interrupt = False
         """Whether to stop denoising before the next step; the end of `denoise` clears it."""
         self.num_timesteps = 0
-        """Timesteps of the running call."""
+        """Number of timesteps of the running call."""
         self.current_timestep: Tensor | None = None
         """The timestep of the running step."""
 
@@ -100,15 +100,15 @@ class Sampler:
         state: TemporalState | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Latents `(b, c, t, h, w)` from noise.
+        """Denoises noise to latents `(b, c, t, h, w)`.
 
         Args:
-            noise: As the scheduler begins with it, that is of variance 1.
+            noise: Noise of variance 1; the scheduler's initial scale is applied here.
             conditions: What the denoiser is conditioned on.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Number of denoising steps.
             generator: Source of the noise that stochastic schedulers add.
-            known: Its leading latents stay as they are, at noise level 0.
-            state: What was written for the frames before; it is only read.
+            known: Known frames; their leading latents stay unchanged, at noise level 0.
+            state: State of the denoiser after the previous frames; it is only read.
             on_step: Called after each step.
         """
         token, guidance = running_sampler.set(self), self.guidance
@@ -167,14 +167,14 @@ class Sampler:
     ) -> Tensor:
         """The guided prediction `(b, c, t, h, w)`, float32.
 
-        With history guidance and a state that has a weak history, the prediction is also led away from what it would
-        be with that.
+        With history guidance, if the state contains a weak (noisier) history, the prediction is also guided away from
+        the prediction for that history.
 
         Args:
-            latents: Noisy, `(b, c, t, h, w)`.
-            timestep: One for all token frames, or `(n,)`.
+            latents: Noisy latents `(b, c, t, h, w)`.
+            timestep: One timestep for all token frames, or `(n,)`.
             conditions: What the denoiser is conditioned on.
-            state: What was written for the frames before.
+            state: State of the denoiser after the previous frames.
 
         Source: Classifier-free diffusion guidance, arXiv 2207.12598; history-guided video diffusion, arXiv 2502.06764.
         """
@@ -187,13 +187,13 @@ class Sampler:
     def remember(
         self, latents: Tensor, levels: Tensor, conditions: Conditions, state: TemporalState, generator: Generators
     ) -> None:
-        """Writes clean latents into a state, with the weak history where guidance needs it.
+        """Writes clean latents into a state, and the weak history too if guidance needs it.
 
         Args:
-            latents: `(b, c, t, h, w)`.
-            levels: `(n,)`, noise levels that the denoiser is conditioned on.
-            conditions: What the denoiser is conditioned on; keyframes do not count for clean latents.
-            state: Is written.
+            latents: Clean latents `(b, c, t, h, w)`.
+            levels: Noise levels `(n,)` that the denoiser is conditioned on.
+            conditions: What the denoiser is conditioned on; keyframes are ignored for clean latents.
+            state: The state to write to.
             generator: Source of the weak history's noise.
         """
         conditions = conditions.without_keyframes()
@@ -221,7 +221,7 @@ class Sampler:
         state: TemporalState | None,
         context: str = "",
     ) -> Tensor:
-        """One batch for classifier-free guidance; guiders evaluate their inputs one by one."""
+        """The guided prediction: one batch for classifier-free guidance, one evaluation per input for guiders."""
         if self.guidance.guider is not None:
             return self._guided_by_guider(latents, timestep, conditions, state, context)
         is_guided = self.guidance.needs_negative
@@ -263,10 +263,10 @@ class Sampler:
         conditions: Conditions,
         state: TemporalState | None,
     ) -> Tensor:
-        """One evaluation of the denoiser; diffusers' step caches keep what they store per `name`.
+        """One evaluation of the denoiser; diffusers' step caches store their data per `name`.
 
         Raises:
-            ValueError: FasterCache is enabled with keyframes or a state, which it cannot take half of.
+            ValueError: FasterCache is enabled with keyframes or a state, which it cannot halve.
         """
         with lock_of(self.denoiser), self.denoiser.cache_context(name):
             if isinstance(self.denoiser._cache_config, FasterCacheConfig) and not (
@@ -288,7 +288,7 @@ class Sampler:
 
     @contextmanager
     def _without_other_calls(self) -> Iterator[None]:
-        """Keeps other threads out for a whole call where a step cache belongs to the denoiser."""
+        """Blocks other threads for a whole call if the denoiser has a step cache."""
         lock = lock_of(self.denoiser)
         with lock:  # another thread may have disabled the cache for an evaluation
             has_cache = self.denoiser._cache_config is not None
@@ -303,7 +303,7 @@ class Sampler:
 def decode_latents(
     vae: CausalVideoVAE | PerFrameVAE | None, latents: Tensor, state: TemporalState | None = None
 ) -> Tensor:
-    """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalized latents; with a state, of the next ones of a stream."""
+    """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalized latents; with a state, of the next slice."""
     if vae is None:
         return latents
     return vae.decode(vae.denormalize(latents).to(vae.dtype), state=state).sample
@@ -322,10 +322,10 @@ def latent_shape(
 
 
 def check_generator(generator: Any, num_videos: int) -> None:
-    """Checks the source of the noise of some videos.
+    """Checks the noise generators of a batch of videos.
 
     Raises:
-        ValueError: It is neither a generator nor a list with one for each video.
+        ValueError: This is neither a generator nor a list with one for each video.
     """
     each = generator if isinstance(generator, list) else [] if generator is None else [generator]
     for one in each:
@@ -335,7 +335,7 @@ def check_generator(generator: Any, num_videos: int) -> None:
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> Tensor:
-    """Noise on the device of its generators, on the CPU without one, so that a seed does not depend on the device."""
+    """Noise on the device of its generators, or on the CPU without one, so a seed does not depend on the device."""
     first = generator[0] if isinstance(generator, list) else generator
     return randn_tensor(shape, generator, torch.device("cpu") if first is None else first.device, dtype)
 
@@ -354,7 +354,7 @@ def _prompts_by_name(conditions: Conditions) -> dict[str, Tensor]:
 
 @contextmanager
 def _without_step_cache(denoiser: Any) -> Iterator[None]:
-    """A step cache would skip blocks whose keys and values a state needs."""
+    """Disables the step cache, which would skip blocks whose keys and values a state needs."""
     config = denoiser._cache_config
     if config is None:
         yield

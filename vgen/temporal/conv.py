@@ -1,7 +1,7 @@
 """Causal 3D convolutions, and causal down- and upsampling in time, for whole clips and for streams.
 
-Every module takes an optional `History`. Without one, the input is a whole clip. With one, it is the next piece of a
-stream: the module reads the frames that it needs from before and stores those that the next piece needs.
+Every module takes an optional `History`. Without one, the input is a whole clip. With one, it is the next slice of a
+stream: the module reads the frames that it needs from before and stores those that the next slice needs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from vgen.temporal.state import History
 torch.compiler.allow_in_graph(rearrange)  # see vgen.temporal.attention
 
 
-def append(past: Tensor, piece: Tensor) -> Tensor:
-    """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next piece, in the dtype of the piece.
+def append(past: Tensor, part: Tensor) -> Tensor:
+    """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next slice, in the dtype of the slice.
 
     Raises:
-        ValueError: Batch size, height or width of the piece differ from those of the stream.
+        ValueError: Batch size, height or width of the slice differ from those of the stream.
     """
-    sizes = [(x.shape[0], *x.shape[3:]) for x in (past, piece)]
+    sizes = [(x.shape[0], *x.shape[3:]) for x in (past, part)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the piece does not continue this stream: expected activations of (b, h, w) = {sizes[0]}, "
+            f"the slice does not continue this stream: expected activations of (b, h, w) = {sizes[0]}, "
             f"got {sizes[1]}; use a new TemporalState"
         )
-    return torch.cat([past.to(piece), piece], dim=2)
+    return torch.cat([past.to(part), part], dim=2)
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _has_onednn() -> bool:
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution whose output frame k depends on input frames up to k only.
 
-    Time is padded at the start, with zeros or the last inputs of the previous piece. Space is padded on each side.
+    Time is padded at the start, with zeros or the last inputs of the previous slice. Space is padded on each side.
     The arithmetic is that of diffusers' `WanCausalConv3d` with stride 1.
 
     Args:
@@ -71,7 +71,7 @@ class CausalConv3d(nn.Conv3d):
         """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`.
 
         Raises:
-            ValueError: Batch size, height or width of the piece differ from those of the stream.
+            ValueError: Batch size, height or width of the slice differ from those of the stream.
         """
         length = self.kernel_size[0] - 1
         if length == 0:
@@ -108,10 +108,10 @@ class CausalDownsample(nn.Module):
         self.state_key = ""
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, 1 + 2k, h, w)` to `(b, c, 1 + k, h, w)`, or a later piece of `2k` frames to `k`.
+        """Maps `(b, c, 1 + 2k, h, w)` to `(b, c, 1 + k, h, w)`, or a later slice of `2k` frames to `k`.
 
         Raises:
-            ValueError: Batch size, height or width of the piece differ from those of the stream.
+            ValueError: Batch size, height or width of the slice differ from those of the stream.
         """
         past = None if history is None else history.get(self.state_key)
         if history is not None:
@@ -138,10 +138,10 @@ class CausalUpsample(nn.Module):
         self.state_key = ""
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, 1 + k, h, w)` to `(b, c, 1 + 2k, h, w)`, or a later piece of `k` frames to `2k`.
+        """Maps `(b, c, 1 + k, h, w)` to `(b, c, 1 + 2k, h, w)`, or a later slice of `k` frames to `2k`.
 
         Raises:
-            ValueError: Batch size, height or width of the piece differ from those of the stream.
+            ValueError: Batch size, height or width of the slice differ from those of the stream.
         """
         if history is not None and history.get(self.state_key) is not None:
             return self._double(x, history)

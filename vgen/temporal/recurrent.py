@@ -41,7 +41,7 @@ class ConvLSTMCell(nn.Module):
 
 
 class ConvLSTM(nn.Module):
-    """A stack of convolutional LSTM layers, applied to whole clips or, with the returned states, piece by piece.
+    """A stack of convolutional LSTM layers, applied to whole clips or, with the returned states, slice by slice.
 
     Args:
         in_channels: Channels of a frame.
@@ -60,8 +60,8 @@ class ConvLSTM(nn.Module):
         """Runs all layers over a clip.
 
         Args:
-            clip: `(b, c, f, h, w)`, or the next piece of a stream.
-            states: States after the previous piece; `None` at the start.
+            clip: `(b, c, f, h, w)`, or the next slice of a stream.
+            states: States after the previous slice; `None` at the start.
 
         Returns:
             The hidden states of all layers, `(b, sum(channels), f, h, w)`, and the states of each layer after the
