@@ -143,7 +143,7 @@ def main(config: EncodeConfig) -> None:
     for part, bucket in in_buckets(config):
         clips = open_source(part, bucket)
         if clips is None:
-            tqdm.write(f"{bucket}: no video is nearest to it")
+            tqdm.write(f"bucket {bucket} is empty: every video is nearer to another bucket")
             continue
         part.output_dir.mkdir(parents=True, exist_ok=True)
         if process.is_main_process:

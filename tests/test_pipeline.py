@@ -312,7 +312,7 @@ def test_unknown_words_warn_and_known_ones_do_not(pipe, caplog):
 def test_a_missing_model_names_the_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("vgen/nothing", "./nothing", "/nothing/here", "nothing"):
-        with pytest.raises(ValueError, match="not a packaged checkpoint .* and not a folder in"):
+        with pytest.raises(ValueError, match="neither a packaged checkpoint .* nor a folder in"):
             find_checkpoint(name)
     assert find_checkpoint("someone/model") == "someone/model"
     (tmp_path / "empty").mkdir()

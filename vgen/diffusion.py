@@ -1,4 +1,4 @@
-"""Noise levels, timesteps and schedulers: the facts about diffusion that training and sampling share."""
+"""Noise levels, timesteps and schedulers: the parts of diffusion that training and sampling share."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def make_scheduler(
     check_choice("scheduler", name, SchedulerName)
     if prediction == "flow":
         if zero_terminal_snr:
-            raise ValueError("zero_terminal_snr must be False for flow matching, whose last noise level is pure noise already")
+            raise ValueError("zero_terminal_snr must be False for flow matching, which ends in pure noise anyway")
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     if shift != 1:
         raise ValueError(f"level_shift must be 1 for {prediction}, got {shift}: only flow matching supports a shift")
     if zero_terminal_snr and prediction == "epsilon":
-        raise ValueError("zero_terminal_snr needs v_prediction, got epsilon: at the last timestep the input is the noise itself, so epsilon ")
+        raise ValueError(
+            "zero_terminal_snr needs v_prediction, got epsilon, which cannot be learned at the last timestep"
+        )
     options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
     return SCHEDULERS[name](
         beta_schedule="scaled_linear",

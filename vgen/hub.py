@@ -1,4 +1,4 @@
-"""Where pipelines are found: packaged names, folders and Hub ids; and their registration with diffusers."""
+"""Resolves names of pipelines (packaged names, folders, Hub ids), and registers pipelines with diffusers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PREFIX = "vgen/"
 
 
 def find_checkpoint(name: str | Path) -> Path | str:
-    """The folder of a packaged checkpoint or of a path, or the Hub id.
+    """Resolves a name to the folder of a packaged checkpoint, a local folder, or a Hub id.
 
     Raises:
-        ValueError: The name can be neither, or its folder holds no pipeline.
+        ValueError: There is no such checkpoint, or the folder contains no pipeline.
     """
     text = str(name)
     packaged = find_packaged(text)
@@ -23,7 +23,7 @@ def find_checkpoint(name: str | Path) -> Path | str:
     folder = Path(text).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} holds no pipeline: it has no model_index.json")
+            raise ValueError(f"{folder} contains no pipeline: it has no model_index.json")
         return folder
     if text.count("/") != 1 or text.startswith((PREFIX, ".", "/", "~")):
         raise ValueError(not_found(text))
@@ -31,7 +31,7 @@ def find_checkpoint(name: str | Path) -> Path | str:
 
 
 def find_packaged(name: str) -> Path | None:
-    """The folder of what ships with the package under a name that begins with `vgen/`."""
+    """The folder of a packaged checkpoint, whose name starts with `vgen/`; `None` if there is none of that name."""
     folder = CHECKPOINTS / name.removeprefix(PREFIX)
     return folder if name.startswith(PREFIX) and folder.is_dir() else None
 
@@ -42,16 +42,16 @@ def packaged_checkpoints() -> list[str]:
 
 
 def not_found(name: str) -> str:
-    """The error for a checkpoint that is nowhere."""
+    """Error message for a checkpoint that does not exist."""
     packaged = ", ".join(packaged_checkpoints()) or "none"
-    return f"no model {name!r}: it is not a packaged checkpoint ({packaged}), and not a folder in {Path.cwd()}"
+    return f"no model {name!r}: it is neither a packaged checkpoint ({packaged}) nor a folder in {Path.cwd()}"
 
 
 def register(pipeline: type, components: tuple[type[Any], ...]) -> None:
     """Lets diffusers load a pipeline class and its components by name.
 
-    `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the diffusers module, and downloads from the
-    Hub only what it knows how to load.
+    `DiffusionPipeline.from_pretrained` looks up a pipeline's class in the diffusers module, and downloads only
+    components from the Hub that it knows how to load.
     """
     import diffusers
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES

@@ -1,4 +1,4 @@
-"""VideoGenPipeline: from a sentence to a video, with diffusers' arguments and output types.
+"""VideoGenPipeline: from prompts to videos, with diffusers' arguments and output types.
 
 Axes: `b` videos, `c` channels, `f` pixel frames, `t h w` latent frames, rows and columns, `l` tokens of a prompt.
 """
@@ -77,12 +77,12 @@ class VideoGenPipelineOutput(BaseOutput):
 
 
 class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
-    """Turns prompts into videos.
+    """Generates videos from prompts and known frames.
 
     Args:
         scheduler: Any diffusers scheduler that fits the denoiser's training.
-        vae: Encodes clips to latents and decodes them, a 2D one frame by frame; without one, the denoiser works on
-            pixels.
+        vae: Encodes clips to latents and decodes them; a 2D VAE works frame by frame. Without one, the denoiser works
+            on pixels.
         transformer: The denoiser, if it is a Transformer.
         unet: The denoiser, if it is a U-Net.
         text_encoder: Any transformers text encoder; without one, prompts must be embeddings.
@@ -180,14 +180,14 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         frame_rate: float = 8.0,
         **unet: Any,
     ) -> VideoGenPipeline:
-        """Inflates an image pipeline: at first, every frame of a video is the image that it makes from the same noise.
+        """Inflates an image pipeline. At first, every video frame equals the image it generates from the same noise.
 
         Args:
             source: A `StableDiffusionPipeline`, or the folder or Hub id of one (the layouts of 1.5 and 2.1). Its
                 safety checker is dropped.
             num_frames: Default number of frames.
             frame_rate: Default pixel frames per second.
-            unet: Settings that the 2D network does not have, such as `group_modes` or `keyframe_slots`.
+            unet: Arguments of `UNet3D` that the 2D network does not have, such as `group_modes` or `keyframe_slots`.
 
         Raises:
             ValueError: The layout is not supported; the part is named.
@@ -199,7 +199,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Reads `model_index.json`; that of a `WanPipeline` becomes one of this class.
 
         Raises:
-            ValueError: It belongs to another class of pipeline, which is named.
+            ValueError: The index is that of another pipeline class. The error names it.
         """
         index = super().load_config(pretrained_model_name_or_path, **kwargs)
         name = index.get("_class_name") if isinstance(index, dict) else cls.__name__
@@ -207,7 +207,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             return from_wan_index(index)
         if name != cls.__name__:
             raise ValueError(
-                f"{pretrained_model_name_or_path} must hold a {cls.__name__} or a WanPipeline, got a {name}"
+                f"{pretrained_model_name_or_path} must contain a {cls.__name__} or a WanPipeline, got a {name}"
             )
         return index
 
@@ -239,40 +239,40 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
     ) -> Any:
-        """Generates videos; `None` takes the checkpoint's default.
+        """Generates videos. `None` uses the checkpoint's default.
 
         Args:
             prompt: Describes the video.
             negative_prompt: Describes what to steer away from; "" by default.
             image: The first frame: a PIL image, an array `(h, w, 3)` or a tensor `(3, h, w)`, uint8 or in [0, 1]; a
                 list has one for each prompt. The same as `frames={0: image}`.
-            frames: Known frames by index, each as `image`; they are returned unchanged at their positions.
-            height: In pixels; that of known frames by default.
-            width: In pixels; that of known frames by default.
+            frames: Known frames by index, in the format of `image`; they are returned unchanged at their positions.
+            height: Height in pixels; by default that of the known frames.
+            width: Width in pixels; by default that of the known frames.
             num_frames: Length of the video, `1 + s*k`.
             frame_rate: Pixel frames per second that the denoiser is conditioned on; ignored by checkpoints without a
                 frame rate embedding.
-            num_inference_steps: Denoising steps.
-            guidance_scale: Weight of classifier-free guidance; off up to 1.
-            num_videos_per_prompt: Videos for each prompt.
-            generator: Source of the noise; a list has one for each video. A CPU generator gives the same video on
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Weight of classifier-free guidance. Values up to 1 turn it off.
+            num_videos_per_prompt: Number of videos for each prompt.
+            generator: Source of the noise; a list has one for each video. A CPU generator draws the same noise for
                 every device.
             latents: Noise `(b, c, t, h, w)` to start from.
-            prompt_embeds: `(b, l, d)` instead of `prompt`.
-            negative_prompt_embeds: `(b, l, d)` instead of `negative_prompt`.
-            groups: Which token frames attend to which: `full`, `causal`, `chunk`, or integers.
+            prompt_embeds: Embeddings `(b, l, d)` instead of `prompt`.
+            negative_prompt_embeds: Embeddings `(b, l, d)` instead of `negative_prompt`.
+            groups: Which token frames attend to which: `full`, `causal`, `chunk`, or a list of integers.
             guider: One of diffusers' guiders, instead of classifier-free guidance with `guidance_scale`; those that
                 skip attention layers need a `skip_layer_config` that skips whole blocks.
             output_type: `np`, `pil`, `pt` or `latent`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
-            attention_kwargs: `{"scale": ...}` scales LoRA layers, also of the text encoder.
+            attention_kwargs: `{"scale": ...}` scales LoRA layers, including those of the text encoder.
             callback_on_step_end: Called as `f(pipeline, step, timestep, tensors)`; tensors that it returns replace
                 the current ones.
-            callback_on_step_end_tensor_inputs: Names of the tensors that it gets.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback receives.
             max_sequence_length: Length of prompts in tokens.
 
         Raises:
-            ValueError: An argument is not possible; the error says what is, and the nearest allowed value.
+            ValueError: An argument is invalid. The error names the allowed values and the nearest one.
         """
         given = (
             {}
@@ -372,38 +372,38 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         options: RolloutOptions | None = None,
         **overrides: Any,
     ) -> Rollout | CoarseToFine:
-        """Continues a video, or begins one, chunk after chunk in bounded memory.
+        """Continues a video, or starts a new one, chunk by chunk in bounded memory.
 
         Args:
-            prompt: Describes the video; `{0: "...", 64: "..."}` changes it with the first chunk that begins at new
+            prompt: Describes the video; `{0: "...", 64: "..."}` changes it at the first chunk that starts at new
                 frame 64 or later; a list makes several videos. `None` (also inside a list) continues the video
                 unconditionally; if all prompts are `None`, guidance is off by default.
             video: Given frames to continue: an array `(f, h, w, 3)`, a tensor `(f, 3, h, w)` or a list of images,
                 uint8 or in [0, 1]; a list of these, with a list of prompts or none; or an iterator over images, which
-                is read frame by frame, however long it is (but as a whole with a keyframe interval). `None` generates
-                the first frames.
-            num_frames: New frames, any number; `None` has no end.
-            height: In pixels; that of the video by default.
-            width: In pixels; that of the video by default.
+                is read frame by frame, however long it is (as a whole with `keyframe_interval`). `None` starts a new
+                video.
+            num_frames: Number of new frames; `None` is unlimited.
+            height: Height in pixels; by default that of the video.
+            width: Width in pixels; by default that of the video.
             generator: Source of the noise; a list has one for each video.
-            prompt_embeds: `(b, l, d)` instead of `prompt`.
-            negative_prompt_embeds: `(b, l, d)` instead of `negative_prompt`.
+            prompt_embeds: Embeddings `(b, l, d)` instead of `prompt`.
+            negative_prompt_embeds: Embeddings `(b, l, d)` instead of `negative_prompt`.
             guider: As in the call of the pipeline, instead of `guidance_scale`.
             attention_kwargs: As in the call of the pipeline.
             max_sequence_length: Length of prompts in tokens.
             callback_on_step_end: As in the call of the pipeline, for each denoising step of each chunk.
-            callback_on_step_end_tensor_inputs: Names of the tensors that it gets.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback receives.
             output_type: What iterating yields: `uint8` arrays `(n, h, w, 3)`, or `np`, `pil` or `pt`; with a leading
                 axis for several videos.
             options: A `RolloutOptions`, whose fields are also arguments.
-            overrides: Fields of `RolloutOptions`; they come before those of `options`.
+            overrides: Fields of `RolloutOptions`; they take precedence over those of `options`.
 
         Returns:
             A `Rollout` or, with a keyframe interval, a `CoarseToFine`: both are iterators over new frames with `step`,
             `fork` and `save`.
 
         Raises:
-            ValueError: The checkpoint cannot continue videos, or an argument is not possible.
+            ValueError: The checkpoint cannot continue videos, or an argument is invalid.
         """
         self._check_embeds(prompt_embeds, negative_prompt_embeds)
         if negative_prompt_embeds is not None and prompt_embeds is None:
@@ -485,7 +485,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Given frames of `count` videos as clips `(b, 3, f, h, w)`, as one if `whole`, and the size of the frames.
 
         Raises:
-            ValueError: They are not videos, there is another number of them, or another size was requested.
+            ValueError: They are not videos, or their number or size is not the requested one.
         """
         if video is None:
             return [], (
@@ -506,7 +506,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def _hooks(
         self, state: RolloutState, sampler: Sampler, callback: Callback | None, tensor_inputs: Sequence[str]
     ) -> Hooks:
-        """What a rollout needs of this pipeline."""
+        """Functions of this pipeline that a rollout uses."""
 
         def encode(prompt: Any) -> tuple[Tensor, Tensor | None]:
             return self.encode_prompt(
@@ -534,11 +534,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        """Continues a video: a `rollout` of given length in one piece.
+        """Continues a video: a `rollout` of fixed length, returned as one video.
 
         Args:
             video: Given frames as in `rollout`.
-            num_frames: New frames, any number; only these are returned.
+            num_frames: Number of new frames; only these are returned.
             prompt: Describes the video; `None` continues it unconditionally.
             output_type: `np`, `pil` or `pt`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
@@ -571,22 +571,23 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        """Makes the frames between given ones: `factor * (f - 1) + 1` in all, the given ones unchanged.
+        """Generates the frames between given ones. Returns `factor * (f - 1) + 1` frames, the given ones unchanged.
 
-        Clips of any length are made window by window, each conditioned on finished frames and on given ones ahead.
+        Clips of any length are processed window by window. Each window is conditioned on finished frames and on the
+        given frames inside it.
 
         Args:
             video: Given frames, two or more, as in `rollout`.
-            factor: Given frames become every `factor`-th frame of the result, 2 by default.
+            factor: The given frames become every `factor`-th frame of the result; 2 by default.
             prompt: Describes the video; `None` interpolates unconditionally.
             generator: Source of the noise; a list has one for each video.
             output_type: `np`, `pil` or `pt`.
             return_dict: Whether to return a `VideoGenPipelineOutput` or a tuple.
             options: Other arguments of `interpolator`. `frame_rate` is that of the given frames; the denoiser is
-                conditioned on `factor` times as much.
+                conditioned on `factor` times that rate.
 
         Raises:
-            ValueError: The checkpoint cannot interpolate, or only by less; or an argument is not possible.
+            ValueError: The checkpoint cannot interpolate, `factor` is too large for it, or an argument is invalid.
         """
         check_choice("output_type", output_type, ("np", "pil", "pt"))
         check_type("prompt", prompt, (str, list, NoneType), "a string, a list of strings, or None")
@@ -616,20 +617,20 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         options: InterpolationOptions | None = None,
         **overrides: Any,
     ) -> Interpolator:
-        """Interpolation of frames that come one after another, as `rollout` is to `predict`.
+        """Interpolates frames that arrive one by one. It relates to `interpolate` as `rollout` does to `predict`.
 
         Args:
-            factor: As in `interpolate`, like `prompt` and `generator`.
+            factor: The given frames become every `factor`-th frame of the result; 2 by default.
             prompt: Describes the video.
             size: Height and width of the frames in pixels.
             generator: Source of the noise.
-            keep_given: Whether given frames are returned unchanged. Otherwise they come as the VAE decodes them: no
-                longer exact, but nothing jumps between them and their neighbors.
+            keep_given: Whether to return given frames unchanged. Otherwise the VAE decodes them together with the
+                others: they are no longer exact, but there is no visible jump between them and their neighbors.
             guider: As in the call of the pipeline, instead of `guidance_scale`.
             attention_kwargs: As in the call of the pipeline.
             max_sequence_length: Length of prompts in tokens.
             options: An `InterpolationOptions`, whose fields are also arguments.
-            overrides: Fields of `InterpolationOptions`; they come before those of `options`.
+            overrides: Fields of `InterpolationOptions`; they take precedence over those of `options`.
 
         Raises:
             ValueError: As `interpolate` does.
@@ -673,7 +674,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return Interpolator(sampler, options, conditions, generator, keep_given=keep_given)
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """Called by `enable_xformers_memory_efficient_attention` and its opposite: chooses the attention backend.
+        """Chooses the attention backend; called when xformers attention is enabled or disabled.
 
         Raises:
             RuntimeError: xformers or CUDA is not available.
@@ -702,7 +703,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Checks arguments.
 
         Raises:
-            ValueError: Says what was given, what is allowed, and the nearest allowed value.
+            ValueError: An argument is invalid. The error names the given value and the allowed ones.
         """
         _, p_h, p_w = self.denoiser.patch_size
         for name, side, patch in (("height", height, p_h), ("width", width, p_w)):
@@ -720,7 +721,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_integer("max_sequence_length", max_sequence_length, minimum=1)
         self._check_embeds(prompt_embeds, negative_prompt_embeds)
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("pass either prompt or prompt_embeds, and not both")
+            raise ValueError("pass either prompt or prompt_embeds, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("pass negative_prompt or negative_prompt_embeds, not both")
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
@@ -819,7 +820,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return (draw_noise(shape, generator, dtype) if latents is None else latents).to(device=device, dtype=dtype)
 
     def decode_latents(self, latents: Tensor, output_type: OutputType, known: KnownFrames | None = None) -> Any:
-        """Decodes normalized latents; known frames are put in their places."""
+        """Decodes normalized latents; known frames replace the decoded ones at their positions."""
         clip = decode_latents(self.video_vae, latents)
         return self._postprocess(clip if known is None else known.overwrite_frames(clip), output_type)
 
@@ -837,13 +838,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             yield to_frames(one)
 
     def maybe_free_model_hooks(self) -> None:
-        """Offloads what offloading loaded, and clears step caches; waits for what other threads evaluate."""
+        """Offloads components again and clears step caches, after evaluations in other threads have finished."""
         denoiser = self.transformer if self.unet is None else self.unet
         with nullcontext() if denoiser is None else lock_of(denoiser):
             super().maybe_free_model_hooks()
 
     def sampler(self, guidance: Guidance | None = None) -> Sampler:
-        """A sampler with this pipeline's networks and a scheduler of its own."""
+        """Creates a sampler with this pipeline's networks and its own copy of the scheduler."""
         self._last_sampler = Sampler(
             self.denoiser,
             self.scheduler,
@@ -861,15 +862,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def video_vae(self) -> CausalVideoVAE | PerFrameVAE | None:
-        """The VAE, a 2D one frame by frame."""
+        """The VAE; a 2D VAE is wrapped to work frame by frame."""
         return None if self.vae is None else as_video_vae(self.vae)
 
     @property
     def denoiser(self) -> SpacetimeTransformer | UNet3D:
-        """The network that predicts.
+        """The denoiser.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The pipeline has no denoiser.
         """
         found = self.transformer if self.unet is None else self.unet
         if found is None:
@@ -878,11 +879,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def grid(self) -> LatentGrid:
-        """How pixel frames, latents and token frames correspond."""
+        """Arithmetic of pixel frames, latents and token frames."""
         return LatentGrid(self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
 
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
-        """Checks that guidance is requested in one way.
+        """Checks that at most one kind of guidance is requested.
 
         Raises:
             ValueError: Both kinds are requested, or a guider with FasterCache.
@@ -890,7 +891,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if guider is not None:
             check_type("guider", guider, BaseGuidance, "one of diffusers' guiders")
         if guider is not None and scale is not None:
-            raise ValueError("pass guidance_scale or guider, not both: the guider has a weight of its own")
+            raise ValueError("pass guidance_scale or guider, not both: the guider has its own weight")
         if guider is not None and isinstance(self.denoiser._cache_config, FasterCacheConfig):
             raise ValueError("FasterCache needs guidance in one batch: call disable_cache(), or pass no guider")
 
@@ -898,7 +899,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Checks embeddings.
 
         Raises:
-            ValueError: They are not tensors of the width that the denoiser takes.
+            ValueError: They are not tensors of the width that the denoiser expects.
         """
         width = self.denoiser.text_dim
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
@@ -908,7 +909,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                     raise ValueError(f"{name} must have shape (b, l, {width}), got {tuple(embeds.shape)}")
 
     def _encode_given(self, given: dict[int, Tensor], num_frames: int, num_videos_per_prompt: int) -> KnownFrames:
-        """What the denoiser gets of known frames.
+        """Encodes known frames to inputs of the denoiser.
 
         Raises:
             ValueError: An index is out of range, or the checkpoint cannot use what is given.
@@ -935,15 +936,16 @@ def load_rollout(
     """Continues a rollout where `save` was called; on the CPU, with the same versions, bit for bit.
 
     Args:
-        folder: What `Rollout.save` or `CoarseToFine.save` wrote.
+        folder: Folder that `Rollout.save` or `CoarseToFine.save` wrote.
         pipe: The pipeline that made it, or the same one loaded again.
-        guider: The one that it was begun with.
+        guider: The guider that the rollout was started with.
         callback_on_step_end: As in `VideoGenPipeline.rollout`.
-        callback_on_step_end_tensor_inputs: As there.
-        output_type: As there.
+        callback_on_step_end_tensor_inputs: As in `VideoGenPipeline.rollout`.
+        output_type: As in `VideoGenPipeline.rollout`.
 
     Raises:
-        ValueError: The folder holds no rollout, or one of other networks or another scheduler, which are named.
+        ValueError: The folder contains no rollout, or one made with other networks or another scheduler. The error
+            names them.
     """
     folder = Path(folder)
     is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
@@ -987,7 +989,7 @@ def _count(prompt: Any, prompt_embeds: Tensor | None) -> int:
         ValueError: There are none.
     """
     if prompt is None and prompt_embeds is None:
-        raise ValueError("pass either prompt or prompt_embeds, and not both")
+        raise ValueError("pass either prompt or prompt_embeds, not both")
     if prompt is not None:
         check_prompts(prompt)
     rows: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt

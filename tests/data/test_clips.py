@@ -84,7 +84,7 @@ def test_folders_without_videos_or_with_two_tables_are_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         list_videos(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no videos"):
+    with pytest.raises(ValueError, match="contains no videos"):
         list_videos(tmp_path / "empty")
     for name in ("metadata.csv", "metadata.jsonl"):
         (folder / name).write_text("")

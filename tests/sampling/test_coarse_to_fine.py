@@ -114,7 +114,7 @@ def test_a_batch_equals_singles(pipe, video):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"keyframe_interval": 0}, "at least 1, got 0"), ({"keyframe_interval": 1.5}, "integer.*, got 1.5"),
-     ({"num_frames": 0}, "num_frames must be an integer of at least 1"), ({"prompt": {}}, "must begin at frame 0"),
+     ({"num_frames": 0}, "num_frames must be an integer of at least 1"), ({"prompt": {}}, "must start at frame 0"),
      ({"prompt": {"0": PROMPT}}, "integer.*, got '0'"), ({"height": 12}, "height must be a multiple of 8"),
      ({"keyframe_interval": 40}, "must be at most 16")],
 )  # fmt: skip

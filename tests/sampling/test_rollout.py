@@ -395,14 +395,14 @@ def test_a_rollout_is_saved_over_an_older_one_and_loaded_with_the_same_weights_o
     other = build(randomize)
     with torch.no_grad():
         other.transformer.proj_out.bias += 1
-    with pytest.raises(ValueError, match="another denoiser than"):
+    with pytest.raises(ValueError, match="different denoiser than"):
         load_rollout(tmp_path / "saved", other)
     calibrated = build(randomize)
     calibrated.vae.calibrate(torch.randn(2, 4, 2, 2, 2))
-    with pytest.raises(ValueError, match="another vae than"):
+    with pytest.raises(ValueError, match="different vae than"):
         load_rollout(tmp_path / "saved", calibrated)
     pipe.scheduler = type(pipe.scheduler)(shift=3.0)
-    with pytest.raises(ValueError, match="another scheduler than"):
+    with pytest.raises(ValueError, match="different scheduler than"):
         load_rollout(tmp_path / "saved", pipe)
     with pytest.raises(ValueError, match="is not a saved rollout"):
         load_rollout(tmp_path, pipe)
@@ -440,7 +440,7 @@ def test_unknown_rollout_defaults_are_rejected(pipe):
         ({"num_frames": 0}, "num_frames must be an integer of at least 1, got 0"),
         ({"num_frames": 2.0}, "num_frames must be an integer.*, got 2.0"),
         ({"generator": [seeded(), seeded()]}, "expected one generator or 1, one per video, got 2"),
-        ({"prompt": {4: PROMPT}}, "must begin at frame 0"),
+        ({"prompt": {4: PROMPT}}, "must start at frame 0"),
         ({"prompt": {0: PROMPT, "8": OTHER}}, "a frame of a prompt schedule must be an integer.*, got '8'"),
         ({"prompt": (PROMPT, OTHER)}, "prompt must be a string, a list of strings, .*, got \\('a red"),
         ({"prompt": ""}, "non-empty text, got ''"),

@@ -135,7 +135,7 @@ def test_iterating_is_a_loop_over_steps(pipe, interval):
         chunks.append(chunk)
     clip = torch.cat(chunks, dim=2).clamp(-1, 1)
     assert abs((clip[0].movedim(0, -1).numpy() + 1) * 127.5 - expected).max() <= 0.501
-    with pytest.raises(ValueError, match="all num_frames=11 new frames were made"):
+    with pytest.raises(ValueError, match="all num_frames=11 new frames have been generated"):
         rollout.step()
     with pytest.raises(StopIteration):
         next(rollout)

@@ -104,7 +104,7 @@ def test_videos_go_to_buckets_of_their_shape_and_are_augmented(vae_run, tmp_path
         (videos / f"{name}.txt").write_text(name)
     options = {"--data": videos, "--buckets": '["5x16x32", "17x16x32", "5x32x16", "5x16x16"]'}
     done = encode(vae_run, tmp_path / "latents", **options)
-    assert "5x16x16: no video is nearest to it" in done.stdout
+    assert "bucket 5x16x16 is empty: every video is nearer to another bucket" in done.stdout
     encoded = {path.name: LatentSet(path) for path in (tmp_path / "latents").iterdir()}
     shapes = {name: (data.captions, data.shape) for name, data in encoded.items()}
     assert shapes == {

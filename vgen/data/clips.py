@@ -114,7 +114,7 @@ def list_videos(folder: Path) -> list[Listed]:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         listed = [Listed(path=path, captions=_beside(path), root=folder) for path in paths]
     if not listed:
-        raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
+        raise ValueError(f"{folder} contains no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
     return listed
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a value of JSON's kinds; others count as their text."""
+    """SHA-256 of a JSON-serializable value; other values count as strings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 

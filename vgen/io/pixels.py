@@ -1,4 +1,4 @@
-"""Images and arrays of users and files, to and from clips: uint8 or floats in [0, 1] outside, [-1, 1] inside.
+"""Conversion between images or arrays (uint8, or floats in [0, 1]) and clips (floats in [-1, 1]).
 
 Axes: `b` videos, `c` channels, `f` frames, `h w` rows and columns.
 """

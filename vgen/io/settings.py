@@ -15,8 +15,8 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
 
     Args:
         settings: A dataclass.
-        description: Of the script.
-        args: Words of the command line; `None` takes those of the process.
+        description: Description of the script.
+        args: Command-line arguments; `None` uses those of the process.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # a script cannot resolve the names in annotations that it inherits

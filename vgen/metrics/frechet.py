@@ -108,7 +108,7 @@ class ScriptedFeatures(nn.Module):
     [0, 255].
 
     Args:
-        path: TorchScript file. It is a program that runs with the user's rights, so its source must be trusted.
+        path: TorchScript file. It is a program that runs with the user's permissions, so its source must be trusted.
         trusted: Must be true, to confirm that the file is trusted.
 
     Raises:

@@ -79,7 +79,7 @@ class Reading:
     wobble: float = 0.0
     """Largest deviation from uniform motion along that line, in shorter sides."""
     reversal: float = 0.0
-    """Longest distance along an axis that the object moved forth and back, in shorter sides."""
+    """Longest distance along an axis that the object moved back and forth, in shorter sides."""
     growth: float = 1.0
     """Size in the last frames divided by size in the first frames."""
     turn: float = 0.0
@@ -440,7 +440,7 @@ def _overlap(coverage: Tensor, drawn: Tensor, area: Tensor) -> Tensor:
 
 
 def _track(center: Tensor, size: tuple[int, int]) -> Tensor:
-    """Unwraps centers `(f, 2)`: removes the jumps from one side of the frame to the other."""
+    """Unwraps centers `(f, 2)`: removes the jumps where an object leaves on one side and enters on the other."""
     length = torch.tensor([size[1], size[0]], dtype=center.dtype)
     step = center.diff(dim=0)
     step = step - length * torch.round(step / length)
@@ -457,7 +457,7 @@ def _fit_line(frame: Tensor, track: Tensor, num_frames: int) -> tuple[tuple[floa
 
 
 def _find_reversal(track: Tensor, windows: _Windows, clear: Tensor, size: tuple[int, int]) -> tuple[float, bool]:
-    """The longest distance moved forth and back, and whether the object was at a wall when it turned."""
+    """The longest distance moved back and forth, and whether the object was at a wall when it turned."""
     longest, hits_wall = 0.0, False
     index = clear.nonzero()[:, 0]
     for axis in (0, 1):

@@ -19,12 +19,12 @@ def inflate_stable_diffusion(source: str | Path | DiffusionPipeline, **unet: Any
         unet: Settings that the 2D network does not have.
 
     Raises:
-        ValueError: The layout is not supported; the part is named.
+        ValueError: The layout is not supported. The error names the part.
     """
     given = isinstance(source, DiffusionPipeline)
     name = type(source).__name__ if given else DiffusionPipeline.load_config(str(source)).get("_class_name")
     if name != "StableDiffusionPipeline":
-        raise ValueError(f"source must be a StableDiffusionPipeline, got {source}, which holds a {name}")
+        raise ValueError(f"source must be a StableDiffusionPipeline, got {source}, which contains a {name}")
     images: Any = source
     if not given:
         parts = {"unet": None, "vae": load_vae(source), "safety_checker": None, "requires_safety_checker": False}

@@ -1,4 +1,4 @@
-"""One lock per network, for what changes a network while it is evaluated."""
+"""One lock per network, for operations that change a network while it is evaluated."""
 
 from threading import RLock
 from typing import Any

@@ -242,7 +242,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         dim_mult: Multiples of `base_dim`, one per level. Height and width are halved between levels.
         num_res_blocks: Residual blocks per level in the encoder; the decoder has one more.
         attn_scales: Must be empty; only the middle block has attention.
-        temperal_downsample: For each step between levels, whether it halves time too (spelled as in diffusers).
+        temperal_downsample: For each step between levels, whether it halves time too (diffusers' spelling).
         dropout: Dropout rate inside residual blocks.
         latents_mean: Mean of each latent channel, for `normalize`; `None` means zeros.
         latents_std: Standard deviation of each latent channel; `None` means ones.
@@ -352,7 +352,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Encodes and decodes a clip. Training uses only this call: DDP and FSDP synchronise no other.
+        """Encodes and decodes a clip. Training uses only this call: DDP and FSDP synchronize no other.
 
         Args:
             clip: `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
@@ -523,7 +523,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def grid(self) -> LatentGrid:
-        """How pixel frames and latents correspond."""
+        """Arithmetic of pixel frames and latents."""
         return LatentGrid(self.temporal_compression_ratio)
 
     def _encode(self, clip: Tensor, history: History | None) -> Tensor:
@@ -670,4 +670,4 @@ def _check_layout(
         )
     for name, (given, actual) in {"temporal": temporal, "spatial": spatial}.items():
         if given is not None and given != actual:
-            raise ValueError(f"scale_factor_{name} must be {actual}, as the layers give it, got {given}")
+            raise ValueError(f"scale_factor_{name} must be {actual}, the factor of the layers, got {given}")

@@ -137,7 +137,7 @@ def encode_known_frames(
 
 
 def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:
-    """Normalized latents `(b, c, t, h, w)` of pixels `(b, 3, f, h, w)` in [-1, 1]; with a state, those of the next slice.
+    """Encodes pixels `(b, 3, f, h, w)` in [-1, 1], or with a state the next slice, to normalized `(b, c, t, h, w)`.
 
     The pixels must be on the device where the VAE computes; offloaded weights do not show which one that is. Without a
     VAE, latents are pixels.

@@ -76,5 +76,5 @@ class PromptSchedule:
         return fill_empty_prompts(self.prompts[max(begin for begin in self.prompts if begin <= frame)], "")
 
     def coarse(self, interval: int) -> PromptSchedule:
-        """The schedule of every `interval`-th frame; each prompt starts at the first of these frames that it applies to."""
+        """The schedule of every `interval`-th frame. Each prompt starts at the first such frame that it applies to."""
         return PromptSchedule({-(-frame // interval): prompt for frame, prompt in self.prompts.items()})

@@ -131,8 +131,7 @@ class RolloutState:
             fingerprint: Fingerprint of the current networks.
 
         Raises:
-            ValueError: It was made with other networks, which the error names, or its noise comes from a device that is not
-                available.
+            ValueError: It was made with other networks, or draws its noise on a device that is not available.
         """
         record = read_record(folder)
         check_fingerprint(folder, record["made_with"], fingerprint)
@@ -146,7 +145,9 @@ class RolloutState:
             try:
                 generators.append(torch.Generator(where))
             except RuntimeError as error:
-                raise ValueError(f"{folder} draws its noise on the device {where}, which is not available on this machine") from error
+                raise ValueError(
+                    f"{folder} draws its noise on {where}, which is not available on this machine"
+                ) from error
             generators[-1].set_state(tensors[f"generator.{index}"])
         keyframes = {}
         for name in (name for name in on_device if name.startswith("keyframe.")):
@@ -393,8 +394,8 @@ class Rollout(VideoStream):
     def _num_context(self) -> int:
         """Token frames kept beyond those in the KV cache: whole chunks of what convolutions see before them.
 
-        When the KV cache is recomputed, these frames are evicted from it again, and the convolutions continue from them
-        as if no frames were missing after the sink.
+        When the KV cache is recomputed, they are evicted from it again, and the convolutions continue from them as if
+        no frames were missing after the sink.
         """
         assert self.state.options.chunk_size is not None
         context = getattr(self.sampler.denoiser, "conv_history", 0)
@@ -484,7 +485,7 @@ def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict
 
     differing = [name for name, mark in made_with.items() if not agree(mark, fingerprint.get(name))]
     if differing:
-        raise ValueError(f"{folder} was made with a different {' and '.join(differing)} than that of this pipeline")
+        raise ValueError(f"{folder} was made with a different {' and '.join(differing)} than this pipeline has")
 
 
 def _versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ class LatentGrid:
         return 1 + (num_frames - 1) // self.compression if num_frames > 0 else 0
 
     def latents_for(self, num_frames: int) -> int:
-        """Latents that are needed to hold the first pixel frames of a video."""
+        """Number of latents that contain the first `num_frames` pixel frames of a video."""
         return 1 + -(-(num_frames - 1) // self.compression)
 
     def frames_of(self, latent: int) -> range:
@@ -46,7 +46,7 @@ class LatentGrid:
         return range(self.compression * (latent - 1) + 1, self.compression * latent + 1) if latent else range(1)
 
     def slot(self, frame: int) -> tuple[int, int]:
-        """The latent that holds a pixel frame after the first, and which of its `s` frames it is."""
+        """The latent that contains a pixel frame other than frame 0, and the index of the frame within the latent."""
         return 1 + (frame - 1) // self.compression, (frame - 1) % self.compression
 
     def is_valid(self, num_frames: int) -> bool:
@@ -54,15 +54,15 @@ class LatentGrid:
         return num_frames >= self.first and (num_frames - self.first) % self.unit == 0
 
     def nearest(self, num_frames: int) -> int:
-        """The valid number of pixel frames that is nearest; the smaller one of two."""
+        """The nearest valid number of pixel frames; the smaller one if two are equally near."""
         below = max(self.first, self.first + (num_frames - self.first) // self.unit * self.unit)
         return below if num_frames <= below + self.unit / 2 else below + self.unit
 
     def check(self, num_frames: int, name: str = "num_frames") -> None:
-        """Checks that a video of so many pixel frames is possible.
+        """Checks that a video can have this number of pixel frames.
 
         Raises:
-            ValueError: It is not a whole number, or fills no whole token frames; the nearest valid number is named.
+            ValueError: It is not an integer or does not fill whole token frames. The error names the nearest number.
         """
         check_integer(name, num_frames)
         if not self.is_valid(num_frames):
