@@ -96,7 +96,7 @@ def test_every_module_belongs_to_a_layer():
     assert packages <= set(LEVELS), packages - set(LEVELS)
 
 
-def test_every_import_leads_to_a_lower_layer():
+def test_every_import_is_from_a_lower_layer():
     graph = import_graph(ROOT)
     graph["vgen"] = set()  # its lazy names and their annotations
     assert len(graph) == len(MODULES) and sum(map(len, graph.values())) > 100
@@ -126,7 +126,7 @@ def test_scripts_are_not_named_like_a_dependency():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_script_says_what_it_does(path):
+def test_every_script_has_a_help_text(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
     if path.parent.name != "examples" and "__main__" in path.read_text():  # examples have tests that run them
         done = subprocess.run([warm_python(), path, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -141,7 +141,7 @@ def test_the_measured_tables_are_those_of_the_results():
 
 
 # those between pages of docs/ are checked when the site is built
-def test_links_of_the_readme_lead_to_files_and_headings():
+def test_links_of_the_readme_point_to_files_and_headings():
     links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", (ROOT / "README.md").read_text())
     assert len(links) > 10
     for name, anchor in links:

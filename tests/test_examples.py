@@ -59,7 +59,7 @@ def test_an_example_runs(tmp_path, name):
         assert (tmp_path / WRITTEN[name]).is_file()
 
 
-def test_a_loop_of_ones_own_gives_what_the_rollout_gives(tmp_path):
+def test_a_custom_loop_equals_the_rollout(tmp_path):
     runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]("a red circle bounces", 6, 2, str(tmp_path / "loop"))
     frames, _ = read_video(tmp_path / "loop")  # a folder of frames, without loss
     pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")

@@ -65,7 +65,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_video_has_the_default_size_and_lies_in_zero_to_one(pipe):
+def test_video_has_the_default_size_and_values_from_zero_to_one(pipe):
     frames = pipe(PROMPT, generator=seeded()).frames
     assert frames.shape == (1, 9, 16, 16, 3)
     assert 0 <= frames.min() < frames.max() <= 1
@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_video_every_time(pipe):
     assert not np.allclose(first, other, atol=1e-3)
 
 
-def test_a_list_of_prompts_gives_what_the_single_prompts_give(pipe):
+def test_a_list_of_prompts_equals_the_single_prompts(pipe):
     prompts = [PROMPT, "a blue square moves up"]
     together = pipe(prompts, generator=[seeded(0), seeded(1)]).frames
     for index, prompt in enumerate(prompts):
@@ -132,7 +132,7 @@ def test_prompt_embeddings_may_have_any_length(pipe):
     assert positive.shape[1] == 12 and np.isfinite(pipe(prompt_embeds=positive).frames).all()
 
 
-def test_noise_is_scaled_and_drawn_as_the_scheduler_asks(pipe):
+def test_noise_is_scaled_and_drawn_as_the_scheduler_requires(pipe):
     pipe.scheduler = EulerAncestralDiscreteScheduler()
     videos = [pipe(PROMPT, generator=seeded(seed), num_inference_steps=3).frames for seed in (0, 0, 1)]
     assert np.array_equal(videos[0], videos[1]) and not np.allclose(videos[0], videos[2], atol=1e-3)

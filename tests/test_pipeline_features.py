@@ -52,7 +52,7 @@ def latents(pipe, **arguments):
 
 
 def assert_same(loaded, pipe):
-    """The weights to the bit, and videos as nearly as kernels do that look at where weights lie in memory."""
+    """Weights are bit-identical; videos are equal up to rounding, which depends on the alignment of weights."""
     for name in (denoiser_name(pipe), "vae", "text_encoder"):
         weights = getattr(loaded, name).state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in getattr(pipe, name).state_dict().items())
@@ -248,7 +248,7 @@ def test_half_precision_is_finite_and_close(pipe, dtype):
     assert abs(frames - exact).mean() < 0.02
 
 
-def test_prompts_are_encoded_alone(pipe):
+def test_prompts_are_encoded_separately(pipe):
     positive, negative = pipe.encode_prompt([PROMPT, "a blue square"], num_videos_per_prompt=2)
     assert positive.shape == negative.shape == (4, 8, 32)
     assert torch.equal(positive[0], positive[1]) and not torch.equal(positive[1], positive[2])

@@ -38,8 +38,8 @@ Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free 
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; the same seed gives the same video.")
 ]
-Fps = Annotated[float | None, typer.Option(help="Frames per second of the file; the content's by default.")]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; the fastest available one by default.")]
+Fps = Annotated[float | None, typer.Option(help="Frame rate of the output file; by default that of the content.")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; by default the fastest one available.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -93,7 +93,7 @@ def version_callback(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
     model: Model = DEFAULT_MODEL,
     num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
@@ -104,7 +104,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="Prompt to steer away from.")] = None,
     groups: Annotated[
         Literal["full", "causal", "chunk"],
-        typer.Option(help="Attention mask over frames: all frames, causal, or causal between chunks."),
+        typer.Option(help="Attention between frames: full, causal, or causal between chunks."),
     ] = "full",
     seed: Seed = 0,
     fps: Fps = None,
@@ -126,7 +126,7 @@ def generate(
 @app.command()
 def animate(
     image: Annotated[Path, typer.Argument(help="Image file with the first frame.")],
-    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
     model: Model = DEFAULT_MODEL,
     num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
@@ -156,7 +156,7 @@ def predict(
     clip: Annotated[Path, typer.Argument(help="Video to continue: a file or a folder of frames.")],
     output: Output,
     num_frames: Annotated[int, typer.Option(help="Number of new frames.")] = 16,
-    prompt: Annotated[str | None, typer.Option(help="Describes the new frames; unconditional if omitted.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt for the new frames; unconditional if omitted.")] = None,
     with_input: Annotated[
         bool, typer.Option("--with-input", help="Write the input frames before the new ones.")
     ] = False,
@@ -192,10 +192,14 @@ def predict(
 def interpolate(
     clip: Annotated[Path, typer.Argument(help="Video to interpolate: a file or a folder of frames.")],
     output: Output,
-    prompt: Annotated[str | None, typer.Option(help="Describes the video; unconditional if omitted.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt that describes the video; unconditional if omitted.")
+    ] = None,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the file; the input's by default.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frame rate of the output file; by default that of the input.")
+    ] = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
@@ -213,11 +217,11 @@ def interpolate(
 @app.command()
 @_with_options(RolloutOptions)
 def rollout(
-    prompt: Annotated[str, typer.Argument(help="Describes the video.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
-    num_frames: Annotated[int, typer.Option(help="Number of new frames, without a limit.")] = 64,
+    num_frames: Annotated[int, typer.Option(help="Number of new frames; there is no maximum.")] = 64,
     at: Annotated[
-        list[str] | None, typer.Option(help="FRAME=PROMPT changes the prompt at this new frame; can be repeated.")
+        list[str] | None, typer.Option(help="FRAME=PROMPT: change the prompt at this new frame; can be repeated.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Video to continue: a file or a folder of frames.")] = None,
     with_input: Annotated[
@@ -313,14 +317,14 @@ def evaluate(
     ] = False,
     num_samples: Annotated[int, typer.Option(help="Number of predictions per clip.", min=1)] = 1,
     features: Annotated[
-        str | None, typer.Option(help="Video model of transformers, for distances between distributions.")
+        str | None, typer.Option(help="Video model of the transformers library, for distances between distributions.")
     ] = None,
     convlstm: Annotated[str | None, typer.Option(help="ConvLSTM baseline for prediction; none turns it off.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
 ) -> None:
-    """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and several processes."""
+    """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and can use several processes."""
     with _one_line_errors():
         from vgen.tasks.evaluation import EvaluationConfig
         from vgen.tasks.evaluation import evaluate as run
@@ -343,10 +347,10 @@ def evaluate(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="A results.json of `vgen evaluate`.")],
-    second: Annotated[Path, typer.Argument(help="Another one of the same clips.")],
+    first: Annotated[Path, typer.Argument(help="A results.json from `vgen evaluate`.")],
+    second: Annotated[Path, typer.Argument(help="Another results.json, for the same clips.")],
 ) -> None:
-    """Compare two results clip by clip, with 95% confidence intervals."""
+    """Compare the results of two evaluations clip by clip, with 95% confidence intervals."""
     import json
 
     with _one_line_errors():
@@ -388,13 +392,15 @@ def anomaly(
             "deviations. Both statistics are computed over the lower half of the log errors."
         ),
     ] = 6.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the score of every frame.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the error of every frame and the anomalous frames as JSON.")
+    ] = False,
     steps: Steps = None,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find frames of a video that the model predicts unusually badly, and plot the prediction errors."""
+    """Find video frames with unusually large prediction errors, and plot the errors."""
     import json
 
     with _one_line_errors():
@@ -429,16 +435,22 @@ def anomaly(
 @data_app.command()
 def validate(
     folder: Annotated[Path, typer.Argument(help="Folder of videos with captions, as for training.")],
-    bucket: Annotated[list[str] | None, typer.Option(help="FRAMESxHEIGHTxWIDTH of clips; can be repeated.")] = None,
+    bucket: Annotated[
+        list[str] | None, typer.Option(help="Shape of clips, FRAMESxHEIGHTxWIDTH; can be repeated.")
+    ] = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second to resample to.")] = None,
     compression: Annotated[int, typer.Option(help="Temporal compression of the VAE.", min=1)] = 4,
     batch_size: Annotated[int, typer.Option(help="Clips per training step.", min=1)] = 8,
-    stride: Annotated[int, typer.Option(help="Video frames from one frame of a clip to the next.")] = 1,
-    hop: Annotated[int | None, typer.Option(help="Video frames from one clip to the next.")] = None,
-    short: Annotated[Literal["skip", "pad"], typer.Option(help="What to do with videos of too few frames.")] = "skip",
+    stride: Annotated[int, typer.Option(help="Step between the frames of a clip, in video frames.")] = 1,
+    hop: Annotated[
+        int | None, typer.Option(help="Step between the starts of clips, in video frames; end to end by default.")
+    ] = None,
+    short: Annotated[
+        Literal["skip", "pad"], typer.Option(help="What to do with videos that have too few frames.")
+    ] = "skip",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Decode a folder of videos and list which are usable for training, and why the others are not."""
+    """Decode all videos of a folder and list which ones are usable for training, and why the others are not."""
     import json
 
     from vgen.data.clips import Bucket
@@ -481,7 +493,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Prints a user's mistake as one line and exits with status 2."""
+    """Prints an expected error as one line and exits with status 2."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -503,8 +515,8 @@ def _writing(
 ) -> Iterator[dict[str, Any]]:
     """Checks what can be checked without a network, runs a command, and prints what it wrote.
 
-    The command imports torch in this context, so that a mistake is reported before, and adds its entries to the
-    dictionary.
+    The command imports torch inside this context, so invalid arguments are reported before that. It adds its entries to
+    the dictionary.
     """
     entries: dict[str, Any] = {}
     with _one_line_errors():

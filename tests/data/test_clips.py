@@ -92,7 +92,7 @@ def test_folders_without_videos_or_with_two_tables_are_errors(folder, tmp_path):
         list_videos(folder)
 
 
-def test_consecutive_frames_lie_inside_and_every_place_is_drawn():
+def test_consecutive_frames_are_inside_the_video_and_every_position_is_drawn():
     sampling = Sampling(num_frames=3, stride=2)
     rng, firsts = random.Random(0), set()
     for _ in range(200):
@@ -154,7 +154,7 @@ def sampled(buckets, **options):
     return {bucket: Sampling(num_frames=bucket.num_frames, frame_rate=8.0, **options) for bucket in buckets}
 
 
-def test_clips_are_the_frames_that_were_asked_for(folder):
+def test_clips_are_the_requested_frames(folder):
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "a.mp4", "text": "x", "start": 0.5, "end": 1.5}\n{"file_name": "b.gif", "text": "y"}\n'
     )
@@ -170,7 +170,7 @@ def test_clips_are_the_frames_that_were_asked_for(folder):
     assert padded.real.sum() == 10 and shown(padded) == [*range(5, 15), 14, 14]
 
 
-def test_a_clip_depends_on_seed_epoch_and_number_alone(folder):
+def test_a_clip_depends_only_on_seed_epoch_and_number(folder):
     sampling = Sampling(num_frames=4)
     first, same, other = (VideoFolder(folder, sampling, 16, 16, seed) for seed in (1, 1, 2))
     draws = [[shown(one.clip(0, epoch)) for epoch in range(6)] for one in (first, same, other)]

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parquet(folder):
-    """The same as a dataset whose files lie in its table."""
+    """The same as a dataset that stores the files in its table."""
     features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
     rows = {
         "video": [
@@ -76,7 +76,7 @@ def grays(clips):
     return [(clip.captions, round(float(clip.frames.mean()) / 60)) for clip in clips]
 
 
-def test_a_dataset_gives_what_its_folder_gives(folder, parquet):
+def test_a_dataset_gives_the_same_clips_as_its_folder(folder, parquet):
     here, there = VideoFolder(list_dataset(parquet), SAMPLING, 16, 16), VideoFolder(folder, SAMPLING, 16, 16)
     assert len(here) == len(there) == 6
     for index in range(6):

@@ -51,7 +51,7 @@ def test_each_file_is_probed_once_for_all_rates_and_lengths(folder, probed):
     assert {path.name for path in folder.iterdir()} == {"a.mp4", "deeper", INDEX}
 
 
-def test_what_is_kept_is_what_the_file_says(folder, probed):
+def test_saved_properties_match_the_files(folder, probed):
     for listed in list_videos(folder):
         index_of(folder).info(listed.path)
     index_of(folder).save()

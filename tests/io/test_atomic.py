@@ -15,7 +15,7 @@ def write(folder, text):
         (partial / "a.txt").write_text(text)
 
 
-def test_a_folder_appears_whole_and_replaces_the_older_one(tmp_path):
+def test_a_folder_is_written_atomically_and_replaces_the_older_one(tmp_path):
     folder = tmp_path / "runs" / "result"
     write(folder, "first")
     (folder / "left.txt").write_text("of the first alone")

@@ -136,7 +136,7 @@ def test_video_models_of_transformers_give_features(tmp_path, kind):
         (None, {}, [0.2] * 3),
     ],
 )
-def test_a_network_gets_the_values_that_its_processor_gives(tmp_path, name, config, expected, monkeypatch, caplog):
+def test_a_network_gets_the_same_values_as_from_its_processor(tmp_path, name, config, expected, monkeypatch, caplog):
     logging.getLogger("diffusers").propagate = True
     MODELS["videomae"]().save_pretrained(tmp_path)
     if name is not None:

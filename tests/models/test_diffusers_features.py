@@ -97,7 +97,7 @@ def close(a, b, atol=1e-4):
 
 
 def assert_same(case, network):
-    """The weights to the bit, and what they give as nearly as kernels do that look at where weights lie in memory."""
+    """Weights are bit-identical; outputs are equal up to rounding, which depends on the alignment of weights."""
     weights = network.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in case.network.state_dict().items())
     close(case.whole(network), case.whole(case.network), atol=1e-5)
@@ -107,7 +107,7 @@ def load(case, folder, **options):
     return type(case.network).from_pretrained(folder, **options).eval()
 
 
-def test_outputs_are_tuples_where_asked(case):
+def test_outputs_are_tuples_if_requested(case):
     network = case.network
     if isinstance(case, VAE):
         posterior, *rest = network.encode(case.input, return_dict=False)
@@ -369,7 +369,7 @@ def assert_causal(case, **inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [{}, {"attention": "divided"}, {"non_local": True}])
-def test_xformers_gets_masks_whose_rows_lie_as_its_kernels_want(make_denoiser, parts, dtype, monkeypatch):
+def test_xformers_gets_masks_with_aligned_rows(make_denoiser, parts, dtype, monkeypatch):
     if parts.keys() - inspect.signature(type(make_denoiser()).__init__).parameters.keys():
         pytest.skip("the other denoiser has this")
     case = Transformer(partial(make_denoiser, **parts))
@@ -414,7 +414,7 @@ def test_xformers_without_cuda_is_one_clear_error(make_denoiser, monkeypatch, in
         network.enable_xformers_memory_efficient_attention()
 
 
-def test_without_xformers_again_the_network_is_as_before(make_denoiser):
+def test_disabling_xformers_restores_the_network(make_denoiser):
     case = Transformer(make_denoiser)
     exact = case.whole(case.network)
     case.network.disable_xformers_memory_efficient_attention()

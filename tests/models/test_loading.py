@@ -92,7 +92,7 @@ def test_a_pickle_next_to_safetensors_is_never_read(folder):
         load(folder, use_safetensors=False)
 
 
-def test_loading_info_is_returned_when_asked_for(folder):
+def test_loading_info_is_returned_if_requested(folder):
     model, info = load(folder, output_loading_info=True)
     assert type(model) is type(load(folder)) and not info["missing_keys"]
 

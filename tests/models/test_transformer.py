@@ -172,7 +172,7 @@ def test_no_output_depends_on_later_groups(make_transformer, attention, mode, nu
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
-def test_groups_of_each_sample_equal_samples_alone(make_transformer, attention):
+def test_groups_of_each_sample_equal_single_samples(make_transformer, attention):
     network = make_transformer(attention=attention)
     latents, levels, prompt = inputs()
     groups = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 1]])

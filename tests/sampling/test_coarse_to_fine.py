@@ -56,7 +56,7 @@ def test_it_is_a_rollout_at_a_lower_rate_and_its_interpolation(pipe, coarse, mon
     assert abs(filled(pipe, given, stride, **settings)[:num_frames] - frames).max() <= 0.5
 
 
-def test_it_leads_away_from_the_last_given_frame(pipe, coarse, video, monkeypatch):
+def test_it_continues_after_the_last_given_frame(pipe, coarse, video, monkeypatch):
     monkeypatch.setattr("vgen.sampling.interpolation.draw_noise", lambda shape, *_: torch.zeros(shape))
     settings = {"keyframe_interval": 4, "num_frames": 10, "num_inference_steps": 2}
     frames = frames_of(pipe.rollout(PROMPT, video, generator=seeded(), **settings))

@@ -82,7 +82,7 @@ def test_windows_continue_from_finished_latents_and_are_decoded_as_one_stream(pi
 
 
 @pytest.mark.parametrize("factor", [3, 8])
-def test_given_frames_may_come_as_they_are_decoded_among_the_others(pipe, video, monkeypatch, factor):
+def test_given_frames_can_be_decoded_with_the_others(pipe, video, monkeypatch, factor):
     latents, decode = [], Sampler.decode
     monkeypatch.setattr(Sampler, "decode", lambda *args: latents.append(args[1]) or decode(*args))
     given, results = to_clip(video[:6])[None], []

@@ -41,7 +41,7 @@ def test_indices_out_of_range_are_named():
             lay_out({0, index}, 9, LatentGrid())
 
 
-def test_leading_latents_are_those_of_the_whole_clip_and_slots_hold_frames_alone(make_vae):
+def test_leading_latents_are_those_of_the_whole_clip_and_slots_hold_single_frames(make_vae):
     vae = make_vae()
     clip = torch.rand(2, 3, 9, 16, 16) * 2 - 1
     known = encode_known_frames({i: clip[:, :, i] for i in (0, 1, 2, 3, 4, 5, 8)}, 9, LatentGrid(4), vae)

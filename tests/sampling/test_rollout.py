@@ -291,7 +291,7 @@ def test_every_given_frame_matters(pipe, video):
             assert not np.array_equal(result, expected), (given, index)
 
 
-def test_history_guidance_leads_away_from_a_noisy_history(pipe, video, monkeypatch):
+def test_history_guidance_steers_away_from_a_noisy_history(pipe, video, monkeypatch):
     settings = {"num_frames": 8, "num_inference_steps": 1, "guidance_scale": 2.0}
     results, predictions = {}, []
 

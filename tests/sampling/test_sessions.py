@@ -80,7 +80,7 @@ def nothing(*_):
 
 
 @pytest.mark.parametrize("make", [call, roll])
-def test_two_threads_give_what_each_gives_alone(pipe, make):
+def test_two_threads_give_the_same_results_as_separate_calls(pipe, make):
     jobs = [
         make(pipe, 0, num_inference_steps=3, guidance_scale=4.0),
         make(pipe, 1, num_inference_steps=5, guidance_scale=1.0),
@@ -164,7 +164,7 @@ def test_a_step_takes_a_prompt_as_a_schedule_does(pipe, interval):
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_forks_continue_as_the_original_alone(pipe, interval):
+def test_forks_continue_as_the_original_without_forks(pipe, interval):
     settings = {"keyframe_interval": interval, "num_inference_steps": 2}
     alone = pipe.rollout(PROMPT, generator=seeded(), **settings)
     expected = [alone.step() for _ in range(6)]
@@ -328,7 +328,7 @@ def test_an_interrupt_while_prompts_are_encoded_is_kept(pipe, monkeypatch):
     assert not steps
 
 
-def test_guidance_that_a_callback_changes_is_that_of_its_chunk(pipe):
+def test_guidance_changed_by_a_callback_lasts_one_chunk(pipe):
     def cut(pipe, step, timestep, tensors):
         scales.append(pipe.guidance_scale)
         if step == 1:

@@ -67,7 +67,7 @@ def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys)
     ]  # fmt: skip
 
 
-def test_a_job_out_of_memory_leaves_nothing_to_the_next(tmp_path):
+def test_a_job_out_of_memory_frees_its_memory_before_the_next(tmp_path):
     held = []
 
     def make(job, path):

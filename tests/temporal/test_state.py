@@ -100,7 +100,7 @@ def test_frozen_view_reads_everything_and_writes_nothing():
     assert_same(state, expected)
 
 
-def test_moving_a_frozen_view_leaves_the_state_alone():
+def test_moving_a_frozen_view_does_not_change_the_state():
     state = filled()
     state.frozen().move_to(dtype=torch.float16)
     assert_same(state, filled())

@@ -132,7 +132,7 @@ def test_all_of_a_public_pipeline_is_fine_tuned(wan_folder, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["joint", "divided"])
-def test_layers_for_time_alone_are_trained_where_there_are_some(runs, tmp_path, attention):
+def test_only_temporal_layers_are_trained_where_there_are_some(runs, tmp_path, attention):
     options = {"--train_only": "temporal", "--model": json.dumps(DENOISER | {"attention": attention})}
     done = train_vdm(runs, tmp_path / "temporal", check=False, **options)
     if attention == "joint":

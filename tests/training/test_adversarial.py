@@ -45,7 +45,7 @@ def test_a_clip_is_judged_the_same_in_any_batch(gan_output):
     torch.testing.assert_close(model.discriminator(clip[1:]), out.real[1:])
 
 
-def test_the_hinge_loss_is_what_the_paper_says():
+def test_the_hinge_loss_matches_the_paper():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
     expected = 0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
     assert discriminator_loss(real, fake).item() == pytest.approx(expected)

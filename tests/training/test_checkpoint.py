@@ -111,7 +111,7 @@ def test_a_killed_run_ends_with_the_weights_and_logs_of_an_uninterrupted_one(who
     assert names(tmp_path) == names(whole) == ["checkpoint-12", "checkpoint-8"]
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_resumes(whole, tmp_path):
+def test_a_run_that_receives_a_stop_signal_saves_and_resumes(whole, tmp_path):
     stopped = train(tmp_path, KILL="term6")
     assert "stopped after 6 steps" in stopped.stdout and not (tmp_path / "result.pt").exists()
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
@@ -121,7 +121,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_process_is_asked_to_stop_all_save_and_resume(tmp_path):
+def test_a_stop_signal_to_one_process_makes_all_save_and_resume(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     configuration = Path(__file__).parents[2] / "train/accelerate/ddp.yaml"
     options = [f"--config_file={configuration}", "--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
@@ -191,7 +191,7 @@ def test_reasons_for_an_inexact_resume_are_named(tmp_path):
     assert "is not resumed exactly" not in train(tmp_path, THREADS="2", DATA="a").stderr
 
 
-def test_a_continuation_has_the_hyperparameters_that_it_is_asked_for(tmp_path):
+def test_a_resumed_run_uses_the_requested_hyperparameters(tmp_path):
     train(tmp_path, check=False, KILL="step6")
     options = ("--keep_last=9", "--learning_rate=0", "--weight_decay=0.3", "--adam_beta2=0.5")
     again = train(tmp_path, launcher=("-c", SCRIPT, *options))

@@ -209,7 +209,7 @@ def test_a_source_bounds_the_workers(tmp_path):
     assert len({batch["process"] for batch in feed} - {os.getpid()}) == 1
 
 
-def test_workers_are_for_accelerators_unless_asked_for(tmp_path, monkeypatch):
+def test_workers_are_for_accelerators_unless_requested(tmp_path, monkeypatch):
     config = RunConfig(output_dir=tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
     for processes, expected in ((1, 4), (4, 2), (12, 0)):

@@ -25,7 +25,7 @@ def test_noisy_latents_equal_the_schedulers():
     assert torch.allclose(noisy, scheduler.scale_noise(latents, timesteps, noise), atol=1e-5)
 
 
-def test_the_true_velocity_leads_from_any_level_to_the_clean_latents():
+def test_the_true_velocity_recovers_the_clean_latents_from_any_level():
     latents, noise = drawn(2, 3, 4, 2, 2)
     levels = torch.rand(2, 2)  # two latents a token frame
     noisy, velocity = flow_sample(latents, noise, levels)
@@ -88,7 +88,7 @@ def test_min_snr_weights_are_those_of_the_paper(prediction):
     torch.testing.assert_close(weight * scale, snr.clamp(max=5))
 
 
-def test_noise_alone_ends_a_schedule_of_zero_terminal_snr():
+def test_a_schedule_of_zero_terminal_snr_ends_in_pure_noise():
     latents, noise = drawn(1, 3, 1, 2, 2)
     for name in ("ddim", "dpmsolver++", "unipc"):
         scheduler = make_scheduler("v_prediction", name, zero_terminal_snr=True)

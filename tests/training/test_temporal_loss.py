@@ -20,7 +20,7 @@ def still_motion(video):
     return Motion(torch.zeros(b, 2, f - 1, h, w), torch.ones(b, 1, f - 1, h, w))
 
 
-def test_terms_are_what_the_formula_says():
+def test_terms_match_their_formulas():
     generator = torch.Generator().manual_seed(0)
     video, real = torch.randn(2, 2, 2, 3, 4, 4, generator=generator)
     config = TemporalLossConfig(difference_weight=2.0, warping_weight=3.0, matched_weight=5.0)

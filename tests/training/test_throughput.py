@@ -19,7 +19,7 @@ def test_attention_of_the_cpu_is_counted():
     assert count_flops(lambda: attention(query, query, query)) == 2 * (2 * 4) * (2 * 16 * 16 * 8)
 
 
-def test_counting_leaves_random_states_and_gradients_alone():
+def test_counting_does_not_change_random_states_or_gradients():
     linear = nn.Linear(8, 8)
     before = torch.get_rng_state()
     count_flops(lambda: nn.functional.dropout(linear(torch.randn(5, 8))))
