@@ -2,8 +2,8 @@
 
     python benchmarks/denoisers.py
 
-A video is what each checkpoint makes by default (17 frames of 64x64, 20 guided steps, decoded), an evaluation is one
-of its steps without guidance; the medians over pairs that take turns, in float32. FLOPs are those of matrix products,
+A video has the checkpoint's default settings (17 frames of 64x64, 20 guided steps, decoded); an evaluation is one step
+without guidance. Medians of interleaved pairs, in float32. FLOPs are those of matrix products,
 convolutions and attention.
 """
 

@@ -41,7 +41,7 @@ DENOISERS = {"transformer": "Transformer", "unet": "U-Net"}
 
 
 def main() -> None:
-    """Trains and evaluates whatever is not finished yet."""
+    """Trains and evaluates everything that is not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, required=True, help="10,000 digits in MNIST's IDX format")
     parser.add_argument("--output-dir", type=Path, required=True)

@@ -171,7 +171,7 @@ def judge(videos: list[np.ndarray], scenes: list, s: int, chunk_size: int) -> di
         seams.append([one.item() for one in border_differences(clip, chunk_size, s)])
     began, correct, table = np.array(starts), np.array(windows), np.array(slopes)
     ended = correct[:, -1]
-    at_chunks, elsewhere = np.mean(seams, axis=0)  # the ratio of the means: a video at rest has none of its own
+    at_chunks, elsewhere = np.mean(seams, axis=0)  # ratio of means, because a still video has no ratio
     measured = (
         len(scenes),
         began.mean(),

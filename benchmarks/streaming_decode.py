@@ -2,10 +2,10 @@
 
     python benchmarks/streaming_decode.py
 
-Each length runs in a process of its own, on random latents; memory is the peak resident size above that after loading.
-glibc puts ever larger blocks on its heap as they are freed, where they leave holes: the resident size creeps up with
-the number of slices although the live memory does not. `MALLOC_MMAP_THRESHOLD_`, which any program can be started
-with, keeps it from doing so; `--mmap-threshold 0` leaves glibc as it is.
+Each length runs in its own process, on random latents; memory is the peak resident size above that after loading.
+glibc's dynamic mmap threshold rises as large blocks are freed, so larger and larger blocks are allocated on the heap,
+which fragments: the resident size grows with the number of slices although the live memory does not. Setting the
+environment variable `MALLOC_MMAP_THRESHOLD_` fixes the threshold; `--mmap-threshold 0` keeps glibc's default.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e ".[evaluation]"
     python benchmarks/temporal_loss.py --output-dir runs/temporal-loss
 
-Every row has the same steps, data and seed; off is fine-tuned, too. The VAE is scored on reconstructions, the denoiser
-on videos from captions and on predictions. The denoiser's latents are encoded first, with the optical flow. What is
-done is not done again. Prints one table each, with the seconds of training.
+Every row has the same steps, data and seed; the row `off` is fine-tuned too. The VAE is scored on reconstructions, the
+denoiser on videos from captions and on predictions. The denoiser's latents are encoded first, with the optical flow.
+Finished parts are skipped. Prints one table for each network, with the training times in seconds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COMMON = {"ema_decay": 0.99, "lr_schedule": "cosine", "warmup_steps": 20, "sampl
 
 
 def main() -> None:
-    """Trains and evaluates whatever is not finished yet."""
+    """Trains and evaluates everything that is not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--output-dir", type=Path, required=True)

@@ -1,6 +1,7 @@
 """A training step of UNet3D compared with two other libraries' U-Nets: time and peak memory as ratios.
 
-Those are diffusers' UNet3DConditionModel and video-diffusion-pytorch's Unet3D, at equal parameters, resolution, batch.
+These are diffusers' UNet3DConditionModel and video-diffusion-pytorch's Unet3D, with the same number of parameters,
+resolution and batch size.
 
     pip install --no-deps video-diffusion-pytorch==0.7.0 einops-exts==0.0.4 rotary-embedding-torch==0.9.1
     python benchmarks/unet_step.py

@@ -2,8 +2,8 @@
 
     python benchmarks/vae.py
 
-Median of interleaved pairs. Streamed decoding hands slices of 8 frames on; diffusers decodes in one call, which works
-in slices of 4 frames.
+Median of interleaved pairs. Streamed decoding yields slices of 8 frames; diffusers decodes in one call, which works in
+slices of 4 frames.
 """
 
 from functools import partial

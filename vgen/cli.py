@@ -324,7 +324,7 @@ def evaluate(
     guidance: Guidance = None,
     seed: Seed = 0,
 ) -> None:
-    """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and can use several processes."""
+    """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and supports many processes."""
     with _one_line_errors():
         from vgen.tasks.evaluation import EvaluationConfig
         from vgen.tasks.evaluation import evaluate as run
@@ -515,8 +515,8 @@ def _writing(
 ) -> Iterator[dict[str, Any]]:
     """Checks what can be checked without a network, runs a command, and prints what it wrote.
 
-    The command imports torch inside this context, so invalid arguments are reported before that. It adds its entries to
-    the dictionary.
+    The command imports torch inside this context, so invalid arguments are reported before the import. It adds its
+    entries to the dictionary.
     """
     entries: dict[str, Any] = {}
     with _one_line_errors():

@@ -192,7 +192,7 @@ class TemporalState:
     def branch(self, name: str) -> TemporalState:
         """Returns the nested state of this name, which is created at first use.
 
-        It has this state's `window` and `sink`, but tensors of its own. History guidance keeps its noisier copy of the
+        It has this state's `window` and `sink`, but its own tensors. History guidance keeps its noisier copy of the
         history in a branch, and a tiled VAE has one branch per tile. `copy`, `frozen`, `save`, `move_to` and
         `num_bytes` include branches.
         """
