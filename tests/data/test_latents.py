@@ -109,7 +109,7 @@ def test_shards_that_differ_are_rejected(tmp_path):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="holds no latents"):
+    with pytest.raises(ValueError, match="contains no latents"):
         LatentSet(tmp_path)
 
 

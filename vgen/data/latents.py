@@ -105,7 +105,7 @@ class LatentSet(torch.utils.data.Dataset):
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
             raise ValueError(
-                f"{folder} holds no latents (*.safetensors): create them with pipelines/encode_latents.py"
+                f"{folder} contains no latents (*.safetensors): create them with pipelines/encode_latents.py"
             )
         self.captions: list[list[str]] = []
         self._files: dict[int, Any] = {}  # open shards

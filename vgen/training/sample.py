@@ -249,8 +249,8 @@ def check_motion(config: SampleConfig, sources: Sequence[Source]) -> None:
             )
     elif {kind for kind, weight in config.windows.items() if weight > 0} != {"start"}:
         raise ValueError(
-            "temporal_space=pixel decodes windows, which must all begin with their clip: windows must contain only "
-            f"start, got {config.windows}"
+            "temporal_space=pixel decodes windows, which must all be at the start of their clip: windows must contain "
+            f"only start, got {config.windows}"
         )
 
 
