@@ -220,7 +220,7 @@ def test_an_inflated_pipeline_saves_streams_and_rejects_other_layouts(randomize,
         pipe(PROMPT, frames={2: one}, generator=seeded(), num_inference_steps=2).frames[0] for one in known[:2]
     )
     assert not np.array_equal(keyed[1], other[1])
-    with pytest.raises(ValueError, match="holds a VideoGenPipeline"):
+    with pytest.raises(ValueError, match="contains a VideoGenPipeline"):
         VideoGenPipeline.from_stable_diffusion(tmp_path / "video")
 
 
