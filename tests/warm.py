@@ -4,7 +4,8 @@
 program is a process of its own: arguments, environment, folder, open files, blocked signals, session and exit status
 are those of a fresh interpreter, it can be killed, and it starts others the same way through `sys.executable`. It
 shares the hash seed and the imported modules, which do not read environment variables again: some tests start
-`sys.executable`, which is cold in them.
+`sys.executable`, which is cold in them. Where an import starts threads, which some installations do, a process cannot
+be forked safely, and programs start cold.
 """
 
 import atexit
@@ -38,6 +39,9 @@ PRELOADED = (
 FOLDER = "VGEN_WARM_PYTHON"
 """Environment variable with the folder of the running server."""
 
+COLD = ".cold"
+"""Suffix of the file that tells clients to start a fresh interpreter."""
+
 # replaces the interpreter: sends its arguments to the server, forwards signals and ends as the program did
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys, time
@@ -50,6 +54,8 @@ def inheritable(file):
 
 files = [file for file in map(int, os.listdir("/dev/fd")) if inheritable(file)]
 while not os.path.exists({address!r}):
+    if os.path.exists({cold!r}):
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
     with open({errors!r}) as file:
         errors = file.read()
     if "Traceback" in errors or time.time() > {deadline}:
@@ -83,9 +89,8 @@ def start_server() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client, address, errors = folder / "python", folder / "socket", folder / "errors"
-    client.write_text(
-        CLIENT.format(python=sys.executable, address=str(address), errors=str(errors), deadline=time.time() + 300)
-    )
+    paths = {"address": str(address), "errors": str(errors), "cold": f"{address}{COLD}"}
+    client.write_text(CLIENT.format(python=sys.executable, deadline=time.time() + 300, **paths))
     client.chmod(0o755)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # CUDA does not fork
     command = [sys.executable, __file__, str(address), str(client)]
@@ -111,7 +116,9 @@ def serve(address: str, client: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     threads = Path("/proc/self/task")
-    assert not threads.exists() or len(list(threads.iterdir())) == 1, "a process with threads cannot be forked safely"
+    if threads.exists() and len(list(threads.iterdir())) > 1:  # started by an import; they make forks unsafe
+        Path(address + COLD).touch()
+        sys.exit()
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
