@@ -20,13 +20,19 @@ from vgen.checks import check_integer, check_number, check_type
 
 
 @dataclass(kw_only=True)
-class SamplingOptions:
-    """Options that rollouts and interpolations share; `None` uses the checkpoint's default."""
+class DenoisingOptions:
+    """Options of everything that denoises; `None` uses the checkpoint's default."""
 
     num_inference_steps: int | None = None
-    """Number of denoising steps for each chunk or window."""
+    """Number of denoising steps; in rollouts and interpolations, for each chunk or window."""
     guidance_scale: float | None = None
     """Weight of classifier-free guidance. Values up to 1 turn it off; without a prompt it is off by default."""
+
+
+@dataclass(kw_only=True)
+class SamplingOptions(DenoisingOptions):
+    """Options that rollouts and interpolations share; `None` uses the checkpoint's default."""
+
     negative_prompt: str | None = None
     """Prompt to steer away from; requires guidance."""
     frame_rate: float | None = None

@@ -32,6 +32,7 @@ from vgen.io.atomic import remove_workspaces, write_text
 from vgen.io.fingerprint import digest_json
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
+from vgen.sampling.options import DenoisingOptions
 
 MANIFEST = "manifest.jsonl"
 BARRIER_TIMEOUT = timedelta(days=30)
@@ -55,7 +56,7 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(DenoisingOptions):
     """Settings of all scripts that run a checkpoint on many inputs."""
 
     output_dir: Path
@@ -64,10 +65,6 @@ class ModelConfig:
     """A packaged checkpoint, a folder, or a Hub id."""
     dtype: DType = "float32"
     """Data type of the weights."""
-    num_inference_steps: int | None = None
-    """Number of denoising steps; the checkpoint's default if not set."""
-    guidance_scale: float | None = None
-    """Weight of classifier-free guidance; 1 turns it off. The checkpoint's default if not set."""
     seed: int = 0
     """Seed of the noise. Each input gets different noise."""
 
