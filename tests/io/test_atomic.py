@@ -4,7 +4,10 @@ from vgen.io.atomic import (
     atomic_directory,
     atomic_file,
     backup_path,
+    partial_path,
+    remove_directory,
     remove_workspaces,
+    restore_backup,
     workspace_for,
     write_text,
 )
@@ -50,8 +53,28 @@ def test_between_the_two_renames_the_older_one_is_kept_aside(tmp_path, monkeypat
         write(folder, "second")
     assert not folder.exists() and (backup_path(folder) / "a.txt").read_text() == "first"
     monkeypatch.undo()
+    restore_backup(folder)
+    assert (folder / "a.txt").read_text() == "first" and not backup_path(folder).exists()
     write(folder, "third")
     assert (folder / "a.txt").read_text() == "third" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "result"
+    write(folder, "first")
+
+    def killed(path, **options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vgen.io.atomic.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_directory(folder)
+    assert not folder.exists() and partial_path(folder).is_dir()
+    monkeypatch.undo()
+    write(folder, "second")
+    remove_directory(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_replaces_the_older_one_only_if_nothing_was_raised(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-from vgen.io.fingerprint import fingerprint_components, fingerprint_weights
+from vgen.io.fingerprint import fingerprint_components, fingerprint_weights, weights_digest
 
 from ..test_pipeline import make_pipeline
 
@@ -63,6 +63,9 @@ def test_adapters_their_scales_and_which_are_active_count(network):
     with torch.no_grad():
         next(layer for layer in layers).lora_B["first"].weight.add_(1e-3)
     assert fingerprint_weights(network) not in seen
+    digest = weights_digest(network)
+    layers[0].set_scale("first", 0.25)
+    assert weights_digest(network) != digest
 
 
 def test_offloaded_weights_count_too(make_transformer):

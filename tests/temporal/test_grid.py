@@ -28,6 +28,10 @@ def test_lengths_agree_with_counting(s, p_t):
         assert grid.latents_for(count) == needed
         whole = grid.num_latents(count) == needed and needed % p_t == 0
         assert grid.is_valid(count) == whole
+        assert grid.whole_frames(count) == sum(len(grid.frames_of(latent)) for latent in held)
+        later = [latent for latent in range(1, count + 1) if grid.frames_of(latent).stop - 1 <= count]
+        assert grid.whole_frames(count, started=True) == sum(len(grid.frames_of(latent)) for latent in later)
+    assert grid.whole_frames(0) == grid.whole_frames(0, started=True) == 0
     assert grid.num_frames(p_t) == grid.first and grid.num_frames(2 * p_t) == grid.first + grid.unit
 
 

@@ -32,7 +32,7 @@ if kill.startswith("write"):
     def save_state(folder, save=accelerator.save_state):
         if not folder.endswith(f"checkpoint-{kill[5:]}.partial"):
             return save(folder)
-        os.mkdir(folder)
+        os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/model.safetensors", "wb") as file:
             file.write(bytes(99))
         os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_output
-from vgen.io.atomic import workspace_for
+from vgen.io.atomic import move_into_place, workspace_for
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
@@ -100,7 +100,7 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
                         packet.dts = index * tick - delay
                         target.mux(packet)
                     num_frames += len(packets)
-        partial.replace(output)
+        move_into_place(partial, output, Path(folder))
 
 
 def _decoding_delay(path: str | os.PathLike) -> int:
@@ -190,9 +190,7 @@ class VideoWriter:
             self._sink.close()
             self._sink = None
             check_video_output(self.path, self._overwrite)
-            if self.path.is_dir():
-                self.path.rename(Path(self._workspace.name, "replaced"))
-            self._partial.replace(self.path)
+            move_into_place(self._partial, self.path, Path(self._workspace.name))
         self.discard()
 
     def discard(self) -> None:

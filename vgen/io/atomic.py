@@ -48,13 +48,25 @@ def remove_workspaces(folder: Path, names: Iterable[str]) -> None:
             shutil.rmtree(left)
 
 
+def move_into_place(partial: Path, path: Path, workspace: Path) -> None:
+    """Moves a finished file or folder from a workspace to `path`; a folder that is replaced goes to the workspace."""
+    if path.is_dir():
+        path.rename(workspace / "replaced")
+    partial.replace(path)
+
+
+def partial_path(folder: Path) -> Path:
+    """Where `atomic_directory` writes a folder."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, which replaces `folder` unless an exception is raised.
 
     Replacing takes two renames. If the process stops between them, the old folder is at `backup_path(folder)`.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -73,3 +85,16 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 def backup_path(folder: Path) -> Path:
     """Where the old folder is while `atomic_directory` replaces it."""
     return folder.with_name(f".{folder.name}.old")
+
+
+def restore_backup(folder: Path) -> None:
+    """Puts the old folder back if a process was killed between the two renames of `atomic_directory`."""
+    if not folder.exists() and backup_path(folder).exists():
+        backup_path(folder).replace(folder)
+
+
+def remove_directory(folder: Path) -> None:
+    """Deletes a folder. It is renamed first, so a process that is killed meanwhile never leaves a part of it."""
+    renamed = partial_path(folder)
+    shutil.rmtree(renamed, ignore_errors=True)
+    shutil.rmtree(folder.rename(renamed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 def digest_json(value: Any) -> str:
     """SHA-256 of a JSON-serializable value; other values count as strings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the content of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fingerprint_weights(network: nn.Module) -> str | None:
@@ -68,9 +78,10 @@ def _hash(weights: list[tuple[str, Tensor]], adapters: list[tuple[str, str]]) ->
 
 
 def weights_digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a network's weights, rounded to half precision as pipelines are saved, and of their names.
+    """SHA-256 of a network's weights, of their names, and of the scales of adapters.
 
-    Files refer to networks by it: latents to the VAE and embeddings to the text encoder that made them.
+    Files refer to networks by it: latents to the VAE and embeddings to the text encoder that made them. Weights are
+    rounded to half precision, as pipelines are saved, so that a network and its saved copy have the same digest.
 
     Args:
         network: Any network.
@@ -81,6 +92,8 @@ def weights_digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
         if not name.startswith(without):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().half().numpy().tobytes())
+    for adapter in _adapters(network):
+        digest.update(repr(adapter).encode())
     return digest.hexdigest()
 
 

@@ -16,7 +16,12 @@ from torch import Tensor
 
 def to_uint8(pixels: Tensor) -> Tensor:
     """Pixels in [-1, 1] as uint8, clamped and rounded; any shape."""
-    return pixels.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return to_byte_range(pixels.float().clamp(-1, 1)).round().byte()
+
+
+def to_byte_range(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as floats in [0, 255], neither clamped nor rounded; any shape."""
+    return (pixels.float() + 1) * 127.5
 
 
 def from_uint8(pixels: Tensor | np.ndarray) -> Tensor:

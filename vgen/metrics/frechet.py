@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from vgen.checks import check_integer
-from vgen.io.fingerprint import weights_digest
+from vgen.io.fingerprint import file_digest, weights_digest
+from vgen.io.pixels import to_byte_range
 from vgen.metrics.temporal import check_clip
 
 logger = logging.get_logger(__name__)
@@ -125,7 +125,7 @@ class ScriptedFeatures(nn.Module):
                 f"{path} is a program: confirm that you trust it with trusted=True (--trust_torchscript true)"
             )
         self.name = str(path)
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.digest = file_digest(Path(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             self.network = torch.jit.load(str(path)).eval()
@@ -134,7 +134,7 @@ class ScriptedFeatures(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """Computes features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1]."""
         check_clip(clip, 1)
-        return self.network((clip.float() + 1) * 127.5, rescale=True, resize=True, return_features=True)
+        return self.network(to_byte_range(clip), rescale=True, resize=True, return_features=True)
 
 
 @dataclass(frozen=True, kw_only=True)

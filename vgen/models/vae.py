@@ -534,11 +534,9 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode_slice(self, clip: Tensor, state: TemporalState) -> Tensor:
         state.bind(self)
-        s = self.temporal_compression_ratio
         pending = state.pending
         frames = clip if pending is None else append(pending, clip)
-        first = 0 if state.get("encoded_frames") is not None else 1
-        usable = first + (frames.shape[2] - first) // s * s if frames.shape[2] >= first else 0
+        usable = self.grid.whole_frames(frames.shape[2], started=state.get("encoded_frames") is not None)
         if usable:
             moments = self._encode_in_parts(frames[:, :, :usable], state)
         else:

@@ -74,10 +74,10 @@ def check_factor(factor: int, grid: LatentGrid, limit: int) -> None:
         ValueError: Given frames would be too far apart, or frame 0 does not fill a token frame.
     """
     lay_out([0], 1 + grid.unit, grid)
-    gap = -(-factor // grid.compression)
+    gap = grid.latents_for(1 + factor) - 1
     if gap > limit - 1:
         raise ValueError(
-            f"factor must be at most {grid.compression * (limit - 1)} for this checkpoint, which generates at most "
+            f"factor must be at most {grid.num_frames(limit) - 1} for this checkpoint, which generates at most "
             f"{limit - 1} latents at once; got {factor}, which puts {gap} latents between given frames"
         )
 
@@ -183,7 +183,7 @@ class Interpolator:
         if state.num_made == 0 and state.given:
             return self._begin(state.given[0])
         num_latents = grid.latents_for(end + 1)
-        enough = end >= grid.compression * (state.num_made + limit)
+        enough = end + 1 >= grid.num_frames(state.num_made + limit + 1)
         ready = state.num_made < num_latents if last else enough
         return self._make(limit, num_latents, end) if ready else None
 

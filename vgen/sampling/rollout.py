@@ -20,7 +20,7 @@ from diffusers.video_processor import VideoProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vgen.io.atomic import atomic_directory, backup_path
+from vgen.io.atomic import atomic_directory, restore_backup
 from vgen.io.pixels import to_frames, to_pt
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.conditions import Conditions
@@ -339,8 +339,8 @@ class Rollout(VideoStream):
         for frame in (frame for clip in clips for frame in clip.unbind(2)):
             waiting.append(frame.to(sampler.device))
             num_frames += 1
-            first = 0 if self.state.history else grid.compression - 1  # latent 0 holds a single frame
-            if len(waiting) == grid.unit * self._run_length - first:
+            frames = self._run_length * grid.patch_frames
+            if len(waiting) == (grid.compression * frames if self.state.history else grid.num_frames(frames)):
                 self._finish(encode_clip(sampler.vae, torch.stack(waiting, dim=2), encoder_state), 0.0)
                 waiting = []
         if not num_frames:
@@ -447,8 +447,7 @@ def saved_rollout(folder: Path) -> Iterator[Path]:
 
 def is_saved(folder: Path) -> bool:
     """Whether the folder contains a saved rollout. If replacing one was interrupted, the old one is restored first."""
-    if not folder.exists() and backup_path(folder).exists():
-        backup_path(folder).replace(folder)
+    restore_backup(folder)
     return (folder / "rollout.json").is_file()
 
 

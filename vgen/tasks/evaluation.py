@@ -235,7 +235,7 @@ class Measurement:
         """Pixel frames per chunk of a rollout."""
         options = RolloutOptions().resolve(self.pipe.config, self.pipe.denoiser.config, prompted=True)
         assert options.chunk_size is not None
-        return self.pipe.grid.compression * options.chunk_size
+        return self.pipe.grid.unit * options.chunk_size
 
     def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
         """Raises if clips have fewer new frames than the feature network needs."""

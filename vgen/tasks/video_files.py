@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vgen.data.resize import Fit
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
+from vgen.io.atomic import remove_directory
 from vgen.io.pixels import to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline, load_rollout
 from vgen.sampling.rollout import is_saved
@@ -238,9 +239,7 @@ def rollout_in_segments(
                 writer.append(chunk)
         rollout.save(work / "state")
     join_videos(sorted(work.glob("*.mp4")), output, overwrite=True)
-    finished = work.with_name(f".{output.stem}-finished")  # a partly removed folder must not be resumed
-    shutil.rmtree(finished, ignore_errors=True)
-    shutil.rmtree(work.rename(finished))
+    remove_directory(work)
     return {"num_frames": rollout.frames_done}
 
 

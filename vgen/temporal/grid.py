@@ -37,6 +37,17 @@ class LatentGrid:
         """Latents that the first pixel frames of a video fill completely."""
         return 1 + (num_frames - 1) // self.compression if num_frames > 0 else 0
 
+    def whole_frames(self, num_frames: int, started: bool = False) -> int:
+        """How many of the next pixel frames of a video fill whole latents.
+
+        Args:
+            num_frames: Number of frames at hand.
+            started: Whether whole latents precede them; otherwise they begin with frame 0.
+        """
+        if started:
+            return num_frames // self.compression * self.compression
+        return self.num_frames(self.num_latents(num_frames)) if num_frames > 0 else 0
+
     def latents_for(self, num_frames: int) -> int:
         """Number of latents that contain the first `num_frames` pixel frames of a video."""
         return 1 + -(-(num_frames - 1) // self.compression)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from vgen.io.atomic import atomic_directory, partial_path, remove_directory
+from vgen.io.fingerprint import file_digest
 
 logger = logging.get_logger(__name__)
 
@@ -108,20 +111,21 @@ def save_checkpoint(
         settings: The settings that must be equal for a run to be resumed exactly.
     """
     final = folder / f"checkpoint-{step}"
-    partial = folder / f"checkpoint-{step}.partial"
     if accelerator.is_main_process:
         for leftover in folder.glob("checkpoint-*.partial"):  # of a run that was killed
             shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    # all processes write into the folder; the main process creates it and moves it into place
+    with atomic_directory(final) if accelerator.is_main_process else nullcontext(partial_path(final)) as partial:
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            average.save(partial / "ema.safetensors")
+            record = {"files": _digests(partial), "settings": settings | _environment(accelerator)}
+            (partial / _RECORD).write_text(json.dumps(record, indent=1))
     if accelerator.is_main_process:
-        average.save(partial / "ema.safetensors")
-        record = {"files": _digests(partial), "settings": settings | _environment(accelerator)}
-        (partial / _RECORD).write_text(json.dumps(record, indent=1))
-        partial.replace(final)
         for _, old in checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
+            remove_directory(old)
     accelerator.wait_for_everyone()
 
 
@@ -177,14 +181,8 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
 
 def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file in a folder."""
-    digests = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-        digests[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return digests
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def _find_damage(folder: Path) -> str | None:
