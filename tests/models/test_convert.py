@@ -95,3 +95,7 @@ def test_mismatched_2d_weights_raise_errors_that_name_them():
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
     # norms of other ranks fit where nothing but axes of length 1 differ
     assert inflate_kernel(torch.ones(1, 1, 3, 3), 4, causal=False).sum() == 9
+
+
+def test_networks_with_default_settings_convert():
+    assert CausalVideoVAE(base_dim=8).to_diffusers().config.dim_mult == [1, 2, 4, 4]

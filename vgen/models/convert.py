@@ -26,7 +26,11 @@ def with_same_weights(source: Any, target_class: type[NetworkT], dropped: tuple[
         ValueError: Parameters are unexpected or missing. The error names them.
     """
     accepted = inspect.signature(target_class.__init__).parameters
-    config = {name: value for name, value in source.config.items() if name in accepted}
+    config = {
+        name: list(value) if isinstance(value, tuple) else value  # as in a saved config
+        for name, value in source.config.items()
+        if name in accepted
+    }
     target: Any = target_class(**config)
     weights = {
         name: value.detach().clone() for name, value in source.state_dict().items() if not name.startswith(dropped)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from vgen.checks import check_choice, check_choices
 from vgen.models.convert import refuse_nonzero, with_same_weights
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of, expand_frame_rate
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -495,5 +495,4 @@ class SpacetimeTransformer(
         if self.frame_rate_embedder is None:
             logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
             return None
-        rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=device)
-        return self.frame_rate_embedder(rates.expand(b))
+        return self.frame_rate_embedder(expand_frame_rate(frame_rate, b, device))

@@ -36,7 +36,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choices
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, expand_frame_rate
 from vgen.models.loading import StrictLoading, load_strictly
 from vgen.models.transformer import Task
 from vgen.temporal.attention import (
@@ -700,8 +700,8 @@ class UNet3D(
         if frame_rate is not None and self.frame_rate_embedder is None:
             logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")
         elif frame_rate is not None and self.frame_rate_embedder is not None:
-            rates = torch.as_tensor(frame_rate, dtype=torch.float32, device=like.device)
-            temb = temb + self.frame_rate_embedder(rates.expand(b)).to(temb)
+            rates = expand_frame_rate(frame_rate, b, like.device)
+            temb = temb + self.frame_rate_embedder(rates).to(temb)
         return temb.expand(b, n, -1).flatten(0, 1)
 
 

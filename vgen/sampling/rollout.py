@@ -20,6 +20,7 @@ from diffusers.video_processor import VideoProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vgen import __version__
 from vgen.io.atomic import atomic_directory, restore_backup
 from vgen.io.pixels import to_frames, to_pt
 from vgen.models.denoiser import pack_keyframes
@@ -412,7 +413,8 @@ class Rollout(VideoStream):
         while frames:
             run, frames = frames[: self._run_length], frames[self._run_length :]
             latents = torch.cat([latents for latents, _ in run], dim=2)
-            levels = torch.tensor([level for _, level in run], device=latents.device)
+            # filled on the device: a copy from the host would wait for it
+            levels = torch.stack([latents.new_full((), level, dtype=torch.float32) for _, level in run])
             self.sampler.remember(latents, levels, self._conditions, state.denoiser, state.generator)
             state.history += run
             sink, window = state.options.sink or 0, state.options.window
@@ -488,4 +490,4 @@ def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("vgen", "torch", "diffusers")}
+    return {"vgen": __version__} | {name: version(name) for name in ("torch", "diffusers")}
