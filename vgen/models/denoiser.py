@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def expand_frame_rate(frame_rate: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """Frame rates `(b,)` in float32 on the device. A number is filled in there: copying it would wait for the device."""
+    """Frame rates `(b,)` in float32. A number is filled in on the device: copying it would wait for the device."""
     if isinstance(frame_rate, Tensor):
         return frame_rate.to(device, torch.float32).expand(batch_size)
     return torch.full((batch_size,), frame_rate, dtype=torch.float32, device=device)
