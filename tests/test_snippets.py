@@ -60,7 +60,7 @@ SMALL = {
     "vgen compare": "",
     "vgen data": "",
     "pipelines/encode_latents.py": "--num_clips 4 --height 64 --width 64 --mixed_precision no",
-    "pipelines/evaluate.py": "--num_inference_steps 1 --num_clips 2",
+    "pipelines/evaluate.py": "--num_inference_steps 1 --num_clips 2 --dtype float32",
     "pipelines/text_to_video.py": "--num_inference_steps 1 --model tiny",
     "pipelines/predict.py": "--num_inference_steps 1 --model tiny",
     "pipelines/interpolate.py": "--num_inference_steps 1 --model tiny",
