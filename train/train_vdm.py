@@ -30,6 +30,7 @@ from vgen.models.prompts import load_text_encoder
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
+from vgen.temporal.attention import widest_mode
 from vgen.training.feed import Feed
 from vgen.training.objective import (
     Objective,
@@ -313,6 +314,7 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
     pipe.text_encoder.eval()
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
+    groups = widest_mode(pipe.denoiser.config.group_modes)
 
     def generate(prompts: list[str]) -> Tensor:
         videos: list[tuple[int, Tensor]] = []
@@ -320,7 +322,8 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
         if mine:
             generators = [torch.Generator().manual_seed(index) for index in mine]
             with accelerator.autocast():
-                made = pipe([prompts[index] for index in mine], generator=generators, output_type="pt").frames
+                some = [prompts[index] for index in mine]
+                made = pipe(some, groups=groups, generator=generators, output_type="pt").frames
             videos = list(zip(mine, made.float().cpu(), strict=True))
         gathered = dict(gather_object(videos))
         clips = from_pt(torch.stack([gathered[index] for index in range(len(prompts))]))

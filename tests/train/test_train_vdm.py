@@ -44,6 +44,13 @@ def test_a_trained_pipeline_generates(runs, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
+def test_a_denoiser_without_full_attention_is_scored_as_it_was_trained(runs, tmp_path):
+    model = DENOISER | {"group_modes": ["chunk"], "chunk_size": 1, "window": 2, "trained_token_frames": 5}
+    options = {"--groups": '{"chunk": 1}', "--model": json.dumps(model), "--max_steps": 1, "--sample_every": 1}
+    train_vdm(runs, tmp_path, **options)
+    assert (tmp_path / "pipeline").is_dir()
+
+
 def test_a_unet_trains_too_and_from_two_folders(runs, long_latents, tmp_path):
     options = UNET.copy()
     windows = {"--windows": json.dumps({"start": 1, "sink": 1}), "--window_lengths": "[3]"}

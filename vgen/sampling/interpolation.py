@@ -20,7 +20,7 @@ from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import KnownFrameLayout, KnownFrames, encode_clip, encode_slots, lay_out
 from vgen.sampling.options import InterpolationOptions
 from vgen.sampling.sampler import Generators, Sampler, draw_noise
-from vgen.temporal.attention import make_groups
+from vgen.temporal.attention import make_groups, widest_mode
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
 
@@ -235,7 +235,7 @@ class Interpolator:
         slots = lay_out(frames, grid.num_frames(num_latents + 1), grid).slots
         places = {(latent - offset, slot): self.state.given[frame] for frame, (latent, slot) in slots.items()}
         images = encode_slots(sampler.vae, places) if places else {}
-        mode = "full" if "full" in config.group_modes else config.group_modes[0]
+        mode = widest_mode(config.group_modes)
         groups: Any = make_groups(mode, count, leading.shape[2], config.chunk_size)
         keyframes = pack_keyframes(images, count, grid.compression, leading[:, :, 0]).to(sampler.denoiser.dtype)
         return replace(self.conditions, keyframes=keyframes, groups=groups)

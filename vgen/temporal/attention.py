@@ -60,6 +60,11 @@ def make_groups(mode: str, num_frames: int, num_leading: int = 0, chunk_size: in
     return groups
 
 
+def widest_mode(group_modes: Sequence[str]) -> str:
+    """The group mode for whole videos: `full` if a network was trained with it, else its first mode."""
+    return "full" if "full" in group_modes else group_modes[0]
+
+
 def check_groups(groups: Any) -> None:
     """Checks group ids that a user passes; their shape is checked where the number of frames is known.
 
