@@ -42,9 +42,10 @@ def main(config: RolloutConfig) -> int:
         prompt = job.inputs["prompt"]
         schedule = prompt if isinstance(prompt, str) else {int(frame): text for frame, text in prompt.items()}
         work = config.output_dir / f".{path.stem}.{job.digest}"
-        for other in config.output_dir.glob(f".{glob.escape(path.stem)}.????????????"):
-            if other != work:  # segments of another prompt
-                shutil.rmtree(other)
+        for end in ("", ".partial"):  # segments of another prompt, also those whose removal was interrupted
+            for other in config.output_dir.glob(f".{glob.escape(path.stem)}.????????????{end}"):
+                if other != work:
+                    shutil.rmtree(other)
         return rollout_in_segments(
             pipe,
             schedule,

@@ -50,7 +50,7 @@ def randomize() -> Callable[..., Any]:
 @pytest.fixture
 def splits() -> Callable[[int], list[list[int]]]:
     """All ways to cut a length into slices."""
-    return lambda length: [pieces for pieces in _splits(length) if sum(pieces) == length]
+    return lambda length: [slices for slices in _splits(length) if sum(slices) == length]
 
 
 @pytest.fixture

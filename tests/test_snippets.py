@@ -38,13 +38,13 @@ PREPARED = {
 }
 # shell commands that are not run, and why
 NOT_RUN = {
-    "pip install -c constraints.txt -e .": "needs a network, and the gate runs it",
-    "pip install -c constraints.txt -e .[dev]": "needs a network, and the gate runs it",
+    "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
+    "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[data]": "needs a network",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
     "pre-commit install": "changes the hooks of the repository",
-    "bash .ci/run": "is the gate, which runs these tests",
+    "bash .ci/run": "runs these tests",
     "python -m pytest -n auto --dist worksteal": "runs these tests",
     "python examples/train_your_own.py cockatoo.mp4 runs/own --caption a cockatoo": "is run by tests/test_examples.py",
 }

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import subprocess
 from tests.warm import start_server
@@ -12,6 +14,7 @@ subprocess.run([start_server(), "-c", "import sys; print('torch' in sys.modules)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to count threads")
 def test_programs_start_cold_where_an_import_starts_threads(tmp_path):
     threads = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     (tmp_path / "sitecustomize.py").write_text(threads)

@@ -378,6 +378,10 @@ def test_joined_videos_contain_the_packets_of_their_parts(tmp_path):
     assert np.array_equal(joined, np.concatenate(frames)) and rate == pytest.approx(12.5)
     with pytest.raises(FileExistsError):
         join_videos(paths, tmp_path / "whole.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(FileExistsError, match="it is a folder"):
+        join_videos(paths, tmp_path / "folder.mp4", overwrite=True)
+    (tmp_path / "folder.mp4").rmdir()
     write_video(moving_pattern(3, 16, 16), tmp_path / "other.mp4", frame_rate=12.5)
     with pytest.raises(ValueError, match="other.mp4 cannot be joined"):
         join_videos([paths[0], tmp_path / "other.mp4"], tmp_path / "whole.mp4", overwrite=True)

@@ -41,11 +41,8 @@ def test_an_event_is_marked_at_its_frame(jump):
 
 
 def test_an_event_marks_the_rest_of_its_prediction():
-    assert find_anomalies(Repeats(), film(14), ahead=4).anomalous_frames == [
-        14,
-        15,
-        16,
-    ]  # predictions begin at 5, 9, 13, 17, 21
+    found = find_anomalies(Repeats(), film(14), ahead=4)  # predictions begin at 5, 9, 13, 17, 21
+    assert found.anomalous_frames == [14, 15, 16]
 
 
 def test_the_packaged_checkpoint_marks_a_change_of_the_object():

@@ -230,7 +230,7 @@ def test_the_command_line_of_the_script_checks_choices(words, capsys):
 
 
 def test_unsupported_tasks_are_an_error_unless_they_are_defaults(videos, tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "poor")
+    make_pipeline(group_modes=["chunk"]).save_pretrained(tmp_path / "poor")  # also without full attention
     options = settings(str(tmp_path / "poor"), videos, tmp_path / "out")
     with pytest.raises(ValueError, match="trained for leading"):
         evaluate(EvaluationConfig(**options, tasks=["prediction"]))

@@ -76,7 +76,7 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     encode(tmp_path / "start", tmp_path / "latents", **options)
     options = {
         "--init": tmp_path / "start", "--prediction": "epsilon", "--snr_gamma": 5, "--train_only": "temporal",
-        "--max_sequence_length": 16, "--save_dtype": "float32", "--ema_decay": 0,
+        "--max_sequence_length": 77, "--save_dtype": "float32", "--ema_decay": 0,
     }  # fmt: skip
     runs = (tmp_path / "start", text_run, tmp_path / "latents")  # the text encoder is that of --init
     train_vdm(runs, tmp_path / "run", **options)

@@ -98,7 +98,7 @@ class LatentSet(torch.utils.data.Dataset):
         folder: Folder of `*.safetensors` files that `write_shard` wrote.
 
     Raises:
-        ValueError: The folder holds no shards, or their shapes or contents differ.
+        ValueError: The folder contains no shards, or their shapes or contents differ.
     """
 
     def __init__(self, folder: Path):

@@ -135,7 +135,7 @@ def open_clips(
 
     Raises:
         FileNotFoundError: The folder or file does not exist.
-        ValueError: It holds nothing usable.
+        ValueError: It contains nothing usable.
         ImportError: The library that reads the source is not installed.
     """
     kind, _, name = data.partition(":")

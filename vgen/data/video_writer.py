@@ -70,12 +70,11 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
         overwrite: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: The output exists and `overwrite` is false.
+        FileExistsError: The output exists and cannot be replaced.
         ValueError: `paths` is empty, or the files have different settings.
     """
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} already exists (overwrite=True replaces it)")
+    check_video_output(output, overwrite)
     if not paths:
         raise ValueError(f"{output} was not written: expected at least one video to join, got none")
     with workspace_for(output) as folder:
@@ -100,6 +99,7 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
                         packet.dts = index * tick - delay
                         target.mux(packet)
                     num_frames += len(packets)
+        check_video_output(output, overwrite)
         move_into_place(partial, output, Path(folder))
 
 

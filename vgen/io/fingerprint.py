@@ -78,14 +78,14 @@ def _hash(weights: list[tuple[str, Tensor]], adapters: list[tuple[str, str]]) ->
 
 
 def weights_digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a network's weights, of their names, and of the scales of adapters.
+    """SHA-256 of a network's weights, of their names, and of the scales of adapters and which are active.
 
     Files refer to networks by it: latents to the VAE and embeddings to the text encoder that made them. Weights are
     rounded to half precision, as pipelines are saved, so that a network and its saved copy have the same digest.
 
     Args:
         network: Any network.
-        without: Prefixes of names that do not count.
+        without: Prefixes of names that do not count, each up to and including a dot.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(network.state_dict().items()):
@@ -93,7 +93,8 @@ def weights_digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().half().numpy().tobytes())
     for adapter in _adapters(network):
-        digest.update(repr(adapter).encode())
+        if not adapter[0].startswith(without):
+            digest.update(repr(adapter).encode())
     return digest.hexdigest()
 
 

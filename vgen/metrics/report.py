@@ -12,7 +12,7 @@ import numpy as np
 
 from vgen.metrics.frechet import Distance
 
-FORMAT = "vgen-results-1"
+FORMAT = "vgen-results-2"
 UNITS = {"psnr": "dB", "motion": "px", "warping error": "×10⁻³", "mse": "×10⁻³", "mae": "×10⁻³", "flicker": "×10⁻³"}
 """Units of the columns. Small values are displayed multiplied by 1000."""
 

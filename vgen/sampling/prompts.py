@@ -19,7 +19,7 @@ def is_single(prompt: Any) -> bool:
 
 
 def has_prompt(prompt: Any) -> bool:
-    """Whether a prompt is conditional; one string in a list or in a schedule is enough."""
+    """Whether there is a prompt to condition on; one string in a list or in a schedule is enough."""
     if isinstance(prompt, Mapping):
         prompt = list(prompt.values())
     return prompt is not None and (isinstance(prompt, str) or any(one is not None for one in prompt))
@@ -36,7 +36,7 @@ def check_prompts(prompt: Any, name: str = "prompt") -> None:
     """Checks a prompt or a list of prompts.
 
     Raises:
-        ValueError: This is neither a string nor a list of strings, the list is empty, or a string is blank.
+        ValueError: The prompt is neither a string nor a list of strings, the list is empty, or a string is blank.
     """
     if not isinstance(prompt, (str, list)):
         raise ValueError(f"{name} must be a string or a list of strings, got {type(prompt).__name__}")

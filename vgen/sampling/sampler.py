@@ -325,7 +325,7 @@ def check_generator(generator: Any, num_videos: int) -> None:
     """Checks the noise generators of a batch of videos.
 
     Raises:
-        ValueError: This is neither a generator nor a list with one for each video.
+        ValueError: `generator` is neither a generator nor a list with one for each video.
     """
     each = generator if isinstance(generator, list) else [] if generator is None else [generator]
     for one in each:

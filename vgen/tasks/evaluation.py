@@ -54,6 +54,7 @@ from vgen.processes import this_process
 from vgen.sampling.known_frames import check_tasks
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings
+from vgen.temporal.attention import widest_mode
 from vgen.temporal.grid import LatentGrid
 
 logger = logging.get_logger(__name__)
@@ -138,7 +139,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         return {"num_clips": len(batch["numbers"])} | ({"left_out": dict(suite.skipped)} if suite.skipped else {})
 
     settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
-    settings |= measure.digests
+    settings |= measure.digests | {"format": FORMAT}
     folder = config.output_dir / "clips"
     run_jobs(jobs, folder, settings, make)
     process = this_process()
@@ -217,7 +218,8 @@ class Measurement:
             if not self.suite.captioned:
                 raise ValueError("the tasks generation and rollout need a suite in which every clip has a caption")
             frames = config.num_frames if "generation" in self.tasks else pipe.grid.first
-            pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps)
+            mode = widest_mode(pipe.denoiser.config.group_modes)
+            pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps, groups=mode)
         if "interpolation" in self.tasks:
             pipe.interpolator(config.factor, size=size, frame_rate=config.frame_rate, num_inference_steps=steps)
         if "rollout" in self.tasks:  # two chunks are needed for a seam
@@ -340,6 +342,7 @@ class Measurement:
             self._captions(samples), num_frames=config.num_frames, height=config.height, width=config.width,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
             frame_rate=config.frame_rate, generator=self._generators(samples), output_type="pt",
+            groups=widest_mode(self.pipe.denoiser.config.group_modes),
         ).frames  # fmt: skip
         return {MODEL: from_pt(frames.cpu()), TRUE: samples.clips}, []
 

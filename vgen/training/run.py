@@ -313,7 +313,7 @@ def _as_scalar(norm: Any, device: torch.device) -> Tensor:
 
 
 def accumulate(accelerator: Accelerator, network: nn.Module, parts: Iterable[slice]) -> Iterator[slice]:
-    """Yields the parts of a batch; processes synchronise gradients only in the backward pass of the last part."""
+    """Yields the parts of a batch; processes synchronize gradients only in the backward pass of the last part."""
     parts = list(parts)
     for part in parts[:-1]:
         with accelerator.no_sync(network):
