@@ -297,9 +297,9 @@ from typer.testing import CliRunner
 from vgen.cli import app
 results = {}
 for words in json.loads(sys.argv[1]):
-    begin = time.perf_counter()
+    begin = time.process_time()  # without the time that other programs take
     done = CliRunner().invoke(app, words.split())
-    results[words] = [done.exit_code, done.stderr, time.perf_counter() - begin, "torch" in sys.modules]
+    results[words] = [done.exit_code, done.stderr, time.process_time() - begin, "torch" in sys.modules]
 print(json.dumps(results))
 """
 
