@@ -281,44 +281,27 @@ def test_repeated_blocks_compile_without_a_graph_break_and_streams_stay_equal(sm
 
 
 @pytest.mark.slow
-def test_no_recompilation_from_chunk_to_chunk_once_the_window_is_full(make_denoiser):
+@pytest.mark.parametrize("parts", ["whole", "blocks"])
+def test_a_stream_is_compiled_in_its_first_two_chunks_only(make_denoiser, parts):
     case = Transformer(make_denoiser)
-    case.network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
-    state = TemporalState(window=1, sink=1)
-    chunks = torch.randn(1, 3, 8, 4, 4).split(1, dim=2)
-
-    def step(chunk):
-        case._call(case.network, chunk, state=state.frozen())
-        case._call(case.network, chunk, state=state)
-
+    network = case.network
+    state, same = TemporalState(window=2, sink=1), TemporalState(window=2, sink=1)
+    chunks = torch.randn(1, 3, 7, 4, 4).split(1, dim=2)
+    exact = [
+        (case._call(network, chunk, state=same.frozen()), case._call(network, chunk, state=same)) for chunk in chunks
+    ]
     torch.compiler.reset()
-    for chunk in chunks[:3]:
-        step(chunk)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for chunk in chunks[3:]:
-            step(chunk)
-
-
-@pytest.mark.slow
-def test_the_whole_network_with_a_state_compiles_once_for_a_full_window(make_denoiser):
-    case = Transformer(make_denoiser)
-    state, same = TemporalState(window=1, sink=1), TemporalState(window=1, sink=1)
-    chunks = torch.randn(1, 3, 8, 4, 4).split(1, dim=2)
-    for chunk in chunks[:2]:  # which fill the window
-        for one in (state, same):
-            case._call(case.network, chunk, state=one)
-    torch.compiler.reset()
-    compiled = torch.compile(case.network.forward, fullgraph=True, backend="eager", dynamic=False)
-
-    def step(chunk):
-        compiled_call = partial(compiled, chunk, torch.tensor([300.0]), case.prompt, frame_rate=8.0)
-        compiled_call(state=state.frozen())
-        close(compiled_call(state=state).sample, case._call(case.network, chunk, state=same))
-
-    step(chunks[2])
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for chunk in chunks[3:]:
-            step(chunk)
+    if parts == "whole":
+        call = torch.compile(network.forward, fullgraph=True, backend="eager", dynamic=False)
+    else:
+        network.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
+        call = network
+    for index, (chunk, expected) in enumerate(zip(chunks, exact, strict=True)):
+        with torch._dynamo.config.patch(error_on_recompile=index > 1):
+            for one, result in zip((state.frozen(), state), expected, strict=True):
+                out = call(chunk, torch.tensor([300.0]), case.prompt, frame_rate=8.0, state=one)
+                close(out.sample, result)
+    assert state.num_frames == same.num_frames == 3
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 
 from vgen.models.unet import Context, UNet3D
-from vgen.temporal.attention import FrameCache, make_groups
+from vgen.temporal.attention import FrameCache, make_groups, rotate
 from vgen.temporal.state import TemporalState
 
 from .test_transformer import check_half_precision
@@ -233,13 +233,21 @@ class PlainLists:
     def __init__(self, state):
         self.state, self.layers, self.num_frames = state, {}, 0
 
-    def positions(self, device):
-        return torch.arange(self.num_frames, device=device)
+    def next_positions(self, num_frames, device):
+        return torch.arange(self.num_frames, self.num_frames + num_frames)
 
-    def read(self, key, batch_size, num_tokens):
+    def rotary(self, rope, rows, columns, device):
+        return rope(torch.arange(self.num_frames), rows, columns)
+
+    def mask_empty(self, mask, *_):
+        return mask
+
+    def read(self, key, batch_size, num_tokens, rotary):
         if not self.num_frames:
             return None
-        return tuple(torch.stack([frame[index] for frame in self.layers[key]], dim=1) for index in (0, 1))
+        keys, values = (torch.stack([frame[index] for frame in self.layers[key]], dim=1) for index in (0, 1))
+        angles = [part.repeat_interleave(keys[0, :, :, 0, 0].numel() // len(part), 0) for part in rotary]
+        return rotate(keys.flatten(1, 2), angles).view_as(keys), values
 
     def write(self, layers):
         for key, (keys, values) in layers.items():
@@ -312,8 +320,10 @@ def test_half_precision_gives_finite_numbers_close_to_full(make_unet):
 def test_the_context_follows_its_stages_to_another_device():
     tensors = {name: torch.zeros(2) for name in ("temb", "prompt", "positions")}
     rotary = torch.zeros(2), torch.ones(2)
-    context = Context(**tensors, prompt_mask=None, num_frames=2, past_positions=None, rotary_emb=rotary, mask=None)
+    context = Context(
+        **tensors, prompt_mask=None, prompt_cache=None, num_frames=2, num_context=0, rotary_emb=rotary, groups=None
+    )
     assert context.to(torch.device("cpu")) is context
     moved = context.to(torch.device("meta"))
     assert all(getattr(moved, name).is_meta for name in tensors) and all(part.is_meta for part in moved.rotary_emb)
-    assert moved.written is context.written and moved.num_frames == 2 and moved.mask is None
+    assert moved.written is context.written and moved.num_frames == 2 and moved.groups is None

@@ -10,10 +10,12 @@ import vgen.temporal.attention
 from vgen.temporal.attention import (
     DispatchedAttnProcessor,
     FrameCache,
+    PromptCache,
     RotaryPositions,
     SpacetimeAttention,
+    attention_mask,
+    group_ids,
     group_mask,
-    group_tensor,
     make_groups,
     rotate,
 )
@@ -61,20 +63,74 @@ def test_an_unknown_group_mode_is_an_error_that_lists_the_modes():
 
 
 def test_groups_that_hide_nothing_need_no_mask():
-    assert group_tensor("full", 4, 1, CPU) is None
-    assert group_tensor([2, 2, 2, 2], 4, 1, CPU) is None
-    assert group_mask(None, 3, torch.float32) is None
+    assert group_ids("full", 4, 1) is None
+    assert group_ids([2, 2, 2, 2], 4, 1) is None
+    assert group_ids([[2, 2, 2], [0, 0, 0]], 3, 1) is None
+    assert attention_mask(None, True, torch.zeros(1), num_cached=3) is None
 
 
-@pytest.mark.parametrize("groups", [[0, 1], [0, 0], torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 1, 4)])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [0, 1],
+        [0, 0],
+        [[0, 0, 0]],
+        [[0] * 4, [0] * 3],
+        [[[0]] * 4],
+        [],
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(1, 1, 4),
+    ],
+)
 def test_groups_of_another_shape_are_an_error(groups):
     with pytest.raises(ValueError, match=r"groups must have shape \(4,\) or \(batch, 4\)"):
-        group_tensor(groups, 4, 1, CPU)
+        group_ids(groups, 4, 1)
 
 
-def test_groups_of_each_sample_may_be_lists():
-    rows = [[0, 1], [0, 1]]
-    assert torch.equal(group_tensor(rows, 2, 1, CPU), torch.tensor(rows))
+def test_equal_groups_of_all_samples_are_one_row():
+    assert group_ids([[0, 1], [0, 1]], 2, 1) == ((0, 1),)
+    assert group_ids([[0, 1], [0, 0]], 2, 1) == ((0, 1), (0, 0))
+
+
+def visible_keys(row: list[int], num_cached: int, num_isolated: int, tokens: int) -> Tensor:
+    """Which token sees which key, from the definition of groups."""
+    n = len(row) + num_isolated
+    frames = torch.zeros(n, num_cached + n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(-num_cached, n):
+            context = i >= len(row) or j >= len(row)
+            frames[i, num_cached + j] = i == j if context else j < 0 or row[j] <= row[i]
+    return frames.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+@pytest.mark.parametrize("row", [[0, 1, 2, 3], [0, 1, 1, 2], [2, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+@pytest.mark.parametrize("num_cached, num_isolated, tokens", [(0, 0, 1), (2, 0, 3), (0, 2, 3)])
+def test_runs_and_masks_show_the_same_keys(row, num_cached, num_isolated, tokens):
+    expected = visible_keys(row, num_cached, num_isolated, tokens)
+    like, options = torch.zeros(1), {"num_cached": num_cached, "num_isolated": num_isolated, "tokens": tokens}
+    hidden = torch.zeros(expected.shape).masked_fill(~expected, float("-inf"))
+    for ids in ((tuple(row),), torch.tensor(row), torch.tensor([row])):
+        assert torch.equal(attention_mask(ids, True, like, **options)[0, 0], hidden)
+    (runs,) = attention_mask((tuple(row),), False, like, **options)
+    actual = torch.zeros(expected.shape, dtype=torch.int64)
+    for queries, keys in runs:
+        for begin, end in queries:
+            for first, last in keys:
+                actual[begin:end, first:last] += 1
+    assert torch.equal(actual, expected.long())
+
+
+def test_long_sequences_get_runs_and_short_ones_a_mask():
+    ids, like, limit = ((0, 1),), torch.zeros(1), vgen.temporal.attention.LONGEST_MASKED
+    assert isinstance(attention_mask(ids, True, like, tokens=limit // 2), Tensor)
+    assert isinstance(attention_mask(ids, True, like, tokens=limit // 2 + 1), tuple)
+    assert isinstance(attention_mask(ids, True, like, num_cached=2, tokens=limit // 3), tuple)
+
+
+def test_masks_of_several_samples_have_their_rows():
+    rows = ((0, 1, 1), (0, 0, 0), (0, 1, 1), (2, 1, 0))
+    mask = attention_mask(rows, True, torch.zeros(1), num_cached=1)
+    assert torch.equal(mask, group_mask(torch.tensor(rows), 1, torch.float32))
 
 
 @pytest.mark.parametrize("num_cached", [0, 2])
@@ -133,15 +189,67 @@ def test_cross_attention_equals_softmax_over_the_prompt(randomize):
     torch.testing.assert_close(attn(x, prompt), plain_attention(attn, x, prompt), atol=1e-5, rtol=1e-5)
 
 
-def test_cached_keys_are_rotated_when_read(randomize):
+def test_a_frozen_state_rotates_cached_keys_once(randomize, monkeypatch):
     attn, rope = randomize(SpacetimeAttention(24, 2, 12)), RotaryPositions(12)
     x = draw(2, 10, 24)
     whole = attn(x, rotary_emb=rope(torch.arange(5), 2, 1), attention_mask=_causal_tokens(5, 2))
-    _, key, value = attn(x[:, :6], rotary_emb=rope(torch.arange(3), 2, 1), return_key_value=True)
-    late, past = rope(torch.tensor([3, 4]), 2, 1), rope(torch.arange(3), 2, 1)
-    mask = torch.nn.functional.pad(_causal_tokens(2, 2), (6, 0))
-    out = attn(x[:, 6:], rotary_emb=late, attention_mask=mask, cache=(key, value), cache_rotary_emb=past)
-    torch.testing.assert_close(out, whole[:, 6:], atol=1e-5, rtol=1e-5)
+    _, *pair = attn(x[:, :6], rotary_emb=rope(torch.arange(3), 2, 1), return_key_value=True)
+    state, rotated = TemporalState(window=3), []
+    FrameCache(state).write({"a": tuple(part.unflatten(1, (3, 2)) for part in pair)})
+    count = lambda *args: rotated.append(args[0].shape[1]) or rotate(*args)  # noqa: E731
+    monkeypatch.setattr(vgen.temporal.attention, "rotate", count)
+    frozen = state.frozen()
+    for one in (frozen, frozen, state):
+        cache = FrameCache(one)
+        key, value = cache.read("a", 2, 2, cache.rotary(rope, 2, 1, CPU))
+        past = key.flatten(1, 2), value.flatten(1, 2)
+        mask = torch.nn.functional.pad(_causal_tokens(2, 2), (6, 0))
+        out = attn(x[:, 6:], rotary_emb=rope(torch.tensor([3, 4]), 2, 1), attention_mask=mask, cache=past)
+        torch.testing.assert_close(out, whole[:, 6:], atol=1e-5, rtol=1e-5)
+    assert rotated.count(6) == 2  # once for the frozen state, once for the writable one
+
+
+def test_a_padded_cache_gives_the_same_as_one_that_grows(randomize):
+    attn, rope, window, sink = randomize(SpacetimeAttention(24, 2, 12)), RotaryPositions(12), 2, 1
+    state = TemporalState(window, sink)
+    for index in range(6):
+        x, outs = draw(1, 4, 24, seed=index), []
+        for padded in (False, True):
+            cache = FrameCache(state, padded=padded)
+            past = cache.read("a", 1, 2, cache.rotary(rope, 2, 1, CPU))
+            past = past and (past[0].flatten(1, 2), past[1].flatten(1, 2))
+            mask = attention_mask(((0, 1),), True, x, num_cached=cache.num_frames, tokens=2)
+            mask = cache.mask_empty(mask, 2, 2, x)
+            assert index == 0 or past[0].shape[1] == 2 * (3 if padded else min(3, 2 * index))
+            rotary = rope(cache.next_positions(2, CPU), 2, 1)
+            out, *pair = attn(x, rotary_emb=rotary, attention_mask=mask, cache=past, return_key_value=True)
+            outs.append(out)
+        torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
+        FrameCache(state).write({"a": tuple(part.unflatten(1, (2, 2)) for part in pair)})
+
+
+def test_a_prompt_is_projected_once_until_it_or_its_values_change(randomize):
+    attn = randomize(SpacetimeAttention(24, 2, 12, is_cross_attention=True)).requires_grad_(False)
+    x, prompt, cache, calls = draw(2, 5, 24), draw(2, 3, 24, seed=2), PromptCache(), []
+    attn.to_k.register_forward_hook(lambda *_: calls.append(1))
+
+    def check(prompt, expected_calls):
+        cache.start(prompt)
+        out = attn(x, prompt, prompt_cache=cache)
+        assert len(calls) == expected_calls
+        torch.testing.assert_close(out, plain_attention(attn, x, prompt), atol=1e-5, rtol=1e-5)
+        del calls[:]
+
+    with torch.no_grad():
+        check(prompt, 1)
+        check(prompt, 0)
+        check(prompt.clone(), 1)
+        check(prompt, 1)
+        prompt.mul_(2)
+        check(prompt, 1)
+        cache.clear()
+        check(prompt, 1)
+    check(prompt, 1)  # training computes it
 
 
 def _causal_tokens(frames: int, tokens: int) -> Tensor:
@@ -149,23 +257,31 @@ def _causal_tokens(frames: int, tokens: int) -> Tensor:
     return mask.repeat_interleave(tokens, dim=2).repeat_interleave(tokens, dim=3)
 
 
-@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4], [0, 1, 1, 2, 2], [1, 0, 2, 0, 1], [0, 0, 0, 0, 1]])
+@pytest.mark.parametrize(
+    "groups",
+    [[[0, 1, 2, 3, 4]], [[0, 1, 1, 2, 2]], [[1, 0, 2, 0, 1]], [[0, 0, 0, 0, 1]], [[0, 1, 2, 2, 2], [1, 0, 0, 0, 0]]],
+)
 @pytest.mark.parametrize("num_cached", [0, 3])
-def test_backend_without_masks_gives_the_same(randomize, monkeypatch, groups, num_cached):
+def test_runs_give_the_same_as_a_mask(randomize, monkeypatch, groups, num_cached):
     attn = randomize(SpacetimeAttention(24, 2, 12))
-    x, cache = draw(2, 5, 24), (draw(2, 3, 2, 12, seed=2), draw(2, 3, 2, 12, seed=3))
-    rope = RotaryPositions(12)
-    options = {"attention_mask": group_mask(torch.tensor(groups), num_cached, torch.float32)}
-    options["rotary_emb"] = rope(torch.arange(3, 8), 1, 1)
+    x, rope = draw(2, 10, 24), RotaryPositions(12)
+    options = {"rotary_emb": rope(torch.arange(3, 8), 2, 1)}
     if num_cached:
-        options |= {"cache": cache, "cache_rotary_emb": rope(torch.arange(3), 1, 1)}
-    masked = attn(x, **options)
-    monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
+        options["cache"] = (draw(2, 6, 2, 12, seed=2), draw(2, 6, 2, 12, seed=3))
+    ids = tuple(map(tuple, groups))
+    mask, runs = (attention_mask(ids, takes, x, num_cached=num_cached, tokens=2) for takes in (True, False))
     masks = []
     dispatch = attn.processor._dispatch
     monkeypatch.setattr(attn.processor, "_dispatch", lambda *args: masks.append(args[3]) or dispatch(*args))
-    torch.testing.assert_close(attn(x, **options), masked, atol=1e-5, rtol=1e-5)
-    assert len(masks) == len(set(groups)) and all(mask is None for mask in masks)
+    outs, gradients = [], []
+    for one in (mask, runs):
+        attn.zero_grad()
+        outs.append(attn(x, attention_mask=one, **options))
+        outs[-1].square().sum().backward()
+        gradients.append([p.grad.clone() for p in attn.parameters()])
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
+    assert masks[0] is mask and masks[1:] == [None] * sum(len(set(row)) for row in groups)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +324,10 @@ def test_short_rows_in_half_precision_are_trained_with_the_math_backend_on_cpus(
             torch.testing.assert_close(one.grad.double(), other.grad, atol=5e-2, rtol=5e-2)
 
 
-def test_a_backend_without_masks_rejects_masks_per_sample_by_name(randomize, monkeypatch):
+def test_a_backend_without_masks_rejects_masks_by_name(randomize, monkeypatch):
     attn = randomize(SpacetimeAttention(24, 2, 12))
     monkeypatch.setattr(vgen.temporal.attention, "_MASKLESS_BACKENDS", ("native",))
-    mask = group_mask(torch.tensor([[0, 1], [1, 0]]), 0, torch.float32)
+    mask = attention_mask(torch.tensor([[0, 1], [1, 0]]), False, torch.zeros(1))
     with pytest.raises(ValueError, match="attention backend 'native' does not support attention masks"):
         attn(draw(2, 2, 24), attention_mask=mask)
     with pytest.raises(ValueError, match="attention backend 'native' does not support attention masks"):

@@ -36,11 +36,13 @@ from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
     Groups,
+    PromptCache,
     RotaryPositions,
     SpacetimeAttention,
     SpacetimeAttnProcessor,
-    group_mask,
-    group_tensor,
+    attention_mask,
+    group_ids,
+    once,
 )
 from vgen.temporal.state import TemporalState, network_identity, register_state_keys
 
@@ -108,10 +110,10 @@ class SpacetimeBlock(nn.Module):
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
         num_frames: int,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         encoder_attention_mask: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        cache_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        prompt_cache: PromptCache | None = None,
         return_key_value: bool = False,
     ) -> Any:
         """Maps tokens `(b, n * p, d)` to the same shape.
@@ -122,19 +124,18 @@ class SpacetimeBlock(nn.Module):
             temb: Modulation `(b, m, 6, d)`.
             rotary_emb: Cosines and sines `(n * p, head / 2)`.
             num_frames: `n`.
-            attention_mask: Additive mask over tokens, or over token frames if attention is divided.
+            attention_mask: Additive mask or runs over tokens, or over token frames if attention is divided.
             encoder_attention_mask: Additive mask `(b, 1, 1, l)`.
-            cache: Unrotated keys and values `(b, k, p, h, head)` of `k` earlier token frames.
-            cache_rotary_emb: Cosines and sines `(k * p, head / 2)`.
+            cache: Rotated keys, and values, `(b, k, p, h, head)` of `k` earlier token frames.
+            prompt_cache: Keeps the keys and values of the prompt.
             return_key_value: Whether to return `(hidden_states, key, value)`, the last two `(b, n, p, h, head)`.
         """
         modulation = rearrange(self.scale_shift_table + temb.float(), "b m k d -> k b m 1 d")
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        past = (attention_mask, cache, cache_rotary_emb)
 
         x = _modulate(self.norm_time if self.divided else self.norm1, hidden_states, shift, scale)
         over_time = self._divided_time if self.divided else self._joint
-        out, *key_value = over_time(x, num_frames, rotary_emb, *past, return_key_value)
+        out, *key_value = over_time(x, num_frames, rotary_emb, attention_mask, cache, return_key_value)
         hidden_states = _gated_sum(hidden_states, out, gate)
         if self.divided:
             x = _modulate(self.norm1, hidden_states, shift, scale)
@@ -142,7 +143,9 @@ class SpacetimeBlock(nn.Module):
 
         if encoder_hidden_states is not None:
             x = self.norm2(hidden_states.float()).type_as(hidden_states)  # float32
-            hidden_states = hidden_states + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
+            hidden_states = hidden_states + self.attn2(
+                x, encoder_hidden_states, encoder_attention_mask, prompt_cache=prompt_cache
+            )
 
         x = self.ffn(_modulate(self.norm3, hidden_states, ffn_shift, ffn_scale))
         hidden_states = _gated_sum(hidden_states, x, ffn_gate)
@@ -153,13 +156,12 @@ class SpacetimeBlock(nn.Module):
         x: Tensor,
         n: int,
         rotary_emb: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Any,
         cache: tuple[Tensor, Tensor] | None,
-        cache_rotary_emb: tuple[Tensor, Tensor] | None,
         return_key_value: bool,
     ) -> tuple[Tensor, ...]:
         past = cache and (cache[0].flatten(1, 2), cache[1].flatten(1, 2))
-        out = self.attn1(x, None, mask, rotary_emb, past, cache_rotary_emb, return_key_value)
+        out = self.attn1(x, None, mask, rotary_emb, past, return_key_value)
         if not return_key_value:
             return (out,)
         return out[0], *(rearrange(part, "b (n p) h d -> b n p h d", n=n) for part in out[1:])
@@ -169,19 +171,18 @@ class SpacetimeBlock(nn.Module):
         x: Tensor,
         n: int,
         rotary_emb: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Any,
         cache: tuple[Tensor, Tensor] | None,
-        cache_rotary_emb: tuple[Tensor, Tensor] | None,
         return_key_value: bool,
     ) -> tuple[Tensor, ...]:
         b, p = x.shape[0], x.shape[1] // n
         # spatial angles cancel between tokens at one position, so the angles of the first position do for all
         time_rotary = tuple(part[::p] for part in rotary_emb)
-        past_rotary = cache_rotary_emb and tuple(part[::p] for part in cache_rotary_emb)
         past = cache and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cache)
-        mask = mask if mask is None or mask.shape[0] == 1 else repeat(mask, "b i q k -> (b p) i q k", p=p)
+        if isinstance(mask, Tensor) and mask.shape[0] > 1:
+            mask = repeat(mask, "b i q k -> (b p) i q k", p=p)
         x = rearrange(x, "b (n p) d -> (b p) n d", n=n)
-        out = self.attn_time(x, None, mask, time_rotary, past, past_rotary, return_key_value)
+        out = self.attn_time(x, None, mask, time_rotary, past, return_key_value)
         out, *key_value = out if return_key_value else (out,)
         key_value = [rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in key_value]
         return rearrange(out, "(b p) n d -> b (n p) d", b=b), *key_value
@@ -262,7 +263,7 @@ class SpacetimeTransformer(
     _no_split_modules = ["SpacetimeBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "norm_time"]
     _repeated_blocks = ["SpacetimeBlock"]
-    _skip_keys = ["state", "cache"]
+    _skip_keys = ["state", "cache", "prompt_cache"]
     temporal = ("attn_time",)
     """Substrings that identify purely temporal parameters, which exist if attention is divided."""
 
@@ -356,6 +357,7 @@ class SpacetimeTransformer(
         keyframes: Tensor | None = None,
         groups: Groups = "full",
         state: TemporalState | None = None,
+        prompt_cache: PromptCache | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -370,8 +372,9 @@ class SpacetimeTransformer(
             keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
             groups: A group mode, or integers `(n,)` or `(b, n)`: frame i attends to frame j iff
                 `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
-                every cached frame.
+                every cached frame. Integers in a list need no attention mask; a tensor does.
             state: Memory of the stream. It is updated unless it is `state.frozen()`.
+            prompt_cache: Keeps what depends on the prompt alone, for the next call with the same prompt and weights.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
             return_dict: Whether to return a `Transformer2DModelOutput` or a tuple.
 
@@ -393,13 +396,18 @@ class SpacetimeTransformer(
         n, rows, columns = t // p_t, height // p_h, width // p_w
 
         cache = None if state is None else FrameCache.open(self, state, n)
-        offset = 0 if cache is None else cache.num_frames
-        positions = torch.arange(offset, offset + n, device=hidden_states.device)
+        device, like = hidden_states.device, hidden_states
+        is_joint = self.config.attention == "joint"
+        joined: tuple[int, int] = (rows, columns) if is_joint else (1, 1)  # tokens of a frame in one sequence
+        mask = attention_mask(
+            group_ids(groups, n, self.config.chunk_size), self._takes_mask, like,
+            num_cached=0 if cache is None else cache.num_frames, tokens=math.prod(joined),
+        )  # fmt: skip
+        positions, past_rotary = torch.arange(n, device=device), None
+        if cache is not None:
+            positions, past_rotary = cache.next_positions(n, device), cache.rotary(self.rope, *joined, device)
+            mask = cache.mask_empty(mask, n, math.prod(joined), like)
         rotary_emb = self.rope(positions, rows, columns)
-        past_rotary = None
-        if cache is not None and offset:
-            past_rotary = self.rope(cache.positions(hidden_states.device), rows, columns)
-        mask = self._mask(groups, n, rows * columns, offset, hidden_states)
 
         tokens = self.patch_embedding(hidden_states)
         if keyframes is not None:
@@ -411,7 +419,10 @@ class SpacetimeTransformer(
         temb, modulation = self.condition_embedder(self._timesteps(timestep, b, n), dtype, rate)
         prompt_mask = None
         if encoder_hidden_states is not None:
-            encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
+            if prompt_cache is not None:
+                prompt_cache.start(encoder_hidden_states)
+            project = self.condition_embedder.text_embedder
+            encoder_hidden_states = once(prompt_cache, project, project, encoder_hidden_states)
             if encoder_attention_mask is not None:
                 hidden = rearrange(encoder_attention_mask == 0, "b l -> b 1 1 l")
                 prompt_mask = torch.zeros(hidden.shape, dtype=tokens.dtype, device=tokens.device)
@@ -421,8 +432,8 @@ class SpacetimeTransformer(
         written: dict[str, tuple[Tensor, Tensor]] = {}
         block: Any
         for block in self.blocks:
-            past = None if cache is None else cache.read(block.cache_key, b, rows * columns)
-            inputs = (encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, past_rotary)
+            past = None if cache is None else cache.read(block.cache_key, b, rows * columns, past_rotary)
+            inputs = (encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, prompt_cache)
             if write:
                 tokens, *written[block.cache_key] = block(tokens, *inputs, return_key_value=True)
             elif torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -466,12 +477,16 @@ class SpacetimeTransformer(
             )
         return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
 
-    def _mask(self, groups: Groups, n: int, p: int, num_cached: int, like: Tensor) -> Tensor | None:
-        group_ids = group_tensor(groups, n, self.config.chunk_size, like.device)
-        mask = group_mask(group_ids, num_cached, like.dtype)
-        if mask is None or self.config.attention == "divided":
-            return mask
-        return repeat(mask, "b i q k -> b i (q p) (k r)", p=p, r=p)
+    @property
+    def pads_cache(self) -> bool:
+        """Whether reads from a KV cache include empty slots, so that compiled code sees one shape."""
+        compiled = torch.compiler.is_compiling() or self.blocks[0]._compiled_call_impl is not None
+        return compiled and self._takes_mask
+
+    @property
+    def _takes_mask(self) -> bool:
+        block: Any = self.blocks[0]
+        return block.attn1.processor.takes_mask
 
     def _timesteps(self, timestep: Tensor, b: int, n: int) -> Tensor:
         """Brings timesteps to the shape `(b, m)`."""

@@ -42,11 +42,14 @@ from vgen.models.transformer import Task
 from vgen.temporal.attention import (
     DispatchedAttnProcessor,
     FrameCache,
+    GroupIds,
     Groups,
+    PromptCache,
     RotaryPositions,
     SpacetimeAttention,
-    group_mask,
-    group_tensor,
+    attention_mask,
+    group_ids,
+    once,
 )
 from vgen.temporal.conv import CausalConv3d
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
@@ -66,6 +69,7 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        prompt_cache: PromptCache | None = None,
         **_: Any,
     ) -> Tensor:
         """Maps `((b n), p, c)` to the same shape: self-attention, or cross-attention to a prompt `(b, l, d)`.
@@ -73,15 +77,22 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         Cross-attention returns zeros if there is no prompt.
         """
         rows = hidden_states.shape[0]
+
+        def split(x: Tensor) -> Tensor:
+            return rearrange(x, "b n (h d) -> b n h d", h=attn.heads)
+
+        def key_value(source: Tensor) -> tuple[Tensor, Tensor]:
+            return split(attn.to_k(source)), split(attn.to_v(source))
+
         if attn.is_cross_attention:
             if encoder_hidden_states is None:
                 return torch.zeros_like(hidden_states)
-            source = encoder_hidden_states
-            hidden_states = hidden_states.reshape(source.shape[0], -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        query = split(attn.to_q(hidden_states))
+        if encoder_hidden_states is None:
+            key, value = key_value(hidden_states)
         else:
-            source = hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
-        query, key, value = (rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in (query, key, value))
+            key, value = once(prompt_cache, attn, key_value, encoder_hidden_states)
         out = self.attend(query, key, value, None if attention_mask is None else attention_mask[:, None])
         out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
         for layer in attn.to_out:
@@ -105,23 +116,41 @@ class Context:
     """Prompt embeddings, `(b, l, d)`."""
     prompt_mask: Tensor | None
     """Additive mask over prompt tokens, `(b, 1, l)`."""
+    prompt_cache: PromptCache | None
     num_frames: int
     """Number of latent frames, `n`."""
+    num_context: int
+    """How many of them, at the end, are context of temporal convolutions; they attend to themselves only."""
     positions: Tensor
     """Time positions of the frames, `(n,)`."""
-    past_positions: Tensor | None
-    """Time positions of the cached frames."""
     rotary_emb: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    groups: GroupIds
+    """Groups of the other frames."""
     history: History | None = None
     cache: FrameCache | None = None
     cache_rotary_emb: tuple[Tensor, Tensor] | None = None
+    masks: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
+    """Attention masks and runs, by tokens per frame and device."""
     written: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values computed in this pass, by layer."""
     perm: Tensor | None = None
     """Permutation of the rows `((b n), ...)` applied before temporal convolutions; `None` is the identity."""
     inverse_perm: Tensor | None = None
     """Permutation applied to their output, to restore the order of the frames."""
+
+    def mask(self, attn: SpacetimeAttention, tokens: int, like: Tensor) -> Any:
+        """The attention mask or runs of temporal attention, with this many tokens per frame."""
+        key = (tokens, like.device)
+        if key not in self.masks:
+            num_cached = 0 if self.cache is None else self.cache.num_frames
+            mask = attention_mask(
+                self.groups, attn.processor.takes_mask, like,
+                num_cached=num_cached, num_isolated=self.num_context, tokens=tokens,
+            )  # fmt: skip
+            self.masks[key] = (
+                mask if self.cache is None else self.cache.mask_empty(mask, self.num_frames, tokens, like)
+            )
+        return self.masks[key]
 
     def to(self, device: torch.device) -> Context:
         """Copies the tensors to a stage's device. The history and the cache stay on the devices of their layers."""
@@ -182,12 +211,13 @@ class TemporalAttention(nn.Module):
         n, (height, width) = context.num_frames, x.shape[2:]
         b, p = x.shape[0] // n, height * width
         tokens = self.norm(rearrange(x, "(b n) c h w -> (b h w) n c", n=n))
-        mask, key = context.mask, self.attn.state_key
-        cached = None if context.cache is None else context.cache.read(key, b, p)
-        past = cached and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cached)
-        if mask is not None and mask.shape[0] > 1:
+        mask, key, past = context.mask(self.attn, 1, tokens), self.attn.state_key, None
+        if context.cache is not None:
+            cached = context.cache.read(key, b, p, context.cache_rotary_emb)
+            past = cached and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cached)
+        if isinstance(mask, Tensor) and mask.shape[0] > 1:
             mask = repeat(mask, "b i q k -> (b p) i q k", p=p)
-        out, *pair = self.attn(tokens, None, mask, context.rotary_emb, past, context.cache_rotary_emb, True)
+        out, *pair = self.attn(tokens, None, mask, context.rotary_emb, past, True)
         if context.cache is not None:
             keys, values = (rearrange(part, "(b p) n h d -> b n p h d", p=p) for part in pair)
             context.written[key] = keys, values
@@ -217,15 +247,11 @@ class NonLocalBlock(nn.Module):
         n, (height, width) = context.num_frames, x.shape[2:]
         b, p, key = x.shape[0] // n, height * width, self.attn.state_key
         tokens = self.norm(rearrange(x, "(b n) c h w -> b (n h w) c", n=n))
-        mask = context.mask
-        if mask is not None:
-            mask = repeat(mask, "b i q k -> b i (q p) (k r)", p=p, r=p)
-        rotary, past, past_rotary = self.rope(context.positions, height, width), None, None
-        if context.cache is not None and context.past_positions is not None:
-            cached = context.cache.read(key, b, p)
+        mask, rotary, past = context.mask(self.attn, p, tokens), self.rope(context.positions, height, width), None
+        if context.cache is not None:
+            cached = context.cache.read(key, b, p, context.cache.rotary(self.rope, height, width, x.device))
             past = cached and (cached[0].flatten(1, 2), cached[1].flatten(1, 2))
-            past_rotary = self.rope(context.past_positions, height, width)
-        out, *pair = self.attn(tokens, None, mask, rotary, past, past_rotary, True)
+        out, *pair = self.attn(tokens, None, mask, rotary, past, True)
         if context.cache is not None:
             keys, values = (rearrange(part, "b (n p) h d -> b n p h d", p=p) for part in pair)
             context.written[key] = keys, values
@@ -302,7 +328,11 @@ class Stage(nn.Module):
         if self.attends[index]:
             position = sum(self.attends[:index])
             x = self.attentions[position](
-                x, context.prompt, encoder_attention_mask=context.prompt_mask, return_dict=False
+                x,
+                context.prompt,
+                cross_attention_kwargs={"prompt_cache": context.prompt_cache},
+                encoder_attention_mask=context.prompt_mask,
+                return_dict=False,
             )[0]
             x = self.temporal_attentions[position](x, context)
         return x
@@ -403,7 +433,7 @@ class UNet3D(
     _skip_layerwise_casting_patterns = ["norm", "conv_in", "keyframe_embedding", "time_embedding", "frame_rate"]
     _no_split_modules = ["Stage", "BasicTransformerBlock", "ResnetBlock2D"]
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
-    _skip_keys = ["state"]
+    _skip_keys = ["state", "prompt_cache"]
     conv_history = 2
     """Number of preceding latent frames in the receptive field of one temporal convolution."""
     temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
@@ -521,6 +551,15 @@ class UNet3D(
         """Channels of the prompt embeddings."""
         return self.config.cross_attention_dim
 
+    @property
+    def pads_cache(self) -> bool:
+        """Whether reads from a KV cache include empty slots, so that compiled code sees one shape."""
+        if not torch.compiler.is_compiling():
+            return False
+        return all(
+            module.attn.processor.takes_mask for module in self.modules() if isinstance(module, TemporalAttention)
+        )
+
     def enable_cache(self, config: Any) -> None:
         """Always raises, because diffusers' step caches work on Transformer blocks only.
 
@@ -549,6 +588,7 @@ class UNet3D(
         state: TemporalState | None = None,
         conv_context: Tensor | None = None,
         gap_index: Tensor | None = None,
+        prompt_cache: PromptCache | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -563,12 +603,13 @@ class UNet3D(
             keyframes: Keyframe slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
             groups: A group mode, or integers `(n,)` or `(b, n)`, for temporal attention: frame i attends to frame j
                 iff `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
-                every cached frame.
+                every cached frame. Integers in a list need no attention mask; a tensor does.
             state: Memory of the stream. It is updated unless it is `state.frozen()`.
             conv_context: Clean latents `(b, c, k, h, w)`, for training on clips with a gap in time, like a stream with
                 evicted frames. They precede frame `gap_index` as input of the temporal convolutions. No frame attends
                 to them.
             gap_index: Index of the first frame after each video's gap, `(b,)`; `n` for a video without a gap.
+            prompt_cache: Keeps what depends on the prompt alone, for the next call with the same prompt and weights.
             attention_kwargs: `{"scale": ...}` scales LoRA layers.
             return_dict: Whether to return a `UNet3DConditionOutput` or a tuple.
 
@@ -594,32 +635,32 @@ class UNet3D(
             hidden_states, timestep, keyframes = _append_context(conv_context, hidden_states, timestep, keyframes)
             n = hidden_states.shape[2]
         cache = None if state is None else FrameCache.open(self, state, n)
-        offset = 0 if cache is None else cache.num_frames
-        device = hidden_states.device
-        positions, past = torch.arange(offset, offset + n, device=device), None
-        if cache is not None and offset:
-            past = cache.positions(device)
-        mask = group_mask(
-            group_tensor(groups, num_visible, self.config.chunk_size, device), offset, hidden_states.dtype
-        )
+        device, past_rotary = hidden_states.device, None
+        positions = torch.arange(n, device=device)
+        if cache is not None:
+            positions, past_rotary = cache.next_positions(n, device), cache.rotary(self.rope, 1, 1, device)
+        ids = group_ids(groups, num_visible, self.config.chunk_size)
         perm = inverse_perm = None
         if conv_context is not None and gap_index is not None:
-            mask = _isolate(mask, num_visible, n, hidden_states)
+            ids = ((0,) * num_visible,) if ids is None else ids  # all attend to all but the context
             perm = _conv_order(gap_index.to(device), num_visible, n)
             inverse_perm = perm.argsort()
+        if prompt_cache is not None and encoder_hidden_states is not None:
+            prompt_cache.start(encoder_hidden_states)
         x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
         context = Context(
             temb=self._embed_time(timestep, frame_rate, b, n, x),
             prompt=encoder_hidden_states,
             prompt_mask=_additive(encoder_attention_mask, x.dtype),
+            prompt_cache=prompt_cache,
             num_frames=n,
+            num_context=n - num_visible,
             positions=positions,
-            past_positions=past,
             rotary_emb=self.rope(positions, 1, 1),
-            mask=mask,
+            groups=ids,
             history=None if state is None else state.history(),
             cache=cache,
-            cache_rotary_emb=None if past is None else self.rope(past, 1, 1),
+            cache_rotary_emb=past_rotary,
             perm=perm,
             inverse_perm=inverse_perm,
         )
@@ -728,17 +769,6 @@ def _append_context(
     levels = _levels(timestep, b, n, latents.device).expand(b, n)
     keyframes = None if keyframes is None else F.pad(keyframes, (0, 0, 0, 0, 0, k))
     return torch.cat([latents, context.to(latents)], dim=2), F.pad(levels, (0, k)), keyframes
-
-
-def _isolate(mask: Tensor | None, num_visible: int, n: int, like: Tensor) -> Tensor:
-    """Extends an additive mask to `(b | 1, 1, n, n)`; frames from `num_visible` on attend to themselves only.
-
-    No other frame attends to them.
-    """
-    whole = like.new_full((1 if mask is None else len(mask), 1, n, n), float("-inf"))
-    whole[..., :num_visible, :num_visible] = 0 if mask is None else mask
-    whole.diagonal(dim1=-2, dim2=-1).fill_(0)
-    return whole
 
 
 def _conv_order(gap_index: Tensor, num_visible: int, n: int) -> Tensor:

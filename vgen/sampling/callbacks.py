@@ -62,6 +62,7 @@ def step_function(
                 "negative_prompt_embeds": conditions.negative_prompt_embeds,
             }
             tensors |= callback(pipeline, index, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+            sampler.forget_prompts()
             latents = tensors["latents"]
             conditions = replace(conditions, **{name: tensors[name] for name in TENSOR_INPUTS[1:]})
         order = getattr(sampler.scheduler, "order", 1)

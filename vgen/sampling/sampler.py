@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.sampling.conditions import Conditions, Guidance
 from vgen.sampling.known_frames import KnownFrames
+from vgen.temporal.attention import PromptCache
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
 
@@ -40,6 +42,21 @@ WEAK_LEVEL = 1 / 3
 
 running_sampler: ContextVar[Sampler | None] = ContextVar("running_sampler", default=None)
 """The sampler that denoises in this thread."""
+
+
+class PromptCaches:
+    """What depends on prompts alone, and so is the same in all steps of a call."""
+
+    def __init__(self) -> None:
+        self.by_name: defaultdict[str, PromptCache] = defaultdict(PromptCache)
+        """The denoiser's results, by name of the evaluation."""
+        self._doubled: tuple[Conditions, Conditions] | None = None
+
+    def doubled(self, conditions: Conditions) -> Conditions:
+        """`conditions.doubled()`, once for all steps with the same conditions."""
+        if self._doubled is None or self._doubled[0] is not conditions:
+            self._doubled = conditions, conditions.doubled()
+        return self._doubled[1]
 
 
 class Sampler:
@@ -82,6 +99,7 @@ class Sampler:
         """Number of timesteps of the running call."""
         self.current_timestep: Tensor | None = None
         """The timestep of the running step."""
+        self._prompts: PromptCaches | None = None
 
     def copy(self) -> Sampler:
         """An independent sampler with the same networks."""
@@ -112,14 +130,20 @@ class Sampler:
             on_step: Called after each step.
         """
         token, guidance = running_sampler.set(self), self.guidance
+        self._prompts = PromptCaches()
         try:
             with self._without_other_calls():
                 self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
                 return self._denoise(noise, conditions, num_inference_steps, generator, known, state, on_step)
         finally:
             self.current_timestep, self.interrupt = None, False
+            self._prompts = None  # before the next call, adapters may change
             self.guidance = guidance  # callbacks change that of this call, and not of later chunks
             running_sampler.reset(token)
+
+    def forget_prompts(self) -> None:
+        """Computes what depends on prompts alone again, because a callback may have changed the weights."""
+        self._prompts = PromptCaches()
 
     def _denoise(
         self,
@@ -228,7 +252,7 @@ class Sampler:
         # a rollout's cache has rows for both prompts, also when a callback turns guidance off
         if conditions.negative_prompt_embeds is None or not (is_guided or state is not None):
             return self._evaluate(f"{context}cond", latents, timestep, conditions.prompt_embeds, conditions, state)
-        both = conditions.doubled()
+        both = conditions.doubled() if self._prompts is None else self._prompts.doubled(conditions)
         out = self._evaluate(
             f"{context}cond_uncond", torch.cat([latents, latents]), timestep, both.prompt_embeds, both, state
         )
@@ -281,6 +305,7 @@ class Sampler:
                 timestep=timestep.expand(latents.shape[0], *timestep.shape),
                 encoder_hidden_states=prompts,
                 state=state,
+                prompt_cache=None if self._prompts is None else self._prompts.by_name[name],
                 return_dict=False,
                 **conditions.for_denoiser(),
             )

@@ -5,8 +5,8 @@ Axes: `b` batch, `n` tokens or token frames, `h` heads, `p` tokens per token fra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -22,7 +22,13 @@ torch.compiler.allow_in_graph(rearrange)
 torch.compiler.allow_in_graph(repeat)
 
 GroupMode = Literal["full", "causal", "chunk"]
-Groups = str | Sequence[int] | Tensor
+Groups = str | Sequence[int] | Sequence[Sequence[int]] | Tensor
+GroupIds = Tensor | tuple[tuple[int, ...], ...] | None
+"""Group ids `(n,)` or `(b, n)` as a tensor, or rows of integers, one for all videos or one each; `None` for full."""
+Span = tuple[int, int]
+
+LONGEST_MASKED = 512
+"""Frame groups of up to this many keys use an attention mask; more keys are processed group by group, without one."""
 
 # prefixes of the names of backends that reject or ignore an attention mask
 _MASKLESS_BACKENDS = (
@@ -79,52 +85,149 @@ def check_groups(groups: Any) -> None:
         raise ValueError(f"groups must be a group mode or integers, got {shown(groups)}")
 
 
-def group_tensor(groups: Groups, num_frames: int, chunk_size: int, device: torch.device) -> Tensor | None:
+class Run(NamedTuple):
+    """Tokens that attend to the same keys, both as `(begin, end)` of consecutive tokens."""
+
+    queries: tuple[Span, ...]
+    keys: tuple[Span, ...]
+
+
+def group_ids(groups: Groups, num_frames: int, chunk_size: int) -> GroupIds:
     """Converts the `groups` argument of a denoiser to group ids.
 
     Args:
         groups: A group mode, or integers `(n,)` or `(b, n)`.
         num_frames: Number of token frames, `n`.
         chunk_size: Token frames per run in `chunk` mode.
-        device: Device of the result.
 
     Returns:
-        Integers `(n,)` or `(b, n)`; `None` if all frames attend to all frames, so that no mask is needed.
+        A tensor as it is; rows of integers; or `None` if all frames attend to all frames.
 
     Raises:
         ValueError: The mode is unknown, or the integers have another shape.
     """
     if isinstance(groups, str):
         groups = make_groups(groups, num_frames, 0, chunk_size)
-    if not isinstance(groups, Tensor):
-        if len(groups) and isinstance(groups[0], int) and list(groups) == [groups[0]] * num_frames:
-            return None
-        groups = torch.tensor(groups)
-    if groups.shape[-1] != num_frames or groups.ndim > 2:
+    shape: tuple[int | None, ...]
+    shape = tuple(groups.shape) if isinstance(groups, Tensor) else _list_shape(groups)
+    if not 1 <= len(shape) <= 2 or shape[-1] != num_frames or None in shape:
         raise ValueError(
             f"groups must have shape ({num_frames},) or (batch, {num_frames}), one integer per token frame, "
-            f"got {tuple(groups.shape)}"
+            f"got {shape}"
         )
-    return groups.to(device)
+    if isinstance(groups, Tensor):
+        return groups
+    nested: Any = groups if len(shape) == 2 else [groups]
+    rows = tuple(tuple(int(group) for group in row) for row in nested)
+    rows = rows[:1] if len(set(rows)) == 1 else rows
+    return None if all(len(set(row)) == 1 for row in rows) else rows
 
 
-def group_mask(groups: Tensor | None, num_cached: int, dtype: torch.dtype) -> Tensor | None:
+def _list_shape(x: Any) -> tuple[int | None, ...]:
+    """The shape of a nested list; `None` where lengths differ."""
+    if not hasattr(x, "__len__"):
+        return ()
+    shapes = {_list_shape(entry) for entry in x} or {()}
+    return len(x), *(shapes.pop() if len(shapes) == 1 else (None,))
+
+
+def group_runs(row: Sequence[int], num_cached: int = 0, num_isolated: int = 0, tokens: int = 1) -> tuple[Run, ...]:
+    """Divides the tokens of one video into runs that attend to the same keys.
+
+    Args:
+        row: Group id of each token frame.
+        num_cached: Number of token frames in the KV cache, whose keys come first. Every frame attends to all of them.
+        num_isolated: Number of token frames at the end that attend to themselves only, each alone.
+        tokens: Tokens per token frame.
+    """
+    runs = []
+    for group in sorted(set(row)):
+        queries = [frame for frame, other in enumerate(row) if other == group]
+        keys = [*range(-num_cached, 0), *(frame for frame, other in enumerate(row) if other <= group)]
+        runs.append((queries, keys))
+    runs += [([frame], [frame]) for frame in range(len(row), len(row) + num_isolated)]
+    return tuple(Run(_spans(queries, 0, tokens), _spans(keys, num_cached, tokens)) for queries, keys in runs)
+
+
+def _spans(frames: Sequence[int], offset: int, tokens: int) -> tuple[Span, ...]:
+    """Sorted frames as spans of consecutive tokens."""
+    breaks = [index for index in range(1, len(frames)) if frames[index] != frames[index - 1] + 1]
+    parts = [frames[begin:end] for begin, end in zip([0, *breaks], [*breaks, len(frames)], strict=True)]
+    return tuple(((part[0] + offset) * tokens, (part[-1] + 1 + offset) * tokens) for part in parts)
+
+
+def runs_mask(rows: Sequence[Sequence[Run]], like: Tensor) -> Tensor:
+    """The additive mask `(b | 1, 1, q, k)` of runs. It is filled in on the device, without copies from the host."""
+    ends = [(run.queries[-1][1], run.keys[-1][1]) for run in rows[0]]
+    size = (max(query for query, _ in ends), max(key for _, key in ends))
+    masks = {}
+    for row in dict.fromkeys(rows):
+        mask = like.new_full(size, float("-inf"))
+        for run in row:
+            for begin, end in run.queries:
+                for first, last in run.keys:
+                    mask[begin:end, first:last] = 0
+        masks[row] = mask
+    return torch.stack([masks[row] for row in rows]).unsqueeze(1)
+
+
+def attention_mask(
+    ids: GroupIds,
+    takes_mask: bool,
+    like: Tensor,
+    *,
+    num_cached: int = 0,
+    num_isolated: int = 0,
+    tokens: int = 1,
+) -> Any:
+    """What the `attention_mask` of `SpacetimeAttention` must be for group ids.
+
+    Args:
+        ids: From `group_ids`.
+        takes_mask: Whether the attention backend takes a mask.
+        like: A tensor that sets the data type and the device of a mask.
+        num_cached: Number of token frames in the KV cache. Every frame attends to all of them.
+        num_isolated: Number of token frames after those of `ids` that attend to themselves only.
+        tokens: Tokens per token frame.
+
+    Returns:
+        `None`, an additive mask `(b | 1, 1, n * tokens, (num_cached + n) * tokens)`, or runs, one tuple for all videos
+        or one each. Integers give runs if the backend takes no mask or the mask would be large.
+    """
+    if isinstance(ids, Tensor):
+        mask = group_mask(ids.to(like.device), num_cached, like.dtype)
+        mask = mask if num_isolated == 0 else _isolate(mask, num_isolated)
+        return mask if tokens == 1 else repeat(mask, "b i q k -> b i (q p) (k r)", p=tokens, r=tokens)
+    if ids is None:
+        return None
+    rows = tuple(group_runs(row, num_cached, num_isolated, tokens) for row in ids)
+    num_keys = (num_cached + len(ids[0]) + num_isolated) * tokens
+    return runs_mask(rows, like) if takes_mask and num_keys <= LONGEST_MASKED else rows
+
+
+def group_mask(groups: Tensor, num_cached: int, dtype: torch.dtype) -> Tensor:
     """Builds the additive attention mask over token frames.
 
     Args:
-        groups: Group ids `(n,)` or `(b, n)`; `None` gives no mask.
+        groups: Group ids `(n,)` or `(b, n)`.
         num_cached: Number of token frames in the KV cache. Every frame attends to all of them.
         dtype: Data type of the mask.
 
     Returns:
         A mask `(b | 1, 1, n, num_cached + n)` with 0 where attention is allowed and -inf elsewhere.
     """
-    if groups is None:
-        return None
     groups = groups if groups.ndim == 2 else groups[None]
     hidden = rearrange(groups, "b n -> b 1 1 n") > rearrange(groups, "b n -> b 1 n 1")
     mask = torch.zeros(hidden.shape, dtype=dtype, device=groups.device).masked_fill(hidden, float("-inf"))
     return nn.functional.pad(mask, (num_cached, 0))
+
+
+def _isolate(mask: Tensor, num_isolated: int) -> Tensor:
+    """Extends a mask by frames that attend to themselves only, and that no other frame attends to."""
+    n = mask.shape[-1]
+    mask = nn.functional.pad(mask, (0, num_isolated, 0, num_isolated), value=float("-inf"))
+    mask[..., n:, n:].diagonal(dim1=-2, dim2=-1).fill_(0)
+    return mask
 
 
 class RotaryPositions(nn.Module):
@@ -206,17 +309,21 @@ class FrameCache:
         ValueError: The state has no window.
     """
 
-    def __init__(self, state: TemporalState) -> None:
+    def __init__(self, state: TemporalState, padded: bool = False) -> None:
         if state.window is None:
             raise ValueError("attention with a state needs a window: set TemporalState(window=...) or the config's")
         self.state = state
         self.sink = state.sink or 0
         self.capacity = self.sink + state.window
-        self.num_frames = min(state.num_frames, self.capacity)
+        self.padded = padded and state.get("frames") is not None
+        self.num_frames = self.capacity if self.padded else 0 if padded else min(state.num_frames, self.capacity)
+        """Number of token frames that `read` returns, including empty slots if the cache is padded."""
 
     @classmethod
     def open(cls, network: Any, state: TemporalState, num_frames: int) -> FrameCache:
         """Binds a state to a network and checks that new token frames fit after the cached ones.
+
+        The cache of a compiled network is padded, so that no shape changes from chunk to chunk.
 
         Args:
             network: The denoiser.
@@ -226,7 +333,7 @@ class FrameCache:
         Raises:
             ValueError: The state belongs to another network. Or a step cache is enabled, which would skip blocks whose
                 keys and values must be written. Or cached and new frames exceed the number of frames that the network
-                was trained with.
+                was trained with; empty slots of a padded cache count as frames.
         """
         if network.is_cache_enabled and state.writable:
             raise ValueError(
@@ -234,7 +341,7 @@ class FrameCache:
                 "blocks: call disable_cache() or pass state.frozen()"
             )
         state.bind(network)
-        cache = cls(state)
+        cache = cls(state, padded=network.pads_cache)
         limit = network.config.trained_token_frames
         if limit is not None and cache.capacity >= limit:
             raise ValueError(
@@ -253,19 +360,49 @@ class FrameCache:
         slots = torch.arange(self.num_frames, device=device)
         if self.num_frames < self.capacity:
             return slots
-        window = self.capacity - self.sink
-        return torch.where(slots < self.sink, slots, self.sink + (slots - self._total(device)) % window)
+        window, total = self.capacity - self.sink, self._total(device)
+        moves = (slots >= self.sink) & (total > self.capacity)
+        return torch.where(moves, self.sink + (slots - total) % window, slots)
 
-    def read(self, key: str, batch_size: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+    def next_positions(self, num_frames: int, device: torch.device) -> Tensor:
+        """Time positions of the next `num_frames` token frames."""
+        if self.padded:
+            return self._total(device).clamp_max(self.capacity) + torch.arange(num_frames, device=device)
+        return torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
+
+    def mask_empty(self, mask: Tensor | None, num_frames: int, tokens: int, like: Tensor) -> Tensor | None:
+        """Hides the empty slots of a padded cache in an additive mask, `None` for none; see `attention_mask`."""
+        if not self.padded:
+            return mask
+        slots = torch.arange(self.capacity + num_frames, device=like.device)
+        hidden = ((slots >= self._total(like.device)) & (slots < self.capacity)).repeat_interleave(tokens)
+        empty = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, float("-inf"))
+        return empty.view(1, 1, 1, -1) if mask is None else mask + empty
+
+    def rotary(
+        self, rope: RotaryPositions, rows: int, columns: int, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines `(num_frames * rows * columns, d / 2)` of the cached tokens; `None` if there are none."""
+        if self.num_frames == 0:
+            return None
+        return self._keep((rope, rows, columns), lambda: rope(self.positions(device), rows, columns))
+
+    def read(
+        self, key: str, batch_size: int, num_tokens: int, rotary_emb: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Reads the keys and values of one attention layer.
+
+        A frozen state keeps the rotated keys, so that they are rotated once and not at each denoising step.
 
         Args:
             key: The layer's key in the state.
             batch_size: Batch size of the call.
             num_tokens: Tokens per token frame, `p`.
+            rotary_emb: Cosines and sines of the cached tokens, `(num_frames * p, d / 2)`, or of the cached token
+                frames, `(num_frames, d / 2)`; `None` does not rotate.
 
         Returns:
-            Keys before rotation, and values, `(b, num_frames, p, h, d)`; `None` if the cache is empty.
+            Keys and values, `(b, num_frames, p, h, d)`; `None` if the cache is empty.
 
         Raises:
             ValueError: The stream has another batch size or another number of tokens per token frame.
@@ -279,7 +416,20 @@ class FrameCache:
                 f"the input does not continue this stream: expected a batch of {keys.shape[0]} with {keys.shape[2]} "
                 f"tokens per frame, got {batch_size} with {num_tokens}; use a new TemporalState for another stream"
             )
-        return keys[:, : self.num_frames], values[:, : self.num_frames]
+        keys, values = keys[:, : self.num_frames], values[:, : self.num_frames]
+        if rotary_emb is None:
+            return keys, values
+        first = 1 if len(rotary_emb[0]) == self.num_frames * num_tokens else 2  # merges the axes of frames and tokens
+        rotated = self._keep((key, rotary_emb[0]), lambda: rotate(keys.flatten(first, first + 1), rotary_emb))
+        return rotated.view_as(keys), values
+
+    def _keep(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A result that depends on the cached frames only; a frozen state computes it once."""
+        if self.state.writable or torch.compiler.is_compiling():
+            return compute()
+        if name not in self.state.derived:
+            self.state.derived[name] = compute()
+        return self.state.derived[name]
 
     def write(self, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Appends new token frames and evicts the oldest ones outside the sink.
@@ -304,11 +454,20 @@ class FrameCache:
                     buffer.index_copy_(1, slots[part], new[:, part].detach().to(buffer))
                 self.state.put(f"{key}.{name}", buffer)
         self.state.put("frames", self._total(first.device) + n)
-        self.state.num_frames = min(self.state.num_frames + n, self.capacity)
+        if torch.compiler.is_compiling():  # a compiled network must not depend on this number
+            self.state.forget_num_frames()
+        else:
+            self.state.num_frames = min(self.state.num_frames + n, self.capacity)
 
     def _total(self, device: torch.device) -> Tensor:
         total = self.state.get("frames")
         return torch.zeros((), dtype=torch.int64, device=device) if total is None else total.to(device)
+
+
+def _take(x: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Concatenates spans of tokens `(b, n, h, d)`; one span is not copied."""
+    parts = [x[:, begin:end] for begin, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _trains_short_rows_on_cpu(query: Tensor, key: Tensor) -> bool:
@@ -322,45 +481,80 @@ def _trains_short_rows_on_cpu(query: Tensor, key: Tensor) -> bool:
     return (torch.get_autocast_dtype("cpu") if autocast else query.dtype) in (torch.bfloat16, torch.float16)
 
 
-class DispatchedAttnProcessor:
-    """Runs attention through diffusers' dispatcher.
+class PromptCache:
+    """What layers compute from a prompt alone, kept between the denoising steps of one call.
 
-    For backends without attention masks, tokens with the same visible keys are processed together, without a mask.
+    The caller owns it and passes it with every step. It starts again when the prompt is another tensor or was written
+    to. It does not notice changes of the network's weights: call `clear` after them.
     """
+
+    def __init__(self) -> None:
+        self._results: dict[Any, Any] = {}
+        self._prompt: tuple[Tensor, int] | None = None
+
+    def clear(self) -> None:
+        """Forgets all results."""
+        self._results, self._prompt = {}, None
+
+    def start(self, prompt: Tensor) -> None:
+        """Starts a step with this prompt."""
+        version = 0 if prompt.is_inference() else prompt._version
+        if self._prompt is None or self._prompt[0] is not prompt or self._prompt[1] != version:
+            self._results, self._prompt = {}, (prompt, version)
+
+    def get(self, layer: Any, compute: Callable[[], Any]) -> Any:
+        """The result of a layer, computed at its first use."""
+        if layer not in self._results:
+            self._results[layer] = compute()
+        return self._results[layer]
+
+
+def once(cache: PromptCache | None, layer: Any, compute: Callable[[Tensor], Any], prompt: Tensor) -> Any:
+    """What `layer` computes from a prompt, from the cache if there is one. Compiled code and training compute it."""
+    if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return compute(prompt)
+    return cache.get(layer, lambda: compute(prompt))
+
+
+class DispatchedAttnProcessor:
+    """Runs attention through diffusers' dispatcher, with a mask, or run by run without one."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         """Computes attention `(b, n, h, d)`.
 
         Args:
             query: `(b, n, h, d)`.
             key: `(b, m, h, d)`.
             value: `(b, m, h, d)`.
-            mask: Additive attention mask `(b | 1, 1, n | 1, m)`, or `None`.
+            mask: Additive attention mask `(b | 1, 1, n | 1, m)`, runs, or `None`; see `attention_mask`.
 
         Raises:
-            ValueError: The backend does not support attention masks, and this one differs between samples or masks
-                tokens of a prompt.
+            ValueError: The backend does not support attention masks.
         """
-        if mask is None or self._takes_mask():
-            return self._dispatch(query, key, value, mask)
-        return self._attend_without_mask(query, key, value, mask)
-
-    def _attend_without_mask(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Runs one unmasked call per set of visible keys, for the tokens that attend to exactly these keys."""
-        if mask.shape[0] > 1 or mask.shape[2] != query.shape[1]:
+        if isinstance(mask, tuple):
+            return self._attend_by_row(query, key, value, mask)
+        if mask is not None and not self.takes_mask:
             raise ValueError(
-                f"the attention backend {self._backend_name()!r} does not support attention masks, which groups per "
-                'sample and prompt masks need: use set_attention_backend("native")'
+                f"the attention backend {self._backend_name()!r} does not support attention masks, which prompt masks "
+                'and groups in a tensor need: use set_attention_backend("native"), or pass groups as integers'
             )
-        patterns, member = torch.unique(mask[0, 0] == 0, dim=0, return_inverse=True)
-        out = torch.empty_like(query)
-        for index, visible in enumerate(patterns):
-            rows = member == index
-            out[:, rows] = self._dispatch(query[:, rows], key[:, visible], value[:, visible], None)
-        return out
+        return self._dispatch(query, key, value, mask)
+
+    def _attend_by_row(self, query: Tensor, key: Tensor, value: Tensor, rows: tuple[tuple[Run, ...], ...]) -> Tensor:
+        """Runs one call per run. With several rows, each is for an equal part of the batch."""
+        parts = zip(query.chunk(len(rows)), key.chunk(len(rows)), value.chunk(len(rows)), rows, strict=True)
+        outputs = [self._attend_in_runs(*part) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_in_runs(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...]) -> Tensor:
+        pieces: dict[Span, Tensor] = {}
+        for run in runs:
+            out = self._dispatch(_take(query, run.queries), _take(key, run.keys), _take(value, run.keys), None)
+            pieces.update(zip(run.queries, out.split([end - begin for begin, end in run.queries], 1), strict=True))
+        return torch.cat([pieces[span] for span in sorted(pieces)], dim=1)
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and self._backend_name() == "xformers":  # needs rows aligned to 8 elements
@@ -381,7 +575,9 @@ class DispatchedAttnProcessor:
         backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
         return getattr(backend, "value", backend)
 
-    def _takes_mask(self) -> bool:
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the attention backend takes a mask."""
         return not self._backend_name().lstrip("_").startswith(_MASKLESS_BACKENDS)
 
 
@@ -393,21 +589,28 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
         attn: SpacetimeAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        cache_rotary_emb: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
+        prompt_cache: PromptCache | None = None,
     ) -> Any:
         """Computes attention; see `SpacetimeAttention.forward`."""
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
-        query, key, value = (rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in (query, key, value))
+
+        def key_value(source: Tensor) -> tuple[Tensor, Tensor]:
+            pair = attn.norm_k(attn.to_k(source)), attn.to_v(source)
+            return tuple(rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in pair)  # type: ignore[return-value]
+
+        query = rearrange(attn.norm_q(attn.to_q(hidden_states)), "b n (h d) -> b n h d", h=attn.heads)
+        if encoder_hidden_states is None:
+            key, value = key_value(hidden_states)
+        else:
+            key, value = once(prompt_cache, attn, key_value, encoder_hidden_states)
         new = (key, value) if return_key_value else ()  # otherwise their memory is freed after the rotation
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        if cache is not None and cache_rotary_emb is not None:
-            key = torch.cat([rotate(cache[0].to(key), cache_rotary_emb), key], dim=1)
+        if cache is not None:
+            key = torch.cat([cache[0].to(key), key], dim=1)
             value = torch.cat([cache[1].to(value), value], dim=1)
         out = self.attend(query, key, value, attention_mask)
         out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
@@ -455,22 +658,23 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        cache_rotary_emb: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
+        prompt_cache: PromptCache | None = None,
     ) -> Any:
         """Computes attention; the output has the shape of `hidden_states`.
 
         Args:
             hidden_states: Tokens `(b, n, d)`.
             encoder_hidden_states: Prompt embeddings `(b, m, d)` for cross-attention; `None` for self-attention.
-            attention_mask: Additive mask `(b | 1, 1, n | 1, m)`, where `m` is the number of keys, cached ones first.
+            attention_mask: Additive mask `(b | 1, 1, n | 1, m)`, where `m` is the number of keys, cached ones first,
+                or runs; see `attention_mask`.
             rotary_emb: Cosines and sines `(n, d / 2)` of the tokens' positions.
-            cache: Cached keys before rotation, and cached values, `(b, c, h, d)`.
-            cache_rotary_emb: Cosines and sines `(c, d / 2)` of the cached keys' positions.
+            cache: Cached keys after rotation, and cached values, `(b, c, h, d)`.
             return_key_value: Whether to also return the keys (before rotation) and values of this call.
+            prompt_cache: Keeps the keys and values of a prompt for the next call with it.
 
         Returns:
             The output `(b, n, d)`; with `return_key_value`, a tuple of output, keys and values.
@@ -482,6 +686,6 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
             attention_mask,
             rotary_emb,
             cache,
-            cache_rotary_emb,
             return_key_value,
+            prompt_cache,
         )

@@ -91,8 +91,9 @@ class TemporalState:
         self.sink = sink
         self.identity: dict[str, str] | None = None
         self.writable = True
-        self.num_frames = 0
-        """Token frames in the KV cache, at most `sink + window`."""
+        self._num_frames: int | None = 0
+        self.derived: dict[Any, Any] = {}
+        """What networks compute from the tensors of a frozen view, to compute it once."""
         self._tensors: dict[str, Tensor] = {}
         self._branches: dict[str, TemporalState] = {}
 
@@ -146,6 +147,22 @@ class TemporalState:
         self._tensors[key] = value.detach()
 
     @property
+    def num_frames(self) -> int:
+        """Token frames in the KV cache, at most `sink + window`."""
+        if self._num_frames is None:
+            assert self.window is not None
+            self._num_frames = min(int(self._tensors["frames"]), self.window + (self.sink or 0))
+        return self._num_frames
+
+    @num_frames.setter
+    def num_frames(self, value: int) -> None:
+        self._num_frames = value
+
+    def forget_num_frames(self) -> None:
+        """Reads `num_frames` from the tensors at its next use, which waits for the device."""
+        self._num_frames = None
+
+    @property
     def pending(self) -> Tensor | None:
         """Buffered pixel frames `(b, c, n, h, w)` that do not fill a latent yet; `None` before the first call.
 
@@ -168,7 +185,7 @@ class TemporalState:
         view = TemporalState(self.window, self.sink)
         view.identity = self.identity
         view.writable = False
-        view.num_frames = self.num_frames
+        view._num_frames = self._num_frames
         view._tensors = dict(self._tensors)
         view._branches = {name: branch.frozen() for name, branch in self._branches.items()}
         return view
@@ -211,6 +228,7 @@ class TemporalState:
             device: Target device; `None` keeps the device.
             dtype: Target type of floating-point tensors; `None` keeps the types.
         """
+        self.derived = {}
         self._tensors = {
             key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
             for key, tensor in self._tensors.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from vgen.diffusion import flow_sample, level_to_timestep, prediction_of
 from vgen.models.prompts import embed
+from vgen.temporal.attention import Groups
 
 
 class NoisySample(NamedTuple):
@@ -134,7 +134,7 @@ class PromptedDenoiser(nn.Module):
         input_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
-        groups: str | Sequence[int] | Tensor = "full",
+        groups: Groups = "full",
         gap_order: Tensor | None = None,
         num_gaps: int | None = None,
         **conditions: Any,

@@ -343,9 +343,9 @@ def make_batch(
 
     Returns:
         The stacked outputs of `make_sample`, and the prompts: `input_ids` and `prompt_mask` `(b, l)`, or
-        `prompt_embeds` `(b, l, d)`. If all samples have the same `groups`, it is one list of integers, so that full
-        attention needs no mask. Batches with `gap_index` also have `gap_order`, a permutation that puts samples with a
-        gap first, and `num_gaps`, the number of samples with a gap.
+        `prompt_embeds` `(b, l, d)`. `groups` is a list, so that attention needs no mask: one row if it is the same for
+        all samples, else one row each. Batches with `gap_index` also have `gap_order`, a permutation that puts samples
+        with a gap first, and `num_gaps`, the number of samples with a gap; if their `groups` differ, it is a tensor.
     """
     data, config = source
     first = step * config.batch_size
@@ -368,6 +368,8 @@ def make_batch(
     groups = batch["groups"]
     if (groups == groups[0]).all():
         batch["groups"] = groups[0].tolist()
+    elif "gap_index" not in batch:  # `gap_order` permutes tensors only
+        batch["groups"] = groups.tolist()
     if "gap_index" in batch:
         has_gap = batch["gap_index"] < batch["latents"].shape[2]
         batch["gap_order"] = (~has_gap).int().argsort(stable=True)
