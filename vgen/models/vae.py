@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample, a
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
+# frames * rows * columns (after patchification) of a slice; on CPUs, as many as caches hold
+_CPU_POSITIONS, _POSITIONS = 2**15, 2**20
+_MOST_FRAMES = 32
+
 
 @dataclass
 class VAEOutput(BaseOutput):
@@ -43,13 +48,25 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(b, c, ...)` to the same shape. The statistic is computed in float32."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Maps `(b, c, ...)` to the same shape, or writes to `out`. The statistic is computed in float32."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
-        if x.dtype == torch.float16:  # the scale of a small vector exceeds the range of float16
+        scale = scale if x.dtype == torch.float16 else scale.to(x.dtype)  # float16 has no range for small vectors
+        if out is None:
             return (x * scale).to(x.dtype) * self.gamma.to(x.dtype)
-        return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
+        out.copy_(x * scale) if x.dtype == torch.float16 else torch.mul(x, scale, out=out)
+        return out.mul_(self.gamma.to(x.dtype))
+
+
+def _activate(norm: ChannelNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The activation before a convolution; see `CausalConv3d.forward`."""
+    return F.silu(norm(x, out), inplace=out is not None)
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    """`x + y`; inference writes it to `y`."""
+    return x + y if torch.is_grad_enabled() else y.add_(x)
 
 
 class ResidualBlock(nn.Module):
@@ -67,9 +84,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         """Maps `(b, c, f, h, w)` to `(b, c', f, h, w)`."""
-        h = self.conv1(F.silu(self.norm1(x)), history)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))), history)
-        return self.conv_shortcut(x) + h
+        h = self.conv1(x, history, partial(_activate, self.norm1))
+        h = self.conv2(h, history, lambda h, out=None: self.dropout(_activate(self.norm2, h, out)))
+        return _sum(self.conv_shortcut(x), h)
 
 
 class FrameAttention(nn.Module):
@@ -88,7 +105,7 @@ class FrameAttention(nn.Module):
         qkv = rearrange(self.to_qkv(self.norm(frames)), "n (k c) h w -> k n 1 (h w) c", k=3)
         out = F.scaled_dot_product_attention(*qkv.unbind(0))
         out = self.proj(rearrange(out, "n 1 (h w) c -> n c h w", h=h))
-        return x + rearrange(out, "(b f) c h w -> b c f h w", b=b)
+        return _sum(x, rearrange(out, "(b f) c h w -> b c f h w", b=b))
 
 
 class Downsample(CausalDownsample):
@@ -170,7 +187,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x, history)
         for block in (*self.down_blocks, self.mid_block):
             x = _run_block(self, block, x, history)
-        return self.conv_out(F.silu(self.norm_out(x)), history)
+        return self.conv_out(x, history, partial(_activate, self.norm_out))
 
 
 class UpBlock(nn.Module):
@@ -225,7 +242,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x, history)
         for block in (self.mid_block, *self.up_blocks):
             x = _run_block(self, block, x, history)
-        return self.conv_out(F.silu(self.norm_out(x)), history)
+        return self.conv_out(x, history, partial(_activate, self.norm_out))
 
 
 class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -316,7 +333,8 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             **shared,
         )
         self._initialize()
-        self.frames_per_slice = 32
+        self.frames_per_slice: int | None = None
+        """Pixel frames that are encoded or decoded at once, at least `s`; `None` depends on their size."""
         self.use_slicing = False
         self.use_tiling = False
         self.tiling = Tiling()
@@ -431,9 +449,8 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         Yields:
             Consecutive slices `(b, c, n, h, w)` of the clip.
         """
-        state = TemporalState() if state is None else state
-        state = state if state.writable else state.copy()
-        for part in latents.split(self._latents_per_slice, dim=2):
+        state = _own_state() if state is None else state if state.writable else state.copy()
+        for part in latents.split(self._latents_per_slice(latents), dim=2):
             yield self.decode(part, state, clamp=clamp).sample
 
     def enable_tiling(
@@ -503,9 +520,16 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
             )
         return with_same_weights(self, AutoencoderKLWan)
 
-    @property
-    def _latents_per_slice(self) -> int:
-        return max(1, self.frames_per_slice // self.temporal_compression_ratio)
+    def _latents_per_slice(self, latents: Tensor) -> int:
+        """How many of these latents, or of latents of this size, are processed at once."""
+        frames = self.frames_per_slice
+        if frames is None:
+            height, width = (side * self.spatial_compression_ratio for side in latents.shape[-2:])
+            if self.use_tiling:
+                height, width = min(height, self.tiling.height), min(width, self.tiling.width)
+            positions = len(latents) * height * width // (self.config.patch_size or 1) ** 2
+            frames = (_CPU_POSITIONS if latents.device.type == "cpu" else _POSITIONS) // positions
+        return max(1, min(frames, _MOST_FRAMES) // self.temporal_compression_ratio)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
@@ -563,14 +587,16 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._decode(latents, None) if torch.is_grad_enabled() else self._decode_bounded(latents)
 
     def _encode_bounded(self, clip: Tensor) -> Tensor:
-        s, n = self.temporal_compression_ratio, self._latents_per_slice
+        s = self.temporal_compression_ratio
+        height, width = (side // self.spatial_compression_ratio for side in clip.shape[-2:])
+        n = self._latents_per_slice(clip[:, :, :, :height, :width])
         first = self.grid.num_frames(n)
         if clip.shape[2] <= first:
             return self._encode(clip, None)
         self.grid.check(clip.shape[2], "the number of frames")
         rest = clip.shape[2] - first
         sizes = [first, *(min(s * n, rest - begin) for begin in range(0, rest, s * n))]
-        state = TemporalState()
+        state = _own_state()
         return torch.cat([self._streamed(self._encode, part, state) for part in clip.split(sizes, dim=2)], dim=2)
 
     def _decode(self, latents: Tensor, history: History | None) -> Tensor:
@@ -609,7 +635,7 @@ class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode_bounded(self, latents: Tensor) -> Tensor:
         b, _, t, h, w = latents.shape
-        if t <= self._latents_per_slice:
+        if t <= self._latents_per_slice(latents):
             return self._decode(latents, None)
         ratio = self.spatial_compression_ratio
         clip, begin = None, 0
@@ -632,6 +658,13 @@ def unpatchify(x: Tensor, patch_size: int | None) -> Tensor:
     """The inverse of `patchify`."""
     p = patch_size or 1
     return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=p, q=p)
+
+
+def _own_state() -> TemporalState:
+    """A state for one call, which is lost if the call fails."""
+    state = TemporalState()
+    state.writes_at_once = True
+    return state
 
 
 def _channels_last(x: Tensor) -> Tensor:

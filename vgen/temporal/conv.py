@@ -6,6 +6,8 @@ stream: the module reads the frames that it needs from before and stores those t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -22,13 +24,17 @@ def append(past: Tensor, part: Tensor) -> Tensor:
     Raises:
         ValueError: Batch size, height or width of the slice differ from those of the stream.
     """
+    _check_continues(past, part)
+    return torch.cat([past.to(part), part], dim=2)
+
+
+def _check_continues(past: Tensor, part: Tensor) -> None:
     sizes = [(x.shape[0], *x.shape[3:]) for x in (past, part)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the slice does not continue this stream: expected activations of (b, h, w) = {sizes[0]}, "
             f"got {sizes[1]}; use a new TemporalState"
         )
-    return torch.cat([past.to(part), part], dim=2)
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -67,24 +73,48 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, padding, padding))
         self.state_key = ""
 
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, history: History | None = None, activate: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """Maps `(b, c, f, h, w)` to `(b, c', f, h', w')`.
+
+        Args:
+            x: The clip, or the next slice of a stream.
+            history: Memory of the stream.
+            activate: A pointwise function of `x` to apply first. `activate(x, out)` writes its result to `out`, so
+                that inference needs no memory for it besides the padded input of the convolution.
 
         Raises:
             ValueError: Batch size, height or width of the slice differ from those of the stream.
         """
         length = self.kernel_size[0] - 1
-        if length == 0:
-            return convolve(self, x)
+        if history is None and x.shape[2] == 1 or length == 0:
+            x = x if activate is None else activate(x)
+            return convolve(self, x) if length == 0 else self._single_frame(x)
         past = None if history is None else history.get(self.state_key)
-        if history is None and x.shape[2] == 1:
-            return self._single_frame(x)
-        if past is None:
-            past = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
-        x = append(past, x)
+        if activate is None or torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            x = x if activate is None else activate(x)
+            x = append(x.new_zeros(*x.shape[:2], length, *x.shape[3:]) if past is None else past, x)
+        else:
+            x = self._append_activated(past, x, activate)
         if history is not None:
             history.put(self.state_key, x[:, :, -length:].clone())
+        del past  # the history may have let go of it
         return convolve(self, x)
+
+    def _append_activated(self, past: Tensor | None, x: Tensor, activate: Callable[..., Tensor]) -> Tensor:
+        length, (b, c, f, h, w) = self.kernel_size[0] - 1, x.shape
+        if past is not None:
+            _check_continues(past, x)
+        memory_format = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else None
+        padded = torch.empty(
+            (b, c, length + f, h, w), dtype=x.dtype, device=x.device,
+            memory_format=memory_format or torch.contiguous_format,
+        )  # fmt: skip
+        before, new = padded[:, :, :length], padded[:, :, length:]
+        before.zero_() if past is None else before.copy_(past)
+        activate(x, new)
+        return padded
 
     def _single_frame(self, x: Tensor) -> Tensor:
         """Convolves a single frame with the last temporal tap only: the others would meet zeros."""

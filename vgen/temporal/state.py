@@ -53,11 +53,13 @@ class History:
 
     Args:
         tensors: Contents of the state before the call, by key.
+        at_once: Whether to write at once instead. The old tensors are then freed during the call, which saves memory,
+            but the state is lost if the call fails.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: dict[str, Tensor], at_once: bool = False):
         self._old = tensors
-        self.new: dict[str, Tensor] = {}
+        self.new: dict[str, Tensor] = tensors if at_once else {}
 
     def get(self, key: str) -> Tensor | None:
         """The tensor that the previous call stored under `key`; `None` in the first call of a stream."""
@@ -91,6 +93,8 @@ class TemporalState:
         self.sink = sink
         self.identity: dict[str, str] | None = None
         self.writable = True
+        self.writes_at_once = False
+        """Whether calls free old tensors as they go, which saves memory; then a call that fails spoils the state."""
         self._num_frames: int | None = 0
         self.derived: dict[Any, Any] = {}
         """What networks compute from the tensors of a frozen view, to compute it once."""
@@ -125,11 +129,11 @@ class TemporalState:
 
     def history(self) -> History:
         """Starts a call: returns the object that its modules read from and write to."""
-        return History(self._tensors)
+        return History(self._tensors, self.writes_at_once)
 
     def commit(self, history: History) -> None:
         """Stores the writes of one call. In a frozen view this does nothing."""
-        if self.writable:
+        if self.writable and history.new is not self._tensors:
             self._tensors.update((key, value.detach()) for key, value in history.new.items())
 
     def get(self, key: str) -> Tensor | None:
@@ -215,7 +219,7 @@ class TemporalState:
         """
         if name not in self._branches:
             branch = TemporalState(self.window, self.sink)
-            branch.writable = self.writable
+            branch.writable, branch.writes_at_once = self.writable, self.writes_at_once
             self._branches[name] = branch
         return self._branches[name]
 
