@@ -44,6 +44,7 @@ from vgen.temporal.attention import (
     group_ids,
     once,
 )
+from vgen.temporal.pointwise import gated_sum, gelu_tanh, modulated_norm
 from vgen.temporal.state import TemporalState, network_identity, register_state_keys
 
 logger = logging.get_logger(__name__)
@@ -74,6 +75,18 @@ class ConditionEmbedder(nn.Module):
         return temb, rearrange(self.time_proj(nn.functional.silu(temb)), "b m (k d) -> b m k d", k=6)
 
 
+class TanhGELU(nn.Module):
+    """A linear layer and the tanh approximation of GELU, with the parameter names of diffusers' `GELU`."""
+
+    def __init__(self, proj: nn.Linear) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(b, n, d)` to `(b, n, ffn_dim)`."""
+        return gelu_tanh(self.proj(x))
+
+
 class SpacetimeBlock(nn.Module):
     """Self-attention over space and time, cross-attention to the prompt, feed-forward.
 
@@ -87,15 +100,14 @@ class SpacetimeBlock(nn.Module):
         super().__init__()
         self.divided = divided
         dim_head = dim // num_heads
+        self.eps = eps
         if divided:
-            self.norm_time = FP32LayerNorm(dim, eps, elementwise_affine=False)
             self.attn_time = SpacetimeAttention(dim, num_heads, dim_head, eps)
-        self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = SpacetimeAttention(dim, num_heads, dim_head, eps)
         self.attn2 = SpacetimeAttention(dim, num_heads, dim_head, eps, is_cross_attention=True)
         self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn.net[0] = TanhGELU(self.ffn.net[0].proj)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     @property
@@ -133,13 +145,13 @@ class SpacetimeBlock(nn.Module):
         modulation = rearrange(self.scale_shift_table + temb.float(), "b m k d -> k b m 1 d")
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
 
-        x = _modulate(self.norm_time if self.divided else self.norm1, hidden_states, shift, scale)
+        x = modulated_norm(hidden_states, shift, scale, self.eps)
         over_time = self._divided_time if self.divided else self._joint
         out, *key_value = over_time(x, num_frames, rotary_emb, attention_mask, cache, return_key_value)
-        hidden_states = _gated_sum(hidden_states, out, gate)
+        hidden_states = gated_sum(hidden_states, out, gate)
         if self.divided:
-            x = _modulate(self.norm1, hidden_states, shift, scale)
-            hidden_states = _gated_sum(hidden_states, self._divided_space(x, num_frames, rotary_emb), gate)
+            x = modulated_norm(hidden_states, shift, scale, self.eps)
+            hidden_states = gated_sum(hidden_states, self._divided_space(x, num_frames, rotary_emb), gate)
 
         if encoder_hidden_states is not None:
             x = self.norm2(hidden_states.float()).type_as(hidden_states)  # float32
@@ -147,8 +159,8 @@ class SpacetimeBlock(nn.Module):
                 x, encoder_hidden_states, encoder_attention_mask, prompt_cache=prompt_cache
             )
 
-        x = self.ffn(_modulate(self.norm3, hidden_states, ffn_shift, ffn_scale))
-        hidden_states = _gated_sum(hidden_states, x, ffn_gate)
+        x = self.ffn(modulated_norm(hidden_states, ffn_shift, ffn_scale, self.eps))
+        hidden_states = gated_sum(hidden_states, x, ffn_gate)
         return (hidden_states, *key_value) if return_key_value else hidden_states
 
     def _joint(
@@ -201,18 +213,6 @@ AttentionProcessorRegistry.register(
 )
 
 
-def _modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive norm: scale and shift `(b, m, 1, d)` depend on the frame of each token; float32 inside."""
-    normed = norm(x.float()).unflatten(1, (shift.shape[1], -1))
-    return (normed * (1 + scale) + shift).flatten(1, 2).type_as(x)
-
-
-def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Adds `y` times a gate that depends on the frame of each token; float32 inside."""
-    gated = (y.float().unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
-    return (x.float() + gated).type_as(x)
-
-
 class SpacetimeTransformer(
     StrictLoading, DispatchedAttention, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
@@ -261,7 +261,7 @@ class SpacetimeTransformer(
         "patch_embedding", "keyframe_embedding", "condition_embedder", "frame_rate", "norm",
     ]  # fmt: skip
     _no_split_modules = ["SpacetimeBlock"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "norm_time"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
     _repeated_blocks = ["SpacetimeBlock"]
     _skip_keys = ["state", "cache", "prompt_cache"]
     temporal = ("attn_time",)
@@ -328,7 +328,6 @@ class SpacetimeTransformer(
             SpacetimeBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, attention == "divided")
             for _ in range(num_layers)
         )
-        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
@@ -444,7 +443,7 @@ class SpacetimeTransformer(
             cache.write(written)
 
         shift, scale = rearrange(self.scale_shift_table + temb.unsqueeze(2), "b m k d -> k b m 1 d")
-        tokens = self.proj_out(_modulate(self.norm_out, tokens, shift, scale))
+        tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         output = rearrange(
             tokens,
             "b (n h w) (i j k c) -> b c (n i) (h j) (w k)",

@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice, shown
+from vgen.temporal.pointwise import rms_norm_rotary, rotate
 from vgen.temporal.state import TemporalState
 
 # torch.compile traces them as single operations: tracing their parsing of patterns takes most of a compilation's time
@@ -280,20 +281,20 @@ class RotaryPositions(nn.Module):
         return torch.outer(positions.to(precise), 1.0 / self.theta**exponents)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Applies rotary embeddings to queries or keys, in float32 or higher precision.
+class HeadsRMSNorm(nn.RMSNorm):
+    """RMS norm of queries or keys over all heads, and their rotary embedding."""
 
-    Args:
-        x: Queries or keys `(b, n, h, d)`. Adjacent channels form the pairs that are rotated.
-        rotary: Cosines and sines `(n, d / 2)`.
-    """
-    cos, sin = (rearrange(part, "n d -> n 1 d") for part in rotary)
-    if torch.compiler.is_compiling():  # torch.compile does not support complex numbers
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
-    wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
+    def forward(self, x: Tensor, rotary_emb: tuple[Tensor, Tensor] | None = None, heads: int = 0) -> Tensor:
+        """Maps `(b, n, h * d)` to `(b, n, h, d)`.
+
+        Args:
+            x: Queries or keys.
+            rotary_emb: Cosines and sines `(n, d / 2)`; `None` does not rotate.
+            heads: Number of heads; 0 only normalizes, and maps `(b, n, h * d)` to the same shape.
+        """
+        if heads == 0:
+            return super().forward(x)
+        return rms_norm_rotary(x, self.weight, self.eps, rotary_emb, heads)  # type: ignore[arg-type]
 
 
 class FrameCache:
@@ -596,19 +597,20 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
         prompt_cache: PromptCache | None = None,
     ) -> Any:
         """Computes attention; see `SpacetimeAttention.forward`."""
+        key_rotary = None if return_key_value else rotary_emb
 
         def key_value(source: Tensor) -> tuple[Tensor, Tensor]:
-            pair = attn.norm_k(attn.to_k(source)), attn.to_v(source)
-            return tuple(rearrange(x, "b n (h d) -> b n h d", h=attn.heads) for x in pair)  # type: ignore[return-value]
+            key = attn.norm_k(attn.to_k(source), key_rotary, attn.heads)
+            return key, rearrange(attn.to_v(source), "b n (h d) -> b n h d", h=attn.heads)
 
-        query = rearrange(attn.norm_q(attn.to_q(hidden_states)), "b n (h d) -> b n h d", h=attn.heads)
+        query = attn.norm_q(attn.to_q(hidden_states), rotary_emb, attn.heads)
         if encoder_hidden_states is None:
             key, value = key_value(hidden_states)
         else:
             key, value = once(prompt_cache, attn, key_value, encoder_hidden_states)
-        new = (key, value) if return_key_value else ()  # otherwise their memory is freed after the rotation
-        if rotary_emb is not None:
-            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        new = (key, value) if return_key_value else ()
+        if return_key_value and rotary_emb is not None:
+            key = rotate(key, rotary_emb)
         if cache is not None:
             key = torch.cat([cache[0].to(key), key], dim=1)
             value = torch.cat([cache[1].to(value), value], dim=1)
@@ -649,8 +651,8 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner)
         self.to_v = nn.Linear(dim, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
-        self.norm_q = nn.RMSNorm(inner, eps=eps)
-        self.norm_k = nn.RMSNorm(inner, eps=eps)
+        self.norm_q = HeadsRMSNorm(inner, eps=eps)
+        self.norm_k = HeadsRMSNorm(inner, eps=eps)
         self.state_key = ""
         self.set_processor(SpacetimeAttnProcessor())  # type: ignore[operator]
 
