@@ -9,7 +9,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -61,15 +60,16 @@ GROUPS = "attention.group_tensor"
 
 
 @pytest.fixture(scope="module")
-def guard():
+def mode():
     with cuda_device_guard():
-        yield
+        yield FakeCuda()
 
 
 @pytest.fixture
-def cuda(guard):
+def cuda(mode):
     """The mode in which the device exists."""
-    with FakeCuda() as mode:
+    with mode:
+        mode.syncs.clear()
         yield mode
 
 
@@ -155,10 +155,10 @@ def denoiser(request, cuda, make_transformer, make_unet):
     return network
 
 
-@pytest.mark.parametrize("name", INPUTS)
-def test_denoisers(cuda, denoiser, name):
-    assert predict(denoiser, **INPUTS[name]()).device == DEVICE
-    assert not waits(cuda)
+def test_denoisers(cuda, denoiser):
+    for name, inputs in INPUTS.items():
+        assert predict(denoiser, **inputs()).device == DEVICE, name
+        assert not waits(cuda), name
 
 
 def test_a_clip_with_a_gap(cuda, make_unet):
@@ -273,32 +273,28 @@ def optimize(network, **settings):
     return update
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_step_of_a_denoiser(cuda, make, make_unet, optimizer):  # noqa: F811
+def test_a_training_step_of_a_denoiser(cuda, make, make_unet):  # noqa: F811
     config, batches = make(num_workers=0)
     feed = Feed(run_of(config, device=DEVICE), batches)
     assert feed._loader.pin_memory
     feed._loader.pin_memory = False  # needs a GPU
     model = PromptedDenoiser(on_cuda(make_unet(keyframe_slots=4, sink=1, frame_rate_embedding=True)), None)
-    objective, update = Objective(make_scheduler("flow")), optimize(model, optimizer=optimizer)
-    update()  # makes the optimizer's state
-    for _ in range(2):
-        cuda.syncs.clear()
-        batch = next(feed)
-        conditions = conditioning(batch) | {"input_ids": None, "prompt_mask": None, "prompt_embeds": randn(4, 8, 5)}
-        sample = objective(batch["latents"], batch["noise"], batch["levels"])
-        prediction = model(sample.latents, sample.timestep, **conditions)
-        losses = denoising_loss(prediction, sample.target, sample.weight * (batch["generated"] & batch["real"]))
-        losses = losses + denoiser_temporal_loss(config, None, batch, *objective.estimate(sample, prediction))
-        backward(losses.sum(), model.parameters())
-        update()
-        assert losses.device == DEVICE and not waits(cuda)
+    objective, update = Objective(make_scheduler("flow")), optimize(model, optimizer="muon")  # with AdamW for vectors
+    cuda.syncs.clear()
+    batch = next(feed)
+    conditions = conditioning(batch) | {"input_ids": None, "prompt_mask": None, "prompt_embeds": randn(4, 8, 5)}
+    sample = objective(batch["latents"], batch["noise"], batch["levels"])
+    prediction = model(sample.latents, sample.timestep, **conditions)
+    losses = denoising_loss(prediction, sample.target, sample.weight * (batch["generated"] & batch["real"]))
+    losses = losses + denoiser_temporal_loss(config, None, batch, *objective.estimate(sample, prediction))
+    backward(losses.sum(), model.parameters())
+    update()
+    assert losses.device == DEVICE and not waits(cuda)
 
 
 def test_a_training_step_of_a_vae(cuda, make_vae):
     model = on_cuda(VAEWithDiscriminator(make_vae(), PatchDiscriminator(8)))
     update, weights = optimize(model), TemporalLossConfig(matched_weight=1)
-    update()
     cuda.syncs.clear()
     clip = randn(1, 3, 5, 32, 32)
     out = model(clip, generator=None)
@@ -348,11 +344,10 @@ def pipe(request, cuda, randomize):
     return pipe
 
 
-@pytest.fixture
-def small(cuda):
-    pipe = make_pipeline(**SETTINGS).to(DEVICE)
-    cuda.syncs.clear()
-    return pipe
+@pytest.fixture(scope="module")
+def small(mode):
+    with mode:
+        return make_pipeline(**SETTINGS).to(DEVICE)
 
 
 def generate(pipe, **options):
@@ -361,19 +356,16 @@ def generate(pipe, **options):
 
 def test_no_denoising_step_waits(cuda, pipe):
     counts = []
-    for steps in (1, 3):
+    for steps in (1, 2):
         cuda.syncs.clear()
         assert generate(pipe, num_inference_steps=steps).device == DEVICE
         counts.append(dict(cuda.syncs))
     names = {"prompts.encode_texts": 4, "pipeline.prepare_latents": 1, "sampler._denoise": 1}
     assert counts == [names, names]
-    assert pipe.rollout(PROMPT, num_frames=5, generator=seeded(), num_inference_steps=1).step().device == DEVICE
-    assert set(cuda.syncs) <= set(ALLOWED)
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SCHEDULERS = {
-    "euler": (FlowMatchEulerDiscreteScheduler(), 0),
     "heun": (FlowMatchHeunDiscreteScheduler(), 0),
     "ddim": (DDIMScheduler(), 0),
     "dpmsolver++": (DPMSolverMultistepScheduler(**FLOW), 0),
@@ -383,16 +375,17 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_do_not_wait(cuda, small, name):
+def test_schedulers_do_not_wait(cuda, small, name, monkeypatch):
     """Exceptions: the noise of a stochastic scheduler is drawn on the host, and UniPC copies its coefficients."""
-    small.scheduler, per_step = SCHEDULERS[name]
+    scheduler, per_step = SCHEDULERS[name]
+    monkeypatch.setattr(small, "scheduler", scheduler)
     counts = []
-    for steps in (2, 4):
+    for steps in (2, 3):
         cuda.syncs.clear()
         generate(small, num_inference_steps=steps, guidance_scale=1.0)
         counts.append(cuda.syncs["sampler._step"])
         assert set(cuda.syncs) <= set(ALLOWED) | {"sampler._step"}
-    assert counts[0] > 0 if per_step is None else counts == [2 * per_step, 4 * per_step]
+    assert counts[0] > 0 if per_step is None else counts == [2 * per_step, 3 * per_step]
 
 
 COMMON = {"prompts.encode_texts", "sampler._denoise"}
