@@ -138,7 +138,7 @@ def border_differences(clip: Tensor, chunk: int, compression: int = 4) -> tuple[
     change = (clip[:, :, 1:].float() - clip[:, :, :-1].float()).abs().mean(
         (1, 3, 4)
     ) / 2  # change i: from frame i to i + 1
-    last = torch.arange(1, change.shape[1], device=clip.device)
+    last = torch.arange(1, change.shape[1])
     if chunk > 1:
         last = last[last % compression == 0]  # change k crosses the border after latent frame k
     is_chunk = last % (compression * chunk) == 0

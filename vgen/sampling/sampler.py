@@ -155,8 +155,10 @@ class Sampler:
         state: TemporalState | None,
         on_step: OnStep | None,
     ) -> Tensor:
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        timesteps = self.scheduler.timesteps
+        # schedulers read values of timesteps: on the host, because reading from the device would wait for it
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+        on_host = self.scheduler.timesteps
+        timesteps = on_host.to(self.device)
         self.num_timesteps = len(timesteps)
         latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         num_known = 0 if known is None else known.layout.num_leading // self.grid.patch_frames
@@ -173,9 +175,9 @@ class Sampler:
             levels = timestep * generated if num_known else timestep
             scaled = latents
             if hasattr(self.scheduler, "scale_model_input"):
-                scaled = keep(self.scheduler.scale_model_input(latents, timestep))
+                scaled = keep(self.scheduler.scale_model_input(latents, on_host[index]))
             prediction = self.predict(scaled, levels, conditions, frozen)
-            latents = keep(self._step(prediction, timestep, latents, generator))
+            latents = keep(self._step(prediction, on_host[index], latents, generator))
             if on_step is not None:
                 latents, conditions = on_step(index, timestep, latents, conditions)
                 latents = keep(latents)
