@@ -129,8 +129,8 @@ class RunConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
-SCORING_TIMEOUT = timedelta(hours=12)
-"""How long processes wait for one that computes scores or saves a checkpoint."""
+PROCESS_TIMEOUT = timedelta(hours=1)
+"""How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
 NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
 """Settings that do not affect a run's weights."""
@@ -159,7 +159,7 @@ def start(config: RunConfig) -> Accelerator:
     """
     accelerator = Accelerator(
         cpu=on_cpus(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=SCORING_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
@@ -524,17 +524,10 @@ class Run:
     def scores_are_due(self) -> bool:
         """Whether scores should be computed after this step, that is, every `sample_every` steps.
 
+        All processes then compute a part of the scores or the same scores, so that none waits for another for long.
         Always false for sharded networks, because no process holds all weights.
         """
         return not self.sharded and self.step % self.config.sample_every == 0
-
-    @property
-    def wants_scores(self) -> bool:
-        """Whether this process should compute scores after this step: the main process, if they are due.
-
-        The others wait for it in the next step.
-        """
-        return self.scores_are_due and self.accelerator.is_main_process
 
     def report(self, scores: dict[str, float]) -> None:
         """Writes scores to the logs and to the terminal, in the main process."""
