@@ -87,12 +87,12 @@ def from_main_process(value: Any) -> Any:
     return values[0]
 
 
-def check_shared_folder(folder: Path, wait: float = 10.0) -> None:
+def check_shared_folder(folder: Path, wait: float = 60.0) -> None:
     """Checks that all processes see the files that the main process writes to a folder; creates the folder.
 
     Args:
         folder: The folder.
-        wait: How long a new file may take to appear on other machines, in seconds.
+        wait: How long a new file may take to appear on other machines, in seconds; network file systems cache folders.
 
     Raises:
         ValueError: Some processes do not see them. All processes raise it.

@@ -16,6 +16,7 @@ from .scripts import ROOT, command_of, logged, train_vdm, trained_alike, vdm_set
 # SGD, whose weights stay as close as the gradients; with PAUSE, machine 1 stops in step 3 and waits to be killed
 SCRIPT = """
 import os, runpy, signal, sys
+from functools import partial
 from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,13 +28,14 @@ def descent(config, network):
 
 def update(self, whole=run.Run.update):
     if self.step == 3 and self.accelerator.process_index == 1 and "PAUSE" in os.environ:
-        partial = Path(os.environ["PAUSE"] + ".partial")
-        partial.write_text(str(os.getpid()))
-        partial.rename(os.environ["PAUSE"])
+        marker = Path(os.environ["PAUSE"] + ".partial")
+        marker.write_text(str(os.getpid()))
+        marker.rename(os.environ["PAUSE"])
         signal.pause()
     whole(self)
 
 run.make_optimizers, run.Run.update = descent, update
+run.check_shared_folder = partial(run.check_shared_folder, wait=1)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.warm import warm_python
 from vgen.data.video_io import read_video
 
-from .scripts import ON_CPUS, ROOT, launch_processes, logged, train_vae, train_vdm
+from .scripts import ON_CPUS, ROOT, UNET, launch_processes, logged, train_vae, train_vdm
 
 
 @pytest.mark.slow
@@ -72,25 +72,32 @@ PIPELINE = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="PyTorch shards on the accelerator")
-def test_a_sharded_run_resumes_with_another_number_of_processes(runs, tmp_path):
-    options = {"--lr_schedule": "constant", "--save_dtype": "float32", "--train_text_encoder": "true"}
-    train_vdm(runs, tmp_path / "whole", **options)
-    for steps, processes in ((2, 2), (3, 1), (4, 2)):
-        sharded = options | {"--max_steps": steps}
-        how = {"processes": processes, "fresh": True, "accelerate": FSDP2}
-        done = train_vdm(runs, tmp_path / "sharded", **how, **sharded)
-        assert steps == 2 or f"after {steps - 1} steps" in done.stdout
+@pytest.mark.parametrize("network", ["transformer", "unet"])
+def test_a_sharded_run_resumes_with_another_number_of_processes(runs, tmp_path, network):
+    options = {"--lr_schedule": "constant", "--save_dtype": "float32"}
+    how = {"fresh": True, "accelerate": FSDP2}
+    if network == "transformer":
+        counts = 2, 1
+        options["--train_text_encoder"] = "true"
+    else:
+        counts = 1, 2
+        options |= UNET | {"--train_only": "temporal"}
+        how["accelerate"] += ("--fsdp_transformer_layer_cls_to_wrap=BasicTransformerBlock,ResnetBlock2D",)
+    for steps, processes in zip((2, 4), counts, strict=True):
+        done = train_vdm(runs, tmp_path / "run", processes=processes, **how, **options | {"--max_steps": steps})
+    assert "after 2 steps" in done.stdout
     for name in ("pytorch_model_fsdp_0", "optimizer_0", "ema"):  # in the format of torch.distributed.checkpoint
-        checkpoint = tmp_path / "sharded/checkpoint-4" / name
-        assert (checkpoint / ".metadata").is_file() and len(list(checkpoint.glob("*.distcp"))) == 2
-    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("sharded", "whole"))
+        checkpoint = tmp_path / "run/checkpoint-2" / name
+        assert (checkpoint / ".metadata").is_file() and len(list(checkpoint.glob("*.distcp"))) == counts[0]
+    train_vdm(runs, tmp_path / "whole", **options)
+    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("run", "whole"))
     assert len(losses) == 4 and losses == pytest.approx(expected, rel=1e-4)
-    for file in (PIPELINE, "pipeline/text_encoder/model.safetensors"):
-        weights, wanted = (load_file(tmp_path / name / file) for name in ("sharded", "whole"))
-        # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
+    for file in (f"{network}/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        weights, wanted = (load_file(tmp_path / name / "pipeline" / file) for name in ("run", "whole"))
         assert weights.keys() == wanted.keys()
+        # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
         assert max((weights[name] - wanted[name]).abs().mean().item() for name in wanted) < 1e-5
-    done = train_vdm(runs, tmp_path / "sharded", check=False, **options | {"--max_steps": 5})
+    done = train_vdm(runs, tmp_path / "run", check=False, **options | {"--max_steps": 5})
     assert done.returncode != 0 and "was written with FSDP and is resumed with it only" in done.stderr
 
 

@@ -48,7 +48,7 @@ class EMAWeights:
     def _parts(self) -> list[Tensor]:
         """This process's parts of the weights, as views."""
         return [
-            weight.detach().to_local().requires_grad_(weight.requires_grad) if isinstance(weight, DTensor) else weight
+            weight.to_local().detach().requires_grad_(weight.requires_grad) if isinstance(weight, DTensor) else weight
             for weight in self._weights.values()
         ]
 
@@ -71,8 +71,9 @@ class EMAWeights:
         for (name, weight), average in zip(self._weights.items(), self._average.shadow_params, strict=True):
             tensors[name] = average.detach()
             if isinstance(weight, DTensor):
-                layout = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-                tensors[name] = DTensor.from_local(tensors[name], weight.device_mesh, weight.placements, **layout)
+                tensors[name] = DTensor.from_local(
+                    tensors[name], weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                )
         return tensors
 
     def save(self, folder: Path, is_main_process: bool) -> None:
