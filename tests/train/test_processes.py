@@ -101,6 +101,25 @@ def test_a_sharded_run_resumes_with_another_number_of_processes(runs, tmp_path, 
     assert done.returncode != 0 and "was written with FSDP and is resumed with it only" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="DeepSpeed uses the accelerator")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_and_resumes(runs, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    options = {"--ema_decay": 0, "--lr_schedule": "constant", "--save_dtype": "float32"}
+    launcher = [f"--config_file=train/accelerate/deepspeed_zero{stage}.yaml", "--mixed_precision=no"]
+    for steps in (2, 4):
+        how = {"processes": 2, "cold": True, "accelerate": launcher}
+        done = train_vdm(runs, tmp_path / "run", **how, **options | {"--max_steps": steps})
+    assert "after 2 steps" in done.stdout
+    train_vdm(runs, tmp_path / "whole", **options)
+    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("run", "whole"))
+    assert losses == pytest.approx(expected, rel=1e-3)
+    weights, wanted = (load_file(tmp_path / name / PIPELINE) for name in ("run", "whole"))
+    assert weights.keys() == wanted.keys()
+    assert max((weights[name] - wanted[name]).abs().mean().item() for name in wanted) < 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path, strategy):

@@ -157,9 +157,11 @@ def start(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
     """
+    # accelerate ignores DeepSpeed on what it takes for CPUs, although it works there over gloo
+    zero_on_cpus = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available()
     accelerator = Accelerator(
-        cpu=on_cpus(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        cpu=on_cpus() and not zero_on_cpus,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
