@@ -11,7 +11,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-#SBATCH --signal=TERM@300 # five minutes before the time is over, the run saves a checkpoint and stops
+# five minutes before the time is over, the run saves a checkpoint and stops
+#SBATCH --signal=TERM@300
 
 set -euo pipefail
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
