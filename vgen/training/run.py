@@ -157,8 +157,7 @@ def start(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
     """
-    # accelerate ignores DeepSpeed on what it takes for CPUs, although it works there over gloo
-    zero_on_cpus = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available()
+    zero_on_cpus = _wants_zero_on_cpus()
     accelerator = Accelerator(
         cpu=on_cpus() and not zero_on_cpus,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
@@ -181,6 +180,12 @@ def start(config: RunConfig) -> Accelerator:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
+
+
+def _wants_zero_on_cpus() -> bool:
+    """Whether DeepSpeed was launched on CPUs, where it works over gloo if accelerate does not take them for CPUs."""
+    launched = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" in os.environ
+    return launched and not parse_flag_from_env("ACCELERATE_USE_CPU") and not torch.accelerator.is_available()
 
 
 def _shard_on_cpus(accelerator: Accelerator) -> None:
