@@ -1,4 +1,4 @@
-"""The measured tables of README.md and docs/results.md, and the README's animation.
+"""The tables of README.md, docs/results.md and docs/clusters.md, and the README's animation.
 
 python benchmarks/readme.py                        write the tables from docs/results/*.json
 python benchmarks/readme.py --measure              first repeat all measurements (hours on a CPU)
@@ -17,6 +17,7 @@ from scripts import ROOT, launch
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
+CLUSTERS = ROOT / "docs" / "clusters.md"
 RESULTS = ROOT / "docs" / "results"
 TRANSFORMER, UNET = "vgen/shapes-64", "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,6 +32,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "denoisers": ("benchmarks/denoisers.py", {}),
     "cold_start": ("benchmarks/cold_start.py", {}),
     "streaming_decode": ("benchmarks/streaming_decode.py", {}),
+    "scaling": ("benchmarks/scaling.py", {}),
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"mmap-threshold": 0}),
 }
 """The script and the settings that write each file of docs/results/."""
@@ -74,6 +76,7 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
             "denoisers": denoisers(measured["denoisers"]),
             "costs": costs(measured),
         },
+        CLUSTERS: {"scaling": scaling(measured["scaling"])},
     }
     texts = {}
     for path, named in tables.items():
@@ -260,6 +263,18 @@ def costs(measured: dict[str, Any]) -> list[list[str]]:
         )
     same = "largest difference from `AutoencoderKLWan` and `WanTransformer3DModel` with the same weights"
     return [*rows, [same, "at most 1e-4", "1e-4", "`pytest tests/models`"]]
+
+
+def scaling(measured: dict[str, Any]) -> list[list[str]]:
+    """Compute, messages and the bounds of the efficiency by number of GPUs."""
+    found = {name: row for name, row in measured.items() if name != "assumptions"}
+    counts = next(iter(found.values()))["GPUs"]
+    rows = [["network and strategy", "compute, s", "messages, GB", *(f"{count} GPUs" for count in counts)]]
+    for name, row in found.items():
+        size = sum(message["size"] for message in row["messages"]) / 1e9
+        bounds = [[f"{100 * share:.1f}%" for share in row["GPUs"][count]["efficiency"].values()] for count in counts]
+        rows.append([name, f"{row['compute seconds']:.3f}", f"{size:.3f}", *(" to ".join(pair) for pair in bounds)])
+    return rows
 
 
 def command(name: str) -> str:

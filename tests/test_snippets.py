@@ -46,6 +46,10 @@ NOT_RUN = {
     "pre-commit install": "changes the hooks of the repository",
     "bash .ci/run": "runs these tests",
     "python -m pytest -n auto --dist worksteal": "runs these tests",
+    "sbatch train/cluster/slurm.sh train/train_vdm.py --config train/recipes/shapes-64.yaml": "needs Slurm",
+    "kubectl apply -f train/cluster/kubernetes.yaml": "needs Kubernetes",
+    "accelerate launch --config_file train/accelerate/several_machines.yaml --machine_rank 0 --main_process_ip "
+    "10.0.0.1 train/train_vdm.py --config train/recipes/shapes-64.yaml": "is run by tests/train/test_machines.py",
     "python examples/train_your_own.py cockatoo.mp4 runs/own --caption a cockatoo": "is run by tests/test_examples.py",
 }
 TRAINING = "--max_steps 3 --batch_size 2 --warmup_steps 1 --log_every 1 --sample_every 3 --mixed_precision no"

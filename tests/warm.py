@@ -31,9 +31,10 @@ from typing import Any, NoReturn
 
 # without datasets, whose pyarrow starts threads
 PRELOADED = (
-    "accelerate.commands.launch", "diffusers", "multiprocessing.spawn", "numpy", "torch", "torch.distributed.run",
-    "torch.utils.data", "torch.utils.flop_counter", "torch.utils.tensorboard", "transformers", "vgen.cli",
-    "vgen.data.video_io", "vgen.tasks.evaluation", "vgen.tasks.jobs", "vgen.pipeline", "vgen.training.run",
+    "accelerate.commands.launch", "diffusers", "multiprocessing.spawn", "numpy", "torch",
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp.fully_sharded_data_parallel",
+    "torch.distributed.run", "torch.utils.data", "torch.utils.flop_counter", "torch.utils.tensorboard", "transformers",
+    "vgen.cli", "vgen.data.video_io", "vgen.tasks.evaluation", "vgen.tasks.jobs", "vgen.pipeline", "vgen.training.run",
 )  # fmt: skip
 
 FOLDER = "VGEN_WARM_PYTHON"

@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from vgen.data.clips import Sampling
@@ -85,9 +87,9 @@ def main(config: ConvLSTMConfig) -> None:
             total += loss.detach()
         run.update()
         run.log(loss=total)
-        if run.wants_scores:
+        if run.scores_are_due:
             with run.average:
-                run.report({"psnr": score(model, fresh, config, accelerator.device)})
+                run.report({"psnr": score(model, fresh, config, accelerator)})
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
@@ -107,15 +109,20 @@ def open_source(config: ConvLSTMConfig, seed: int) -> ClipSource:
 
 
 @torch.no_grad()
-def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, device: torch.device) -> float:
-    """Mean PSNR in dB of the frames predicted after the given frames of new clips."""
-    values = []
-    for first in range(0, config.num_score_clips, config.batch_size):
+def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, accelerator: Accelerator) -> float:
+    """Mean PSNR in dB of the frames predicted after the given frames of new clips.
+
+    The processes divide the batches among them.
+    """
+    found: list[tuple[int, Tensor]] = []
+    batches = range(0, config.num_score_clips, config.batch_size)
+    for first in batches[accelerator.process_index :: accelerator.num_processes]:
         numbers = range(first, min(first + config.batch_size, config.num_score_clips))
-        clip, _ = source.draw(numbers, device, config.num_frames)
+        clip, _ = source.draw(numbers, accelerator.device, config.num_frames)
         predicted = model.predict(clip[:, :, : config.given], config.num_frames - config.given)
-        values.append(psnr(predicted.clamp(-1, 1), clip[:, :, config.given :]))
-    return torch.cat(values).mean().item()
+        found.append((first, psnr(predicted.clamp(-1, 1), clip[:, :, config.given :]).cpu()))
+    values = dict(gather_object(found))
+    return torch.cat([values[first] for first in batches]).mean().item()
 
 
 if __name__ == "__main__":

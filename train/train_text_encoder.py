@@ -65,7 +65,7 @@ def main(config: TextEncoderConfig) -> None:
             total += loss.detach()
         run.update()
         run.log(loss=total)
-        if run.wants_scores:
+        if run.scores_are_due:
             with run.average:
                 scores = score(model, tokenizer, config, accelerator)
             run.report(scores)
@@ -83,7 +83,10 @@ def main(config: TextEncoderConfig) -> None:
 def score(
     model: AttributeReader, tokenizer: Any, config: TextEncoderConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Accuracy of each attribute, over the objects in captions with held-out combinations."""
+    """Accuracy of each attribute, over the objects in captions with held-out combinations.
+
+    All processes compute the same scores: one forward pass, which is not worth dividing.
+    """
     world = ShapesWorld(split="held_out", seed=config.seed + 1)
     batches = CaptionBatches(world, tokenizer, config.num_score_captions, config.max_sequence_length)
     batch = to_device(batches.draw(range(config.num_score_captions)), accelerator.device)

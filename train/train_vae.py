@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -162,11 +164,12 @@ def main(config: VAEConfig) -> None:
                 total[name] = total.get(name, 0) + value.detach() * share
         run.update()
         run.log(**total)
-        if run.wants_scores:  # on fresh clips, and a video of originals over reconstructions
+        if run.scores_are_due:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
-                scores, pairs = score(vae, fresh, config, accelerator.device)
+                scores, pairs = score(vae, fresh, config, accelerator)
             run.report(scores)
-            write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
+            if pairs is not None:
+                write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
@@ -187,36 +190,35 @@ def batch_stats(
     return b, b * vae.grid.num_latents(f) * h * w // vae.spatial_compression_ratio**2, (clip.shape, use_discriminator)
 
 
-def caption_accuracy(source: ClipSource, reconstructions: list[Tensor]) -> dict[str, float]:
-    """Fraction of reconstructed scenes in which the checker reads all attributes; only for ShapesWorld."""
-    if not isinstance(source, ShapesSource):
-        return {}
-    scenes = [source.world.scene(index) for index in range(len(reconstructions))]
-    return {"readable": adherence(reconstructions, scenes)["correct"]}
-
-
 @torch.no_grad()
 def score(
-    vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device
-) -> tuple[dict[str, float], np.ndarray]:
+    vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, accelerator: Accelerator
+) -> tuple[dict[str, float], np.ndarray | None]:
     """Scores of reconstructions of the posterior's mode, and frames `(f, h, w, 3)` of the first clips.
 
-    `psnr` is the mean in dB. `readable` is the fraction of scenes in which the checker reads all attributes: it
-    detects small shapes that lose their corners, which PSNR does not.
+    `psnr` is the mean in dB. `readable`, for ShapesWorld, is the fraction of scenes in which the checker reads all
+    attributes: it detects small shapes that lose their corners, which PSNR does not. The processes divide the batches
+    among them; the first one, of the main process, gives the frames.
     """
     vae.eval()
-    values, reconstructions, shown = [], [], None
-    for begin in range(0, config.num_score_clips, 8):
-        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    shown = None
+    batches = range(0, config.num_score_clips, 8)
+    for begin in batches[accelerator.process_index :: accelerator.num_processes]:
+        clip, _ = source.draw(range(begin, begin + 8), accelerator.device, config.num_frames)
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
-        values.append(psnr(decoded, clip))
-        reconstructions.extend(decoded.cpu())
-        if shown is None:
+        values = {"psnr": psnr(decoded, clip).cpu()}
+        if isinstance(source, ShapesSource):
+            scenes = [source.world.scene(index) for index in range(begin, begin + 8)]
+            values["readable"] = torch.tensor([adherence(list(decoded.cpu()), scenes)["correct"]])
+        found.append((begin, values))
+        if begin == 0:
             pairs = torch.cat([torch.cat(list(x), dim=-1) for x in (clip, decoded)], dim=-2)
             shown = to_frames(pairs[None])[0]
     vae.train()
-    assert shown is not None
-    return {"psnr": torch.cat(values).mean().item()} | caption_accuracy(source, reconstructions), shown
+    gathered = dict(gather_object(found))
+    names = gathered[0]
+    return {name: torch.cat([gathered[begin][name] for begin in batches]).mean().item() for name in names}, shown
 
 
 @torch.no_grad()

@@ -206,9 +206,7 @@ def main(config: VDMConfig) -> None:
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
         if weights is not None:
-            own = {key.removeprefix("denoiser."): value for key, value in weights.items()}
-            own = {key: value for key, value in own.items() if not key.startswith("text_encoder.")}
-            pipe.register_modules(**{"transformer" if pipe.unet is None else "unet": copy_of(pipe.denoiser, own)})
+            use_whole(pipe, weights)
         if config.train_only == "lora":
             save_adapter(pipe, config)
             return
@@ -256,6 +254,20 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def use_whole(pipe: VideoGenPipeline, weights: dict[str, Tensor]) -> None:
+    """Replaces the sharded networks of a pipeline by new ones with the gathered weights of `PromptedDenoiser`."""
+
+    def weights_of(part: str) -> dict[str, Tensor]:
+        return {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
+
+    name = "transformer" if pipe.unet is None else "unet"
+    whole = {name: copy_of(pipe.denoiser, weights_of("denoiser."))}
+    if text := weights_of("text_encoder."):
+        whole["text_encoder"] = type(pipe.text_encoder)(pipe.text_encoder.config)
+        whole["text_encoder"].load_state_dict(text)
+    pipe.register_modules(**whole)
 
 
 def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:

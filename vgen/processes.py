@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 
 def on_cpus() -> bool:
@@ -69,4 +71,46 @@ def check_world_size(world_size: int) -> None:
         raise ValueError(
             "`accelerate launch --cpu` starts one process, whatever --num_processes says; for several on CPUs, use "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+
+
+def on_several_machines() -> bool:
+    """Whether the launcher started processes on other machines too."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def from_main_process(value: Any) -> Any:
+    """The main process's `value`, in all processes."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def check_shared_folder(folder: Path, wait: float = 60.0) -> None:
+    """Checks that all processes see the files that the main process writes to a folder; creates the folder.
+
+    Args:
+        folder: The folder.
+        wait: How long a new file may take to appear on other machines, in seconds; network file systems cache folders.
+
+    Raises:
+        ValueError: Some processes do not see them. All processes raise it.
+    """
+    process = PartialState()
+    probe = folder / f".shared-{from_main_process(uuid4().hex)}"
+    if process.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    process.wait_for_everyone()
+    deadline = time.monotonic() + wait
+    while not (seen := probe.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, found in enumerate(gather_object([seen])) if not found]
+    if process.is_main_process:
+        probe.unlink()
+    if blind:
+        raise ValueError(
+            f"output_dir must be a folder that all machines share, but processes {', '.join(map(str, blind))} do not "
+            f"see the files that process 0 writes to {folder}"
         )

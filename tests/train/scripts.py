@@ -47,14 +47,21 @@ ON_CPUS = ("--cpu", "--num_machines=1", "--mixed_precision=no")
 
 def launch(script, *arguments, check=True, processes=1, fresh=False, cold=False, accelerate=ON_CPUS, **options):
     """Runs a script as `accelerate launch` would: here, in processes of their own (`fresh`), or in cold ones too."""
-    words = [str(word) for pair in options.items() for word in pair]
-    command = [str(ROOT / script), *map(str, arguments), *words]
+    command = command_of(script, *arguments, **options)
     if processes > 1 or fresh or cold or accelerate is not ON_CPUS:
         done = launch_processes(sys.executable if cold else warm_python(), command, processes, accelerate)
     else:
         done = launch_here(command)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def command_of(script, *arguments, **options):
+    """The words of a script's command, without a launcher."""
+    return [
+        str(ROOT / script),
+        *(str(word) for word in (*arguments, *(word for pair in options.items() for word in pair))),
+    ]
 
 
 def launch_processes(python, command, processes, accelerate):
@@ -91,7 +98,7 @@ def train_vae(output_dir, check=True, script=("train/train_vae.py",), processes=
     settings = {
         "--output_dir": output_dir, "--model": json.dumps(VAE), "--height": 16, "--width": 16, "--num_frames": 5,
         "--image_steps": 2, "--image_batch_size": 4, "--batch_size": 4, "--max_steps": 4, "--sample_every": 4,
-        "--num_score_clips": 8, "--num_calibration_clips": 8,
+        "--num_score_clips": 16, "--num_calibration_clips": 8,
     }  # fmt: skip
     how = {"processes": processes, "fresh": fresh, "cold": cold}
     return launch(*script, check=check, **how, **settings | TINY | options)
@@ -114,7 +121,7 @@ def train_text_encoder(output_dir, **options):
     return launch("train/train_text_encoder.py", **settings | TINY | options)
 
 
-def train_vdm(runs, output_dir, check=True, processes=1, fresh=False, script=("train/train_vdm.py",), **options):
+def vdm_settings(runs, output_dir, **options):
     vae_run, text_run, latents_dir = runs
     defaults = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 2.0}
     settings = {
@@ -122,7 +129,13 @@ def train_vdm(runs, output_dir, check=True, processes=1, fresh=False, script=("t
         "--latents_dir": latents_dir, "--model": json.dumps(DENOISER), "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_prompts": 2, "--defaults": json.dumps(defaults),
     }  # fmt: skip
-    return launch(*script, check=check, processes=processes, fresh=fresh, **settings | TINY | options)
+    return settings | TINY | options
+
+
+def train_vdm(runs, output_dir, check=True, processes=1, fresh=False, script=("train/train_vdm.py",), **options):
+    named = {name: options.pop(name) for name in ("accelerate", "cold") if name in options}
+    settings = vdm_settings(runs, output_dir, **options)
+    return launch(*script, check=check, processes=processes, fresh=fresh, **named, **settings)
 
 
 def logged(folder, name):

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.warm import warm_python
 from vgen.data.video_io import read_video
 
-from .scripts import ON_CPUS, ROOT, launch_processes, train_vae, train_vdm
+from .scripts import ON_CPUS, ROOT, UNET, launch_processes, logged, train_vae, train_vdm
 
 
 @pytest.mark.slow
@@ -24,8 +24,10 @@ def test_two_processes_give_the_same_weights_as_one(vae_run, text_run, latents_d
         for name in ("l1", "kl") if run == "vae" else ("loss",):
             values = [[event.value for event in events.Scalars(name)[:2]] for events in (logged, alone)]
             assert values[0] == pytest.approx(values[1], rel=1e-4)
-        scores = [tag for tag in alone.Tags()["scalars"] if tag.startswith(("adherence", "psnr"))]
+        scores = [tag for tag in alone.Tags()["scalars"] if tag.startswith(("adherence", "psnr", "readable"))]
         assert scores and all(logged.Scalars(tag)[0].step == alone.Scalars(tag)[0].step for tag in scores)
+        for tag in {"psnr", "readable"} & set(scores):  # the processes divide the clips
+            assert logged.Scalars(tag)[0].value == pytest.approx(alone.Scalars(tag)[0].value, abs=0.01)
         samples, expected_samples = (read_video(path / "samples.mp4")[0] for path in (tmp_path / run, expected))
         assert samples.shape == expected_samples.shape and abs(samples.astype(int) - expected_samples).mean() < 2
 
@@ -64,18 +66,87 @@ def test_processes_have_the_same_weights_and_dropout_of_their_own(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+FSDP2 = ("--config_file=train/accelerate/fsdp2.yaml", "--mixed_precision=no")
+PIPELINE = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="PyTorch shards on the accelerator")
+@pytest.mark.parametrize("network", ["transformer", "unet"])
+def test_a_sharded_run_resumes_with_another_number_of_processes(runs, tmp_path, network):
+    options = {"--lr_schedule": "constant", "--save_dtype": "float32"}
+    how = {"fresh": True, "accelerate": FSDP2}
+    if network == "transformer":
+        counts = 2, 1
+        options["--train_text_encoder"] = "true"
+    else:
+        counts = 1, 2
+        options |= UNET | {"--train_only": "temporal"}
+        how["accelerate"] += ("--fsdp_transformer_layer_cls_to_wrap=BasicTransformerBlock,ResnetBlock2D",)
+    for steps, processes in zip((2, 4), counts, strict=True):
+        done = train_vdm(runs, tmp_path / "run", processes=processes, **how, **options | {"--max_steps": steps})
+    assert "after 2 steps" in done.stdout
+    for name in ("pytorch_model_fsdp_0", "optimizer_0", "ema"):  # in the format of torch.distributed.checkpoint
+        checkpoint = tmp_path / "run/checkpoint-2" / name
+        assert (checkpoint / ".metadata").is_file() and len(list(checkpoint.glob("*.distcp"))) == counts[0]
+    train_vdm(runs, tmp_path / "whole", **options)
+    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("run", "whole"))
+    assert len(losses) == 4 and losses == pytest.approx(expected, rel=1e-4)
+    for file in (f"{network}/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        weights, wanted = (load_file(tmp_path / name / "pipeline" / file) for name in ("run", "whole"))
+        assert weights.keys() == wanted.keys()
+        # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
+        assert max((weights[name] - wanted[name]).abs().mean().item() for name in wanted) < 1e-5
+    done = train_vdm(runs, tmp_path / "run", check=False, **options | {"--max_steps": 5})
+    assert done.returncode != 0 and "was written with FSDP and is resumed with it only" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="DeepSpeed uses the accelerator")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_and_resumes(runs, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    options = {"--ema_decay": 0, "--lr_schedule": "constant", "--save_dtype": "float32"}
+    launcher = [f"--config_file=train/accelerate/deepspeed_zero{stage}.yaml", "--mixed_precision=no"]
+    for steps in (2, 4):
+        how = {"processes": 2, "cold": True, "accelerate": launcher}
+        done = train_vdm(runs, tmp_path / "run", **how, **options | {"--max_steps": steps})
+    assert "after 2 steps" in done.stdout
+    train_vdm(runs, tmp_path / "whole", **options)
+    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("run", "whole"))
+    assert losses == pytest.approx(expected, rel=1e-3)
+    weights, wanted = (load_file(tmp_path / name / PIPELINE) for name in ("run", "whole"))
+    assert weights.keys() == wanted.keys()
+    assert max((weights[name] - wanted[name]).abs().mean().item() for name in wanted) < 1e-4
+
+
 @pytest.mark.gpu
-def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path):
-    options = {"--optimizer": "adamw", "--ema_decay": 0, "--save_every": 2}
-    launcher = ["--config_file=train/accelerate/fsdp2.yaml", "--mixed_precision=no"]
-    count = torch.cuda.device_count()
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_sharding_by_accelerate_trains_and_gives_a_pipeline(runs, tmp_path, strategy):
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    options = {"--optimizer": "adamw", "--ema_decay": 0, "--lr_schedule": "constant"}
+    launcher = [f"--config_file=train/accelerate/{strategy}.yaml", "--mixed_precision=no"]
+    count = max(number for number in (1, 2, 4) if number <= torch.cuda.device_count())  # divides the batch
     train_vdm(runs, tmp_path / "cpu", **options)
-    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options | {"--max_steps": 2})
-    train_vdm(runs, tmp_path / "fsdp", processes=count, accelerate=launcher, **options)  # gap_index
-    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
-    one, sharded = (load_file(tmp_path / name / file) for name in ("cpu", "fsdp"))
+    sharded = {"processes": count, "fresh": True, "accelerate": launcher}
+    train_vdm(runs, tmp_path / "sharded", **sharded, **options | {"--max_steps": 2})
+    train_vdm(runs, tmp_path / "sharded", **sharded, **options)
+    one, sharded = (load_file(tmp_path / name / PIPELINE) for name in ("cpu", "sharded"))
     # single weights whose gradient is almost zero may go either way in AdamW's first steps, by 1e-3 each
     assert max((one[key] - sharded[key]).abs().mean().item() for key in one) < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_sharded_run_on_gpus_resumes_with_another_number_of_processes(runs, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    options = {"--lr_schedule": "constant", "--save_dtype": "float32"}
+    train_vdm(runs, tmp_path / "whole", processes=2, accelerate=FSDP2, **options)
+    train_vdm(runs, tmp_path / "again", processes=2, accelerate=FSDP2, **options | {"--max_steps": 2})
+    train_vdm(runs, tmp_path / "again", fresh=True, accelerate=FSDP2, **options)
+    losses, expected = ([value for _, value in logged(tmp_path / name, "loss")] for name in ("again", "whole"))
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 DESCENT = """

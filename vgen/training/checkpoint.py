@@ -14,10 +14,13 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import checkpoint as sharded_checkpoint
+from torch.distributed.tensor import DTensor
 
 from vgen.io.atomic import atomic_directory, partial_path, remove_directory
 from vgen.io.fingerprint import file_digest
+from vgen.processes import from_main_process
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +29,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class EMAWeights:
-    """The exponential moving average (EMA) of a network's weights: diffusers' `EMAModel`, saved as safetensors.
+    """The exponential moving average (EMA) of a network's weights: diffusers' `EMAModel`.
+
+    Each process averages its part of weights that `fully_shard` divided. Their average is saved by
+    `torch.distributed.checkpoint`, and that of whole weights as safetensors by the main process.
 
     Args:
         network: The network whose parameters are averaged.
@@ -35,35 +41,57 @@ class EMAWeights:
     """
 
     def __init__(self, network: nn.Module, decay: float):
-        self._names = [name for name, _ in network.named_parameters()]
-        self._network = network
-        self._average = EMAModel(network.parameters(), decay=decay, foreach=True)
+        self._weights = dict(network.named_parameters())
+        self._sharded = any(isinstance(weight, DTensor) for weight in self._weights.values())
+        self._average = EMAModel(self._parts(), decay=decay, foreach=True)
+
+    def _parts(self) -> list[Tensor]:
+        """This process's parts of the weights, as views."""
+        return [
+            weight.to_local().detach().requires_grad_(weight.requires_grad) if isinstance(weight, DTensor) else weight
+            for weight in self._weights.values()
+        ]
 
     def step(self) -> None:
         """Updates the average after an optimizer step."""
-        self._average.step(self._network.parameters())
+        self._average.step(self._parts())
 
     def __enter__(self) -> None:
         """Puts the average into the network."""
-        self._average.store(self._network.parameters())
-        self._average.copy_to(self._network.parameters())
+        self._average.store(self._parts())
+        self._average.copy_to(self._parts())
 
     def __exit__(self, *error: object) -> None:
         """Restores the network's own weights."""
-        self._average.restore(self._network.parameters())
+        self._average.restore(self._parts())
 
-    def save(self, path: Path) -> None:
-        """Writes the average to a safetensors file."""
-        tensors = dict(zip(self._names, self._average.shadow_params, strict=True))
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path)
+    def _tensors(self) -> dict[str, Tensor]:
+        """The average by name, in tensors that share its memory; divided like the weights."""
+        tensors: dict[str, Tensor] = {}
+        for (name, weight), average in zip(self._weights.items(), self._average.shadow_params, strict=True):
+            tensors[name] = average.detach()
+            if isinstance(weight, DTensor):
+                tensors[name] = DTensor.from_local(
+                    tensors[name], weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                )
+        return tensors
 
-    def load(self, path: Path, step: int) -> None:
+    def save(self, folder: Path, is_main_process: bool) -> None:
+        """Writes the average to a folder; all processes must call it."""
+        if self._sharded:
+            sharded_checkpoint.save(self._tensors(), checkpoint_id=folder / "ema")
+        elif is_main_process:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+            save_file(tensors, folder / "ema.safetensors")
+
+    def load(self, folder: Path, step: int) -> None:
         """Reads the average of a run after `step` optimizer steps."""
-        tensors = load_file(path)
-        with torch.no_grad():
-            for name, weight in zip(self._names, self._average.shadow_params, strict=True):
-                weight.copy_(tensors[name])
+        if self._sharded:
+            sharded_checkpoint.load(self._tensors(), checkpoint_id=folder / "ema")
+        else:
+            saved = load_file(folder / "ema.safetensors")
+            for name, weight in self._tensors().items():
+                weight.copy_(saved[name])
         self._average.optimization_step = step
 
 
@@ -79,10 +107,10 @@ class NoEMA:
     def __exit__(self, *error: object) -> None:
         """Does nothing."""
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path, is_main_process: bool) -> None:
         """Does nothing: the checkpoint holds the weights."""
 
-    def load(self, path: Path, step: int) -> None:
+    def load(self, folder: Path, step: int) -> None:
         """Does nothing."""
 
 
@@ -118,10 +146,14 @@ def save_checkpoint(
     with atomic_directory(final) if accelerator.is_main_process else nullcontext(partial_path(final)) as partial:
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
+        average.save(partial, accelerator.is_main_process)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            average.save(partial / "ema.safetensors")
-            record = {"files": _digests(partial), "settings": settings | _environment(accelerator)}
+            record = {
+                "files": _digests(partial),
+                "settings": settings | _environment(accelerator),
+                "strategy": _strategy(accelerator),
+            }
             (partial / _RECORD).write_text(json.dumps(record, indent=1))
     if accelerator.is_main_process:
         for _, old in checkpoints(folder)[:-keep_last]:
@@ -137,26 +169,20 @@ def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, 
     uninterrupted one.
 
     Raises:
-        ValueError: There are checkpoints, but all of them are damaged.
+        ValueError: There are checkpoints, but all of them are damaged, or another strategy wrote the newest one.
     """
-    with accelerator.main_process_first():
-        for _, path in reversed(checkpoints(folder)):
-            reason = _find_damage(path)
-            if reason is None:
-                break
-            logger.warning(f"{path} is damaged ({reason}): it is renamed to *.damaged, and the previous one is used")
-            shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
-            path.rename(path.with_name(path.name + ".damaged"))
-    found = checkpoints(folder)
-    if not found:
-        if damaged := sorted(folder.glob("checkpoint-*.damaged")):
-            raise ValueError(
-                f"every checkpoint in {folder} is damaged ({', '.join(path.name for path in damaged)}): delete them "
-                "to start from step 0"
-            )
+    newest, error = from_main_process(_newest(folder) if accelerator.is_main_process else None)
+    if error:
+        raise ValueError(error)
+    if newest is None:
         return 0
-    step, path = found[-1]
-    before = json.loads((path / _RECORD).read_text())["settings"]
+    step, path = newest
+    record = json.loads((path / _RECORD).read_text())
+    if record.get("strategy", _strategy(accelerator)) != _strategy(accelerator):
+        raise ValueError(
+            f"{path} was written with {record['strategy']} and is resumed with it only, got {_strategy(accelerator)}"
+        )
+    before = record["settings"]
     now = json.loads(json.dumps(settings | _environment(accelerator)))
     changed = [
         f"{key} {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
@@ -164,9 +190,32 @@ def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, 
     if changed:
         logger.warning(f"{path} is not resumed exactly: {', '.join(changed)}")
     accelerator.load_state(str(path))
-    average.load(path / "ema.safetensors", step)
+    average.load(path, step)
     accelerator.print(f"resumed from {path} after {step} steps")
     return step
+
+
+def _newest(folder: Path) -> tuple[tuple[int, Path] | None, str | None]:
+    """The newest undamaged checkpoint, if any, or why a run cannot start; moves damaged ones aside."""
+    for step, path in reversed(checkpoints(folder)):
+        reason = _find_damage(path)
+        if reason is None:
+            return (step, path), None
+        logger.warning(f"{path} is damaged ({reason}): it is renamed to *.damaged, and the previous one is used")
+        shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
+        path.rename(path.with_name(path.name + ".damaged"))
+    if damaged := sorted(folder.glob("checkpoint-*.damaged")):
+        return None, (
+            f"every checkpoint in {folder} is damaged ({', '.join(path.name for path in damaged)}): delete them to "
+            "start from step 0"
+        )
+    return None, None
+
+
+def _strategy(accelerator: Accelerator) -> str:
+    """How a checkpoint divides the weights."""
+    name = accelerator.distributed_type.name
+    return name if name in ("FSDP", "DEEPSPEED") else "whole weights"
 
 
 def _environment(accelerator: Accelerator) -> dict[str, Any]:

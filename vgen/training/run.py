@@ -13,11 +13,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
     set_seed,
 )
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from transformers import get_scheduler
 from vgen.checks import check_literals
 from vgen.io.atomic import write_text
 from vgen.io.settings import parse_settings
-from vgen.processes import check_world_size, drain_gloo_threads, on_cpus
+from vgen.processes import check_shared_folder, check_world_size, drain_gloo_threads, on_cpus, on_several_machines
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
@@ -127,8 +129,8 @@ class RunConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
-SCORING_TIMEOUT = timedelta(hours=12)
-"""How long processes wait for one that computes scores or saves a checkpoint."""
+PROCESS_TIMEOUT = timedelta(hours=1)
+"""How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
 NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
 """Settings that do not affect a run's weights."""
@@ -150,15 +152,21 @@ def config_text(config: RunConfig) -> str:
 
 
 def start(config: RunConfig) -> Accelerator:
-    """Creates the accelerator of a run and saves the settings next to its checkpoints."""
+    """Creates the accelerator of a run and saves the settings next to its checkpoints.
+
+    Raises:
+        ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
+    """
+    zero_on_cpus = _wants_zero_on_cpus()
     accelerator = Accelerator(
-        cpu=on_cpus(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=SCORING_TIMEOUT)],
+        cpu=on_cpus() and not zero_on_cpus,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     check_world_size(accelerator.num_processes)
+    _shard_on_cpus(accelerator)
     _check_strategy(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -166,10 +174,33 @@ def start(config: RunConfig) -> Accelerator:
             "gradient_accumulation_steps in the recipe, not in accelerate's configuration"
         )
     set_seed(config.seed)
+    if on_several_machines():
+        check_shared_folder(config.output_dir)
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
+
+
+def _wants_zero_on_cpus() -> bool:
+    """Whether DeepSpeed was launched on CPUs, where it works over gloo if accelerate does not take them for CPUs."""
+    launched = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" in os.environ
+    return launched and not parse_flag_from_env("ACCELERATE_USE_CPU") and not torch.accelerator.is_available()
+
+
+def _shard_on_cpus(accelerator: Accelerator) -> None:
+    """Turns FSDP2 on for several processes on CPUs, where accelerate ignores it although PyTorch supports it.
+
+    PyTorch shards on an accelerator where there is one, so `ACCELERATE_USE_CPU` on such a machine does not shard.
+    """
+    several = accelerator.distributed_type == DistributedType.MULTI_CPU and not torch.accelerator.is_available()
+    if several and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does for GPUs
 
 
 def _check_strategy(accelerator: Accelerator) -> None:
@@ -186,6 +217,8 @@ def _check_strategy(accelerator: Accelerator) -> None:
     if active == "MEGATRON_LM" or (active == "FSDP" and not accelerator.is_fsdp2):
         name = "FSDP1" if active == "FSDP" else active
         raise ValueError(f"{name} is not supported: train/accelerate has configurations for DDP, FSDP2 and DeepSpeed")
+    if active == "FSDP" and (kind := accelerator.state.fsdp_plugin.state_dict_type.name) != "SHARDED_STATE_DICT":
+        raise ValueError(f"fsdp_state_dict_type must be SHARDED_STATE_DICT, got {kind}")
 
 
 def check_sharding(config: RunConfig, strategy: str) -> None:
@@ -198,15 +231,20 @@ def check_sharding(config: RunConfig, strategy: str) -> None:
     Raises:
         ValueError: Some settings are not supported; the message names all of them.
     """
+    fsdp, train_only = strategy == "FSDP", getattr(config, "train_only", "all")
     wrong = [
         f"{name}={getattr(config, name)} (must be {legal})"
         for name, legal, right in (
-            ("ema_decay", 0, config.ema_decay == 0),
+            ("ema_decay", 0, fsdp or config.ema_decay == 0),
             ("optimizer", "adamw", config.optimizer == "adamw"),
-            ("train_text_encoder", "false", not getattr(config, "train_text_encoder", False)),
-            ("train_only", "all", getattr(config, "train_only", "all") == "all"),
+            ("train_text_encoder", "false", fsdp or not getattr(config, "train_text_encoder", False)),
+            (
+                "train_only",
+                "all or temporal" if fsdp else "all",
+                train_only == "all" or (fsdp and train_only == "temporal"),
+            ),
             ("gan_weight", 0, not getattr(config, "gan_weight", 0)),
-            ("gradient_accumulation_steps", 1, strategy == "FSDP" or config.gradient_accumulation_steps == 1),
+            ("gradient_accumulation_steps", 1, fsdp or config.gradient_accumulation_steps == 1),
         )
         if not right
     ]
@@ -260,6 +298,19 @@ def make_optimizers(config: RunConfig, network: nn.Module) -> tuple[list[torch.o
         for optimizer in optimizers
     ]
     return optimizers, schedules
+
+
+def fill_states(optimizer: torch.optim.Optimizer) -> None:
+    """Gives all weights of an AdamW the states that it gives each weight at its first gradient.
+
+    Sharded checkpoints cannot be loaded if some weights, which the loss has not depended on yet, have no states.
+    """
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        optimizer.state[weight] = {
+            "step": torch.zeros((), device=weight.device),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
@@ -364,9 +415,11 @@ class Run:
             settings["gradient_clipping"] = config.max_grad_norm
         model.to(accelerator.device)
         optimizers, self.schedules = make_optimizers(config, model)
-        self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=has_unused_weights)
         self.network, *self.optimizers = accelerator.prepare(model, *optimizers)
+        if strategy == "FSDP":
+            fill_states(optimizers[0])
+        self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
         if accelerator.process_index > 0:  # all processes have made the same network; dropout is each one's own
             set_seed(config.seed, device_specific=True)
         accelerator.register_for_checkpointing(*self.schedules)
@@ -451,7 +504,10 @@ class Run:
         self._bar.update()
 
     def count(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[nn.Module], Any]) -> None:
-        """Counts a part of a batch for the throughput; see `Throughput.add`. `forward` is called with the network."""
+        """Counts a part of a batch for the throughput; see `Throughput.add`. `forward` is called with the network.
+
+        All processes of a sharded run must call it with the same `shape`, because the forward pass gathers weights.
+        """
         self._throughput.add(clips, tokens, shape, lambda: forward(self.accelerator.unwrap_model(self.network)))
 
     def log(self, **losses: Tensor) -> None:
@@ -475,17 +531,10 @@ class Run:
     def scores_are_due(self) -> bool:
         """Whether scores should be computed after this step, that is, every `sample_every` steps.
 
+        All processes then compute a part of the scores or the same scores, so that none waits for another for long.
         Always false for sharded networks, because no process holds all weights.
         """
         return not self.sharded and self.step % self.config.sample_every == 0
-
-    @property
-    def wants_scores(self) -> bool:
-        """Whether this process should compute scores after this step: the main process, if they are due.
-
-        The others wait for it in the next step.
-        """
-        return self.scores_are_due and self.accelerator.is_main_process
 
     def report(self, scores: dict[str, float]) -> None:
         """Writes scores to the logs and to the terminal, in the main process."""
@@ -518,9 +567,9 @@ class Run:
         if self.stopped:
             self.accelerator.print(f"stopped after {self.step} steps; the same command resumes from there")
         else:
-            weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
-            if self.accelerator.is_main_process:
-                with self.average:
+            with self.average:
+                weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
+                if self.accelerator.is_main_process:
                     save_result(weights)
         if self.accelerator.num_processes > 1:
             drain_gloo_threads()
