@@ -11,6 +11,7 @@ import pytest
 from tests.test_pipeline import make_pipeline
 from vgen.data.video_io import read_video, write_video
 from vgen.io.remote import as_path, last_modified, local_copy, local_input, local_output
+from vgen.io.settings import parse_settings
 from vgen.tasks.engine import EngineOptions
 from vgen.tasks.jobs import Job, JobConfig, job_worker, read_manifest, run_jobs, video_jobs
 from vgen.tasks.video_files import predict_file
@@ -57,6 +58,11 @@ def test_local_paths_stay_as_they_are_and_urls_keep_their_slashes(tmp_path):
         as_path(Path("s3://bucket/folder"))
     with pytest.raises(ValueError, match="no file system for nowhere:// is known"):
         as_path("nowhere://a")
+
+
+def test_the_command_line_keeps_the_slashes_of_urls():
+    config = parse_settings(JobConfig, "", ["--output_dir", "s3://bucket/a", "--engine", "ray"])
+    assert config.output_dir == "s3://bucket/a" and config.engine == "ray"
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -50,7 +51,7 @@ def wait_until(process, ready):
     while not ready():
         try:
             process.wait(0.02)
-        except Exception:
+        except subprocess.TimeoutExpired:
             continue
         pytest.fail("finished too early: " + process.stderr.read()[-3000:])
 

@@ -284,13 +284,15 @@ def _run_on_ray(jobs: Sequence[Job], config: EngineOptions, folder: Path, load: 
     """Runs all jobs on a Ray cluster. The actors write the files, and this process the manifest."""
     from vgen.tasks.ray_engine import ItemError, ray_pool
 
-    with ray_pool(load, config, len(jobs)) as pool:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, manifest = read_manifest(folder), ManifestWriter(folder, 0)
+    to_do = [job for job in jobs if not is_done(job, lines, folder)]
+    with ray_pool(load, config, max_actors=len(to_do)) as pool:
         prepare_folder(folder, pool.settings, jobs)
-        lines, manifest = read_manifest(folder), ManifestWriter(folder, 0)
-        to_do = [job for job in jobs if not is_done(job, lines, folder)]
         for job, line in tqdm(pool.map(to_do), total=len(to_do), unit="file"):
             if isinstance(line, ItemError):
-                line = {"name": job.name, **job.inputs, **_failure(line), "seconds": None, "time": time.time()}
+                line = {"name": job.name, "status": "failed", **job.inputs} | _failure(line)
+                line |= {"seconds": None, "time": time.time()}
             manifest.append(line)
     if not is_url(folder):
         remove_workspaces(folder, [job.name for job in jobs])  # of actors that died
