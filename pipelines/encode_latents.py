@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -489,10 +489,14 @@ def open_source(
     return (StreamClips if isinstance(sources[0], VideoStream) else FolderClips)(config, sources)
 
 
-@lru_cache
 def sorted_videos(data: str, samplings: tuple[tuple[Bucket, Sampling], ...]) -> dict[Bucket, list[Listed]]:
     """The videos of a folder by bucket; cached, so that each file is probed once and not once per bucket."""
-    return sort_into_buckets(list_videos(local_copy(data)), dict(samplings))
+    if (data, samplings) not in _SORTED:
+        _SORTED[data, samplings] = sort_into_buckets(list_videos(local_copy(data)), dict(samplings))
+    return _SORTED[data, samplings]
+
+
+_SORTED: dict[Any, dict[Bucket, list[Listed]]] = {}  # Ray cannot send functions of scripts with an `lru_cache`
 
 
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:

@@ -45,7 +45,7 @@ NOT_RUN = {
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
     "pip install vgen[ray]": "needs a network",
     "pip install vgen[remote]": "needs a network",
-    "python pipelines/text_to_video.py --prompts prompts.txt --output_dir /shared/videos --engine ray "
+    "python pipelines/predict.py --videos /shared/clips --output_dir /shared/futures --engine ray "
     "--ray_address auto": "needs a Ray cluster; tests/tasks/test_ray_engine.py runs such commands",
     "accelerate launch pipelines/predict.py --videos s3://bucket/clips --output_dir s3://bucket/futures": "needs S3; "
     "tests/io/test_remote.py has a local server",
