@@ -11,17 +11,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vgen.checks import check_integer, check_number
 from vgen.tasks.engine import EngineOptions, Worker
 
 MAX_DEATHS = 3
-"""How many actors may die on the same item, or in a row while loading, before it counts as the cause."""
+"""How many actors may die on the same item, or one after another in place of the same one while loading."""
 
 
 class ItemError(RuntimeError):
     """An item that ended every actor that worked on it."""
+
+
+class _Call(NamedTuple):
+    actor: Any
+    item: Any = None
+    """`None` while the actor loads its worker or shows that it is alive."""
+    attempt: int = 1
+    """How many actors have loaded in this place, if no item was done since."""
 
 
 class RayPool:
@@ -45,8 +53,7 @@ class RayPool:
 
         self.ray, self.load, self.options = ray, load, options
         self._ready: list[Any] = []
-        self._calls: dict[Any, tuple[Any, Any]] = {}  # reference of a call: its actor, and its item or None
-        self._failed_starts = 0
+        self._calls: dict[Any, _Call] = {}  # by the references of their results
         resources = ray.cluster_resources()
         gpus = options.ray_gpus if options.ray_gpus is not None else min(1, resources.get("GPU", 0))
         self._actor_class = ray.remote(num_cpus=options.ray_cpus, num_gpus=gpus)(_Actor)
@@ -71,7 +78,7 @@ class RayPool:
         while left:
             while queue and self._ready:
                 actor, item = self._ready.pop(), queue.popleft()
-                self._calls[actor.work.remote(item)] = (actor, item)
+                self._calls[actor.work.remote(item)] = _Call(actor, item)
             item, result = self._wait()
             if item is None:
                 continue
@@ -85,33 +92,39 @@ class RayPool:
 
     def close(self) -> None:
         """Ends the actors."""
-        for actor in [*self._ready, *(actor for actor, _ in self._calls.values())]:
+        for actor in [*self._ready, *(call.actor for call in self._calls.values())]:
             self.ray.kill(actor)
 
-    def _start_actor(self) -> None:
+    def _start_actor(self, attempt: int = 1) -> None:
         actor = self._actor_class.remote()
-        self._calls[actor.start.remote(self.load, os.getcwd())] = (actor, None)
+        self._calls[actor.start.remote(self.load, os.getcwd())] = _Call(actor, attempt=attempt)
 
     def _wait(self) -> tuple[Any, Any]:
-        """Waits for one call; returns its item and result. The item of a call that loads a worker is `None`."""
+        """Waits for one call; returns its item and result."""
         [reference], _ = self.ray.wait(list(self._calls))
-        actor, item = self._calls.pop(reference)
+        call = self._calls.pop(reference)
         try:
             result = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            self._ready.append(actor)
+            self._ready.append(call.actor)
             raise error.as_instanceof_cause() from None
         except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as error:
-            self.ray.kill(actor)  # it may be alive and only out of reach
-            self._failed_starts += item is None
-            if self._failed_starts >= MAX_DEATHS:
-                raise RuntimeError(f"{MAX_DEATHS} actors died while they loaded the model: {error}") from error
-            self._start_actor()
-            return item, ItemError(f"{MAX_DEATHS} actors died while they worked on it: {error}")
-        self._ready.append(actor)
-        if item is None:
-            self._settings, self._failed_starts = result, 0
-        return item, result
+            self.ray.kill(call.actor)  # it may be alive and only out of reach
+            self._replace(call, error)
+            return call.item, ItemError(f"{MAX_DEATHS} actors died while they worked on it: {error}")
+        self._ready.append(call.actor)
+        if call.item is None:
+            self._settings = result
+        return call.item, result
+
+    def _replace(self, call: _Call, error: Exception) -> None:
+        """Starts another actor, and asks the idle ones whether they live, so that no item is lost to a dead one."""
+        if call.item is None and call.attempt == MAX_DEATHS:
+            raise RuntimeError(f"{MAX_DEATHS} actors died while they loaded the model: {error}") from error
+        self._start_actor(1 if call.item is not None else call.attempt + 1)
+        while self._ready:
+            actor = self._ready.pop()
+            self._calls[actor.settings.remote()] = _Call(actor)
 
 
 class _Actor:
@@ -120,6 +133,9 @@ class _Actor:
         if Path(folder).is_dir():
             os.chdir(folder)
         self.worker = load()
+        return self.settings()
+
+    def settings(self) -> Any:
         return self.worker.settings
 
     def work(self, item: Any) -> Any:
