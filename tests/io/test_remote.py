@@ -1,6 +1,7 @@
 """Inputs and outputs at URLs: in memory, and on a local S3 server."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import make_pipeline
+from vgen.data.latents import LatentSet
 from vgen.data.video_io import read_video, write_video
 from vgen.io.remote import as_path, last_modified, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
 from vgen.tasks.engine import EngineOptions
+from vgen.tasks.evaluation import EvaluationConfig, evaluate
 from vgen.tasks.jobs import Job, JobConfig, job_worker, read_manifest, run_jobs, video_jobs
 from vgen.tasks.video_files import predict_file
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +143,28 @@ def test_videos_at_urls_give_the_same_videos(url, tmp_path, suffix):
     with local_input(f"{url}/out/a{suffix}") as video:
         assert np.array_equal(read_video(video)[0], read_video(tmp_path / "out" / f"a{suffix}")[0])
     assert lines_of(f"{url}/out") == lines_of(tmp_path / "out")
+
+
+def test_latents_and_evaluations_at_urls_resume(tmp_path, monkeypatch):
+    make_pipeline(tasks=["text", "leading"]).save_pretrained(tmp_path)
+    folder = f"memory://{tmp_path.name}"
+    options = {
+        "vae": tmp_path / "vae", "output_dir": f"{folder}/latents", "height": 16, "width": 16, "num_frames": 5,
+        "batch_size": 2, "shard_size": 2, "num_clips": 3, "mixed_precision": "no",
+    }  # fmt: skip
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(
+        sys, "argv", ["", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    )
+    config = EvaluationConfig(
+        output_dir=f"{folder}/out", model=str(tmp_path), num_clips=2, tasks=["reconstruction"], batch_size=1
+    )
+    modified = []
+    for _ in range(2):
+        runpy.run_path(str(ROOT / "pipelines/encode_latents.py"), run_name="__main__")
+        results = evaluate(config)
+        files = [*as_path(f"{folder}/latents").glob("*.safetensors"), *as_path(f"{folder}/out/clips").glob("0*.json")]
+        modified.append([last_modified(path) for path in sorted(files, key=str)])
+    assert modified[0] == modified[1] and len(modified[0]) == 4
+    assert json.loads((as_path(folder) / "out/results.json").read_text()) == results
+    assert len(LatentSet(local_copy(f"{folder}/latents"))) == 3
