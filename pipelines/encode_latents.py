@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from vgen.checks import check_choice
 from vgen.data.augment import Augmentation
 from vgen.data.clips import (
     Bucket,
@@ -43,18 +44,21 @@ from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.sources import VideoStream, open_clips
 from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import this_process
+from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
+from vgen.tasks.ray_engine import ItemError, ray_pool
 from vgen.temporal.flow import FlowMethod, measure_motion
 from vgen.training.run import compile_blocks
 from vgen.training.sources import ShapesSource
 
 NUM_DRAWN = 20000
-NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile")
+NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile", *ENGINE_OPTIONS)
 
 
 class Batch(NamedTuple):
@@ -69,13 +73,13 @@ class Batch(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class EncodeConfig:
+class EncodeConfig(EngineOptions):
     """Settings of the encoding."""
 
     vae: str
     """Folder or Hub id of a `CausalVideoVAE`, or of an `AutoencoderKL`, which encodes frame by frame."""
-    output_dir: Path
-    """Folder for the shards."""
+    output_dir: str | Path
+    """Folder for the shards, or its URL."""
     data: str | None = None
     """A folder of videos or another source of `vgen.data.sources.open_clips`; `None` generates ShapesWorld."""
     buckets: list[str] = field(default_factory=list)
@@ -131,34 +135,125 @@ class EncodeConfig:
     """Whether to compile the VAE's repeated blocks, which takes about a minute at the start."""
 
 
-@torch.no_grad()
+class Source(NamedTuple):
+    """A folder of shards to write: that of a bucket, or the only one."""
+
+    config: EncodeConfig
+    settings: dict[str, Any]
+    """What all its shards have in common."""
+    num_clips: int | None
+    """`None` for a stream."""
+
+
+class ShardRange(NamedTuple):
+    """The clips of one shard."""
+
+    source: int
+    """Index of the source."""
+    clips: range
+
+
 def main(config: EncodeConfig) -> None:
-    """Encodes the missing shards, split between processes."""
+    """Encodes the missing shards, split between processes or Ray actors.
+
+    Raises:
+        ValueError: A setting is invalid, a folder has shards with other settings, or a stream is to be encoded on Ray.
+    """
+    check_choice("engine", config.engine, Engine)
+    if config.engine == "ray":
+        with ray_pool(partial(load_worker, config), config) as pool:
+            shards = prepare(pool.settings)
+            for _, result in tqdm(pool.map(shards), total=len(shards), unit="shard"):
+                if isinstance(result, ItemError):
+                    raise result
+        return
     process = this_process()
-    vae = load_vae(config.vae).to(process.device).eval()
-    codec = as_video_vae(vae)
-    if config.compile:
-        compile_blocks(vae)
-    text = TextEncoder(config, process.device) if config.text_encoder else None
-    for part, bucket in in_buckets(config):
-        clips = open_source(part, bucket)
-        if clips is None:
-            tqdm.write(f"bucket {bucket} is empty: every video is nearer to another bucket")
-            continue
-        part.output_dir.mkdir(parents=True, exist_ok=True)
-        if process.is_main_process:
-            settings = shard_settings(part, vae, text)
-            if isinstance(clips, StreamClips):  # the split of its videos depends on the number of processes
-                settings["processes"] = process.num_processes
-                settings |= {"shared_out": "shards"} if process.num_processes > 1 else {}
-            if isinstance(clips, FolderClips):  # an added video would change the order of all others
-                settings["videos_sha256"] = clips.digest
-            check_settings(part.output_dir, settings, ["*.safetensors"])
-        process.wait_for_everyone()
+    encoder = Encoder(config)
+    if process.is_main_process:
+        for source in encoder.sources:
+            check_folder(source)
+    process.wait_for_everyone()
+    for index, source in enumerate(encoder.sources):
+        clips = encoder.clips[index]
         if isinstance(clips, StreamClips):
-            encode_stream(part, codec, text, clips, process)
+            encode_stream(source.config, encoder.codec, encoder.text, clips, process)
         else:
-            encode_listed(part, codec, text, clips, process)
+            for shard in tqdm(shards_of(index, source)[process.process_index :: process.num_processes], unit="shard"):
+                encoder.encode(shard)
+
+
+def load_worker(config: EncodeConfig) -> Worker:
+    """Loads the networks and opens the data, once per Ray actor."""
+    encoder = Encoder(config)
+    return Worker(encoder.sources, encoder.encode)
+
+
+def prepare(sources: list[Source]) -> list[ShardRange]:
+    """Checks the folders of all sources, and lists their shards.
+
+    Raises:
+        ValueError: A source is a stream, whose clips cannot be numbered, or as in `check_settings`.
+    """
+    for source in sources:
+        if source.num_clips is None:
+            raise ValueError(
+                "engine=ray needs data of known length, because any actor may encode any shard, got the stream "
+                f"{source.config.data}: use accelerate launch"
+            )
+        check_folder(source)
+    return [shard for index, source in enumerate(sources) for shard in shards_of(index, source)]
+
+
+def check_folder(source: Source) -> None:
+    """Creates the folder of a source, or checks that it has the same settings."""
+    folder = as_path(source.config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, source.settings, ["*.safetensors"])
+
+
+def shards_of(index: int, source: Source) -> list[ShardRange]:
+    """The shards of a source of known length."""
+    assert source.num_clips is not None
+    clips, size = range(source.num_clips), source.config.shard_size
+    return [ShardRange(index, clips[first : first + size]) for first in clips[::size]]
+
+
+class Encoder:
+    """The networks, and the open sources of clips."""
+
+    def __init__(self, config: EncodeConfig):
+        self.device = this_process().device
+        vae = load_vae(config.vae).to(self.device).eval()
+        self.codec = as_video_vae(vae)
+        if config.compile:
+            compile_blocks(vae)
+        self.text = TextEncoder(config, self.device) if config.text_encoder else None
+        self.sources: list[Source] = []
+        self.clips: list[WorldClips | DigitClips | FolderClips | StreamClips] = []
+        for part, bucket in in_buckets(config):
+            clips = open_source(part, bucket)
+            if clips is None:
+                tqdm.write(f"bucket {bucket} is empty: every video is nearer to another bucket")
+                continue
+            length = None if isinstance(clips, StreamClips) else len(clips)
+            self.sources.append(Source(part, shard_settings(part, vae, self.text, clips), length))
+            self.clips.append(clips)
+
+    @torch.no_grad()
+    def encode(self, shard: ShardRange) -> None:
+        """Encodes a shard, unless it exists, and replaces one that begins with the same clip and is shorter."""
+        config, clips = self.sources[shard.source].config, self.clips[shard.source]
+        assert not isinstance(clips, StreamClips)
+        folder, (first, stop) = as_path(config.output_dir), (shard.clips.start, shard.clips.stop)
+        path = folder / f"{first:08d}-{stop:08d}.safetensors"
+        if path.exists():
+            return
+        written = Shard(config, self.codec, self.text)
+        for begin in range(first, stop, config.batch_size):
+            written.add(clips.batch(range(begin, min(begin + config.batch_size, stop)), self.device))
+        written.write(path)
+        for shorter in set(folder.glob(f"{first:08d}-*.safetensors")) - {path}:
+            shorter.unlink()
 
 
 def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | None]]:
@@ -170,35 +265,14 @@ def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | No
     if not config.buckets:
         yield config, None
         return
-    if config.data is None or not Path(config.data).is_dir():
+    if config.data is None or not as_path(config.data).is_dir():
         raise ValueError(f"buckets need a folder of videos, got data={config.data}")
     for bucket in map(Bucket.parse, config.buckets):
-        folder = config.output_dir / str(bucket)
+        folder = as_path(config.output_dir) / str(bucket)
         yield replace(config, output_dir=folder, **bucket._asdict()), bucket
 
 
-def encode_listed(
-    config: EncodeConfig,
-    codec: CausalVideoVAE | PerFrameVAE,
-    text: TextEncoder | None,
-    clips: WorldClips | DigitClips | FolderClips,
-    process: PartialState,
-) -> None:
-    """Encodes a source of known length. Shards are split between processes, and existing ones are skipped."""
-    starts = list(range(0, len(clips), config.shard_size))
-    for start in tqdm(starts[process.process_index :: process.num_processes], unit="shard"):
-        indices = range(start, min(start + config.shard_size, len(clips)))
-        path = config.output_dir / f"{start:08d}-{indices.stop:08d}.safetensors"
-        if path.exists():
-            continue
-        shard = Shard(config, codec, text)
-        for begin in range(0, len(indices), config.batch_size):
-            shard.add(clips.batch(indices[begin : begin + config.batch_size], process.device))
-        shard.write(path)
-        for shorter in set(config.output_dir.glob(f"{start:08d}-*.safetensors")) - {path}:
-            shorter.unlink()
-
-
+@torch.no_grad()
 def encode_stream(
     config: EncodeConfig,
     codec: CausalVideoVAE | PerFrameVAE,
@@ -211,17 +285,20 @@ def encode_stream(
     The name of a shard has the rank of its process and the range of its videos. A video is never split between shards.
     """
     names = f"stream-{process.process_index:04d}-of-{process.num_processes:04d}"
-    shards = sorted(config.output_dir.glob(f"{names}-*.safetensors"))
+    folder = as_path(config.output_dir)
+    shards = sorted(folder.glob(f"{names}-*.safetensors"))
     first = int(shards[-1].stem.split("-")[-1]) if shards else 0
     left = math.inf if config.num_clips is None else -(-config.num_clips // process.num_processes)
-    left -= sum(shard_length(path) for path in shards)
+    for path in shards:
+        with local_input(path) as local:
+            left -= shard_length(local)
     shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip")
 
     def flush(stop: int) -> None:
         nonlocal shard, first
         shard.add(to_batch(waiting, process.device))
         waiting.clear()
-        shard.write(config.output_dir / f"{names}-{first:08d}-{stop:08d}.safetensors")
+        shard.write(folder / f"{names}-{first:08d}-{stop:08d}.safetensors")
         shard, first = Shard(config, codec, text), stop
 
     stop = first
@@ -287,7 +364,8 @@ class Shard:
         if self.text is not None:
             extra["embeddings"] = self.text([caption for one in self.captions for caption in one])
             extra["no_prompt"] = self.text([""])[0]
-        write_shard(path, torch.cat(self.latents), self.captions, self.rates, **extra)
+        with local_output(path) as local:
+            write_shard(local, torch.cat(self.latents), self.captions, self.rates, **extra)
 
 
 class TextEncoder:
@@ -411,10 +489,14 @@ def open_source(
     return (StreamClips if isinstance(sources[0], VideoStream) else FolderClips)(config, sources)
 
 
-@lru_cache
 def sorted_videos(data: str, samplings: tuple[tuple[Bucket, Sampling], ...]) -> dict[Bucket, list[Listed]]:
     """The videos of a folder by bucket; cached, so that each file is probed once and not once per bucket."""
-    return sort_into_buckets(list_videos(Path(data)), dict(samplings))
+    if (data, samplings) not in _SORTED:
+        _SORTED[data, samplings] = sort_into_buckets(list_videos(local_copy(data)), dict(samplings))
+    return _SORTED[data, samplings]
+
+
+_SORTED: dict[Any, dict[Bucket, list[Listed]]] = {}  # Ray cannot send functions of scripts with an `lru_cache`
 
 
 def to_batch(clips: list[Clip], device: torch.device) -> Batch:
@@ -433,12 +515,22 @@ def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor, mixed_precision: str
 
 
 def shard_settings(
-    config: EncodeConfig, vae: CausalVideoVAE | AutoencoderKL, text: TextEncoder | None
+    config: EncodeConfig,
+    vae: CausalVideoVAE | AutoencoderKL,
+    text: TextEncoder | None,
+    clips: WorldClips | DigitClips | FolderClips | StreamClips,
 ) -> dict[str, Any]:
     """The settings that all shards of a folder must have in common."""
     settings = {name: value for name, value in vars(config).items() if name not in NOT_IN_SHARDS}
     settings["vae_sha256"] = encoder_digest(vae)
-    return settings | ({} if text is None else {"text_encoder_sha256": weights_digest(text.network)})
+    if text is not None:
+        settings["text_encoder_sha256"] = weights_digest(text.network)
+    if isinstance(clips, StreamClips):  # the split of its videos depends on the number of processes
+        settings["processes"] = this_process().num_processes
+        settings |= {"shared_out": "shards"} if settings["processes"] > 1 else {}
+    if isinstance(clips, FolderClips):  # an added video would change the order of all others
+        settings["videos_sha256"] = clips.digest
+    return settings
 
 
 if __name__ == "__main__":

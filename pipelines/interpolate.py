@@ -5,12 +5,15 @@ accelerate launch pipelines/interpolate.py --videos clips --factor 4 --output_di
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vgen.io.remote import local_input
 from vgen.io.settings import parse_settings
 from vgen.sampling.options import InterpolationOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.tasks.engine import Worker
+from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, run_jobs, run_settings, video_jobs
 from vgen.tasks.video_files import interpolate_file
 
 
@@ -18,8 +21,8 @@ from vgen.tasks.video_files import interpolate_file
 class InterpolateConfig(InterpolationOptions, JobConfig):
     """Settings of interpolation."""
 
-    videos: Path
-    """Folder of video files or folders of frames."""
+    videos: str | Path
+    """Folder of video files or folders of frames, or its URL."""
     prompt: str | None = None
     """Prompt for all videos; unconditional if not set."""
 
@@ -27,21 +30,27 @@ class InterpolateConfig(InterpolationOptions, JobConfig):
 def main(config: InterpolateConfig) -> int:
     """Generates the videos that are not done yet; returns the number of failures."""
     jobs = video_jobs(config.videos, config)
+    return run_jobs(jobs, config, config.output_dir, partial(load, config))
+
+
+def load(config: InterpolateConfig) -> Worker:
+    """Loads the checkpoint, once per process or Ray actor."""
     pipe = load_pipeline(config)
 
     def make(job: Job, path: Path) -> dict[str, Any]:
-        return interpolate_file(
-            pipe,
-            Path(job.inputs["video"]),
-            path,
-            prompt=config.prompt,
-            seed=job.inputs["seed"],
-            fps=config.fps,
-            overwrite=True,
-            **InterpolationOptions.of(config).given(),
-        )
+        with local_input(job.inputs["video"]) as video:
+            return interpolate_file(
+                pipe,
+                video,
+                path,
+                prompt=config.prompt,
+                seed=job.inputs["seed"],
+                fps=config.fps,
+                overwrite=True,
+                **InterpolationOptions.of(config).given(),
+            )
 
-    return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "videos"), make)
+    return job_worker(make, config.output_dir, run_settings(config, pipe, "videos"))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ accelerate launch pipelines/predict.py --videos clips --num_frames 16 --output_d
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vgen.io.remote import local_input
 from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.tasks.engine import Worker
+from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, run_jobs, run_settings, video_jobs
 from vgen.tasks.video_files import predict_file
 
 
@@ -18,8 +21,8 @@ from vgen.tasks.video_files import predict_file
 class PredictConfig(RolloutOptions, JobConfig):
     """Settings of prediction."""
 
-    videos: Path
-    """Folder of video files or folders of frames."""
+    videos: str | Path
+    """Folder of video files or folders of frames, or its URL."""
     num_frames: int = 16
     """Number of new frames."""
     prompt: str | None = None
@@ -31,23 +34,29 @@ class PredictConfig(RolloutOptions, JobConfig):
 def main(config: PredictConfig) -> int:
     """Generates the videos that are not done yet; returns the number of failures."""
     jobs = video_jobs(config.videos, config)
+    return run_jobs(jobs, config, config.output_dir, partial(load, config))
+
+
+def load(config: PredictConfig) -> Worker:
+    """Loads the checkpoint, once per process or Ray actor."""
     pipe = load_pipeline(config)
 
     def make(job: Job, path: Path) -> dict[str, Any]:
-        return predict_file(
-            pipe,
-            Path(job.inputs["video"]),
-            path,
-            config.prompt,
-            seed=job.inputs["seed"],
-            with_input=config.with_input,
-            fps=config.fps,
-            overwrite=True,
-            num_frames=config.num_frames,
-            **RolloutOptions.of(config).given(),
-        )
+        with local_input(job.inputs["video"]) as video:
+            return predict_file(
+                pipe,
+                video,
+                path,
+                config.prompt,
+                seed=job.inputs["seed"],
+                with_input=config.with_input,
+                fps=config.fps,
+                overwrite=True,
+                num_frames=config.num_frames,
+                **RolloutOptions.of(config).given(),
+            )
 
-    return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "videos"), make)
+    return job_worker(make, config.output_dir, run_settings(config, pipe, "videos"))
 
 
 if __name__ == "__main__":

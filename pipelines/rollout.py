@@ -7,12 +7,14 @@ import glob
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.engine import Worker
+from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, prompt_jobs, run_jobs, run_settings
 from vgen.tasks.video_files import rollout_in_segments
 
 
@@ -20,9 +22,9 @@ from vgen.tasks.video_files import rollout_in_segments
 class RolloutConfig(RolloutOptions, JobConfig):
     """Settings of rollouts."""
 
-    prompts: Path
-    """A text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and `seed`. A prompt
-    may be a schedule such as `{"0": "...", "64": "..."}`."""
+    prompts: str | Path
+    """Path or URL of a text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and
+    `seed`. A prompt may be a schedule such as `{"0": "...", "64": "..."}`."""
     num_frames: int = 256
     """Number of frames per video."""
     segment_frames: int = 256
@@ -36,14 +38,19 @@ def main(config: RolloutConfig) -> int:
             f"suffix must be '.mp4', because other formats cannot be joined from segments, got {config.suffix!r}"
         )
     jobs = prompt_jobs(config.prompts, config, schedules=True)
+    return run_jobs(jobs, config, config.output_dir, partial(load, config))
+
+
+def load(config: RolloutConfig) -> Worker:
+    """Loads the checkpoint, once per process or Ray actor."""
     pipe = load_pipeline(config)
 
     def make(job: Job, path: Path) -> dict[str, Any]:
         prompt = job.inputs["prompt"]
         schedule = prompt if isinstance(prompt, str) else {int(frame): text for frame, text in prompt.items()}
-        work = config.output_dir / f".{path.stem}.{job.digest}"
+        work = path.with_name(f".{path.stem}.{job.digest}")
         for end in ("", ".partial"):  # segments of another prompt, also those whose removal was interrupted
-            for other in config.output_dir.glob(f".{glob.escape(path.stem)}.????????????{end}"):
+            for other in path.parent.glob(f".{glob.escape(path.stem)}.????????????{end}"):
                 if other != work:
                     shutil.rmtree(other)
         return rollout_in_segments(
@@ -58,7 +65,7 @@ def main(config: RolloutConfig) -> int:
             **RolloutOptions.of(config).given(),
         )
 
-    return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "prompts"), make)
+    return job_worker(make, config.output_dir, run_settings(config, pipe, "prompts"))
 
 
 if __name__ == "__main__":

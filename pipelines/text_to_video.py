@@ -5,11 +5,13 @@ accelerate launch pipelines/text_to_video.py --prompts prompts.txt --output_dir 
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vgen.io.settings import parse_settings
-from vgen.tasks.jobs import Job, JobConfig, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.engine import Worker
+from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, prompt_jobs, run_jobs, run_settings
 from vgen.tasks.video_files import generate_file
 from vgen.temporal.attention import GroupMode
 
@@ -18,8 +20,9 @@ from vgen.temporal.attention import GroupMode
 class TextToVideoConfig(JobConfig):
     """Settings of text to video."""
 
-    prompts: Path
-    """A text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and `seed`."""
+    prompts: str | Path
+    """Path or URL of a text file with one prompt per line, or a `.jsonl` file of objects with `prompt`, `name` and
+    `seed`."""
     negative_prompt: str | None = None
     """Prompt to steer away from."""
     num_frames: int | None = None
@@ -35,6 +38,11 @@ class TextToVideoConfig(JobConfig):
 def main(config: TextToVideoConfig) -> int:
     """Generates the videos that are not done yet; returns the number of failures."""
     jobs = prompt_jobs(config.prompts, config)
+    return run_jobs(jobs, config, config.output_dir, partial(load, config))
+
+
+def load(config: TextToVideoConfig) -> Worker:
+    """Loads the checkpoint, once per process or Ray actor."""
     pipe = load_pipeline(config)
 
     def make(job: Job, path: Path) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def main(config: TextToVideoConfig) -> int:
             guidance_scale=config.guidance_scale,
         )
 
-    return run_jobs(jobs, config.output_dir, run_settings(config, pipe, "prompts"), make)
+    return job_worker(make, config.output_dir, run_settings(config, pipe, "prompts"))
 
 
 if __name__ == "__main__":

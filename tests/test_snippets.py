@@ -43,6 +43,12 @@ NOT_RUN = {
     "pip install -c constraints.txt -e .[data]": "needs a network",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
+    "pip install vgen[ray]": "needs a network",
+    "pip install vgen[remote]": "needs a network",
+    "python pipelines/predict.py --videos /shared/clips --output_dir /shared/futures --engine ray "
+    "--ray_address auto": "needs a Ray cluster; tests/tasks/test_ray_engine.py runs such commands",
+    "accelerate launch pipelines/predict.py --videos s3://bucket/clips --output_dir s3://bucket/futures": "needs S3; "
+    "tests/io/test_remote.py has a local server",
     "pre-commit install": "changes the hooks of the repository",
     "bash .ci/run": "runs these tests",
     "python -m pytest -n auto --dist worksteal": "runs these tests",

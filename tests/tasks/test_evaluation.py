@@ -223,7 +223,7 @@ def test_invalid_settings_are_an_error_that_names_them(tmp_path, options, messag
 def test_the_command_line_of_the_script_checks_choices(words, capsys):
     valid = ["--output_dir", "out", "--tasks", "[prediction, rollout]", "--dtype", "float16"]
     config = parse_settings(EvaluationConfig, "", valid)
-    assert config.tasks == ["prediction", "rollout"] and config.dtype == "float16" and config.output_dir == Path("out")
+    assert config.tasks == ["prediction", "rollout"] and config.dtype == "float16" and config.output_dir == "out"
     with pytest.raises(SystemExit):
         parse_settings(EvaluationConfig, "", [*valid, *words])
     assert words[0][2:] in capsys.readouterr().err

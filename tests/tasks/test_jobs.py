@@ -14,11 +14,13 @@ import torch
 
 from tests.warm import warm_python
 from vgen.data.video_io import VideoWriter, read_video, write_video
+from vgen.tasks.engine import EngineOptions
 from vgen.tasks.jobs import (
     Job,
     JobConfig,
     ModelConfig,
     check_settings,
+    job_worker,
     prompt_jobs,
     read_manifest,
     run_jobs,
@@ -48,7 +50,7 @@ class Maker:
 
 
 def run(folder, maker, jobs=JOBS, **settings):
-    return run_jobs(jobs, folder, settings, maker)
+    return run_jobs(jobs, EngineOptions(), folder, lambda: job_worker(maker, folder, settings))
 
 
 def test_finished_jobs_are_skipped_and_failed_jobs_are_retried(tmp_path, capsys):
@@ -184,7 +186,7 @@ def model(tmp_path_factory):
 
 
 def start(script, model, output_dir, *, processes=1, **options):
-    options |= {"model": model, "output_dir": output_dir}
+    options |= {"output_dir": output_dir} | ({} if model is None else {"model": model})
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += ["--main_process_port=0"]

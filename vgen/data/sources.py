@@ -15,6 +15,7 @@ from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, warn_skipped
 from vgen.data.formats import VIDEO_SUFFIXES
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
+from vgen.io.remote import is_url, local_copy
 from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"
@@ -121,12 +122,12 @@ def open_clips(
     """Opens a source of clips by its name.
 
     Args:
-        data: One of these: a folder of videos (see `list_videos`); `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face
-            dataset (an id on the Hub or a local folder); `hf-stream:NAME` or `hf-stream:NAME:SPLIT` to stream such a
-            dataset; `shards:PATTERN` for WebDataset tar files, such as `shards:train-{000..099}.tar`; for Moving MNIST
-            an IDX file of digits, or `FILE:FIRST:LAST` for the digits from index FIRST up to but not including LAST;
-            `hf-digits:NAME:SPLIT` for digits from a dataset on the Hub. With `:stochastic` at the end, digits bounce
-            off the walls in random directions.
+        data: One of these: a folder of videos (see `list_videos`), or the URL of one, which is downloaded first;
+            `hf:NAME` or `hf:NAME:SPLIT` for a Hugging Face dataset (an id on the Hub or a local folder);
+            `hf-stream:NAME` or `hf-stream:NAME:SPLIT` to stream such a dataset; `shards:PATTERN` for WebDataset tar
+            files, such as `shards:train-{000..099}.tar`; for Moving MNIST an IDX file of digits, or `FILE:FIRST:LAST`
+            for the digits from index FIRST up to but not including LAST; `hf-digits:NAME:SPLIT` for digits from a
+            dataset on the Hub. With `:stochastic` at the end, digits bounce off the walls in random directions.
         sampling: Which frames of a video make a clip.
         height: Height of the clips in pixels.
         width: Width of the clips in pixels.
@@ -138,6 +139,8 @@ def open_clips(
         ValueError: It contains nothing usable.
         ImportError: The library that reads the source is not installed.
     """
+    if is_url(data):
+        data = str(local_copy(data))
     kind, _, name = data.partition(":")
     rest = (sampling, height, width, seed, augmentation)
     process = rank_and_world_size()

@@ -11,6 +11,7 @@ import platform
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +29,7 @@ from vgen.hub import find_packaged
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import weights_digest
 from vgen.io.pixels import from_pt, from_uint8, to_uint8
+from vgen.io.remote import as_path, replace_text
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
 from vgen.metrics.report import FORMAT, check_installed, make_report
@@ -53,7 +55,17 @@ from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
 from vgen.sampling.known_frames import check_tasks
 from vgen.sampling.options import RolloutOptions
-from vgen.tasks.jobs import Job, ModelConfig, is_done, load_pipeline, read_manifest, run_jobs, run_settings
+from vgen.tasks.engine import Worker
+from vgen.tasks.jobs import (
+    Job,
+    ModelConfig,
+    is_done,
+    job_worker,
+    load_pipeline,
+    read_manifest,
+    run_jobs,
+    run_settings,
+)
 from vgen.temporal.attention import widest_mode
 from vgen.temporal.grid import LatentGrid
 
@@ -122,26 +134,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         ImportError: A library that a metric needs is not installed.
     """
     check_installed()
-    pipe = load_pipeline(config)
-    config = with_defaults(config, pipe)
-    check_evaluation(config)
-    suite = open_suite(config)
-    measure = Measurement(config, pipe, suite)
+    folder = as_path(config.output_dir) / "clips"
+    on_ray = config.engine == "ray"
+    measure = open_measurement(config, torch.device("cpu") if on_ray else None)
+    config, suite, settings = measure.config, measure.suite, measure.settings
     jobs = [
         Job(f"{first:06d}.json", {"first": first, "count": min(config.batch_size, len(suite) - first)})
         for first in range(0, len(suite), config.batch_size)
     ]
-
-    def make(job: Job, path: Path) -> dict[str, Any]:
-        first, count = job.inputs["first"], job.inputs["count"]
-        batch = measure(suite.samples(range(first, first + count)))
-        write_text(path, json.dumps(batch))
-        return {"num_clips": len(batch["numbers"])} | ({"left_out": dict(suite.skipped)} if suite.skipped else {})
-
-    settings = run_settings(config, pipe, "batch_size") | {"seed": config.seed, "tasks": measure.tasks}
-    settings |= measure.digests | {"format": FORMAT}
-    folder = config.output_dir / "clips"
-    run_jobs(jobs, folder, settings, make)
+    run_jobs(jobs, config, folder, partial(load_worker, config if on_ray else measure, folder))
     process = this_process()
     if not process.is_main_process:
         return None
@@ -158,9 +159,35 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         for number, tasks in batch["strips"].items()
         for task, rows in tasks.items()
     }
-    write_text(config.output_dir / "results.json", json.dumps(results, indent=1))
-    write_text(config.output_dir / "report.html", make_report(results, strips))
+    replace_text(folder.parent / "results.json", json.dumps(results, indent=1))
+    replace_text(folder.parent / "report.html", make_report(results, strips))
     return results
+
+
+def open_measurement(config: EvaluationConfig, device: torch.device | None = None) -> Measurement:
+    """Loads a checkpoint and opens a suite; by default on the device of this process.
+
+    Raises:
+        ValueError: As in `evaluate`.
+    """
+    pipe = load_pipeline(config, device)
+    config = with_defaults(config, pipe)
+    check_evaluation(config)
+    return Measurement(config, pipe, open_suite(config))
+
+
+def load_worker(opened: EvaluationConfig | Measurement, folder: Path) -> Worker:
+    """What measures batches of clips and writes their files: with an open measurement, or with its own."""
+    measure = opened if isinstance(opened, Measurement) else open_measurement(opened)
+
+    def make(job: Job, path: Path) -> dict[str, Any]:
+        first, count = job.inputs["first"], job.inputs["count"]
+        batch = measure(measure.suite.samples(range(first, first + count)))
+        write_text(path, json.dumps(batch))
+        skipped = dict(measure.suite.skipped)
+        return {"num_clips": len(batch["numbers"])} | ({"left_out": skipped} if skipped else {})
+
+    return job_worker(make, folder, measure.settings)
 
 
 class Measurement:
@@ -191,6 +218,12 @@ class Measurement:
         self.features = open_features(config, pipe.device)
         if self.features is not None:
             self._check_lengths(self.features)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that all batches of a folder must have in common."""
+        settings = run_settings(self.config, self.pipe, "batch_size")
+        return settings | {"seed": self.config.seed, "tasks": self.tasks} | self.digests | {"format": FORMAT}
 
     @property
     def digests(self) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 Each job writes one file in the output folder. `settings.json` holds the settings that all files share, and
 `manifest.jsonl` has one line per file. A job is done if its file exists and its line records the same inputs.
-Therefore the same command finishes a run that was stopped or killed. During a run, each process appends to its own
-manifest. At the end, the main process merges them.
+Therefore the same command finishes a run that was stopped or killed. During a run, each process that knows results
+appends to its own manifest: those of `accelerate launch`, or the driver of a Ray cluster. At the end, the main process
+merges them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -28,16 +30,22 @@ from transformers.utils import logging as transformers_logging
 
 from vgen.checks import check_choice
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix
-from vgen.io.atomic import remove_workspaces, write_text
+from vgen.io.atomic import remove_workspaces
 from vgen.io.fingerprint import digest_json
+from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
 from vgen.sampling.options import DenoisingOptions
+from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 
 MANIFEST = "manifest.jsonl"
 BARRIER_TIMEOUT = timedelta(days=30)
 """How long a process that has finished its jobs waits for the others, which may take much longer."""
 DType = Literal["float32", "bfloat16", "float16"]
+PART_LINES = 256
+"""Lines per manifest at a URL, where each new line writes the manifest again."""
+Make = Callable[["Job", Path], dict[str, Any]]
+"""Writes the file of a job to a local path, replacing an older one, and returns entries for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,11 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class ModelConfig(DenoisingOptions):
+class ModelConfig(EngineOptions, DenoisingOptions):
     """Settings of all scripts that run a checkpoint on many inputs."""
 
-    output_dir: Path
-    """Output folder."""
+    output_dir: str | Path
+    """Output folder, or its URL."""
     model: str = "vgen/shapes-64"
     """A packaged checkpoint, a folder, or a Hub id."""
     dtype: DType = "float32"
@@ -83,8 +91,8 @@ class JobConfig(ModelConfig):
     """Frames per second of the files; the frame rate of the content if not set."""
 
 
-def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
-    """Loads the pipeline of a run onto the device of this process.
+def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> VideoGenPipeline:
+    """Loads the pipeline of a run, by default onto the device of this process.
 
     Raises:
         ValueError: The data type is not supported, or as in `VideoGenPipeline.from_pretrained`.
@@ -93,7 +101,7 @@ def load_pipeline(config: ModelConfig) -> VideoGenPipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    pipe.to(this_process(timeout=BARRIER_TIMEOUT).device)
+    pipe.to(device or this_process(timeout=BARRIER_TIMEOUT).device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -106,18 +114,18 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
         pipe: The checkpoint.
         inputs: Names of settings to leave out, because they only select the inputs.
     """
-    skipped = ("output_dir", "model", "seed", *inputs)
+    skipped = ("output_dir", "model", "seed", *ENGINE_OPTIONS, *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
     defaults = {name: pipe.config[name] for name in pipe.config if name[0] != "_" and name not in pipe.components}
     return settings | {"model": pipe.fingerprint(), "defaults": defaults}
 
 
-def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
+def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
     """Creates one job per prompt of a file.
 
     Args:
-        path: A text file with one prompt per line, or a `.jsonl` file with one object per line. An object has a
-            `prompt`, and optionally a `name` for the output file and a `seed`.
+        path: Path or URL of a text file with one prompt per line, or a `.jsonl` file with one object per line. An
+            object has a `prompt`, and optionally a `name` for the output file and a `seed`.
         config: Settings of the run.
         schedules: Whether a prompt may be a schedule by frame, such as `{"0": "...", "64": "..."}`.
 
@@ -125,6 +133,7 @@ def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> li
         ValueError: The file has no prompts, a line is not such an object, or the suffix is not supported.
     """
     check_choice("suffix", config.suffix, OutputSuffix)
+    path = as_path(path)
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     prompt_types = (str, dict) if schedules else (str,)
     rows = [
@@ -141,17 +150,18 @@ def prompt_jobs(path: Path, config: JobConfig, *, schedules: bool = False) -> li
     ]
 
 
-def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
+def video_jobs(folder: str | Path, config: JobConfig) -> list[Job]:
     """Creates one job per video of a folder, sorted by name.
 
     Args:
-        folder: Contains video files and folders of frames. Hidden and other files are ignored.
+        folder: Path or URL of a folder of video files and folders of frames. Hidden and other files are ignored.
         config: Settings of the run.
 
     Raises:
         ValueError: The folder has no videos, or the suffix is not supported.
     """
     check_choice("suffix", config.suffix, OutputSuffix)
+    folder = as_path(folder)
     entries = sorted(entry for entry in folder.iterdir() if entry.name[:1] != ".")
     videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
@@ -167,74 +177,138 @@ def video_jobs(folder: Path, config: JobConfig) -> list[Job]:
 
 def _version(video: Path) -> dict[str, Any]:
     """Size and modification time of a file or a folder of frames, to notice if it is replaced; 0 for broken links."""
-    stats = [file.stat() for file in (video.iterdir() if video.is_dir() else [video]) if file.exists()]
+    files = [file for file in (video.iterdir() if video.is_dir() else [video]) if file.exists()]
     return {
-        "bytes": sum(stat.st_size for stat in stats),
-        "modified": max((stat.st_mtime for stat in stats), default=0),
+        "bytes": sum(file.stat().st_size for file in files),
+        "modified": max(map(last_modified, files), default=0),
     }
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    output_dir: Path,
-    settings: dict[str, Any],
-    make: Callable[[Job, Path], dict[str, Any]],
-) -> int:
-    """Runs this process's share of the jobs that are not done yet.
+def run_jobs(jobs: Sequence[Job], config: EngineOptions, output_dir: str | Path, load: Callable[[], Worker]) -> int:
+    """Runs the jobs that are not done yet: this process's share of them, or all of them on a Ray cluster.
 
     A job that fails with `ValueError`, `OSError` or out of memory is recorded in the manifest and does not stop the
     others. Other errors are raised.
 
     Args:
         jobs: All jobs, the same in all processes.
-        output_dir: Folder of the files.
-        settings: The settings that all files share, see `run_settings`.
-        make: Writes the file of a job, replacing an older one, and returns entries for the manifest.
+        config: What runs the jobs.
+        output_dir: Path or URL of the folder of the files.
+        load: Creates the worker, see `job_worker`: in this process, or once in each Ray actor.
 
     Returns:
         The number of jobs that failed in any process.
 
     Raises:
-        ValueError: Job names are not unique file names, or the folder has files with other settings.
+        ValueError: Job names are not unique file names, the folder has files with other settings, or as in `ray_pool`.
+        ImportError: A package for the engine or for a URL is not installed.
     """
+    check_choice("engine", config.engine, Engine)
+    check_names(jobs)
+    folder = as_path(output_dir)
+    if config.engine == "ray":
+        _run_on_ray(jobs, config, folder, load)
+    else:
+        _run_in_processes(jobs, folder, load())
     process = this_process()
+    process.wait_for_everyone()
+    lines = read_manifest(folder)
+    failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
+    process.wait_for_everyone()  # all must have read the manifests before they are merged
+    if process.is_main_process:
+        merge_manifests(folder, lines)
+        print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {folder / MANIFEST}")
+    return failed
+
+
+def check_names(jobs: Sequence[Job]) -> None:
+    """Checks that the names of jobs are unique file names.
+
+    Raises:
+        ValueError: They are not.
+    """
     names = [job.name for job in jobs]
     invalid = [name for name, count in sorted(Counter(names).items()) if count > 1]
     invalid += [name for name in names if Path(name).name != name]
     if invalid:
         raise ValueError(f"names of jobs must be unique and have no folder, got {invalid[0]!r}")
+
+
+def job_worker(make: Make, output_dir: str | Path, settings: dict[str, Any]) -> Worker:
+    """What works on jobs.
+
+    Args:
+        make: Writes the file of a job.
+        output_dir: As in `run_jobs`.
+        settings: The settings that all files share, see `run_settings`.
+    """
+    folder = as_path(output_dir)
+    return Worker(settings, lambda job: run_job(job, folder, make))
+
+
+def run_job(job: Job, folder: Path, make: Make) -> dict[str, Any]:
+    """Writes the file of a job and returns its line of the manifest."""
+    begin = time.time()
+    line: dict[str, Any] = {"name": job.name, "status": "done", **job.inputs}
+    try:
+        with local_output(folder / job.name) as path:
+            line |= make(job, path)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        line |= _failure(error)
+    if line["status"] == "failed":  # its tensors are in the error's traceback, which is gone by now
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+    now = time.time()
+    return line | {"seconds": round(now - begin, 3), "time": now}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"status": "failed", "error": " ".join(str(error).split())}
+
+
+def _run_in_processes(jobs: Sequence[Job], folder: Path, worker: Worker) -> None:
+    """Runs this process's share of the jobs."""
+    process = this_process()
     if process.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        check_settings(output_dir, settings, [glob.escape(name) for name in names])
-        remove_workspaces(output_dir, names)
+        prepare_folder(folder, worker.settings, jobs)
     process.wait_for_everyone()
-    lines = read_manifest(output_dir)
-    own_manifest = output_dir / f"manifest-{process.process_index:05d}.jsonl"
+    lines, manifest = read_manifest(folder), ManifestWriter(folder, process.process_index)
     own_jobs = jobs[process.process_index :: process.num_processes]
     for job in tqdm(own_jobs, unit="file", disable=not process.is_main_process):
-        path = output_dir / job.name
-        if is_done(job, lines, output_dir):
-            continue
-        begin = time.time()
-        line: dict[str, Any] = {"name": job.name, "status": "done", **job.inputs}
-        try:
-            line |= make(job, path)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            line |= {"status": "failed", "error": " ".join(str(error).split())}
-        if line["status"] == "failed":  # its tensors are in the error's traceback, which is gone by now
-            gc.collect()
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
-        now = time.time()
-        append_line(own_manifest, line | {"seconds": round(now - begin, 3), "time": now})
-    process.wait_for_everyone()
-    lines = read_manifest(output_dir)
-    failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
-    process.wait_for_everyone()  # all must have read the manifests before they are merged
-    if process.is_main_process:
-        merge_manifests(output_dir, lines)
-        print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {output_dir / MANIFEST}")
-    return failed
+        if not is_done(job, lines, folder):
+            manifest.append(worker.work(job))
+
+
+def _run_on_ray(jobs: Sequence[Job], config: EngineOptions, folder: Path, load: Callable[[], Worker]) -> None:
+    """Runs all jobs on a Ray cluster. The actors write the files, and this process the manifest."""
+    from vgen.tasks.ray_engine import ItemError, ray_pool
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, manifest = read_manifest(folder), ManifestWriter(folder, 0)
+    to_do = [job for job in jobs if not is_done(job, lines, folder)]
+    with ray_pool(load, config, max_actors=len(to_do)) as pool:
+        prepare_folder(folder, pool.settings, jobs)
+        for job, line in tqdm(pool.map(to_do), total=len(to_do), unit="file"):
+            if isinstance(line, ItemError):
+                line = {"name": job.name, "status": "failed", **job.inputs} | _failure(line)
+                line |= {"seconds": None, "time": time.time()}
+            manifest.append(line)
+    if not is_url(folder):
+        remove_workspaces(folder, [job.name for job in jobs])  # of actors that died
+
+
+def prepare_folder(folder: Path, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
+    """Checks the settings of an output folder, and removes what killed processes left.
+
+    Raises:
+        ValueError: As in `check_settings`.
+    """
+    names = [job.name for job in jobs]
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, settings, [glob.escape(name) for name in names])
+    if not is_url(folder):
+        remove_workspaces(folder, names)
 
 
 def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[str]) -> None:
@@ -256,11 +330,12 @@ def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[st
     differing = [] if stored is None else [name for name in settings if stored.get(name) != settings[name]]
     if differing:
         raise ValueError(f"{folder} has files with different settings ({', '.join(differing)}): choose another folder")
-    write_text(path, json.dumps(settings, indent=1))
+    replace_text(path, json.dumps(settings, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Reads the latest line of each job from all manifests of a folder. Truncated lines are ignored."""
+    forget_listing(folder)
     lines: dict[str, dict[str, Any]] = {}
     for path in folder.glob("manifest*.jsonl"):
         for text in path.read_text().splitlines():
@@ -280,6 +355,32 @@ def is_done(job: Job, lines: dict[str, dict[str, Any]], folder: Path) -> bool:
     return line.get("status") == "done" and same and (folder / job.name).exists()
 
 
+class ManifestWriter:
+    """Appends lines to the manifest of a process.
+
+    At URLs, where nothing can be appended, each line replaces the manifest, and a new one begins after `PART_LINES`.
+
+    Args:
+        folder: The output folder.
+        index: Index of the process.
+    """
+
+    def __init__(self, folder: Path, index: int):
+        self.folder, self.index = folder, index
+        self.lines: list[str] = []
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Appends a line; it is stored when this returns."""
+        if not is_url(self.folder):
+            append_line(self.folder / f"manifest-{self.index:05d}.jsonl", line)
+            return
+        if len(self.lines) % PART_LINES == 0:
+            self.lines.clear()
+            self.part = self.folder / f"manifest-{self.index:05d}-{uuid4().hex}.jsonl"
+        self.lines.append(json.dumps(line) + "\n")
+        replace_text(self.part, "".join(self.lines))
+
+
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Appends a line to a manifest; starts a new line if a killed process left a truncated one."""
     with open(path, "a+b") as file:
@@ -292,7 +393,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def merge_manifests(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
     """Writes one manifest, sorted by name, and removes those of the processes."""
-    write_text(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
+    replace_text(folder / MANIFEST, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
     for path in folder.glob("manifest-*.jsonl"):
         path.unlink()
 
