@@ -196,7 +196,7 @@ def attention_mask(
         or one each. Integers give runs if the backend takes no mask or the mask would be large.
     """
     if isinstance(ids, Tensor):
-        mask = group_mask(ids.to(like.device), num_cached, like.dtype)
+        mask = group_mask(ids.to(like.device, non_blocking=True), num_cached, like.dtype)
         mask = mask if num_isolated == 0 else _isolate(mask, num_isolated)
         return mask if tokens == 1 else repeat(mask, "b i q k -> b i (q p) (k r)", p=tokens, r=tokens)
     if ids is None:
