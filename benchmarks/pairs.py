@@ -56,7 +56,7 @@ def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: in
 def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
     """Runs this script with these arguments in a new process and returns the MiB that it prints.
 
-    `mmap_threshold` is explained in streaming_decode.py.
+    `mmap_threshold` fixes that of glibc's malloc in bytes, see streaming_decode.py; 0 leaves it alone.
     """
     environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold)} if mmap_threshold else {})
     command = [sys.executable, sys.argv[0], *arguments]
@@ -67,7 +67,7 @@ def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
 def compare(
     cases: dict[str, Callable[[bool], Callable[[], Any]]], args: argparse.Namespace, passed_on: list[str]
 ) -> None:
-    """Prints one line per case; with `--one NAME ours|theirs`, the peak memory of that call in MiB.
+    """Prints one line per case; with `--one NAME ours|theirs`, the peak memory of its second call in MiB.
 
     Args:
         cases: For each name, a function that builds our call (`True`) or diffusers' (`False`).
@@ -77,6 +77,7 @@ def compare(
     if args.one:
         name, whose = args.one
         call = cases[name](whose == "ours")
+        call()  # the first call also loads code
         forget_peak()
         loaded = peak_mebibytes()
         call()

@@ -4,8 +4,9 @@
 
 Each length runs in its own process, on random latents; memory is the peak resident size above that after loading.
 glibc's dynamic mmap threshold rises as large blocks are freed, so larger and larger blocks are allocated on the heap,
-which fragments: the resident size grows with the number of slices although the live memory does not. Setting the
-environment variable `MALLOC_MMAP_THRESHOLD_` fixes the threshold; `--mmap-threshold 0` keeps glibc's default.
+which fragments: the resident size grows with the number of slices although the live memory does not. The `vgen`
+command and the jobs fix the threshold (`vgen.io.allocator`), and so does this script, unless `--allocator glibc` keeps
+glibc's default.
 """
 
 import argparse
@@ -14,9 +15,13 @@ from pathlib import Path
 
 from pairs import memory_of, peak_mebibytes
 
+from vgen.io.allocator import bound_memory
 
-def measure(num_frames: int, size: int, model: str, frames_per_slice: int) -> float:
+
+def measure(num_frames: int, size: int, model: str, frames_per_slice: int | None, allocator: str) -> float:
     """Peak memory in MiB, without that of the loaded network."""
+    if allocator == "vgen":
+        bound_memory()
     import torch
 
     from vgen.hub import find_checkpoint
@@ -43,23 +48,25 @@ def main() -> None:
     parser.add_argument("--model", default="vgen/shapes-64")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--num-frames", type=int, nargs="+", default=[17, 257])
-    parser.add_argument("--frames-per-slice", type=int, default=8, help="the same for every length")
-    parser.add_argument("--mmap-threshold", type=int, default=65536, help="bytes; 0 for glibc's own")
+    parser.add_argument("--frames-per-slice", type=int, help="by default, it depends on the size")
+    parser.add_argument("--allocator", choices=["vgen", "glibc"], default="vgen")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(measure(args.one, args.size, args.model, args.frames_per_slice))
+        print(measure(args.one, args.size, args.model, args.frames_per_slice, args.allocator))
         return
     peaks = {}
     for num_frames in args.num_frames:
         settings = {
             "model": args.model,
             "size": args.size,
-            "frames-per-slice": args.frames_per_slice,
+            "allocator": args.allocator,
             "one": num_frames,
         }
-        peak = memory_of([f"--{name}={value}" for name, value in settings.items()], args.mmap_threshold)
+        if args.frames_per_slice is not None:
+            settings["frames-per-slice"] = args.frames_per_slice
+        peak = memory_of([f"--{name}={value}" for name, value in settings.items()], mmap_threshold=0)
         peaks[num_frames] = peak
         print(f"{num_frames} frames of {args.size}x{args.size}: {peak:.0f} MiB")
     first, *_, last = peaks.values()

@@ -14,6 +14,7 @@ import typer
 from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_input, check_video_output
 from vgen.hub import find_checkpoint
+from vgen.io.allocator import bound_memory
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
 
@@ -488,6 +489,7 @@ def validate(
 
 def main() -> None:
     """Entry point of the command."""
+    bound_memory()
     app()
 
 

@@ -304,6 +304,19 @@ def test_a_stream_is_compiled_in_its_first_two_chunks_only(make_denoiser, parts)
     assert state.num_frames == same.num_frames == 3
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}]
+)
+@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
+def test_a_state_rejects_networks_compiled_with_cuda_graphs(small_case, method, options):
+    case = small_case
+    getattr(case.network, method)(**options)
+    with pytest.raises(ValueError, match="compiled with mode='reduce-overhead' or 'max-autotune' overwrites"):
+        case.streamed(case.network)
+    getattr(case.network, method)(backend="eager", mode="default")
+    assert not case.network.uses_cuda_graphs
+
+
 @pytest.mark.slow
 def test_a_stream_through_the_compiled_vae_is_compiled_once_for_its_first_and_once_for_later_slices(make_vae):
     case = VAE(make_vae)

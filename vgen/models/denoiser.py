@@ -10,6 +10,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
+from vgen.models.compilation import RecordsCompilation
+
 
 def expand_frame_rate(frame_rate: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
     """Frame rates `(b,)` in float32. A number is filled in on the device: copying it would wait for the device."""
@@ -48,7 +50,7 @@ class FrameRateEmbedder(nn.Module):
         return (embedding * known[:, None].to(embedding)).unsqueeze(1)
 
 
-class DispatchedAttention:
+class DispatchedAttention(RecordsCompilation):
     """Sends all attention, including xformers', through diffusers' dispatcher.
 
     A mixin that must precede diffusers' `ModelMixin` in the list of base classes.

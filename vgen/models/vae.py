@@ -21,6 +21,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
+from vgen.models.compilation import RecordsCompilation
 from vgen.models.convert import with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.models.tiling import Tiling, run_tiled
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         return self.conv_out(x, history, partial(_activate, self.norm_out))
 
 
-class CausalVideoVAE(StrictLoading, ModelMixin, AutoencoderMixin, ConfigMixin):
+class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
     With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed. Parameter and config names

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from vgen.checks import check_choice
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix
+from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces
 from vgen.io.fingerprint import digest_json
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
@@ -98,6 +99,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> Vi
         ValueError: The data type is not supported, or as in `VideoGenPipeline.from_pretrained`.
     """
     check_choice("dtype", config.dtype, DType)
+    bound_memory()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))

@@ -108,8 +108,14 @@ class TemporalState:
 
         Raises:
             ValueError: The state belongs to a network of another class or config. Or gradient checkpointing is
-                enabled, whose second forward pass would write to the state again.
+                enabled, whose second forward pass would write to the state again. Or the network is compiled with CUDA
+                graphs, which overwrite their outputs, and so the state, at the next call.
         """
+        if getattr(network, "uses_cuda_graphs", False):
+            raise ValueError(
+                "a network compiled with mode='reduce-overhead' or 'max-autotune' overwrites its earlier outputs, "
+                "which a state keeps: compile it with mode='default' or 'max-autotune-no-cudagraphs'"
+            )
         if self.writable and torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False):
             raise ValueError(
                 "a writable state under gradient checkpointing would be written twice: use state.frozen(), "

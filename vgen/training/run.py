@@ -59,6 +59,8 @@ class RunConfig:
     """Whether to recompute activations in the backward pass, to save memory."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Precision of the forward pass: `no` (float32), `bf16` or `fp16`."""
+    tf32: bool = True
+    """Whether float32 matrix products use TF32 on GPUs that have it: faster, with 10 bits of mantissa."""
     compile: bool = False
     """Whether to compile the network's repeated blocks, which takes about a minute at the start."""
     learning_rate: float = 1e-3
@@ -157,6 +159,7 @@ def start(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
     """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     zero_on_cpus = _wants_zero_on_cpus()
     accelerator = Accelerator(
         cpu=on_cpus() and not zero_on_cpus,

@@ -1,0 +1,28 @@
+"""What a network knows about its compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RecordsCompilation:
+    """Records whether a network was compiled with CUDA graphs. A mixin that must precede diffusers' `ModelMixin`."""
+
+    uses_cuda_graphs = False
+    """Whether `compile` or `compile_repeated_blocks` was called with a mode that records CUDA graphs."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the forward pass, with the arguments of `torch.compile`."""
+        self._record(kwargs)
+        super().compile(*args, **kwargs)  # type: ignore[misc]
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the repeated blocks, with the arguments of `torch.compile`."""
+        self._record(kwargs)
+        super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
+
+    def _record(self, kwargs: dict[str, Any]) -> None:
+        options = kwargs.get("options") or {}
+        self.uses_cuda_graphs = kwargs.get("mode") in ("reduce-overhead", "max-autotune") or bool(
+            options.get("triton.cudagraphs")
+        )
