@@ -56,7 +56,7 @@ class RayPool:
         self._calls: dict[Any, _Call] = {}  # by the references of their results
         resources = ray.cluster_resources()
         gpus = options.ray_gpus if options.ray_gpus is not None else min(1, resources.get("GPU", 0))
-        self._actor_class = ray.remote(num_cpus=options.ray_cpus, num_gpus=gpus)(_Actor)
+        self._actor_class: Any = ray.remote(num_cpus=options.ray_cpus, num_gpus=gpus)(_Actor)
         room = [resources.get(kind, 0) // one for kind, one in (("CPU", options.ray_cpus), ("GPU", gpus)) if one]
         wanted = options.ray_actors or int(min(room, default=1))
         for _ in range(max(1, wanted if max_actors is None else min(wanted, max_actors))):
@@ -96,7 +96,7 @@ class RayPool:
             self.ray.kill(actor)
 
     def _start_actor(self, attempt: int = 1) -> None:
-        actor = self._actor_class.remote()
+        actor: Any = self._actor_class.remote()
         self._calls[actor.start.remote(self.load, os.getcwd())] = _Call(actor, attempt=attempt)
 
     def _wait(self) -> tuple[Any, Any]:
