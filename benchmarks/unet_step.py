@@ -127,18 +127,17 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--side", type=int, default=16, help="height and width of the latents")
     parser.add_argument("--batch-size", type=int, default=4)
+    libraries = ("diffusers", "video-diffusion-pytorch")
+    parser.add_argument("--libraries", nargs="+", choices=libraries, default=libraries)
     args = parser.parse_args()
     size = (args.frames, args.side, args.batch_size)
-    cases = {
-        f"{name} {dtype}": partial(build, name, dtype, *size)
-        for name in ("diffusers", "video-diffusion-pytorch")
-        for dtype in args.dtypes
-    }
+    cases = {f"{name} {dtype}": partial(build, name, dtype, *size) for name in args.libraries for dtype in args.dtypes}
     if not args.one:
-        for name in ("diffusers", "video-diffusion-pytorch"):
+        for name in args.libraries:
             widths, theirs = matching_widths(name), make_theirs(name)
             print(f"{name}: {count(theirs):,} parameters, ours {count(make_ours(widths)):,} with channels {widths}")
     passed_on = ["--dtypes", *args.dtypes, "--frames", str(args.frames), "--side", str(args.side)]
+    passed_on += ["--libraries", *args.libraries]
     compare(cases, args, [*passed_on, "--batch-size", str(args.batch_size)])
 
 

@@ -555,7 +555,8 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         if history is None:
             self.grid.check(clip.shape[2], "the number of frames")
         x = patchify(clip, self.config.patch_size)
-        return self.quant_conv(self.encoder(_channels_last(x), history))
+        moments = self.quant_conv(self.encoder(_channels_last(x), history))
+        return moments.contiguous()  # saved latents are, and a denoiser rounds differently in another memory format
 
     def _encode_slice(self, clip: Tensor, state: TemporalState) -> Tensor:
         state.bind(self)

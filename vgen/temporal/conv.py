@@ -19,13 +19,20 @@ torch.compiler.allow_in_graph(rearrange)  # see vgen.temporal.attention
 
 
 def append(past: Tensor, part: Tensor) -> Tensor:
-    """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next slice, in the dtype of the slice.
+    """Concatenates earlier frames `(b, c, n, h, w)` of a stream and its next slice.
+
+    The dtype and the memory format are those of the slice, so that a saved and loaded state gives the same result.
 
     Raises:
         ValueError: Batch size, height or width of the slice differ from those of the stream.
     """
     _check_continues(past, part)
-    return torch.cat([past.to(part), part], dim=2)
+    return torch.cat([past.to(part).contiguous(memory_format=_memory_format(part)), part], dim=2)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
 def _check_continues(past: Tensor, part: Tensor) -> None:
@@ -106,10 +113,8 @@ class CausalConv3d(nn.Conv3d):
         length, (b, c, f, h, w) = self.kernel_size[0] - 1, x.shape
         if past is not None:
             _check_continues(past, x)
-        memory_format = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else None
         padded = torch.empty(
-            (b, c, length + f, h, w), dtype=x.dtype, device=x.device,
-            memory_format=memory_format or torch.contiguous_format,
+            (b, c, length + f, h, w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x)
         )  # fmt: skip
         before, new = padded[:, :, :length], padded[:, :, length:]
         before.zero_() if past is None else before.copy_(past)

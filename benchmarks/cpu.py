@@ -1,0 +1,89 @@
+"""All comparisons with diffusers on a CPU, the start-up and the memory of streams, in one table.
+
+    python benchmarks/cpu.py --output docs/results/cpu.json
+
+It runs the other benchmarks with few pairs and takes about ten minutes on two cores. bfloat16 is measured where matrix
+products are at least as fast in it as in float32; elsewhere they are emulated, and their time hides everything else.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import seconds
+from scripts import launch
+
+COMPARISONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer": ("benchmarks/transformer.py", {"num-pairs": 5}),
+    "vae": ("benchmarks/vae.py", {"num-pairs": 3, "frames": 65}),
+    "unet": ("benchmarks/unet_step.py", {"num-pairs": 5, "libraries": "diffusers"}),
+    "frame groups": ("benchmarks/frame_groups.py", {"num-pairs": 2}),
+}
+"""Scripts that compare two implementations, with their settings."""
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cold start": ("benchmarks/cold_start.py", {}),
+    "streamed decoding": ("benchmarks/streaming_decode.py", {}),
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    fields = {}
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+    flags = fields.get("flags", "").split()
+    return {
+        "processor": fields.get("model name") or platform.processor(),
+        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bfloat16 matrix product, time relative to float32": bfloat16_ratio(),
+    }
+
+
+def bfloat16_ratio(size: int = 512) -> float:
+    """Time of a square matrix product in bfloat16, relative to float32."""
+    times = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(size, size, dtype=dtype)
+        times.append(statistics.median(seconds(lambda x=x: x @ x) for _ in range(5)))
+    return times[0] / times[1]
+
+
+def main() -> None:
+    """Runs the benchmarks and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    args = parser.parse_args()
+    begin, results = time.time(), {"machine": machine()}
+    fast = results["machine"]["bfloat16 matrix product, time relative to float32"] <= 1
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (script, settings) in (COMPARISONS | OTHERS).items():
+            output = Path(folder) / "result.json"
+            extra = () if name in OTHERS else ("--dtypes", "float32", *(["bfloat16"] if fast else []))
+            launch(script, settings | {"output": output}, *extra)
+            results[name] = json.loads(output.read_text())
+    results["minutes"] = (time.time() - begin) / 60
+    print(json.dumps(results["machine"], indent=1))
+    print(f"{'ratio to diffusers or to a mask':<56}{'time':>8}{'memory':>8}")
+    for name in COMPARISONS:
+        for case, row in results[name].items():
+            print(f"{f'{name}: {case}':<56}{row['time']:8.2f}{row['memory']:8.2f}")
+    for command, row in results["cold start"].items():
+        print(f"{command:<56}{row['seconds']:7.2f}s{row.get('MiB', 0):5.0f}MiB")
+    short, *_, long = results["streamed decoding"].values()
+    print(f"{'streamed decoding: memory of 257 frames relative to 17':<56}{long / short:16.2f}")
+    print(f"{results['minutes']:.1f} minutes")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
