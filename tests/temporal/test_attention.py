@@ -209,7 +209,9 @@ def test_a_frozen_state_rotates_cached_keys_once(randomize, monkeypatch):
     assert rotated.count(6) == 2  # once for the frozen state, once for the writable one
 
 
-def test_a_padded_cache_gives_the_same_as_one_that_grows(randomize):
+@pytest.mark.parametrize("longest_masked", [2, 512])
+def test_a_padded_cache_gives_the_same_as_one_that_grows(randomize, monkeypatch, longest_masked):
+    monkeypatch.setattr(vgen.temporal.attention, "LONGEST_MASKED", longest_masked)
     attn, rope, window, sink = randomize(SpacetimeAttention(24, 2, 12)), RotaryPositions(12), 2, 1
     state = TemporalState(window, sink)
     for index in range(6):

@@ -371,10 +371,11 @@ class FrameCache:
             return self._total(device).clamp_max(self.capacity) + torch.arange(num_frames, device=device)
         return torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
 
-    def mask_empty(self, mask: Tensor | None, num_frames: int, tokens: int, like: Tensor) -> Tensor | None:
-        """Hides the empty slots of a padded cache in an additive mask, `None` for none; see `attention_mask`."""
+    def mask_empty(self, mask: Any, num_frames: int, tokens: int, like: Tensor) -> Any:
+        """Hides the empty slots of a padded cache in a mask, runs or `None`; see `attention_mask`."""
         if not self.padded:
             return mask
+        mask = runs_mask(mask, like) if isinstance(mask, tuple) else mask
         slots = torch.arange(self.capacity + num_frames, device=like.device)
         hidden = ((slots >= self._total(like.device)) & (slots < self.capacity)).repeat_interleave(tokens)
         empty = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, float("-inf"))
