@@ -12,14 +12,20 @@ import tempfile
 import time
 from pathlib import Path
 
+MISTAKE = "vgen predict nosuch.mp4"
+
 COMMANDS = {
     'python -c "import vgen"': [sys.executable, "-c", "import vgen"],
+    'python -c "import torch"': [sys.executable, "-c", "import torch"],
+    "base classes of diffusers": [sys.executable, "-c", "from diffusers import DiffusionPipeline, ModelMixin"],
     "vgen --help": [sys.executable, "-m", "vgen.cli", "--help"],
     "vgen generate": [sys.executable, "-m", "vgen.cli", "generate", "a red circle moves right", "--overwrite", "-o"],
+    MISTAKE: [sys.executable, "-m", "vgen.cli", "predict", "nosuch.mp4", "-o"],
 }
+"""The second and third are what any program built on diffusers pays."""
 
 
-def run(command: list[str]) -> tuple[float, float]:
+def run(command: list[str], succeeds: bool) -> tuple[float, float]:
     """Seconds and peak MiB of one process."""
     begin = time.perf_counter()
     pid = os.fork()
@@ -28,7 +34,7 @@ def run(command: list[str]) -> tuple[float, float]:
         os.dup2(1, 2)
         os.execv(command[0], command)
     _, status, usage = os.wait4(pid, 0)
-    assert status == 0, command
+    assert (status == 0) == succeeds, command
     return time.perf_counter() - begin, usage.ru_maxrss / 1024
 
 
@@ -40,8 +46,8 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, command in COMMANDS.items():
-            command = [*command, str(Path(folder) / "video.mp4")] if "generate" in name else command
-            runs = [run(command) for _ in range(5)]
+            command = [*command, str(Path(folder) / "video.mp4")] if command[-1] == "-o" else command
+            runs = [run(command, succeeds=name != MISTAKE) for _ in range(5)]
             seconds, memory = (statistics.median(column) for column in zip(*runs, strict=True))
             results[name] = {"seconds": seconds, "MiB": memory}
             print(f"{name:<28} {seconds:6.2f} s {memory:7.0f} MiB")

@@ -49,7 +49,7 @@ from vgen.io.settings import parse_settings
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
-from vgen.processes import this_process
+from vgen.processes import this_process, warn_if_emulated
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
@@ -170,6 +170,7 @@ def main(config: EncodeConfig) -> None:
     process = this_process()
     encoder = Encoder(config)
     if process.is_main_process:
+        warn_if_emulated(process.device, config.mixed_precision, "--mixed_precision no")
         for source in encoder.sources:
             check_folder(source)
     process.wait_for_everyone()

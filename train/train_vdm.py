@@ -183,7 +183,7 @@ def main(config: VDMConfig) -> None:
             run.count(
                 len(sample.latents),
                 tokens,
-                (sample.latents.shape, *conditions, mode, conditions.get("num_gaps")),
+                (sample.latents.shape, *conditions, mode),
                 lambda network: network(sample.latents, sample.timestep, **conditions),  # noqa: B023
             )
             losses = denoising_loss(prediction, sample.target, sample.weight * (batch["generated"] & batch["real"]))

@@ -12,11 +12,34 @@ from uuid import uuid4
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def on_cpus() -> bool:
     """Whether processes compute on CPUs: `ACCELERATE_USE_CPU` is set, or there is no accelerator."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16. Other CPUs emulate it: a matrix product takes tens of times as long."""
+    try:
+        return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except AttributeError:  # a build without oneDNN
+        return False
+
+
+def warn_if_emulated(device: torch.device, precision: str, setting: str) -> None:
+    """Warns if a precision is much slower than float32 on this device.
+
+    Args:
+        device: The device of the networks.
+        precision: The requested precision: `bf16` and `bfloat16` may be emulated.
+        setting: The option that avoids it.
+    """
+    if precision in ("bf16", "bfloat16") and not has_bfloat16(device):
+        logger.warning(f"this processor emulates bfloat16, which is many times slower than float32: pass {setting}")
 
 
 def this_process(**options: Any) -> PartialState:

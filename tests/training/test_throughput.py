@@ -30,7 +30,7 @@ def test_throughput_is_per_second_and_counted_from_zero_after_each_report(monkey
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr("vgen.training.throughput.matrix_peak", lambda device, dtype: 1000.0)
-    throughput = Throughput(torch.device("cpu"), torch.float32)
+    throughput = Throughput(torch.device("cpu"))
     calls = []
     weight = torch.randn(4, 3)
 

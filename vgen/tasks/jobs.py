@@ -35,7 +35,7 @@ from vgen.io.atomic import remove_workspaces
 from vgen.io.fingerprint import digest_json
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
-from vgen.processes import this_process
+from vgen.processes import this_process, warn_if_emulated
 from vgen.sampling.options import DenoisingOptions
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 
@@ -104,6 +104,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> Vi
     transformers_logging.disable_progress_bar()
     pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
     pipe.to(device or this_process(timeout=BARRIER_TIMEOUT).device)
+    warn_if_emulated(pipe.device, config.dtype, "--dtype float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -30,7 +30,14 @@ from transformers import get_scheduler
 from vgen.checks import check_literals
 from vgen.io.atomic import write_text
 from vgen.io.settings import parse_settings
-from vgen.processes import check_shared_folder, check_world_size, drain_gloo_threads, on_cpus, on_several_machines
+from vgen.processes import (
+    check_shared_folder,
+    check_world_size,
+    drain_gloo_threads,
+    on_cpus,
+    on_several_machines,
+    warn_if_emulated,
+)
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
@@ -180,6 +187,7 @@ def start(config: RunConfig) -> Accelerator:
     if on_several_machines():
         check_shared_folder(config.output_dir)
     if accelerator.is_main_process:
+        warn_if_emulated(accelerator.device, config.mixed_precision, "--mixed_precision no")
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
@@ -440,8 +448,7 @@ class Run:
             _override_hyperparameters(schedule, groups)
         # steps that an interrupted run logged after its last checkpoint are logged again
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
-        self._throughput = Throughput(accelerator.device, dtype)
+        self._throughput = Throughput(accelerator.device)
         self._saved, self._asked_to_stop, self.stopped = self.step, False, False
         self.network.train()
         hidden = not accelerator.is_main_process
@@ -509,7 +516,9 @@ class Run:
     def count(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[nn.Module], Any]) -> None:
         """Counts a part of a batch for the throughput; see `Throughput.add`. `forward` is called with the network.
 
-        All processes of a sharded run must call it with the same `shape`, because the forward pass gathers weights.
+        All processes must call it with the same `shape` in the same step, so that none runs that forward pass alone:
+        it gathers the weights of a sharded network, and the others would wait. So `shape` must not depend on the
+        contents of a batch, such as the number of videos with a gap; the first part then stands for all.
         """
         self._throughput.add(clips, tokens, shape, lambda: forward(self.accelerator.unwrap_model(self.network)))
 

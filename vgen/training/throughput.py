@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
+from vgen.processes import has_bfloat16
+
 BACKWARD = 2
 """Operations of a backward pass, relative to a forward pass."""
 
@@ -17,14 +19,16 @@ BACKWARD = 2
 class Throughput:
     """Measures clips and tokens per second, and the fraction of the peak FLOPS, which is measured at the start.
 
+    The peak is that of matrix products in float32 or bfloat16, whichever is faster, whatever precision is used.
+
     Args:
         device: Training device.
-        dtype: Data type of matrix products.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
+    def __init__(self, device: torch.device):
         self._flops: dict[Hashable, int] = {}
-        self._peak = matrix_peak(device, dtype)
+        dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
+        self._peak = max(matrix_peak(device, dtype) for dtype in dtypes)
         self.restart()
 
     def restart(self) -> None:
