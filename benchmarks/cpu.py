@@ -8,15 +8,12 @@ products are at least as fast in it as in float32; elsewhere they are emulated, 
 
 import argparse
 import json
-import platform
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from pairs import seconds
+from pairs import machine
 from scripts import launch
 
 COMPARISONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,42 +29,18 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    fields = {}
-    if Path("/proc/cpuinfo").exists():
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
-    flags = fields.get("flags", "").split()
-    return {
-        "processor": fields.get("model name") or platform.processor(),
-        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "bfloat16 matrix product, time relative to float32": bfloat16_ratio(),
-    }
-
-
-def bfloat16_ratio(size: int = 512) -> float:
-    """Time of a square matrix product in bfloat16, relative to float32."""
-    times = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(size, size, dtype=dtype)
-        times.append(statistics.median(seconds(lambda x=x: x @ x) for _ in range(5)))
-    return times[0] / times[1]
-
-
 def main() -> None:
     """Runs the benchmarks and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
     begin, results = time.time(), {"machine": machine()}
-    fast = results["machine"]["bfloat16 matrix product, time relative to float32"] <= 1
+    speed = results["machine"]["matrix products in TFLOPS"]
+    dtypes = ["float32", *(["bfloat16"] if speed["bfloat16"] >= speed["float32"] else [])]
     with tempfile.TemporaryDirectory() as folder:
         for name, (script, settings) in (COMPARISONS | OTHERS).items():
             output = Path(folder) / "result.json"
-            extra = () if name in OTHERS else ("--dtypes", "float32", *(["bfloat16"] if fast else []))
+            extra = () if name in OTHERS else ("--dtypes", *dtypes)
             launch(script, settings | {"output": output}, *extra)
             results[name] = json.loads(output.read_text())
     results["minutes"] = (time.time() - begin) / 60

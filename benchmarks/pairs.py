@@ -1,17 +1,54 @@
-"""Compares two implementations: time in alternating calls, peak memory in separate processes."""
+"""Measures time and peak memory; compares two implementations in alternating calls and in separate processes."""
 
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
+
+from vgen.training.throughput import matrix_peak
+
+
+def machine() -> dict[str, Any]:
+    """What numbers depend on: the processor, the GPU, versions, and the speed of square matrix products."""
+    fields = {}
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+    flags = fields.get("flags", "").split()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {
+        "processor": fields.get("model name") or platform.processor(),
+        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        **(_gpu() if device.type == "cuda" else {}),
+        "matrix products in TFLOPS": {name: matrix_peak(device, dtype) / 1e12 for name, dtype in dtypes.items()},
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    drivers = subprocess.run(query, capture_output=True, text=True, check=True).stdout if which(query[0]) else ""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "GPU": properties.name,
+        "GPU memory in GiB": properties.total_memory / 2**30,
+        "driver": drivers.partition("\n")[0] or "unknown",
+        "CUDA": torch.version.cuda,
+    }
 
 
 def peak_mebibytes() -> float:
@@ -37,6 +74,19 @@ def seconds(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def measure(call: Callable[[], Any], num_calls: int, most_seconds: float = 5.0) -> dict[str, float]:
+    """Median seconds of a call after a warm-up, and the peak memory in MiB.
+
+    There are no more than `num_calls` timed calls, and none starts after `most_seconds`.
+    """
+    seconds(call)
+    forget_peak()
+    times: list[float] = []
+    while len(times) < num_calls and sum(times) < most_seconds:
+        times.append(seconds(call))
+    return {"seconds": statistics.median(times), "MiB": peak_mebibytes()}
 
 
 def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: int) -> tuple[float, float, float]:
