@@ -117,11 +117,11 @@ def networks(args: argparse.Namespace) -> dict[str, tuple[nn.Module, float, tupl
     }
 
 
-def step_flops(network: nn.Module) -> int:
-    """Operations of a training step on one clip of Wan's size."""
-    latents = torch.empty(WAN_LATENTS, device="meta")
-    timestep = torch.empty(1, WAN_LATENTS[2], device="meta")
-    prompt = torch.empty(1, 512, 4096, device="meta")
+def step_flops(network: SpacetimeTransformer, shape: tuple[int, ...] = WAN_LATENTS) -> int:
+    """Operations of a training step on latents of a shape. The network is on the meta device."""
+    latents = torch.empty(shape, device="meta")
+    timestep = torch.empty(shape[0], shape[2], device="meta")
+    prompt = torch.empty(shape[0], 512, network.text_dim, device="meta")
     return (1 + BACKWARD) * count_flops(lambda: network(latents, timestep, prompt))
 
 

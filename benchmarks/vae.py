@@ -16,16 +16,19 @@ from vgen.models.vae import CausalVideoVAE
 CONFIG = {"base_dim": 32, "z_dim": 8, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
 
 
-def build(kind: str, dtype: str, size: int, frames: int, frames_per_slice: int | None, ours: bool):
-    """The call of one case."""
+def build(
+    kind: str, dtype: str, size: tuple[int, int], frames: int, frames_per_slice: int | None, ours: bool, config=CONFIG
+):
+    """The call of one case, on frames of `size` (height, width)."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = CausalVideoVAE(**CONFIG).to(device, getattr(torch, dtype)).eval()
+    vae = CausalVideoVAE(**config).to(device, getattr(torch, dtype)).eval()
     vae.frames_per_slice = frames_per_slice
     network = vae if ours else vae.to_diffusers().to(device, getattr(torch, dtype)).eval()
-    clip = torch.rand(1, 3, frames, size, size, device=device).to(network.dtype)
-    latents = torch.randn(1, 8, 1 + (frames - 1) // 4, size // 4, size // 4, device=device).to(network.dtype)
+    clip = torch.rand(1, 3, frames, *size, device=device).to(network.dtype)
+    sides = (side // vae.spatial_compression_ratio for side in size)
+    latents = torch.randn(1, vae.config.z_dim, vae.grid.num_latents(frames), *sides, device=device).to(network.dtype)
     if kind == "encode":
         return lambda: network.encode(clip)
     if kind == "decode" or not ours:
@@ -51,12 +54,12 @@ def main() -> None:
         for size in args.sizes:
             for kind in ("encode", "decode"):
                 cases[f"{kind} 17 frames {size} {dtype}"] = partial(
-                    build, kind, dtype, size, 17, args.frames_per_slice
+                    build, kind, dtype, (size, size), 17, args.frames_per_slice
                 )
         for frames in args.frames:
             size = args.sizes[0]
             cases[f"stream {frames} frames {size} {dtype}"] = partial(
-                build, "stream", dtype, size, frames, args.frames_per_slice
+                build, "stream", dtype, (size, size), frames, args.frames_per_slice
             )
     passed_on = ["--dtypes", *args.dtypes, "--sizes", *map(str, args.sizes), "--frames", *map(str, args.frames)]
     passed_on += [] if args.frames_per_slice is None else ["--frames-per-slice", str(args.frames_per_slice)]
