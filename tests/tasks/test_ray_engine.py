@@ -12,6 +12,7 @@ import pytest
 
 from tests.tasks.test_jobs import finish, frames_in, start
 from tests.test_pipeline import make_pipeline
+from tests.warm import warm_python
 from vgen.data.latents import LatentSet
 from vgen.tasks.engine import EngineOptions, Worker
 from vgen.tasks.ray_engine import MAX_DEATHS, ItemError, ray_pool
@@ -27,6 +28,7 @@ def cluster():
         patch.setenv("ACCELERATE_USE_CPU", "true")
         from ray.cluster_utils import Cluster
 
+        patch.setattr(sys, "executable", warm_python())  # that of actors, which import PyTorch
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         yield cluster
         cluster.shutdown()
@@ -61,9 +63,11 @@ def lines_of(folder):
     return [{name: value for name, value in line.items() if name not in ("seconds", "time")} for line in lines]
 
 
-def actors():
-    """The processes of actors, which are descendants of this process."""
-    return [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Actor")]
+def actors(cluster):
+    """The processes of actors of a cluster, which write into its folder."""
+    session = cluster.head_node.get_session_dir_path()
+    found = [one for one in psutil.process_iter() if one.name().startswith("ray::_Actor")]
+    return [one for one in found if any(file.path.startswith(session) for file in one.open_files())]
 
 
 @pytest.mark.slow
@@ -75,7 +79,7 @@ def test_a_killed_actor_and_a_killed_node_do_not_stop_a_job_or_change_its_output
     killed, plain = tmp_path / "killed", tmp_path / "plain"
     process = start("text_to_video.py", model, killed, engine="ray", ray_address=cluster.address, **options)
     wait_until(process, lambda: len(list(killed.glob("*.mp4"))) >= 1)
-    os.kill(actors()[0].pid, signal.SIGKILL)
+    os.kill(actors(cluster)[0].pid, signal.SIGKILL)
     wait_until(process, lambda: len(list(killed.glob("*.mp4"))) >= 3)
     recorded = (killed / "manifest-00000.jsonl").read_text().splitlines()
     times = {name: (killed / name).stat().st_mtime_ns for name in (json.loads(line)["name"] for line in recorded)}
