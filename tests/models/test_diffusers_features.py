@@ -15,6 +15,11 @@ from tests.warm import warm_python
 from vgen.io.fingerprint import weights_digest
 from vgen.temporal.state import TemporalState
 
+ONE_LEVEL = {
+    "block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}  # fmt: skip
+
 
 class VAE:
     """A tiny VAE, what it maps, and the same slice by slice."""
@@ -249,8 +254,7 @@ def small_case(case, make_vae, make_transformer, make_unet):
         return VAE(partial(make_vae, dim_mult=[1, 1], temperal_downsample=[True]))
     if type(case) is Transformer:
         return Transformer(partial(make_transformer, num_layers=1))
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return UNet(partial(make_unet, block_out_channels=(8,), **blocks))
+    return UNet(partial(make_unet, **ONE_LEVEL))
 
 
 @pytest.mark.slow
