@@ -66,8 +66,9 @@ def lines_of(folder):
 def actors(cluster):
     """The processes of actors of a cluster, which write into its folder."""
     session = cluster.head_node.get_session_dir_path()
-    found = [one for one in psutil.process_iter() if one.name().startswith("ray::_Actor")]
-    return [one for one in found if any(file.path.startswith(session) for file in one.open_files())]
+    processes = psutil.process_iter(["name", "open_files"])  # skips those that end meanwhile
+    found = [one for one in processes if one.info["name"].startswith("ray::_Actor")]
+    return [one for one in found if any(file.path.startswith(session) for file in one.info["open_files"] or ())]
 
 
 @pytest.mark.slow
