@@ -69,6 +69,8 @@ def launch_processes(python, command, processes, accelerate):
     if on_cpus and processes > 1:  # --cpu would start one
         accelerate = ["--config_file=train/accelerate/ddp.yaml", "--mixed_precision=no"]
     launcher = ["-m", "accelerate.commands.launch", *accelerate]
+    if on_cpus and python != warm_python():  # only what it starts
+        python, launcher, command = warm_python(), [*launcher, "--no_python"], [python, *command]
     command = [python, *launcher, "--num_processes", str(processes), "--main_process_port=0", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpus else {}
