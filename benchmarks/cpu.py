@@ -1,9 +1,10 @@
-"""All comparisons with diffusers on a CPU, the start-up and the memory of streams, in one table.
+"""All comparisons with diffusers on a CPU and the memory of streams, in one table.
 
     python benchmarks/cpu.py --output docs/results/cpu.json
 
-It runs the other benchmarks with few pairs and takes about ten minutes on two cores. bfloat16 is measured where matrix
-products are at least as fast in it as in float32; elsewhere they are emulated, and their time hides everything else.
+It runs the other benchmarks with few pairs. It took 11 minutes on the machine of docs/results.md. bfloat16 is measured
+where matrix products are at least as fast in it as in float32; elsewhere they are emulated, and their time hides
+everything else.
 """
 
 import argparse
@@ -17,16 +18,13 @@ from pairs import machine
 from scripts import launch
 
 COMPARISONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "transformer": ("benchmarks/transformer.py", {"num-pairs": 5}),
-    "vae": ("benchmarks/vae.py", {"num-pairs": 3, "frames": 65}),
-    "unet": ("benchmarks/unet_step.py", {"num-pairs": 5, "libraries": "diffusers"}),
+    "transformer": ("benchmarks/transformer.py", {"num-pairs": 4}),
+    "vae": ("benchmarks/vae.py", {"num-pairs": 2, "frames": 33}),
+    "unet": ("benchmarks/unet_step.py", {"num-pairs": 4, "libraries": "diffusers"}),
     "frame groups": ("benchmarks/frame_groups.py", {"num-pairs": 2}),
 }
 """Scripts that compare two implementations, with their settings."""
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cold start": ("benchmarks/cold_start.py", {}),
-    "streamed decoding": ("benchmarks/streaming_decode.py", {}),
-}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"streamed decoding": ("benchmarks/streaming_decode.py", {})}
 
 
 def main() -> None:
@@ -49,8 +47,6 @@ def main() -> None:
     for name in COMPARISONS:
         for case, row in results[name].items():
             print(f"{f'{name}: {case}':<56}{row['time']:8.2f}{row['memory']:8.2f}")
-    for command, row in results["cold start"].items():
-        print(f"{command:<56}{row['seconds']:7.2f}s{row.get('MiB', 0):5.0f}MiB")
     short, *_, long = results["streamed decoding"].values()
     print(f"{'streamed decoding: memory of 257 frames relative to 17':<56}{long / short:16.2f}")
     print(f"{results['minutes']:.1f} minutes")

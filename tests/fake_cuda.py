@@ -5,6 +5,7 @@ A tensor of the CPU that meets one of the device raises an error, as on a GPU. T
 
 import ctypes
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import vgen
@@ -71,6 +73,26 @@ class FakeCuda(FakeTensorMode):
 
     def _fake(self, x: Tensor) -> FakeTensor:
         return x if isinstance(x, FakeTensor) else self.from_tensor(x.clone())
+
+
+class LiveMemory(TorchDispatchMode):
+    """The peak of the memory of all tensors that are created in it, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self._live:
+                    self._live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._live.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._live.values()))
+        return out
 
 
 def _on_host(x: FakeTensor) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     ClassifierFreeGuidance,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,7 +16,7 @@ from diffusers import (
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from tests.fake_cuda import FakeCuda, cuda_device_guard
+from tests.fake_cuda import FakeCuda, LiveMemory, cuda_device_guard
 from tests.test_pipeline import PROMPT, make_pipeline, seeded
 from tests.test_unet_pipeline import build
 from tests.training.test_feed import make, run_of  # noqa: F401, a fixture
@@ -26,6 +27,7 @@ from vgen.metrics.reference import psnr, ssim
 from vgen.metrics.temporal import border_differences, drift_slopes, statistics, warping_error
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.models.image_vae import PerFrameVAE
+from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import Motion, visible
 from vgen.temporal.state import TemporalState
 from vgen.training.adversarial import PatchDiscriminator, VAEWithDiscriminator, adaptive_weight, discriminator_loss
@@ -81,6 +83,20 @@ def randn(*shape):
 def waits(cuda):
     """The places where the host waited."""
     return set(cuda.syncs)
+
+
+@pytest.mark.parametrize("kind", ["encode", "decode"])
+def test_the_vae_needs_at_most_the_memory_of_diffusers(cuda, kind):
+    """Wan's layout at 480x832, with a sixth of its channels."""
+    clip, latents = randn(1, 3, 17, 480, 832), randn(1, 4, 5, 60, 104)
+    peaks = {}
+    for network_class in (CausalVideoVAE, AutoencoderKLWan):
+        config = {"base_dim": 16, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+        vae = on_cuda(network_class(**config))
+        with torch.no_grad(), LiveMemory() as memory:
+            vae.encode(clip) if kind == "encode" else vae.decode(latents)
+        peaks[network_class] = memory.peak
+    assert 2**20 < peaks[CausalVideoVAE] <= peaks[AutoencoderKLWan]
 
 
 def test_a_tensor_on_the_cpu_does_not_mix_with_one_on_the_device(cuda):
