@@ -60,8 +60,7 @@ def main() -> None:
         for tokens in args.tokens
         for groups in GROUPS
     }
-    passed_on = ["--dtypes", *args.dtypes, "--frames", str(args.frames), "--heads", str(args.heads)]
-    compare(cases, args, [*passed_on, "--tokens", *map(str, args.tokens)])
+    compare(cases, args)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
@@ -103,41 +104,41 @@ def time_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], num_pairs: in
     return statistics.median(mine), statistics.median(other), statistics.median(a / b for a, b in pairs)
 
 
-def memory_of(arguments: list[str], mmap_threshold: int = 65536) -> float:
-    """Runs this script with these arguments in a new process and returns the MiB that it prints.
+def in_new_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process, with none of this one's memory.
 
-    `mmap_threshold` fixes that of glibc's malloc in bytes, see streaming_decode.py; 0 leaves it alone.
+    The processes are forks of a server that has imported torch and vgen, because that takes seconds. The server starts
+    at the first call, with the environment of that moment.
     """
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold)} if mmap_threshold else {})
-    command = [sys.executable, sys.argv[0], *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(done.stdout.split()[-1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pairs", "vgen.pipeline"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(call, *arguments).result()
 
 
-def compare(
-    cases: dict[str, Callable[[bool], Callable[[], Any]]], args: argparse.Namespace, passed_on: list[str]
-) -> None:
-    """Prints one line per case; with `--one NAME ours|theirs`, the peak memory of its second call in MiB.
+def peak_of(build: Callable[[bool], Callable[[], Any]], ours: bool) -> float:
+    """The peak memory of the second call of a case in MiB; the first also loads code."""
+    call = build(ours)
+    call()
+    forget_peak()
+    loaded = peak_mebibytes()
+    call()
+    return peak_mebibytes() - loaded
+
+
+def compare(cases: dict[str, Callable[[bool], Callable[[], Any]]], args: argparse.Namespace) -> None:
+    """Prints one line per case.
 
     Args:
-        cases: For each name, a function that builds our call (`True`) or diffusers' (`False`).
-        args: With `num_pairs`, `one`, `output`.
-        passed_on: Arguments that the memory runs need to build the same cases.
+        cases: For each name, a function that builds our call (`True`) or diffusers' (`False`). It can be pickled.
+        args: With `num_pairs`, `output`.
     """
-    if args.one:
-        name, whose = args.one
-        call = cases[name](whose == "ours")
-        call()  # the first call also loads code
-        forget_peak()
-        loaded = peak_mebibytes()
-        call()
-        print(peak_mebibytes() - loaded)
-        return
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # see streaming_decode.py; of the new processes
     rows = {}
     print(f"{'case':<40}{'ours':>10}{'theirs':>12}{'time ratio':>12}{'memory ratio':>14}")
     for name, build in cases.items():
+        memory = [in_new_process(peak_of, build, ours) for ours in (True, False)]
         mine, other, ratio = time_ratio(build(True), build(False), args.num_pairs)
-        memory = [memory_of([*passed_on, "--one", name, whose]) for whose in ("ours", "theirs")]
         rows[name] = {"ours": mine, "theirs": other, "time": ratio, "memory": memory[0] / memory[1]}
         cells = f"{mine:>8.3f} s{other:>10.3f} s{ratio:>12.3f}{memory[0] / memory[1]:>14.3f}"
         print(f"{name:<40}{cells}", flush=True)
@@ -146,10 +147,9 @@ def compare(
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks share."""
+    """The options that the comparisons share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-pairs", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     return parser

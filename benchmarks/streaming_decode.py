@@ -13,20 +13,18 @@ import argparse
 import json
 from pathlib import Path
 
-from pairs import memory_of, peak_mebibytes
+import torch
+from pairs import in_new_process, peak_mebibytes
 
+from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
+from vgen.models.vae import CausalVideoVAE
 
 
 def measure(num_frames: int, size: int, model: str, frames_per_slice: int | None, allocator: str) -> float:
     """Peak memory in MiB, without that of the loaded network."""
     if allocator == "vgen":
         bound_memory()
-    import torch
-
-    from vgen.hub import find_checkpoint
-    from vgen.models.vae import CausalVideoVAE
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = CausalVideoVAE.from_pretrained(str(find_checkpoint(model)), subfolder="vae").eval().to(device)
     vae.frames_per_slice = frames_per_slice
@@ -51,22 +49,10 @@ def main() -> None:
     parser.add_argument("--frames-per-slice", type=int, help="by default, it depends on the size")
     parser.add_argument("--allocator", choices=["vgen", "glibc"], default="vgen")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(measure(args.one, args.size, args.model, args.frames_per_slice, args.allocator))
-        return
     peaks = {}
     for num_frames in args.num_frames:
-        settings = {
-            "model": args.model,
-            "size": args.size,
-            "allocator": args.allocator,
-            "one": num_frames,
-        }
-        if args.frames_per_slice is not None:
-            settings["frames-per-slice"] = args.frames_per_slice
-        peak = memory_of([f"--{name}={value}" for name, value in settings.items()], mmap_threshold=0)
+        peak = in_new_process(measure, num_frames, args.size, args.model, args.frames_per_slice, args.allocator)
         peaks[num_frames] = peak
         print(f"{num_frames} frames of {args.size}x{args.size}: {peak:.0f} MiB")
     first, *_, last = peaks.values()

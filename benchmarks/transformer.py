@@ -58,8 +58,7 @@ def main() -> None:
         for side in args.sides
         for kind in ("forward", "step")
     }
-    passed_on = ["--dtypes", *args.dtypes, "--sides", *map(str, args.sides), "--batch-size", str(args.batch_size)]
-    compare(cases, args, passed_on)
+    compare(cases, args)
 
 
 if __name__ == "__main__":

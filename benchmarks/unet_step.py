@@ -132,13 +132,10 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.frames, args.side, args.batch_size)
     cases = {f"{name} {dtype}": partial(build, name, dtype, *size) for name in args.libraries for dtype in args.dtypes}
-    if not args.one:
-        for name in args.libraries:
-            widths, theirs = matching_widths(name), make_theirs(name)
-            print(f"{name}: {count(theirs):,} parameters, ours {count(make_ours(widths)):,} with channels {widths}")
-    passed_on = ["--dtypes", *args.dtypes, "--frames", str(args.frames), "--side", str(args.side)]
-    passed_on += ["--libraries", *args.libraries]
-    compare(cases, args, [*passed_on, "--batch-size", str(args.batch_size)])
+    for name in args.libraries:
+        widths, theirs = matching_widths(name), make_theirs(name)
+        print(f"{name}: {count(theirs):,} parameters, ours {count(make_ours(widths)):,} with channels {widths}")
+    compare(cases, args)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,7 @@ def main() -> None:
             cases[f"stream {frames} frames {size} {dtype}"] = partial(
                 build, "stream", dtype, (size, size), frames, args.frames_per_slice
             )
-    passed_on = ["--dtypes", *args.dtypes, "--sizes", *map(str, args.sizes), "--frames", *map(str, args.frames)]
-    passed_on += [] if args.frames_per_slice is None else ["--frames-per-slice", str(args.frames_per_slice)]
-    compare(cases, args, passed_on)
+    compare(cases, args)
 
 
 if __name__ == "__main__":

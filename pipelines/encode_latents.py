@@ -170,7 +170,6 @@ def main(config: EncodeConfig) -> None:
     process = this_process()
     encoder = Encoder(config)
     if process.is_main_process:
-        warn_if_emulated(process.device, config.mixed_precision, "--mixed_precision no")
         for source in encoder.sources:
             check_folder(source)
     process.wait_for_everyone()
@@ -224,6 +223,7 @@ class Encoder:
 
     def __init__(self, config: EncodeConfig):
         self.device = this_process().device
+        warn_if_emulated(self.device, config.mixed_precision, "--mixed_precision no")
         vae = load_vae(config.vae).to(self.device).eval()
         self.codec = as_video_vae(vae)
         if config.compile:

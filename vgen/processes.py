@@ -31,14 +31,15 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def warn_if_emulated(device: torch.device, precision: str, setting: str) -> None:
-    """Warns if a precision is much slower than float32 on this device.
+    """Warns if a precision is much slower than float32 on this device; of several processes, the first one does.
 
     Args:
         device: The device of the networks.
         precision: The requested precision: `bf16` and `bfloat16` may be emulated.
         setting: The option that avoids it.
     """
-    if precision in ("bf16", "bfloat16") and not has_bfloat16(device):
+    slow = precision in ("bf16", "bfloat16") and not has_bfloat16(device)
+    if slow and rank_and_world_size()[0] == 0:
         logger.warning(f"this processor emulates bfloat16, which is many times slower than float32: pass {setting}")
 
 

@@ -186,8 +186,8 @@ def start(config: RunConfig) -> Accelerator:
     set_seed(config.seed)
     if on_several_machines():
         check_shared_folder(config.output_dir)
+    warn_if_emulated(accelerator.device, config.mixed_precision, "--mixed_precision no")
     if accelerator.is_main_process:
-        warn_if_emulated(accelerator.device, config.mixed_precision, "--mixed_precision no")
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
