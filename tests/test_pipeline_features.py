@@ -1,5 +1,6 @@
 """What users of diffusers do with a pipeline: swap schedulers and guiders, choose files and precision, offload."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from diffusers import (
     AdaptiveProjectedGuidance,
+    AutoencoderKL,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     PerturbedAttentionGuidance,
@@ -22,7 +26,9 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import LayerSkipConfig
+from safetensors.torch import load_file, save_file
 
+from vgen.models.loading import check_finite
 from vgen.pipeline import VideoGenPipeline
 from vgen.sampling.conditions import Conditions, Guidance
 
@@ -78,6 +84,47 @@ def test_every_flow_scheduler_goes_to_the_same_video(pipe):
         close = latents(pipe, num_inference_steps=30, guidance_scale=1.0)
         error, coarse = ((one - exact).norm() / exact.norm() for one in (close, noise))
         assert error < 0.02 and error < coarse / 2, name
+
+
+FLOW_CONFIG = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+MISMATCHED = {
+    "UniPC without flow settings": lambda: UniPCMultistepScheduler.from_config(FLOW_CONFIG),
+    "DPM-Solver++ without flow settings": lambda: DPMSolverMultistepScheduler.from_config(FLOW_CONFIG),
+    "DDIM from flow": lambda: DDIMScheduler.from_config(FLOW_CONFIG),
+    "UniPC without flow sigmas": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction"),
+    "UniPC with flow sigmas only": lambda: UniPCMultistepScheduler(use_flow_sigmas=True),
+    "DDIM of flow": lambda: DDIMScheduler.from_config(UniPCMultistepScheduler(**FLOW).config),
+    "Euler ancestral from flow": lambda: EulerAncestralDiscreteScheduler.from_config(FLOW_CONFIG),
+    "flow from DDIM": lambda: FlowMatchEulerDiscreteScheduler.from_config(
+        DDIMScheduler(prediction_type="epsilon").config
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_a_scheduler_that_does_not_fit_the_prediction_is_an_error_that_names_it(name):
+    pipe = make_pipeline(tasks=["text", "leading"], window=2)
+    pipe.scheduler = MISMATCHED[name]()
+    with pytest.raises(ValueError, match=type(pipe.scheduler).__name__):
+        latents(pipe)
+    with pytest.raises(ValueError, match=type(pipe.scheduler).__name__):
+        pipe.rollout(PROMPT)
+
+
+@pytest.mark.parametrize("given", ["assigned", "loaded"])
+def test_a_scheduler_of_another_prediction_type_is_warned_of(given, monkeypatch, tmp_path):
+    pipe, logged = make_pipeline(), []
+    monkeypatch.setattr("vgen.pipeline.logger.warning", logged.append)
+    if given == "assigned":
+        pipe.scheduler = DDIMScheduler()
+    else:
+        pipe.save_pretrained(tmp_path)
+        pipe = VideoGenPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler())
+    latents(pipe)
+    assert len(logged) == 1 and "DDIMScheduler" in logged[0] and "'epsilon'" in logged[0] and "'flow'" in logged[0]
+    pipe.scheduler = UniPCMultistepScheduler.from_config(FLOW_CONFIG, **FLOW)
+    latents(pipe)
+    assert len(logged) == 1
 
 
 def test_a_swapped_scheduler_is_saved(pipe, tmp_path):
@@ -183,6 +230,99 @@ def test_every_component_has_its_own_precision_where_requested(pipe, tmp_path):
     expected = pipe(PROMPT, generator=seeded()).frames
     assert 0 < abs(again(PROMPT, generator=seeded()).frames - expected).mean() < 0.02
     assert VideoGenPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+def edit_weights(folder, edit):
+    path = next(folder.glob("*.safetensors"))
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_variant_of_some_components_only_is_an_error_that_names_the_others(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.vae.save_pretrained(tmp_path / "vae", variant="fp16")
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
+    denoiser = "transformer" if pipe.unet is None else "unet"
+    with pytest.raises(ValueError, match=rf"variant='fp16' for text_encoder, {denoiser}"):
+        VideoGenPipeline.from_pretrained(tmp_path, variant="fp16")
+    given = {"text_encoder": pipe.text_encoder, denoiser: pipe.denoiser}
+    assert_same(VideoGenPipeline.from_pretrained(tmp_path, variant="fp16", **given), pipe)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "vae", "denoiser"])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "nan", "inf"])
+def test_weights_that_are_missing_or_unexpected_or_not_finite_are_an_error(pipe, tmp_path, component, damage):
+    def edit(weights):
+        key = next(key for key in weights if key.endswith("weight") and weights[key].ndim > 1 and "embed" not in key)
+        if damage == "missing":
+            del weights[key]
+        elif damage == "unexpected":
+            weights["extra"] = torch.ones(1)
+        else:
+            weights[key].view(-1)[-1] = float(damage)
+
+    pipe.save_pretrained(tmp_path)
+    component = component.replace("denoiser", "transformer" if pipe.unet is None else "unet")
+    edit_weights(tmp_path / component, edit)
+    named = {"missing": "missing keys: ", "unexpected": "unexpected keys: extra"}.get(damage, "is NaN or infinite")
+    with pytest.raises(ValueError, match=named):
+        VideoGenPipeline.from_pretrained(tmp_path)
+
+
+def test_an_image_vae_with_weights_that_are_missing_or_not_finite_is_an_error(tmp_path):
+    pipe = make_pipeline()
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=4)
+    VideoGenPipeline(**pipe.components | {"vae": vae}).save_pretrained(tmp_path)
+    assert torch.equal(
+        VideoGenPipeline.from_pretrained(tmp_path).vae.decoder.conv_out.weight, vae.decoder.conv_out.weight
+    )
+    edit_weights(tmp_path / "vae", lambda weights: weights["decoder.conv_out.bias"].fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"decoder.conv_out.bias of AutoencoderKL .* is NaN"):
+        VideoGenPipeline.from_pretrained(tmp_path)
+    edit_weights(tmp_path / "vae", lambda weights: weights.pop("decoder.conv_out.bias"))
+    with pytest.raises(ValueError, match=r"missing keys: decoder.conv_out.bias"):
+        VideoGenPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_weights_of_any_floating_type_are_checked(kind):
+    dtype = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[kind]
+    network = torch.nn.Linear(3, 3)
+    network.weight = torch.nn.Parameter(torch.eye(3).to(dtype), requires_grad=False)
+    check_finite(network, "network")
+    network.weight.data = torch.full((3, 3), float("nan")).to(dtype)
+    with pytest.raises(ValueError, match="weight of network"):
+        check_finite(network, "network")
+
+
+def test_components_keep_the_defaults_of_the_checkpoint(make):
+    pipe = make()
+    pipe.register_to_config(height=24, frame_rate=7.0, rollout_defaults={"window": 3})
+    again = VideoGenPipeline(**pipe.components)
+    assert again.defaults == pipe.defaults and again.config.height == 24
+    assert again.config.rollout_defaults == {"window": 3} and again.denoiser is pipe.denoiser
+    changed = VideoGenPipeline(**pipe.components, height=32)
+    assert (changed.config.height, changed.config.frame_rate) == (32, 7.0)
+    assert VideoGenPipeline(**pipe.components).defaults == pipe.defaults
+    other = {denoiser_name(pipe): copy.deepcopy(pipe.denoiser)}
+    assert VideoGenPipeline(**pipe.components | other).config.height == 480
+
+
+def test_a_video_longer_than_the_training_clips_is_warned_of(monkeypatch):
+    pipe = make_pipeline(trained_token_frames=3)
+    logged = []
+    monkeypatch.setattr("vgen.pipeline.logger.warning", logged.append)
+    assert latents(pipe, num_frames=9).shape[2] == 3 and not logged
+    assert latents(pipe, num_frames=13).shape[2] == 4
+    assert len(logged) == 1 and "num_frames=13" in logged[0] and "9 frames (3 token frames)" in logged[0]
+
+
+def test_a_cut_prompt_is_warned_of_with_what_was_cut(make, monkeypatch):
+    pipe, logged = make(), []
+    monkeypatch.setattr("vgen.models.prompts.logger.warning", logged.append)
+    pipe.encode_prompt(PROMPT + " a red square", PROMPT + " a blue square", max_sequence_length=8)
+    assert [text.split("cut: ")[1] for text in logged] == ["'square'", "'square'"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def prediction_of(scheduler: Any) -> Prediction:
 
 def shift_of(scheduler: Any) -> float:
     """How far a flow-matching scheduler moves noise levels toward noise; 1 is not at all."""
-    return scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+    settings = _settings(scheduler)
+    return settings.get("shift", settings.get("flow_shift", 1.0))
 
 
 def level_to_timestep(scheduler: Any, levels: Tensor) -> Tensor:
@@ -100,7 +101,51 @@ def level_to_timestep(scheduler: Any, levels: Tensor) -> Tensor:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler has the noise levels of flow matching, as UniPC and DPM-Solver++ can, too."""
-    return "shift" in scheduler.config or scheduler.config.get("prediction_type") == "flow_prediction"
+    settings = _settings(scheduler)
+    return "shift" in settings or settings.get("prediction_type") == "flow_prediction"
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What a network must predict for a scheduler: `flow`, or the `prediction_type` of its config."""
+    return "flow" if is_flow(scheduler) else _settings(scheduler).get("prediction_type", "epsilon")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Checks that the settings of a scheduler fit each other.
+
+    They often do not after `from_config` with the config of a scheduler of another kind, whose settings are ignored.
+
+    Raises:
+        ValueError: Samples would be noise. The error names the scheduler and the settings.
+    """
+    name, settings, advice = type(scheduler).__name__, _settings(scheduler), ""
+    ignored = {key: value for key, value in scheduler.config.items() if key not in settings and key[0] != "_"}
+    kind, flow = settings.get("prediction_type"), is_flow(scheduler)
+    if "use_flow_sigmas" in settings:
+        advice = " (pass prediction_type='flow_prediction', use_flow_sigmas=True)"
+        if settings["use_flow_sigmas"] != flow:
+            raise ValueError(
+                f"{name} has use_flow_sigmas={settings['use_flow_sigmas']} and prediction_type={kind!r}: "
+                f"flow matching needs both{advice}, other predictions need neither"
+            )
+    elif kind == "flow_prediction":
+        raise ValueError(f"{name} does not support flow matching: use FlowMatchEulerDiscreteScheduler")
+    if not flow and "shift" in ignored:
+        raise ValueError(
+            f"{name} was made from the config of a flow-matching scheduler but predicts {kind!r}: use a flow-matching "
+            f"scheduler{advice}"
+        )
+    if flow and ignored.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise ValueError(
+            f"{name} does flow matching but was made from the config of a scheduler with "
+            f"prediction_type={ignored['prediction_type']!r}: use a scheduler with this prediction_type"
+        )
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """The settings that a scheduler uses. Its config also has those of the config that it was made from."""
+    names = type(scheduler)._get_init_keys(type(scheduler))
+    return {name: value for name, value in scheduler.config.items() if name in names}
 
 
 def flow_sample(latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Axes: `b` videos, `c` channels, `f` pixel frames, `t h w` latent frames, rows an
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,28 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin
 from diffusers.guiders import BaseGuidance
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vgen.checks import check_choice, check_integer, check_number, check_type, shown
-from vgen.diffusion import is_flow
+from vgen.diffusion import check_scheduler, is_flow, prediction_type
 from vgen.hub import find_checkpoint, not_found, register
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.models.convert import from_wan_index
-from vgen.models.image_vae import PerFrameVAE, as_video_vae
+from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.inflate import inflate_stable_diffusion
-from vgen.models.loading import check_not_pickled
+from vgen.models.loading import check_finite, check_not_pickled, check_variant
 from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
-from vgen.models.prompts import encode_texts, warn_unknown_words
+from vgen.models.prompts import check_text_encoder, encode_texts, warn_truncated, warn_unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -66,6 +69,15 @@ from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
 
+logger = logging.get_logger(__name__)
+
+_DEFAULTS: dict[str, Any] = {
+    "height": 480, "width": 832, "num_frames": 81, "frame_rate": 16.0, "num_inference_steps": 50,
+    "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {},
+}  # fmt: skip
+_DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""The defaults of the pipeline that a denoiser was last taken from."""
+
 OutputType = Literal["np", "pil", "pt", "latent"]
 
 
@@ -78,6 +90,8 @@ class VideoGenPipelineOutput(BaseOutput):
 
 class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     """Generates videos from prompts and known frames.
+
+    Defaults that are `None` are those of the pipeline whose `components` the denoiser comes from, or those of Wan 2.1.
 
     Args:
         scheduler: Any diffusers scheduler that fits the denoiser's training.
@@ -110,19 +124,32 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         unet: UNet3D | None = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        frame_rate: float = 16.0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        max_sequence_length: int = 512,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        frame_rate: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        max_sequence_length: int | None = None,
         rollout_defaults: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
             raise ValueError("a pipeline has one denoiser: pass transformer or unet, not both")
-        RolloutOptions.from_json(rollout_defaults or {}, "rollout_defaults")
+        given = {
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "frame_rate": frame_rate,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "max_sequence_length": max_sequence_length,
+            "rollout_defaults": rollout_defaults,
+        }
+        network = transformer if unet is None else unet
+        defaults = {} if network is None else _DEFAULTS_OF.get(network, {})
+        defaults = _DEFAULTS | defaults | {name: value for name, value in given.items() if value is not None}
+        RolloutOptions.from_json(defaults["rollout_defaults"], "rollout_defaults")
         self.register_modules(
             scheduler=scheduler,
             vae=vae,
@@ -131,16 +158,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.register_to_config(
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            frame_rate=frame_rate,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            max_sequence_length=max_sequence_length,
-            rollout_defaults=rollout_defaults or {},
-        )
+        self.register_to_config(**copy.deepcopy(defaults))
+        self._prediction_type = prediction_type(scheduler)
         vae = self.video_vae
         self.vae_scale_factor_temporal = 1 if vae is None else vae.temporal_compression_ratio
         self.vae_scale_factor_spatial = 1 if vae is None else vae.spatial_compression_ratio
@@ -153,21 +172,45 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Folders of diffusers' `WanPipeline` (Wan 2.1 text to video) load too.
 
         Raises:
-            ValueError: There is no such checkpoint, its weights are pickled, or they do not fit its config.
+            ValueError: There is no such checkpoint, its weights are pickled, do not fit its config, or are NaN or
+                infinite, or only some components have the requested variant.
         """
         source = find_checkpoint(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)  # transformers would keep the file's half precision
-        if isinstance(source, Path):
-            for component in sorted(path for path in source.iterdir() if path.is_dir()):
-                check_not_pickled(component)
-            return super().from_pretrained(str(source), **kwargs)
+        folder = source if isinstance(source, Path) else cls._download(source, **kwargs)
+        components = [path for path in sorted(folder.iterdir()) if path.is_dir() and kwargs.get(path.name, path)]
+        for component in components:
+            check_not_pickled(component)
+        loaded = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
+        loaded = {name: entry[1] for name, entry in loaded.items() if name not in kwargs and entry[0] is not None}
+        if kwargs.get("variant"):
+            check_variant(folder, loaded, kwargs["variant"])
+        if "text_encoder" in loaded:
+            check_text_encoder(folder / "text_encoder", loaded["text_encoder"], kwargs.get("variant"))
+        if loaded.get("vae") == "AutoencoderKL":
+            load_vae(folder, variant=kwargs.get("variant"))  # diffusers' pipelines do not load it strictly
+        pipe = super().from_pretrained(str(folder), **kwargs)
+        if "text_encoder" in loaded:
+            check_finite(pipe.text_encoder, f"text_encoder in {folder}")
+        if "scheduler" in kwargs:
+            index = cls.load_config(folder)["scheduler"]
+            pipe._prediction_type = prediction_type(getattr(diffusers, index[1]).from_pretrained(folder / "scheduler"))
+        return pipe
+
+    @classmethod
+    def _download(cls, source: str, **kwargs: Any) -> Path:
+        """The folder of a pipeline of the Hub, after its download.
+
+        Raises:
+            ValueError: There is no such pipeline, or it is of another class.
+        """
         hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
         try:
             cls.load_config(source, **{name: kwargs[name] for name in hub if name in kwargs})  # refuse before loading
-            return super().from_pretrained(source, **kwargs)
+            return Path(cls.download(source, **kwargs))
         except OSError as error:
             raise ValueError(f"{not_found(source)}, and it could not be loaded from the Hub: {error}") from error
 
@@ -314,6 +357,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length,
             attention_kwargs,
         )
+        trained = self.denoiser.config.trained_token_frames
+        if trained is not None and self.grid.num_latents(num_frames) > trained * self.grid.patch_frames:
+            longest = self.grid.num_frames(trained * self.grid.patch_frames)
+            logger.warning(
+                f"num_frames={num_frames} is longer than the clips that this checkpoint was trained with, which have "
+                f"up to {longest} frames ({trained} token frames): use rollout for longer videos"
+            )
         sampler = self.sampler(guidance)
         known = self._encode_given(given, num_frames, num_videos_per_prompt)
         positive, negative = self.encode_prompt(
@@ -767,6 +817,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             warn_unknown_words(self.tokenizer, prompts)
+            warn_truncated(self.tokenizer, prompts, length)
             prompt_embeds = encode_texts(self.text_encoder, self.tokenizer, prompts, length, device, lora_scale)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             if self.text_encoder is None:
@@ -775,8 +826,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             negatives = [negative_prompt or ""] * count if not isinstance(negative_prompt, list) else negative_prompt
             if len(negatives) != count:
                 raise ValueError(f"expected 1 or {count} negative prompts for {count} prompts, got {len(negatives)}")
+            length = prompt_embeds.shape[1]
+            warn_truncated(self.tokenizer, list(dict.fromkeys(negatives)), length)
             negative_prompt_embeds = encode_texts(
-                self.text_encoder, self.tokenizer, negatives, prompt_embeds.shape[1], device, lora_scale
+                self.text_encoder, self.tokenizer, negatives, length, device, lora_scale
             )
         negative = negative_prompt_embeds
         if do_classifier_free_guidance and negative is not None and negative.shape != prompt_embeds.shape:
@@ -844,7 +897,17 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             super().maybe_free_model_hooks()
 
     def sampler(self, guidance: Guidance | None = None) -> Sampler:
-        """Creates a sampler with this pipeline's networks and its own copy of the scheduler."""
+        """Creates a sampler with this pipeline's networks and its own copy of the scheduler.
+
+        Raises:
+            ValueError: The settings of the scheduler contradict each other.
+        """
+        check_scheduler(self.scheduler)
+        if (kind := prediction_type(self.scheduler)) != self._prediction_type:
+            logger.warning(
+                f"{type(self.scheduler).__name__} has the prediction type {kind!r}, but the checkpoint's scheduler has "
+                f"{self._prediction_type!r}: the video may be noise"
+            )
         self._last_sampler = Sampler(
             self.denoiser,
             self.scheduler,
@@ -859,6 +922,19 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Hashes that identify the configuration and all weights of each component, adapters included."""
         networks = {"denoiser": self.denoiser, "vae": self.vae, "text encoder": self.text_encoder}
         return fingerprint_components(self.scheduler, self.tokenizer, networks)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The checkpoint's defaults, such as the number of frames."""
+        return {name: self.config[name] for name in _DEFAULTS}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Networks, tokenizer and scheduler. A pipeline that is made with the denoiser also gets the defaults."""
+        network = self.transformer if self.unet is None else self.unet
+        if network is not None:
+            _DEFAULTS_OF[network] = copy.deepcopy(self.defaults)
+        return super().components
 
     @property
     def video_vae(self) -> CausalVideoVAE | PerFrameVAE | None:

@@ -3,9 +3,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import WanPipeline
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from vgen.models.prompts import embed, known_words, make_text_encoder, make_word_tokenizer, tokenize, unknown_words
+from vgen.models.prompts import (
+    embed,
+    known_words,
+    load_text_encoder,
+    make_text_encoder,
+    make_word_tokenizer,
+    tokenize,
+    unknown_words,
+    warn_truncated,
+    warn_unknown_words,
+)
 
 WORDS = ["a", "red", "circle", "moves", "right", ","]
 PROMPTS = ["a red circle moves right", "", "A Red circle, a circle.", "a purple circle"]
@@ -105,3 +125,99 @@ def test_the_text_encoder_depends_on_its_seed_and_not_on_the_global_generator(tm
     first.save_pretrained(tmp_path)
     loaded = T5EncoderModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    logged = []
+    monkeypatch.setattr("vgen.models.prompts.logger.warning", logged.append)
+    return logged
+
+
+def test_the_warning_of_unknown_words_is_short_and_has_the_three_nearest_known_words(warnings):
+    tokenizer = make_word_tokenizer([*(f"word{index}" for index in range(500)), "circle", "circles", "cycle"], 8)
+    warn_unknown_words(tokenizer, ["a circl", "x" * 1000])
+    assert len(warnings) == 1 and len(warnings[0]) < 250 and "not trained with: a, circl, xxx" in warnings[0]
+    assert warnings[0].split("known words: ")[1].count(",") == 2 and "circle" in warnings[0].split("known words: ")[1]
+    warnings.clear()
+    warn_unknown_words(tokenizer, ["circle"])
+    assert not warnings
+
+
+@pytest.mark.parametrize("missing", ["normalizer", "pre_tokenizer"])
+def test_a_tokenizer_without_a_part_has_unknown_words(tokenizer, missing):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1}, unk_token="<unk>"))
+    if missing == "normalizer":
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
+    assert unknown_words(whole, "red") == [] and unknown_words(whole, "blue") == ["blue"]
+
+
+def test_the_end_that_is_cut_from_a_prompt_is_reported(tokenizer, warnings):
+    warn_truncated(tokenizer, ["a red circle moves right, A Purple Circle", "a red circle"], 6)
+    assert len(warnings) == 1 and "max_sequence_length=6" in warnings[0] and "10 tokens" in warnings[0]
+    assert warnings[0].endswith("the end is cut: ', A Purple Circle'")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_cut_end_continues_what_other_tokenizers_keep(kind, warnings):
+    letters = "abcdefghij"
+    if kind == "bpe":
+        backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters + "<>")}, []))
+    else:
+        backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), *((c, -2.0) for c in letters)], 0))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    template = processors.TemplateProcessing(single="< $A >", special_tokens=[("<", 10), (">", 11)])
+    backend.post_processor = template if kind == "bpe" else backend.post_processor
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend)
+    warn_truncated(whole, [letters], 6)
+    assert warnings[0].endswith("'efghij'" if kind == "bpe" else "'fghij'")  # < abcd > or _abcde
+    warnings.clear()
+    warn_truncated(whole, [letters[:4]], 6)
+    assert not warnings
+
+
+def save_text_encoder(folder, edit):
+    """A UMT5 encoder in the format of public checkpoints, whose weights are edited."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    UMT5EncoderModel(UMT5Config(**sizes, is_encoder_decoder=False)).save_pretrained(folder / "text_encoder")
+    path = folder / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    return weights
+
+
+WEIGHT = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda weights: weights.pop(WEIGHT), f"missing keys: {WEIGHT}"),
+        (lambda weights: weights.update(extra=torch.ones(1)), "unexpected keys: extra"),
+        (lambda weights: weights.pop("shared.weight"), "missing keys: "),
+        (lambda weights: weights[WEIGHT].fill_(float("inf")), f"{WEIGHT} of .* is NaN or infinite"),
+    ],
+)
+def test_a_text_encoder_is_loaded_strictly(tmp_path, edit, named):
+    save_text_encoder(tmp_path, edit)
+    with pytest.raises(ValueError, match=named):
+        load_text_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight", "both"])
+def test_tied_embeddings_load_under_either_name(tmp_path, name):
+    def rename(weights):
+        embeddings = weights.pop("shared.weight")
+        names = ["shared.weight", "encoder.embed_tokens.weight"] if name == "both" else [name]
+        weights.update({one: embeddings.clone() for one in names})
+
+    weights = save_text_encoder(tmp_path, rename)
+    loaded = load_text_encoder(tmp_path)
+    assert torch.equal(
+        loaded.get_input_embeddings().weight,
+        next(weights[key] for key in weights if "block" not in key and weights[key].shape == (20, 32)),
+    )
+    assert loaded.shared.weight is loaded.encoder.embed_tokens.weight

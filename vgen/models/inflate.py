@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from vgen.models.image_vae import load_vae
+from vgen.models.prompts import load_text_encoder
 from vgen.models.unet import UNet3D
 
 
@@ -27,8 +28,9 @@ def inflate_stable_diffusion(source: str | Path | DiffusionPipeline, **unet: Any
         raise ValueError(f"source must be a StableDiffusionPipeline, got {source}, which contains a {name}")
     images: Any = source
     if not given:
-        parts = {"unet": None, "vae": load_vae(source), "safety_checker": None, "requires_safety_checker": False}
-        images = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, **parts)
+        parts = {"unet": None, "safety_checker": None, "requires_safety_checker": False}
+        strict = {"vae": load_vae(source), "text_encoder": load_text_encoder(str(source))}
+        images = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, **parts, **strict)
     network = UNet3D.from_unet2d(images.unet if given else source, None if given else "unet", **unet)
     size = network.config.sample_size
     sides = (size, size) if isinstance(size, int) else size

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PARALLELISM = (
@@ -46,7 +49,7 @@ class StrictLoading:
 
 
 def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
-    """Loads a network with one of diffusers' `from_pretrained` methods, from safetensors only.
+    """Loads a network with a `from_pretrained` method of diffusers or transformers, from safetensors only.
 
     Args:
         load: The `from_pretrained` of the class.
@@ -55,7 +58,8 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
         kwargs: Further arguments of `load`.
 
     Raises:
-        ValueError: The weights are pickled, or keys are missing or unexpected (the error names them).
+        ValueError: The weights are pickled, keys are missing or unexpected (the error names them), or a weight is NaN
+            or infinite.
     """
     folder = Path(str(source)) / (kwargs.get("subfolder") or "")
     check_not_pickled(folder)
@@ -71,7 +75,46 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
     if problems:
         details = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
         raise ValueError(f"the weights of {name} in {folder} do not match its config: {details}")
+    check_finite(model, f"{name} in {folder}")
     return (model, info) if wants_info else model
+
+
+def check_finite(network: nn.Module, name: str) -> None:
+    """Checks the weights of a network, which costs one pass over their memory. Quantized weights are not checked.
+
+    Raises:
+        ValueError: A weight is NaN or infinite. The error names it.
+    """
+    for key, weight in network.state_dict().items():
+        if type(weight) is Tensor and weight.is_floating_point() and weight.device.type != "meta" and weight.numel():
+            values = weight.half() if weight.itemsize == 1 else weight  # float8 has no kernel
+            if not torch.stack(values.aminmax()).isfinite().all():
+                raise ValueError(f"{key} of {name} is NaN or infinite: the file is damaged, or its training diverged")
+
+
+def check_variant(folder: Path, components: Iterable[str], variant: str) -> None:
+    """Checks that all components of a pipeline that have weights have those of a variant, such as `fp16`.
+
+    Args:
+        folder: Folder of the pipeline.
+        components: Names of the components to load.
+        variant: Name of the variant.
+
+    Raises:
+        ValueError: Some components do not have it. The error names them.
+    """
+    files = {name: [path.name for path in (folder / name).glob("*.safetensors")] for name in components}
+    found = {
+        name: any(f".{variant}." in file or f".{variant}-" in file for file in names)
+        for name, names in files.items()
+        if names
+    }
+    missing = sorted(name for name, has in found.items() if not has)
+    if missing:
+        raise ValueError(
+            f"{folder} has no weights of variant={variant!r} for {', '.join(missing)}: pass "
+            " these components, or load without variant"
+        )
 
 
 def check_not_pickled(folder: Path) -> None:

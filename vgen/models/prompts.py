@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from vgen.models.loading import load_strictly
 from vgen.models.locks import lock_of
 
 logger = logging.get_logger(__name__)
@@ -22,10 +27,29 @@ def load_text_encoder(source: str) -> Any:
 
     Args:
         source: A folder or Hub id with a subfolder `text_encoder`.
+
+    Raises:
+        ValueError: The weights are pickled, do not match the config, or are NaN or infinite.
     """
-    return AutoModelForTextEncoding.from_pretrained(
-        source, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-    )
+    load = AutoModelForTextEncoding.from_pretrained
+    return load_strictly(load, "the text encoder", source, subfolder="text_encoder", dtype=torch.float32)
+
+
+def check_text_encoder(folder: Path, class_name: str, variant: str | None) -> None:
+    """Compares the keys of a saved text encoder with its config, without reading weights. Tied weights may be missing.
+
+    transformers would initialize missing weights at random.
+
+    Args:
+        folder: Folder of the text encoder.
+        class_name: Its class in transformers.
+        variant: Name of the variant to load.
+
+    Raises:
+        ValueError: Keys are missing or unexpected. The error names them.
+    """
+    load = getattr(transformers, class_name).from_pretrained
+    load_strictly(load, class_name, folder, device_map="meta", variant=variant)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -103,25 +127,52 @@ def encode_texts(
                 unscale_lora_layers(text_encoder, lora_scale)
 
 
-def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Logs a warning that lists the words outside a whole-word tokenizer's vocabulary, if there are any."""
-    words = dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text))
-    if words:
+def warn_truncated(tokenizer: Any, texts: Sequence[str], max_length: int) -> None:
+    """Logs a warning for each text that is longer than `max_length` tokens, with the part that is cut."""
+    for text in map(prompt_clean, texts):
+        whole = tokenizer(text, verbose=False).input_ids  # verbose would warn too, with another limit
+        if len(whole) <= max_length:
+            continue
+        kept = tokenizer(text, max_length=max_length, truncation=True).input_ids
+        cut = next(
+            (index for index, pair in enumerate(zip(kept, whole, strict=False)) if pair[0] != pair[1]), len(kept)
+        )
+        if getattr(tokenizer, "is_fast", False):
+            begin, _ = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping[cut]
+            rest = text[begin:].strip()
+        else:
+            rest = tokenizer.decode(whole[cut:], skip_special_tokens=True)
         logger.warning(
-            f"the prompt has words that this checkpoint was not trained with: {', '.join(words)}. "
-            f"Its vocabulary: {' '.join(known_words(tokenizer))}"
+            f"a prompt has {len(whole)} tokens, more than max_sequence_length={max_length}: the end is cut: {rest!r}"
+        )
+
+
+def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Logs a warning of the words outside a whole-word tokenizer's vocabulary, with the nearest known words."""
+    words = list(dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)))
+    if words:
+        matches = [get_close_matches(word, known_words(tokenizer), n=3, cutoff=0) for word in words[:3]]
+        nearest = list(dict.fromkeys(word for rank in zip_longest(*matches) for word in rank if word))[:3]
+        more = f" and {len(words) - 8} more words" if len(words) > 8 else ""
+        logger.warning(
+            "the prompt has words that this checkpoint was not trained with: "
+            f"{', '.join(word[:30] for word in words[:8])}{more}; "
+            f"the nearest known words: {', '.join(nearest)}"
         )
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     """The words of a prompt that are not in a whole-word tokenizer's vocabulary; empty for other tokenizers."""
-    vocabulary = known_words(tokenizer)
+    vocabulary = set(known_words(tokenizer))
     if not vocabulary:
         return []
     backend = tokenizer.backend_tokenizer
-    text = backend.normalizer.normalize_str(prompt_clean(prompt))
-    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    return [word for word in dict.fromkeys(words) if word not in vocabulary and word[0].isalnum()]
+    text = prompt_clean(prompt)
+    text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    words = (
+        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    )
+    return [word for word in dict.fromkeys(words) if word not in vocabulary and word[:1].isalnum()]
 
 
 def known_words(tokenizer: Any) -> list[str]:

@@ -119,8 +119,7 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
     """
     skipped = ("output_dir", "model", "seed", *ENGINE_OPTIONS, *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
-    defaults = {name: pipe.config[name] for name in pipe.config if name[0] != "_" and name not in pipe.components}
-    return settings | {"model": pipe.fingerprint(), "defaults": defaults}
+    return settings | {"model": pipe.fingerprint(), "defaults": pipe.defaults}
 
 
 def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
