@@ -905,7 +905,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         check_scheduler(self.scheduler)
         if (kind := prediction_type(self.scheduler)) != self._prediction_type:
             logger.warning(
-                f"{type(self.scheduler).__name__} has the prediction type {kind!r}, but the checkpoint's scheduler has "
+                f"{type(self.scheduler).__name__} has the prediction type {kind!r}, but the checkpoint's has "
                 f"{self._prediction_type!r}: the video may be noise"
             )
         self._last_sampler = Sampler(

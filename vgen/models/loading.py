@@ -73,7 +73,7 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
     model, info = load(source, output_loading_info=True, **kwargs)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
     if problems:
-        details = "; ".join(f"{kind.replace('_', ' ')}: {_shorten(keys)}" for kind, keys in problems.items())
+        details = "; ".join(f"{kind.replace('_', ' ')}: {shorten(keys)}" for kind, keys in problems.items())
         raise ValueError(f"the weights of {name} in {folder} do not match its config: {details}")
     check_finite(model, f"{name} in {folder}")
     return (model, info) if wants_info else model
@@ -130,6 +130,7 @@ def check_not_pickled(folder: Path) -> None:
         raise ValueError(f"weights must be safetensors, got {folder / pickled[0]}, which is a pickle and can run code")
 
 
-def _shorten(keys: list[str], limit: int = 8) -> str:
+def shorten(keys: list[str], limit: int = 8) -> str:
+    """Names in one line: the first ones and the number of others."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more

@@ -1,14 +1,67 @@
-"""LoRA for both denoisers: Wan's format for the Transformer, Stable Diffusion's format for the U-Net."""
+"""LoRA for both denoisers and their text encoders. A file in any public format is applied completely or not at all."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin
-from torch import Tensor
+import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.utils import _get_model_file
+from diffusers.utils.peft_utils import check_peft_version
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import Tensor, nn
 
-from vgen.models.loading import PICKLED
+from vgen.models.loading import PICKLED, shorten
+
+PREFIXES = {
+    "denoiser": (
+        "", "transformer.", "unet.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.", "dit.",
+        "lora_unet_", "lora_transformer_", "lycoris_",
+    ),
+    "text_encoder": ("", "text_encoder.", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"),
+}  # fmt: skip
+"""What precedes the name of a layer in LoRA files."""
+
+_SUFFIXES = (
+    (r"\.lora_A(\.[^.]+)?\.weight", "down"),
+    (r"\.lora_B(\.[^.]+)?\.weight", "up"),
+    (r"\.lora_B(\.[^.]+)?\.bias", "bias"),
+    (r"(\.|_)lora(\.|_)down\.weight|\.lora_linear_layer\.down\.weight", "down"),
+    (r"(\.|_)lora(\.|_)up\.weight|\.lora_linear_layer\.up\.weight", "up"),
+    (r"\.alpha", "alpha"),
+    (r"\.diff", "diff"),
+    (r"\.diff_b", "diff_bias"),
+)
+_WAN_NAMES = (
+    (r"\.attn1\.norm_", ".self_attn.norm_"),
+    (r"\.attn2\.norm_", ".cross_attn.norm_"),
+    (r"\.attn1\.to_(q|k|v)$", r".self_attn.\1"),
+    (r"\.attn2\.to_(q|k|v)$", r".cross_attn.\1"),
+    (r"\.attn1\.to_out\.0$", ".self_attn.o"),
+    (r"\.attn2\.to_out\.0$", ".cross_attn.o"),
+    (r"\.norm2$", ".norm3"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
+    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^proj_out$", "head.head"),
+)
+"""Names of diffusers' layers and of those of the original code of Wan."""
+
+Layer = tuple[str, str]
+"""A component and the name of one of its layers."""
 
 
 class LoraLoaderMixin(WanLoraLoaderMixin):
@@ -19,21 +72,30 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """Reads LoRA weights for `load_lora_weights`, from safetensors only.
+        """Reads the weights of a LoRA as they are stored, from safetensors only.
 
-        If `unet_config`, the config of a U-Net, is given, it reads Stable Diffusion's formats and returns
-        `(weights, alphas, metadata)`.
+        Args:
+            pretrained_model_name_or_path_or_dict: Folder, file, Hub id, or a dictionary of weights.
+            kwargs: Further arguments of diffusers' method, such as `weight_name`. With `return_lora_metadata=True`,
+                `(weights, metadata)` is returned.
 
         Raises:
             ValueError: The weights are pickled.
         """
         source = pretrained_model_name_or_path_or_dict
         names = [kwargs.get("weight_name") or "", "" if isinstance(source, dict) else str(source)]
-        if kwargs.setdefault("use_safetensors", True) is not True or any(name.endswith(PICKLED) for name in names):
+        if kwargs.get("use_safetensors", True) is not True or any(name.endswith(PICKLED) for name in names):
             raise ValueError("LoRA weights must be safetensors: other files are pickles, which can run code")
-        if kwargs.get("unet_config") is not None:
-            return StableDiffusionLoraLoaderMixin.lora_state_dict(source, **kwargs)
-        return super().lora_state_dict(source, **kwargs)
+        options = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
+        weights, metadata = _fetch_state_dict(
+            source,
+            use_safetensors=True,
+            allow_pickle=False,
+            subfolder=kwargs.get("subfolder"),
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            **{name: kwargs.get(name) for name in options},
+        )
+        return (weights, metadata) if kwargs.get("return_lora_metadata") else weights
 
     def load_lora_weights(
         self,
@@ -42,7 +104,10 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Loads an adapter into the denoiser, and into the text encoder if it has layers for it.
+        """Loads an adapter into the denoiser and the text encoder, whichever it has layers for.
+
+        The formats of diffusers, peft, DiffSynth, kohya and musubi are supported, with the names of diffusers' layers
+        or those of the original code of Wan, and differences of weights and biases (`.diff`, `.diff_b`).
 
         Args:
             pretrained_model_name_or_path_or_dict: Folder, file, Hub id, or a dictionary of weights.
@@ -51,19 +116,39 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
             kwargs: Further arguments of diffusers' method.
 
         Raises:
-            ValueError: The weights are not a LoRA, are pickled, or have no layers for this denoiser.
+            ValueError: The weights are pickled, NaN or infinite, or some of them do not fit the layers of this
+                pipeline. The error lists their keys, and nothing is loaded.
         """
-        if self.unet is None:
-            super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
-            return
-        kwargs |= {"unet_config": self.unet.config, "return_lora_metadata": True}
-        weights, alphas, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        if not any(name.startswith("unet.") and "lora" in name for name in weights):
-            raise ValueError(f"expected LoRA weights for a U-Net, got {sorted(weights)[:3]}")
-        options = {"adapter_name": adapter_name, "metadata": metadata, "_pipeline": self, "hotswap": hotswap}
-        StableDiffusionLoraLoaderMixin.load_lora_into_unet(weights, alphas, self.unet, **options)
-        if any(name.startswith("text_encoder.") for name in weights):
-            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(weights, alphas, self.text_encoder, **options)
+        check_peft_version(min_version="0.17.0")
+        source, low_memory = pretrained_model_name_or_path_or_dict, kwargs.pop("low_cpu_mem_usage", True)
+        weights, metadata = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
+        peft = _peft_config(source, weights, kwargs)
+        name = "unet" if self.unet is not None else "transformer"
+        networks = {one: getattr(self, one, None) for one in (name, "text_encoder")}
+        networks = {one: network for one, network in networks.items() if network is not None}
+        adapters = _fit(weights, metadata, peft, networks, "a file" if isinstance(source, dict) else str(source))
+        if adapter_name is None:
+            adapter_name = f"default_{max(len(getattr(one, 'peft_config', {})) for one in networks.values())}"
+        for component in adapters:
+            taken = adapter_name in getattr(networks[component], "peft_config", {})
+            if taken != hotswap:
+                state = "no" if hotswap else "already an"
+                raise ValueError(f"{component} has {state} adapter {adapter_name!r}: choose another adapter_name")
+        if hotswap and "text_encoder" in adapters:
+            raise ValueError("hotswap is not supported for text encoders: unload the adapter and load the other one")
+        if "text_encoder" in adapters:
+            _inject(self, self.text_encoder, *adapters["text_encoder"], adapter_name, low_memory)
+        if name in adapters:
+            layers, config = adapters[name]
+            networks[name].load_lora_adapter(
+                layers,
+                prefix=None,
+                hotswap=hotswap,
+                adapter_name=adapter_name,
+                metadata=config,
+                _pipeline=self,
+                low_cpu_mem_usage=low_memory,
+            )
 
     @classmethod
     def save_lora_weights(
@@ -71,17 +156,37 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         save_directory: str | Path,
         transformer_lora_layers: dict[str, Tensor] | None = None,
         unet_lora_layers: dict[str, Tensor] | None = None,
+        text_encoder_lora_layers: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Saves the layers of an adapter, from `peft.get_peft_model_state_dict`, for `load_lora_weights`.
 
+        Args:
+            save_directory: Folder to write to.
+            transformer_lora_layers: Layers of the Transformer.
+            unet_lora_layers: Layers of the U-Net.
+            text_encoder_lora_layers: Layers of the text encoder.
+            kwargs: Further arguments of diffusers' method, such as `weight_name`, and the configuration of each
+                component's adapter, such as `transformer_lora_adapter_metadata`.
+
         Raises:
             ValueError: No layers are given.
         """
-        if unet_lora_layers:
-            StableDiffusionLoraLoaderMixin.save_lora_weights(save_directory, unet_lora_layers, **kwargs)
-            return
-        super().save_lora_weights(save_directory, transformer_lora_layers, **kwargs)
+        given = {
+            "transformer": transformer_lora_layers,
+            "unet": unet_lora_layers,
+            "text_encoder": text_encoder_lora_layers,
+        }
+        metadata = {name: kwargs.pop(f"{name}_lora_adapter_metadata", None) for name in given}
+        layers = {name: one for name, one in given.items() if one}
+        if not layers:
+            raise ValueError(f"pass at least one of {', '.join(f'{name}_lora_layers' for name in given)}")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=layers,
+            lora_metadata={name: metadata[name] for name in layers},
+            **kwargs,
+        )
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Merges the adapters into the weights of denoiser and text encoder, or of the given components."""
@@ -94,3 +199,237 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
     @property
     def _with_adapters(self) -> list[str]:
         return ["transformer" if self.unet is None else "unet", "text_encoder"]
+
+
+def _on_networks(method: Callable) -> Callable:
+    """A LoRA method that works on compiled networks, which diffusers does not recognize."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = self._lora_loadable_modules
+        compiled = {name: vars(self)[name] for name in names if is_compiled_module(vars(self).get(name))}
+        vars(self).update({name: network._orig_mod for name, network in compiled.items()})
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            vars(self).update(compiled)
+
+    return call
+
+
+for _name in (
+    "load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "delete_adapters",
+    "enable_lora", "disable_lora", "get_active_adapters", "get_list_adapters", "set_lora_device",
+    "enable_lora_hotswap",
+):  # fmt: skip
+    setattr(LoraLoaderMixin, _name, _on_networks(getattr(LoraLoaderMixin, _name)))
+
+
+def _fit(
+    weights: dict[str, Tensor], metadata: Any, peft: Any, networks: dict[str, Any], source: str
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Converts the weights of a LoRA to peft's format.
+
+    Args:
+        weights: The weights as they are stored.
+        metadata: Configurations of the adapters in diffusers' format, `{"transformer.r": 4, ...}`, or `None`.
+        peft: Configuration of the adapter in peft's format, or `None`.
+        networks: Networks by name of the component.
+        source: Where the weights come from, for errors.
+
+    Returns:
+        For each component with layers in the file, weights by key and the arguments of a `LoraConfig`.
+
+    Raises:
+        ValueError: Some weights do not fit. The error lists them.
+    """
+    layers_of = {name: _layer_names(name, network) for name, network in networks.items()}
+    parts: dict[Layer, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[Layer, list[str]] = defaultdict(list)
+    unused = []
+    for key, weight in weights.items():
+        if not weight.float().isfinite().all():
+            raise ValueError(f"{key} of {source} is NaN or infinite: nothing was loaded")
+        name, part = _split(key)
+        if part.startswith("diff") and not weight.any():
+            continue  # extracted files have differences of all layers, most of them zero
+        layer = next((found for one, names in layers_of.items() if (found := _find(name, one, names))), None)
+        if layer is None or part in parts[layer] or not part:
+            unused.append(key)
+        else:
+            parts[layer][part] = weight
+            keys[layer].append(key)
+    adapters: dict[str, dict[str, tuple[Tensor, Tensor, Tensor | None, float]]] = defaultdict(dict)
+    for (component, name), found in parts.items():
+        config = peft or _config_of(metadata, component)
+        adapter = _adapter(networks[component].get_submodule(name), found, config, name) if found else None
+        if adapter is None:
+            unused += keys[component, name]
+        else:
+            adapters[component][name] = adapter
+    if unused or not adapters:
+        kind = "U-Net" if "unet" in networks else "Transformer"
+        raise ValueError(
+            f"expected LoRA weights for a {kind} or its text encoder, but {len(unused)} of {len(weights)} keys of "
+            f"{source} do not fit their layers, so nothing was loaded: {shorten(sorted(unused))}"
+        )
+    return {component: _to_peft(found) for component, found in adapters.items()}
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Splits the key of a weight into the name of the layer and the part of the adapter; "" if it is none."""
+    key = key.removeprefix("base_model.model.").replace(".processor.", ".")
+    for suffix, part in _SUFFIXES:
+        match = re.fullmatch(rf"(.+?)({suffix})", key)
+        if match:
+            return match[1], part
+    return key, ""
+
+
+def _layer_names(component: str, network: Any) -> dict[str, str]:
+    """Names of the layers of a network, by the names that they have in LoRA files."""
+    names = {}
+    for name, module in network.named_modules():
+        if ".lora_" in name or name.endswith("base_layer") or getattr(module, "weight", None) is None:
+            continue
+        known = {name}
+        if component == "transformer":
+            original = name
+            for ours, wan in _WAN_NAMES:
+                original = re.sub(ours, wan, original)
+            known.add(original)
+        elif component == "unet":
+            known.add(re.sub(r"\.to_out\.0$", ".to_out", name))
+        else:
+            known |= {f"text_model.{name}", name.removeprefix("text_model.")}
+            attention = {one for one in known if re.search(r"\.(q|k|v|out)_proj$", one)}
+            known |= {re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", one) for one in attention}
+        names |= {alias: name for one in known for alias in (one, one.replace(".", "_"))}
+    return names
+
+
+def _find(name: str, component: str, names: dict[str, str]) -> Layer | None:
+    prefixes = PREFIXES["text_encoder" if component == "text_encoder" else "denoiser"]
+    for prefix in prefixes:
+        if name.startswith(prefix) and name.removeprefix(prefix) in names:
+            return component, names[name.removeprefix(prefix)]
+    return None
+
+
+def _adapter(
+    module: Any, parts: dict[str, Tensor], config: Any, name: str
+) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+    """The matrices A and B, the bias, and the scale of a layer's adapter; `None` if they do not fit the layer."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Linear):
+        inputs, outputs, kernel = module.in_features, module.out_features, ()
+    elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:  # subclasses pad on their own
+        inputs, outputs, kernel = module.in_channels, module.out_channels, tuple(module.kernel_size)
+    else:
+        return None
+    size, ones = inputs * math.prod(kernel), (1,) * len(kernel)
+    down, up, diff = parts.get("down"), parts.get("up"), parts.get("diff")
+    scale = 1.0
+    if (down is None) != (up is None) or (down is not None and diff is not None):
+        return None
+    if down is None or up is None:
+        if "alpha" in parts or "bias" in parts:
+            return None
+        if diff is None:  # a difference of the bias only
+            down, up = torch.zeros(1, size), torch.zeros(outputs, 1)
+        elif diff.shape[0] != outputs or diff.numel() != outputs * size:
+            return None
+        elif outputs <= size:
+            down, up = diff.flatten(1), torch.eye(outputs, dtype=diff.dtype)
+        else:
+            down, up = torch.eye(size, dtype=diff.dtype), diff.flatten(1)
+    else:
+        rank = down.shape[0]
+        alpha = parts["alpha"].item() if "alpha" in parts else rank
+        scale = alpha / rank
+        if config is not None and "alpha" not in parts:
+            alpha = _match(config.alpha_pattern, name, config.lora_alpha)
+            scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    rank = down.shape[0]
+    if down.numel() != rank * size or up.numel() != outputs * rank or up.shape[0] != outputs:
+        return None
+    bias = parts.get("bias")
+    if "diff_bias" in parts:
+        bias = parts["diff_bias"].float() / scale if bias is None and scale else None
+    if ("bias" in parts or "diff_bias" in parts) and (bias is None or bias.shape != (outputs,)):
+        return None
+    return down.reshape(rank, inputs, *kernel), up.reshape(outputs, rank, *ones), bias, scale
+
+
+def _to_peft(
+    adapters: dict[str, tuple[Tensor, Tensor, Tensor | None, float]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights by key, and the arguments of a `LoraConfig`, of the adapters of a component's layers."""
+    has_bias = any(bias is not None for _, _, bias, _ in adapters.values())
+    layers, ranks, alphas = {}, {}, {}
+    for name, (down, up, bias, scale) in adapters.items():
+        layers |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        if has_bias:
+            layers[f"{name}.lora_B.bias"] = up.new_zeros(len(up)) if bias is None else bias.to(up.dtype)
+        ranks[f"^{re.escape(name)}"] = len(down)
+        alphas[f"^{re.escape(name)}"] = scale * len(down)
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return layers, {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "target_modules": list(adapters),
+        "lora_bias": has_bias,
+    }
+
+
+def _match(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the name of a layer, as in peft."""
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def _config_of(metadata: dict[str, Any] | None, component: str) -> Any:
+    """The `LoraConfig` of a component in diffusers' metadata; `None` if there is none."""
+    from peft import LoraConfig
+
+    prefix = f"{component}."
+    options = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if key.startswith(prefix)}
+    return LoraConfig(**options) if options else None
+
+
+def _peft_config(source: Any, weights: dict[str, Tensor], options: dict[str, Any]) -> Any:
+    """The `LoraConfig` that peft saves as `adapter_config.json` next to the weights; `None` if there is none."""
+    if isinstance(source, dict) or not all(key.startswith("base_model.model.") for key in weights):
+        return None
+    from peft import LoraConfig
+
+    folder = str(Path(source).parent if Path(source).is_file() else source)
+    hub = ("subfolder", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
+    try:
+        path = _get_model_file(folder, weights_name="adapter_config.json", **{name: options.get(name) for name in hub})
+    except OSError:
+        return None
+    settings = json.loads(Path(path).read_text())
+    names = {"r", "lora_alpha", "alpha_pattern", "use_rslora"}
+    return LoraConfig(**{name: value for name, value in settings.items() if name in names})
+
+
+def _inject(
+    pipe: Any, network: Any, layers: dict[str, Tensor], config: dict[str, Any], name: str, low_memory: bool
+) -> None:
+    """Adds an adapter to a network of transformers, as diffusers' networks do on their own."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    by_model, by_layer, by_group = pipe._optionally_disable_offloading(pipe)
+    options = {"low_cpu_mem_usage": low_memory}
+    inject_adapter_in_model(LoraConfig(**config), network, adapter_name=name, state_dict=layers, **options)
+    set_peft_model_state_dict(network, layers, name, **options)
+    network._hf_peft_config_loaded = True
+    network.to(device=network.device, dtype=network.dtype)
+    if by_model:
+        pipe.enable_model_cpu_offload()
+    elif by_layer:
+        pipe.enable_sequential_cpu_offload()
+    elif by_group:
+        _maybe_remove_and_reapply_group_offloading(network)
