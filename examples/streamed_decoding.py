@@ -24,8 +24,8 @@ with torch.no_grad(), VideoWriter(target, video_info(source).frame_rate or 8.0, 
     for frame in iter_video(source):
         height, width = (side // unit * unit for side in frame.shape[:2])
         clip = from_frames(frame[None, None, :height, :width])
-        latents = vae.encode(clip, encoding).latent_dist.mode()  # zero or one latent
-        decoded = vae.decode(latents, decoding).sample
+        latents = vae.encode(clip, state=encoding).latent_dist.mode()  # zero or one latent
+        decoded = vae.decode(latents, state=decoding).sample
         frames = to_frames(decoded)[0]
         if len(frames):
             writer.append(frames)

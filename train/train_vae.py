@@ -132,7 +132,9 @@ def main(config: VAEConfig) -> None:
         total: dict[str, Tensor] = {}
         for part in run.parts(size):
             clip, real = source.clips(next(feed), accelerator.device)
-            options = {"use_discriminator": use_discriminator} if config.gan_weight else {}
+            options: dict[str, Any] = {"sample_posterior": True}
+            if config.gan_weight:
+                options = {"use_discriminator": use_discriminator}  # which samples
             out = run.network(clip, generator=generators(config.seed, step, part), **options)
             run.count(
                 *batch_stats(vae, clip, use_discriminator),

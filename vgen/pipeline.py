@@ -184,8 +184,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         components = [path for path in sorted(folder.iterdir()) if path.is_dir() and kwargs.get(path.name, path)]
         for component in components:
             check_not_pickled(component)
-        loaded = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
-        loaded = {name: entry[1] for name, entry in loaded.items() if name not in kwargs and entry[0] is not None}
+        index = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
+        loaded = {name: entry[1] for name, entry in index.items() if name not in kwargs and entry[0] is not None}
         if kwargs.get("variant"):
             check_variant(folder, loaded, kwargs["variant"])
         if "text_encoder" in loaded:
@@ -196,8 +196,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if "text_encoder" in loaded:
             check_finite(pipe.text_encoder, f"text_encoder in {folder}")
         if "scheduler" in kwargs:
-            index = cls.load_config(folder)["scheduler"]
-            pipe._prediction_type = prediction_type(getattr(diffusers, index[1]).from_pretrained(folder / "scheduler"))
+            trained = getattr(diffusers, index["scheduler"][1])
+            pipe._prediction_type = prediction_type(trained.from_pretrained(folder / "scheduler"))
         return pipe
 
     @classmethod

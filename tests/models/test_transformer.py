@@ -516,7 +516,7 @@ def test_one_timestep_applies_to_all_samples(make_transformer):
     network = make_transformer()
     latents, _, prompt = inputs()
     expected = network(latents, torch.full((2, 4), 300.0), prompt).sample
-    for timestep in (torch.tensor(300.0), torch.full((2,), 300.0), torch.tensor([300, 300])):
+    for timestep in (torch.tensor(300.0), torch.full((2,), 300.0), torch.tensor([300, 300]), torch.tensor([300.0])):
         close(network(latents, timestep, prompt).sample, expected)
 
 

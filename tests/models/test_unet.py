@@ -311,6 +311,18 @@ def test_a_network_survives_saving_and_loading(randomize, tmp_path):
         network(inputs()[0], torch.zeros(2, 3), inputs()[2])
 
 
+@torch.no_grad()
+def test_the_latents_are_called_sample_and_one_timestep_applies_to_all(make_unet):
+    network = make_unet()
+    latents, prompt = torch.randn(2, 3, 3, 4, 4), torch.randn(2, 6, 5)
+    expected = network(latents, torch.full((2,), 300.0), prompt).sample
+    for timestep in (300.0, torch.tensor(300.0), torch.tensor([300.0])):
+        assert torch.equal(network(sample=latents, timestep=timestep, encoder_hidden_states=prompt).sample, expected)
+    assert torch.equal(network(hidden_states=latents, timestep=300.0, encoder_hidden_states=prompt).sample, expected)
+    with pytest.raises(ValueError, match="pass the latents as sample"):
+        network(timestep=300.0, encoder_hidden_states=prompt)
+
+
 def test_half_precision_gives_finite_numbers_close_to_full(make_unet):
     network = make_unet(window=3, keyframe_slots=1, frame_rate_embedding=True, non_local=True)
     keyframes = torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -404,7 +404,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_vae, counting_chec
         vae = make_vae().train()
         if checkpointed:
             vae.enable_gradient_checkpointing(counting_checkpoint)
-        output = vae(draw_clip(vae, 5), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        output = vae(draw_clip(vae, 5), sample_posterior=True, generator=generator)
         (output.sample.square().mean() + output.latent_dist.kl().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
     assert counting_checkpoint.count == len(vae.encoder.down_blocks) + 1 + 1 + len(vae.decoder.up_blocks)
@@ -429,11 +430,59 @@ def test_writable_state_under_gradient_checkpointing_raises(make_vae):
 def test_forward_encodes_and_decodes(make_vae):
     vae = make_vae()
     clip = draw_clip(vae, 5)
-    output = vae(clip, sample_posterior=False)
+    output = vae(sample=clip)
     close(output.latent_dist.parameters, moments(vae, clip))
     close(output.sample, vae.decode(output.latent_dist.mode(), clamp=False).sample)
-    drawn = [vae(clip, generator=torch.Generator().manual_seed(seed)).sample for seed in (0, 0, 1)]
+    drawn = [vae(clip, True, generator=torch.Generator().manual_seed(seed)).sample for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(vae(clip, False, False)[0], output.sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tiled", [False, True])
+def test_methods_are_called_as_in_diffusers(make_vae, tiled):
+    """With the same positional arguments and tile sizes, the results are those of `AutoencoderKLWan`."""
+    ours = make_vae()
+    theirs = ours.to_diffusers()
+    clip = draw(1, 3, 5, 24, 32).tanh()
+    latents = draw(1, 3, 2, 6, 8)
+    for vae in (ours, theirs):
+        vae.tile_sample_min_height = vae.tile_sample_min_width = 16
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = 8
+        if tiled:
+            vae.enable_tiling()
+    assert ours.tiling.stride_width == ours.tile_sample_stride_width == 8
+    results = []
+    for vae in (ours, theirs):
+        vae.clear_cache()
+        (posterior,), (decoded,) = vae.encode(clip, False), vae.decode(latents, False)
+        tiles = vae.tiled_encode(clip), vae.tiled_decode(latents, False)[0], vae.tiled_decode(latents).sample
+        whole = vae(clip, False, True).sample.clamp(-1, 1)
+        results.append((posterior.parameters, decoded, *tiles, whole))
+    for mine, other in zip(*results, strict=True):
+        close(mine, other)
+    ours.tile_sample_stride_width = 20
+    with pytest.raises(ValueError, match="tile stride in width"):
+        ours.tiled_encode(clip)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", ["tiling", "slicing"])
+def test_forward_respects_tiling_and_slicing(make_vae, option):
+    vae = make_vae()
+    clip = draw(2, 3, 5, 16, 24).tanh()
+    before = vae(clip).sample
+    if option == "tiling":
+        vae.enable_tiling(8, 8, 4, 4)
+        close(vae(clip).sample.clamp(-1, 1), vae.tiled_decode(vae.tiled_encode(clip).chunk(2, dim=1)[0]).sample)
+        assert not torch.allclose(vae(clip).sample, before, atol=1e-4)
+    else:
+        vae.enable_slicing()
+        rows = []
+        handle = vae.encoder.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+        close(vae(clip).sample, before)
+        handle.remove()
+        assert rows == [1, 1]
 
 
 @torch.no_grad()

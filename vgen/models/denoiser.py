@@ -70,6 +70,17 @@ class DispatchedAttention(RecordsCompilation):
             raise RuntimeError("the backend xformers needs a CUDA device and the extra: pip install vgen[xformers]")
         super().set_attention_backend(backend)  # type: ignore[misc]
 
+    def fuse_qkv_projections(self) -> None:
+        """Not supported.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "fused projections of queries, keys and values are not supported, because LoRA and the KV cache use each "
+            "on its own; compile the network instead"
+        )
+
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
         """Switches between the backends `xformers` and `native`.
 

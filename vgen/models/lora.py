@@ -124,8 +124,8 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         weights, metadata = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
         peft = _peft_config(source, weights, kwargs)
         name = "unet" if self.unet is not None else "transformer"
-        networks = {one: getattr(self, one, None) for one in (name, "text_encoder")}
-        networks = {one: network for one, network in networks.items() if network is not None}
+        found = {one: getattr(self, one, None) for one in (name, "text_encoder")}
+        networks: dict[str, Any] = {one: network for one, network in found.items() if network is not None}
         adapters = _fit(weights, metadata, peft, networks, "a file" if isinstance(source, dict) else str(source))
         if adapter_name is None:
             adapter_name = f"default_{max(len(getattr(one, 'peft_config', {})) for one in networks.values())}"
@@ -253,7 +253,7 @@ def _fit(
         name, part = _split(key)
         if part.startswith("diff") and not weight.any():
             continue  # extracted files have differences of all layers, most of them zero
-        layer = next((found for one, names in layers_of.items() if (found := _find(name, one, names))), None)
+        layer = next(filter(None, (_find(name, one, names) for one, names in layers_of.items())), None)
         if layer is None or part in parts[layer] or not part:
             unused.append(key)
         else:
@@ -288,7 +288,7 @@ def _split(key: str) -> tuple[str, str]:
 
 def _layer_names(component: str, network: Any) -> dict[str, str]:
     """Names of the layers of a network, by the names that they have in LoRA files."""
-    names = {}
+    names: dict[str, str] = {}
     for name, module in network.named_modules():
         if ".lora_" in name or name.endswith("base_layer") or getattr(module, "weight", None) is None:
             continue
@@ -366,7 +366,8 @@ def _to_peft(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by key, and the arguments of a `LoraConfig`, of the adapters of a component's layers."""
     has_bias = any(bias is not None for _, _, bias, _ in adapters.values())
-    layers, ranks, alphas = {}, {}, {}
+    layers: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
     for name, (down, up, bias, scale) in adapters.items():
         layers |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         if has_bias:

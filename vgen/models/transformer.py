@@ -189,7 +189,7 @@ class SpacetimeBlock(nn.Module):
     ) -> tuple[Tensor, ...]:
         b, p = x.shape[0], x.shape[1] // n
         # spatial angles cancel between tokens at one position, so the angles of the first position do for all
-        time_rotary = tuple(part[::p] for part in rotary_emb)
+        time_rotary = (rotary_emb[0].unflatten(0, (n, p))[:, 0], rotary_emb[1].unflatten(0, (n, p))[:, 0])
         past = cache and tuple(rearrange(part, "b k p h d -> (b p) k h d") for part in cache)
         if isinstance(mask, Tensor) and mask.shape[0] > 1:
             mask = repeat(mask, "b i q k -> (b p) i q k", p=p)
@@ -364,7 +364,8 @@ class SpacetimeTransformer(
 
         Args:
             hidden_states: Normalized latents `(b, c, t, h, w)`.
-            timestep: Noise levels as scheduler timesteps: `(b,)`, or `(b, n)` with one for each token frame.
+            timestep: Noise levels as scheduler timesteps: one number, `(1,)`, `(b,)`, or `(b, n)` with one for each
+                token frame.
             encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
@@ -489,8 +490,8 @@ class SpacetimeTransformer(
 
     def _timesteps(self, timestep: Tensor, b: int, n: int) -> Tensor:
         """Brings timesteps to the shape `(b, m)`."""
-        if timestep.ndim == 0:
-            timestep = timestep.expand(b)
+        if timestep.numel() == 1:
+            timestep = timestep.reshape(1).expand(b)
         levels = timestep[:, None] if timestep.ndim == 1 else timestep
         if levels.shape[0] != b or levels.shape[1] not in (1, n):
             raise ValueError(

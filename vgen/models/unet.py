@@ -87,7 +87,7 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
         if attn.is_cross_attention:
             if encoder_hidden_states is None:
                 return torch.zeros_like(hidden_states)
-            hidden_states = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
         query = split(attn.to_q(hidden_states))
         if encoder_hidden_states is None:
             key, value = key_value(hidden_states)
@@ -577,10 +577,11 @@ class UNet3D(
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
-        hidden_states: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor | None,
+        sample: Tensor | None = None,
+        timestep: Tensor | float | None = None,
+        encoder_hidden_states: Tensor | None = None,
         *,
+        hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         frame_rate: float | Tensor | None = None,
         keyframes: Tensor | None = None,
@@ -595,9 +596,11 @@ class UNet3D(
         """Predicts the scheduler's target (velocity or noise) for every latent frame.
 
         Args:
-            hidden_states: Normalized latents `(b, c, n, h, w)`.
-            timestep: Noise levels as scheduler timesteps: one number, `(b,)`, or `(b, n)` with one for each frame.
+            sample: Normalized latents `(b, c, n, h, w)`.
+            timestep: Noise levels as scheduler timesteps: one number, `(1,)`, `(b,)`, or `(b, n)` with one for each
+                frame.
             encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
+            hidden_states: The latents under the name that Transformers have for them, instead of `sample`.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
             keyframes: Keyframe slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
@@ -619,9 +622,12 @@ class UNet3D(
         Raises:
             ValueError: Height or width is not a multiple of the downsampling factor, or the shapes do not match.
         """
+        hidden_states = sample if hidden_states is None else hidden_states
+        if hidden_states is None or timestep is None:
+            raise ValueError("pass the latents as sample, and their timestep")
         b, _, n, height, width = hidden_states.shape
-        if encoder_hidden_states is not None and len(encoder_hidden_states) != b:
-            raise ValueError(f"expected one prompt for each of {b} videos, got {len(encoder_hidden_states)}")
+        if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != b:
+            raise ValueError(f"expected one prompt for each of {b} videos, got {encoder_hidden_states.shape[0]}")
         unit = self.patch_size[1]
         if height % unit or width % unit:
             nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
@@ -753,7 +759,7 @@ def _levels(timestep: Tensor | float, b: int, n: int, device: torch.device) -> T
         ValueError: They have another shape.
     """
     timestep = torch.as_tensor(timestep, device=device)
-    levels = timestep.expand(b)[:, None] if timestep.ndim == 0 else timestep
+    levels = timestep.reshape(1).expand(b) if timestep.numel() == 1 else timestep
     levels = levels[:, None] if levels.ndim == 1 else levels
     if levels.shape[0] != b or levels.shape[1] not in (1, n):
         raise ValueError(f"timestep must be a number or have shape ({b},) or ({b}, {n}), got {tuple(timestep.shape)}")

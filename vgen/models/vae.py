@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -246,6 +247,11 @@ class Decoder(nn.Module):
         return self.conv_out(x, history, partial(_activate, self.norm_out))
 
 
+def _tile_size(name: str) -> Any:
+    """A size of tiles as an attribute with diffusers' name."""
+    return property(lambda vae: getattr(vae.tiling, name), lambda vae, size: setattr(vae.tiling, name, size))
+
+
 class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
 
@@ -366,37 +372,42 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
 
     def forward(
         self,
-        clip: Tensor,
-        sample_posterior: bool = True,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample: Tensor,
+        sample_posterior: bool = False,
         return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Any:
         """Encodes and decodes a clip. Training uses only this call: DDP and FSDP synchronize no other.
 
         Args:
-            clip: `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
+            sample: Clip `(b, c, f, h, w)` in [-1, 1], `f = 1 + s*k`.
             sample_posterior: Whether to sample the latents from the posterior or use its mode.
-            generator: Random generator for sampling, one for all or one per sample.
             return_dict: Whether to return a `VAEOutput` or a tuple that holds only the reconstruction.
+            generator: Random generator for sampling, one for all or one per sample.
 
         Raises:
             ValueError: Height or width is not a multiple of the spatial compression, or `f` is not `1 + s*k`.
         """
-        self._check_size(clip)
-        posterior = DiagonalGaussianDistribution(self._encode(clip, None).float())  # bf16 is too coarse for the KL
+        self._check_size(sample)
+        ratio = self.spatial_compression_ratio
+        moments = self._in_parts(lambda part, _: self._encode(part, None), sample, None, 1, ratio)
+        posterior = DiagonalGaussianDistribution(moments.float())  # bf16 is too coarse for the KL
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        sample = self._decode(latents.to(self.dtype), None)
-        return VAEOutput(sample=sample, latent_dist=posterior) if return_dict else (sample,)
+        latents = latents.to(self.dtype)
+        clip = self._in_parts(lambda part, _: self._decode(part, None), latents, None, ratio, 1)
+        return VAEOutput(sample=clip, latent_dist=posterior) if return_dict else (clip,)
 
     @apply_forward_hook
-    def encode(self, clip: Tensor, state: TemporalState | None = None, return_dict: bool = True) -> Any:
+    def encode(
+        self, x: Tensor, return_dict: bool | TemporalState | None = True, state: TemporalState | None = None
+    ) -> Any:
         """Encodes a clip, or the next slice of a stream.
 
         Args:
-            clip: `(b, c, f, h, w)` in [-1, 1]. Without a state, `f = 1 + s*k`. With a state, any number of frames:
+            x: Clip `(b, c, f, h, w)` in [-1, 1]. Without a state, `f = 1 + s*k`. With a state, any number of frames:
                 those that do not complete a latent are buffered in `state.pending`.
+            return_dict: Whether to return an `AutoencoderKLOutput` or a tuple. A state may take its position.
             state: Memory of the stream; updated by this call.
-            return_dict: Whether to return an `AutoencoderKLOutput` or a tuple.
 
         Returns:
             An output whose `latent_dist` is the posterior of raw latents `(b, c, t, h, w)`; `t = 0` if the slice
@@ -406,22 +417,27 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             ValueError: Height or width is not a multiple of the spatial compression, `f` is not `1 + s*k`, or the
                 slice does not match the stream.
         """
-        self._check_size(clip)
-        moments = self._encode_in_parts(clip, None) if state is None else self._encode_slice(clip, state)
+        return_dict, state = _positional(return_dict, state)
+        self._check_size(x)
+        moments = self._encode_in_parts(x, None) if state is None else self._encode_slice(x, state)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
-        self, latents: Tensor, state: TemporalState | None = None, clamp: bool = True, return_dict: bool = True
+        self,
+        z: Tensor,
+        return_dict: bool | TemporalState | None = True,
+        state: TemporalState | None = None,
+        clamp: bool = True,
     ) -> Any:
         """Decodes latents, or the next slice of a stream of them.
 
         Args:
-            latents: Raw latents `(b, c, t, h, w)`. Any split of a stream into slices gives the same frames.
+            z: Raw latents `(b, c, t, h, w)`. Any split of a stream into slices gives the same frames.
+            return_dict: Whether to return a `DecoderOutput` or a tuple. A state may take its position.
             state: Memory of the stream; updated by this call.
             clamp: Whether to clamp to [-1, 1]. Losses use the unclamped values.
-            return_dict: Whether to return a `DecoderOutput` or a tuple.
 
         Returns:
             An output whose `sample` is a clip `(b, c, f, h, w)`. The first latent of a stream gives one frame and
@@ -430,10 +446,11 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         Raises:
             ValueError: The slice does not match the stream.
         """
-        if latents.shape[2] == 0:
-            clip = self._empty_clip(latents)
+        return_dict, state = _positional(return_dict, state)
+        if z.shape[2] == 0:
+            clip = self._empty_clip(z)
         else:
-            clip = self._in_parts(self._decode_part, latents, state, self.spatial_compression_ratio, 1)
+            clip = self._in_parts(self._decode_part, z, state, self.spatial_compression_ratio, 1)
         clip = clip.clamp(-1, 1) if clamp else clip
         return DecoderOutput(sample=clip) if return_dict else (clip,)
 
@@ -452,7 +469,20 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         """
         state = _own_state() if state is None else state if state.writable else state.copy()
         for part in latents.split(self._latents_per_slice(latents), dim=2):
-            yield self.decode(part, state, clamp=clamp).sample
+            yield self.decode(part, state=state, clamp=clamp).sample
+
+    def tiled_encode(self, x: Tensor) -> Tensor:
+        """Encodes a clip `(b, c, f, h, w)` in tiles, whatever its size; gives the moments `(b, 2 * z, t, h, w)`."""
+        self._check_size(x)
+        return self._in_tiles(self._encode_part, x, None, 1, self.spatial_compression_ratio)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Decodes raw latents `(b, c, t, h, w)` in tiles, whatever their size, to a clip in [-1, 1]."""
+        clip = self._in_tiles(self._decode_part, z, None, self.spatial_compression_ratio, 1).clamp(-1, 1)
+        return DecoderOutput(sample=clip) if return_dict else (clip,)
+
+    def clear_cache(self) -> None:
+        """Does nothing: streams are kept in states that the caller owns, and not in the network."""
 
     def enable_tiling(
         self,
@@ -483,6 +513,11 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         tiling.check(self.spatial_compression_ratio)
         self.tiling = tiling
         super().enable_tiling()
+
+    tile_sample_min_height = _tile_size("height")
+    tile_sample_min_width = _tile_size("width")
+    tile_sample_stride_height = _tile_size("stride_height")
+    tile_sample_stride_width = _tile_size("stride_width")
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Scales raw latents `(b, c, t, h, w)` to zero mean and unit deviation per channel, as denoisers expect."""
@@ -633,6 +668,18 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         height, width = (side * in_unit for side in x.shape[-2:])
         if not self.use_tiling or (height <= self.tiling.height and width <= self.tiling.width):
             return run(x, state)
+        return self._in_tiles(run, x, state, in_unit, out_unit)
+
+    def _in_tiles(
+        self,
+        run: Callable[[Tensor, TemporalState | None], Tensor],
+        x: Tensor,
+        state: TemporalState | None,
+        in_unit: int,
+        out_unit: int,
+    ) -> Tensor:
+        """Runs tile by tile."""
+        self.tiling.check(self.spatial_compression_ratio)  # its sizes can be assigned one by one
         return run_tiled(lambda tile, name: run(tile, state and state.branch(name)), x, self.tiling, in_unit, out_unit)
 
     def _decode_bounded(self, latents: Tensor) -> Tensor:
@@ -648,6 +695,15 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             begin += part.shape[2]
         assert clip is not None
         return clip
+
+
+def _positional(
+    return_dict: bool | TemporalState | None, state: TemporalState | None
+) -> tuple[bool, TemporalState | None]:
+    """Sorts `return_dict` and `state`, which may both be the second argument."""
+    if isinstance(return_dict, (TemporalState, NoneType)):
+        return True, state if return_dict is None else return_dict
+    return return_dict, state
 
 
 def patchify(clip: Tensor, patch_size: int | None) -> Tensor:

@@ -107,6 +107,8 @@ def group_ids(groups: Groups, num_frames: int, chunk_size: int) -> GroupIds:
     Raises:
         ValueError: The mode is unknown, or the integers have another shape.
     """
+    if isinstance(groups, str) and groups == "full":  # also if the number of frames is symbolic
+        return None
     if isinstance(groups, str):
         groups = make_groups(groups, num_frames, 0, chunk_size)
     shape: tuple[int | None, ...]
@@ -264,7 +266,7 @@ class RotaryPositions(nn.Module):
         device = frames.device
         axes = (frames, torch.arange(height, device=device), torch.arange(width, device=device))
         t, h, w = (self._angles(axis, dim) for axis, dim in zip(axes, self.dims, strict=True))
-        n = len(frames)
+        n = frames.shape[0]
         angles = torch.cat(
             [
                 repeat(t, "n d -> (n h w) d", h=height, w=width),

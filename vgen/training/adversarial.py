@@ -61,7 +61,7 @@ class VAEWithDiscriminator(nn.Module):
 
     def forward(self, clip: Tensor, generator: Any = None, use_discriminator: bool = True) -> GANOutput:
         """Reconstructs clips `(b, 3, f, h, w)` in [-1, 1], and applies the discriminator if `use_discriminator`."""
-        out = self.vae(clip, generator=generator)
+        out = self.vae(clip, sample_posterior=True, generator=generator)
         if not use_discriminator:
             return GANOutput(out.sample, out.latent_dist)
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
