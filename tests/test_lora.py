@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vgen.pipeline import VideoGenPipeline
 
@@ -432,12 +432,6 @@ def test_an_adapter_that_peft_saved_gives_the_output_of_peft(saved_by, rslora, t
             tmp_path, get_peft_model_state_dict(wrapped, adapter_name="default"),
             transformer_lora_adapter_metadata=config.to_dict(),
         )  # fmt: skip
-        weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-        weights = {key.replace("base_model.model.", ""): weight for key, weight in weights.items()}
-        VideoGenPipeline.save_lora_weights(
-            tmp_path, {key.removeprefix("transformer."): weight for key, weight in weights.items()},
-            transformer_lora_adapter_metadata=config.to_dict(),
-        )  # fmt: skip
     pipe.load_lora_weights(tmp_path)
     assert apart(latents(pipe), latents(oracle)) < 1e-5 < apart(latents(pipe), latents(make_pipeline()))
 
@@ -494,3 +488,19 @@ def test_all_methods_work_on_compiled_networks(denoiser, randomize):
     assert apart(latents(pipe), latents(merged)) < tolerance
     pipe.unload_lora_weights()
     assert apart(latents(pipe), before) < tolerance and getattr(pipe, denoiser) is compiled
+
+
+@pytest.mark.parametrize("has_alpha", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hotswapped_adapter_gives_the_video_of_merged_weights(compiled, has_alpha):
+    merged, other, pipe = make_pipeline(), make_pipeline(), make_pipeline()
+    files = [
+        random_adapter(one.transformer, LAYERS[:5], "", plain, AB, has_alpha, seed)
+        for seed, one in enumerate((merged, other))
+    ]
+    pipe.enable_lora_hotswap(target_rank=8)
+    if compiled:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    for file, expected, hotswap in ((files[0], merged, False), (files[1], other, True), (files[0], merged, True)):
+        pipe.load_lora_weights(file, adapter_name="style", hotswap=hotswap)
+        assert apart(latents(pipe), latents(expected)) < 1e-5

@@ -126,7 +126,8 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         name = "unet" if self.unet is not None else "transformer"
         found = {one: getattr(self, one, None) for one in (name, "text_encoder")}
         networks: dict[str, Any] = {one: network for one, network in found.items() if network is not None}
-        adapters = _fit(weights, metadata, peft, networks, "a file" if isinstance(source, dict) else str(source))
+        label = "the given weights" if isinstance(source, dict) else str(source)
+        adapters = _fit(weights, metadata, peft, networks, label, one_scale=hotswap)
         if adapter_name is None:
             adapter_name = f"default_{max(len(getattr(one, 'peft_config', {})) for one in networks.values())}"
         for component in adapters:
@@ -140,6 +141,8 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
             _inject(self, self.text_encoder, *adapters["text_encoder"], adapter_name, low_memory)
         if name in adapters:
             layers, config = adapters[name]
+            if hotswap:  # peft compares this pattern with that of the loaded adapter, but does not use it
+                config["alpha_pattern"] = networks[name].peft_config[adapter_name].alpha_pattern
             networks[name].load_lora_adapter(
                 layers,
                 prefix=None,
@@ -226,7 +229,7 @@ for _name in (
 
 
 def _fit(
-    weights: dict[str, Tensor], metadata: Any, peft: Any, networks: dict[str, Any], source: str
+    weights: dict[str, Tensor], metadata: Any, peft: Any, networks: dict[str, Any], source: str, one_scale: bool
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Converts the weights of a LoRA to peft's format.
 
@@ -236,6 +239,7 @@ def _fit(
         peft: Configuration of the adapter in peft's format, or `None`.
         networks: Networks by name of the component.
         source: Where the weights come from, for errors.
+        one_scale: Whether to multiply the weights by their scales: peft's hotswap has one scale for all layers.
 
     Returns:
         For each component with layers in the file, weights by key and the arguments of a `LoraConfig`.
@@ -273,12 +277,12 @@ def _fit(
             f"expected LoRA weights for a {kind} or its text encoder, but {len(unused)} of {len(weights)} keys of "
             f"{source} do not fit their layers, so nothing was loaded: {shorten(sorted(unused))}"
         )
-    return {component: _to_peft(found) for component, found in adapters.items()}
+    return {component: _to_peft(found, one_scale) for component, found in adapters.items()}
 
 
 def _split(key: str) -> tuple[str, str]:
     """Splits the key of a weight into the name of the layer and the part of the adapter; "" if it is none."""
-    key = key.removeprefix("base_model.model.").replace(".processor.", ".")
+    key = key.replace("base_model.model.", "").replace(".processor.", ".")
     for suffix, part in _SUFFIXES:
         match = re.fullmatch(rf"(.+?)({suffix})", key)
         if match:
@@ -362,13 +366,15 @@ def _adapter(
 
 
 def _to_peft(
-    adapters: dict[str, tuple[Tensor, Tensor, Tensor | None, float]],
+    adapters: dict[str, tuple[Tensor, Tensor, Tensor | None, float]], one_scale: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by key, and the arguments of a `LoraConfig`, of the adapters of a component's layers."""
     has_bias = any(bias is not None for _, _, bias, _ in adapters.values())
     layers: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     for name, (down, up, bias, scale) in adapters.items():
+        if one_scale:
+            up, bias, scale = up.float() * scale, None if bias is None else bias.float() * scale, 1.0
         layers |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         if has_bias:
             layers[f"{name}.lora_B.bias"] = up.new_zeros(len(up)) if bias is None else bias.to(up.dtype)

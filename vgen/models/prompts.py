@@ -14,7 +14,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import AutoConfig, AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from vgen.models.loading import load_strictly
 from vgen.models.locks import lock_of
@@ -46,10 +46,23 @@ def check_text_encoder(folder: Path, class_name: str, variant: str | None) -> No
         variant: Name of the variant to load.
 
     Raises:
-        ValueError: Keys are missing or unexpected. The error names them.
+        ValueError: Keys are missing or unexpected. The error names them. Or transformers has no such class.
     """
-    load = getattr(transformers, class_name).from_pretrained
-    load_strictly(load, class_name, folder, device_map="meta", variant=variant)
+    network_class = getattr(transformers, class_name, None)
+    if network_class is None:
+        raise ValueError(f"{folder} must contain a text encoder of transformers, got a {class_name}")
+    if "quantization_config" in AutoConfig.from_pretrained(folder).to_dict():
+        return  # the names of packed weights depend on their format
+    log = transformers.utils.logging
+    verbosity, shows_progress = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        load_strictly(network_class.from_pretrained, class_name, folder, device_map="meta", variant=variant)
+    finally:
+        log.set_verbosity(verbosity)
+        if shows_progress:
+            log.enable_progress_bar()
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
