@@ -69,6 +69,9 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer", "unet", "text_encoder"]
     unet: Any
+    text_encoder: Any
+    enable_model_cpu_offload: Any
+    enable_sequential_cpu_offload: Any
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
@@ -138,7 +141,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         if hotswap and "text_encoder" in adapters:
             raise ValueError("hotswap is not supported for text encoders: unload the adapter and load the other one")
         if "text_encoder" in adapters:
-            _inject(self, self.text_encoder, *adapters["text_encoder"], adapter_name, low_memory)
+            self._add_to_text_encoder(*adapters["text_encoder"], adapter_name, low_memory)
         if name in adapters:
             layers, config = adapters[name]
             if hotswap:  # peft compares this pattern with that of the loaded adapter, but does not use it
@@ -198,6 +201,25 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Reverts `fuse_lora`."""
         super().unfuse_lora(components or self._with_adapters, **kwargs)
+
+    def _add_to_text_encoder(
+        self, layers: dict[str, Tensor], config: dict[str, Any], adapter_name: str, low_memory: bool
+    ) -> None:
+        """Adds an adapter to the text encoder, as diffusers' networks do on their own."""
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+        network, options = self.text_encoder, {"low_cpu_mem_usage": low_memory}
+        by_model, by_layer, by_group = self._optionally_disable_offloading(self)
+        inject_adapter_in_model(LoraConfig(**config), network, adapter_name, state_dict=layers, **options)
+        set_peft_model_state_dict(network, layers, adapter_name, **options)
+        network._hf_peft_config_loaded = True
+        network.to(device=network.device, dtype=network.dtype)
+        if by_model:
+            self.enable_model_cpu_offload()
+        elif by_layer:
+            self.enable_sequential_cpu_offload()
+        elif by_group:
+            _maybe_remove_and_reapply_group_offloading(network)
 
     @property
     def _with_adapters(self) -> list[str]:
@@ -420,23 +442,3 @@ def _peft_config(source: Any, weights: dict[str, Tensor], options: dict[str, Any
     settings = json.loads(Path(path).read_text())
     names = {"r", "lora_alpha", "alpha_pattern", "use_rslora"}
     return LoraConfig(**{name: value for name, value in settings.items() if name in names})
-
-
-def _inject(
-    pipe: Any, network: Any, layers: dict[str, Tensor], config: dict[str, Any], name: str, low_memory: bool
-) -> None:
-    """Adds an adapter to a network of transformers, as diffusers' networks do on their own."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    by_model, by_layer, by_group = pipe._optionally_disable_offloading(pipe)
-    options = {"low_cpu_mem_usage": low_memory}
-    inject_adapter_in_model(LoraConfig(**config), network, adapter_name=name, state_dict=layers, **options)
-    set_peft_model_state_dict(network, layers, name, **options)
-    network._hf_peft_config_loaded = True
-    network.to(device=network.device, dtype=network.dtype)
-    if by_model:
-        pipe.enable_model_cpu_offload()
-    elif by_layer:
-        pipe.enable_sequential_cpu_offload()
-    elif by_group:
-        _maybe_remove_and_reapply_group_offloading(network)
