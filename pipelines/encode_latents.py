@@ -46,6 +46,7 @@ from vgen.data.sources import VideoStream, open_clips
 from vgen.io.fingerprint import encoder_digest, weights_digest
 from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
+from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
@@ -54,7 +55,6 @@ from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
 from vgen.temporal.flow import FlowMethod, measure_motion
-from vgen.training.run import compile_blocks
 from vgen.training.sources import ShapesSource
 
 NUM_DRAWN = 20000

@@ -22,6 +22,7 @@ from vgen.io.atomic import atomic_directory
 from vgen.io.pixels import to_frames
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
+from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import measure_motion
@@ -32,7 +33,7 @@ from vgen.training.adversarial import (
     discriminator_loss,
 )
 from vgen.training.feed import Feed
-from vgen.training.run import Run, compile_blocks, config_text, copy_of, generators, parse_config, start
+from vgen.training.run import Run, config_text, copy_of, generators, parse_config, start
 from vgen.training.sources import (
     ClipBatches,
     ClipConfig,

@@ -25,6 +25,7 @@ from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_o
 from vgen.io.atomic import atomic_directory
 from vgen.io.pixels import from_pt, to_uint8
 from vgen.metrics.prompt import adherence
+from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
 from vgen.models.prompts import load_text_encoder
 from vgen.models.transformer import SpacetimeTransformer
@@ -37,7 +38,7 @@ from vgen.training.objective import (
     PromptedDenoiser,
     denoising_loss,
 )
-from vgen.training.run import Run, compile_blocks, config_text, copy_of, parse_config, start
+from vgen.training.run import Run, config_text, copy_of, parse_config, start
 from vgen.training.sample import (
     DenoiserBatches,
     DenoiserSpec,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,8 +16,10 @@ from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_input, check_video_output
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
+from vgen.io.settings import FLAGS
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
+from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint
 
 DEFAULT_MODEL = "vgen/shapes-64"
 
@@ -36,6 +39,9 @@ Output = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Weight of classifier-free guidance; 1 turns it off.")]
+Negative = Annotated[
+    str | None, typer.Option("--negative", "--negative-prompt", help="Prompt to steer away from; requires guidance.")
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; the same seed gives the same video.")
 ]
@@ -54,30 +60,30 @@ class EvaluationTask(str, Enum):
     ROLLOUT = "rollout"
 
 
-FLAGS = {
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "history_guidance_scale": "--history-guidance",
-}
-"""Short flags of options. The long flags are the names of the fields."""
-
-
-def _with_options(options: type[SamplingOptions]) -> Callable[[Callable], Callable]:
-    """Adds an option for each field of a dataclass to a command with `**options`."""
+def _with_options(*kinds: type) -> Callable[[Callable], Callable]:
+    """Adds an option for each field of these dataclasses to a command with `**options`."""
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)
         kept = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        texts, added = help_of(options), []
-        for one in parameters_of(options):
-            flags = [*([FLAGS[one.name]] if one.name in FLAGS else []), f"--{one.name.replace('_', '-')}"]
-            option = typer.Option(*flags, help=texts[one.name])
-            added.append(one.replace(annotation=Annotated[one.annotation, option]))
+        added = []
+        for kind in kinds:
+            texts = help_of(kind)
+            for one in parameters_of(kind):
+                short = [f"--{flag}" for flag, name in FLAGS.items() if name == one.name]
+                flags = [*short, f"--{one.name.replace('_', '-')}"]
+                option = typer.Option(*flags, help=texts[one.name])
+                added.append(one.replace(annotation=Annotated[one.annotation, option]))
         kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in kept]
         command.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
         return command
 
     return decorate
+
+
+def _loading(options: dict[str, Any]) -> LoadOptions:
+    """Takes the options of loading out of the options of a command."""
+    return LoadOptions(**{field.name: options.pop(field.name) for field in fields(LoadOptions)})
 
 
 @app.callback()
@@ -93,6 +99,7 @@ def version_callback(
 
 
 @app.command()
+@_with_options(LoadOptions)
 def generate(
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
@@ -102,7 +109,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="Prompt to steer away from.")] = None,
+    negative_prompt: Negative = None,
     groups: Annotated[
         Literal["full", "causal", "chunk"],
         typer.Option(help="Attention between frames: full, causal, or causal between chunks."),
@@ -111,20 +118,23 @@ def generate(
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    **options: Any,
 ) -> None:
     """Generate a video from a prompt."""
+    loading = _loading(options)
     counts = {"num_frames": num_frames, "height": height, "width": width, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, prompt=prompt, fps=fps, counts=counts) as done:
+    with _writing(output, overwrite, model, loading, prompt=prompt, fps=fps, counts=counts) as done:
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
-            _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite,
+            _load(model, device, loading), prompt, output, seed=seed, fps=fps, overwrite=overwrite,
             negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames, groups=groups,
             num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
 
 
 @app.command()
+@_with_options(LoadOptions)
 def animate(
     image: Annotated[Path, typer.Argument(help="Image file with the first frame.")],
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
@@ -133,26 +143,29 @@ def animate(
     num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    negative_prompt: Negative = None,
     seed: Seed = 0,
     fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    **options: Any,
 ) -> None:
     """Generate a video from a first frame and a prompt."""
+    loading = _loading(options)
     counts = {"num_frames": num_frames, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, prompt=prompt, fps=fps, counts=counts) as done:
+    with _writing(output, overwrite, model, loading, prompt=prompt, fps=fps, counts=counts) as done:
         if not image.is_file():
             raise FileNotFoundError(f"no such file: {image}")
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
-            _load(model, device), prompt, output, seed=seed, fps=fps, overwrite=overwrite, image=image,
-            num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
+            _load(model, device, loading), prompt, output, seed=seed, fps=fps, overwrite=overwrite, image=image,
+            negative_prompt=negative_prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(RolloutOptions)
+@_with_options(LoadOptions, RolloutOptions)
 def predict(
     clip: Annotated[Path, typer.Argument(help="Video to continue: a file or a folder of frames.")],
     output: Output,
@@ -169,11 +182,13 @@ def predict(
     **options: Any,
 ) -> None:
     """Continue a video."""
+    loading = _loading(options)
     checked = RolloutOptions(**options)
     with _writing(
         output,
         overwrite,
         model,
+        loading,
         video=clip,
         prompt=prompt,
         fps=fps,
@@ -183,13 +198,13 @@ def predict(
         from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
-            _load(model, device), clip, output, prompt, seed=seed, fps=fps, overwrite=overwrite,
+            _load(model, device, loading), clip, output, prompt, seed=seed, fps=fps, overwrite=overwrite,
             with_input=with_input, num_frames=num_frames, **options,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(InterpolationOptions)
+@_with_options(LoadOptions, InterpolationOptions)
 def interpolate(
     clip: Annotated[Path, typer.Argument(help="Video to interpolate: a file or a folder of frames.")],
     output: Output,
@@ -206,17 +221,19 @@ def interpolate(
     **options: Any,
 ) -> None:
     """Generate the frames between those of a video: slow motion at its frame rate, or smoother motion with --fps."""
+    loading = _loading(options)
     checked = InterpolationOptions(**options)
-    with _writing(output, overwrite, model, video=clip, prompt=prompt, fps=fps, options=checked) as done:
+    with _writing(output, overwrite, model, loading, video=clip, prompt=prompt, fps=fps, options=checked) as done:
         from vgen.tasks.video_files import interpolate_file
 
         done |= interpolate_file(
-            _load(model, device), clip, output, prompt=prompt, seed=seed, fps=fps, overwrite=overwrite, **options
+            _load(model, device, loading), clip, output, prompt=prompt, seed=seed, fps=fps, overwrite=overwrite,
+            **options,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(RolloutOptions)
+@_with_options(LoadOptions, RolloutOptions)
 def rollout(
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
@@ -236,11 +253,13 @@ def rollout(
     **options: Any,
 ) -> None:
     """Generate a video of any length, chunk by chunk."""
+    loading = _loading(options)
     checked = RolloutOptions(**options)
     with _writing(
         output,
         overwrite,
         model,
+        loading,
         video=video,
         prompt=prompt,
         fps=fps,
@@ -257,7 +276,7 @@ def rollout(
             raise ValueError("--with-input needs --video")
         from vgen.tasks.video_files import predict_file, rollout_file
 
-        pipe = _load(model, device)
+        pipe = _load(model, device, loading)
         settings = {"seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames} | options
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
@@ -508,6 +527,7 @@ def _writing(
     output: Path,
     overwrite: bool,
     model: str,
+    loading: LoadOptions,
     *,
     video: Path | None = None,
     prompt: str | None = None,
@@ -535,6 +555,7 @@ def _writing(
                 check_integer(name, count, minimum=1)
         if options is not None:
             options.check(resolved=False)
+        check_loading(loading)
         find_checkpoint(model)
         yield entries
     if "fit" in entries:
@@ -580,23 +601,17 @@ def _print_tables(results: dict[str, Any]) -> None:
                 typer.echo(f"{task}, {method}: {one}")
 
 
-def _load(model: str, device: str | None) -> Any:
+def _load(model: str, device: str | None, options: LoadOptions | None = None) -> Any:
     """Loads a pipeline onto a device."""
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    from vgen.pipeline import VideoGenPipeline
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
-    return VideoGenPipeline.from_pretrained(model).to(device)
+    return load_checkpoint(model, options or LoadOptions(), device)
 
 
 if __name__ == "__main__":

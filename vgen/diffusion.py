@@ -66,6 +66,29 @@ def make_scheduler(
     )
 
 
+def change_scheduler(scheduler: Any, name: str) -> Any:
+    """Another scheduler for the checkpoint of a scheduler, with the same noise levels.
+
+    Args:
+        scheduler: The checkpoint's scheduler.
+        name: `euler`, `dpmsolver++` or `unipc` for flow matching; `ddim`, `dpmsolver++` or `unipc` for diffusion.
+
+    Raises:
+        ValueError: The name is none of those for this checkpoint.
+    """
+    flow = is_flow(scheduler)
+    names = ["euler", "dpmsolver++", "unipc"] if flow else list(SCHEDULERS)
+    if name not in names:
+        kind = "flow matching" if flow else "diffusion"
+        raise ValueError(f"scheduler must be {', '.join(names[:-1])} or {names[-1]} for {kind}, got {name!r}")
+    if not flow:
+        return SCHEDULERS[name].from_config(scheduler.config)
+    steps, shift = scheduler.config.num_train_timesteps, shift_of(scheduler)
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(steps, shift=shift)
+    return SCHEDULERS[name](steps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
 def prediction_of(scheduler: Any) -> Prediction:
     """What networks predict for a scheduler.
 

@@ -13,8 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from vgen.cli import app
 from vgen.data.latents import LatentSet
+from vgen.data.video_io import read_video
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.pipeline import VideoGenPipeline
 
@@ -120,6 +123,12 @@ def test_a_public_pipeline_is_fine_tuned_by_lora(wan_folder, tmp_path):
     pipe.unload_lora_weights()
     assert torch.equal(latents(), plain)  # the adapter is all that was trained
     assert not (tmp_path / "run/pipeline").exists()
+    words = ["generate", "a red circle", "--model", wan_folder, "--steps", 2, "--num-frames", 5]
+    for name, more in {"plain": [], "adapted": ["--lora", tmp_path / "run/lora"]}.items():
+        arguments = [*words, "--height", 32, "--width", 32, *more, "-o", tmp_path / name]
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+    assert not np.array_equal(read_video(tmp_path / "plain")[0], read_video(tmp_path / "adapted")[0])
     rejected = launch("train/train_vdm.py", check=False, **TINY | options | {"--train_text_encoder": "true"})
     assert rejected.returncode != 0 and "train_only=lora" in rejected.stderr
 

@@ -1,8 +1,16 @@
-"""What a network knows about its compilation."""
+"""Compilation of networks."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+
+def compile_blocks(network: Any) -> None:
+    """Compiles the repeated blocks of a diffusers model, separately for each input shape."""
+    torch._dynamo.config.recompile_limit = 64
+    network.compile_repeated_blocks(dynamic=False)
 
 
 class RecordsCompilation:

@@ -207,24 +207,28 @@ class InterpolationOptions(SamplingOptions):
         return super()._checks() | {"factor": partial(check_integer, minimum=2)}
 
 
-def parameters_of(options: type[SamplingOptions]) -> list[inspect.Parameter]:
-    """A keyword parameter for each option, with its type and default."""
+def parameters_of(options: type) -> list[inspect.Parameter]:
+    """A keyword parameter for each field of a dataclass, with its type and default."""
     hints = get_type_hints(options)
+    defaults = options()
     return [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(defaults, field.name),
+            annotation=hints[field.name],
         )
         for field in fields(options)
     ]
 
 
-def help_of(options: type[SamplingOptions]) -> dict[str, str]:
-    """The documentation of each option."""
+def help_of(options: type) -> dict[str, str]:
+    """The documentation of each field of a dataclass."""
     found: dict[str, str] = {}
     for part in reversed(options.__mro__[:-1]):
         for one in parse_from_object(part).params:
             found[one.arg_name] = " ".join((one.description or "").split())
-    return {name: found[name] for name in options.names()}
+    return {field.name: found[field.name] for field in fields(options)}
 
 
 def accepts(options: type[SamplingOptions], *, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

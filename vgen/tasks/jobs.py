@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from vgen.checks import check_choice
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix
@@ -35,14 +33,14 @@ from vgen.io.atomic import remove_workspaces
 from vgen.io.fingerprint import digest_json
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
-from vgen.processes import this_process, warn_if_emulated
+from vgen.processes import this_process
 from vgen.sampling.options import DenoisingOptions
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
+from vgen.tasks.loading import LoadOptions, load_checkpoint
 
 MANIFEST = "manifest.jsonl"
 BARRIER_TIMEOUT = timedelta(days=30)
 """How long a process that has finished its jobs waits for the others, which may take much longer."""
-DType = Literal["float32", "bfloat16", "float16"]
 PART_LINES = 256
 """Lines per manifest at a URL, where each new line writes the manifest again."""
 Make = Callable[["Job", Path], dict[str, Any]]
@@ -65,15 +63,13 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class ModelConfig(EngineOptions, DenoisingOptions):
+class ModelConfig(EngineOptions, LoadOptions, DenoisingOptions):
     """Settings of all scripts that run a checkpoint on many inputs."""
 
     output_dir: str | Path
     """Output folder, or its URL."""
     model: str = "vgen/shapes-64"
     """A packaged checkpoint, a folder, or a Hub id."""
-    dtype: DType = "float32"
-    """Data type of the weights."""
     seed: int = 0
     """Seed of the noise. Each input gets different noise."""
 
@@ -96,15 +92,10 @@ def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> Vi
     """Loads the pipeline of a run, by default onto the device of this process.
 
     Raises:
-        ValueError: The data type is not supported, or as in `VideoGenPipeline.from_pretrained`.
+        ValueError: As in `load_checkpoint`.
     """
-    check_choice("dtype", config.dtype, DType)
     bound_memory()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    pipe = VideoGenPipeline.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    pipe.to(device or this_process(timeout=BARRIER_TIMEOUT).device)
-    warn_if_emulated(pipe.device, config.dtype, "--dtype float32")
+    pipe = load_checkpoint(config.model, config, device or this_process(timeout=BARRIER_TIMEOUT).device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -117,7 +108,7 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
         pipe: The checkpoint.
         inputs: Names of settings to leave out, because they only select the inputs.
     """
-    skipped = ("output_dir", "model", "seed", *ENGINE_OPTIONS, *inputs)
+    skipped = ("output_dir", "model", "lora", "seed", *ENGINE_OPTIONS, *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
     return settings | {"model": pipe.fingerprint(), "defaults": pipe.defaults}
 

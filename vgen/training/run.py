@@ -343,12 +343,6 @@ def _is_matrix(weight: nn.Parameter) -> bool:
     return weight.ndim >= 2 and weight.shape[0] > 1 and weight.numel() > max(weight.shape)
 
 
-def compile_blocks(network: Any) -> None:
-    """Compiles the repeated blocks of a diffusers model, separately for each input shape."""
-    torch._dynamo.config.recompile_limit = 64
-    network.compile_repeated_blocks(dynamic=False)
-
-
 def micro_batches(config: RunConfig, accelerator: Accelerator, size: int) -> Iterator[slice]:
     """This process's parts of a batch of `size` samples, one for each backward pass.
 

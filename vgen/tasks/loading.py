@@ -1,0 +1,105 @@
+"""How the `vgen` command and jobs load a checkpoint.
+
+torch is imported when a checkpoint is loaded, so that wrong options are reported before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vgen.checks import check_choice
+
+if TYPE_CHECKING:
+    from vgen.pipeline import VideoGenPipeline
+
+DType = Literal["float32", "bfloat16", "float16"]
+Sampler = Literal["euler", "ddim", "dpmsolver++", "unipc"]
+
+
+@dataclass(kw_only=True)
+class LoadOptions:
+    """How a checkpoint is loaded."""
+
+    dtype: DType = "float32"
+    """Data type of the weights."""
+    scheduler: Sampler | None = None
+    """Scheduler to use instead of the checkpoint's: `euler`, `dpmsolver++` or `unipc` for flow matching; `ddim`,
+    `dpmsolver++` or `unipc` for other checkpoints."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapter, as FILE or FILE:WEIGHT, where FILE may be a folder or a Hub id and the weight is 1 by default; can
+    be repeated."""
+    compile: bool = False
+    """Whether to compile the denoiser's blocks, which takes a minute or more at the start."""
+
+
+def check_loading(options: LoadOptions) -> None:
+    """Checks options without loading anything.
+
+    Raises:
+        ValueError: An option has no such choice.
+        FileNotFoundError: A LoRA adapter does not exist.
+        ImportError: LoRA adapters need the package peft.
+    """
+    check_choice("dtype", options.dtype, DType)
+    if options.scheduler is not None:
+        check_choice("scheduler", options.scheduler, Sampler)
+    for text in options.lora:
+        source, _ = parse_adapter(text)
+        is_hub_id = source.count("/") == 1 and source[0] not in "./~" and not source.endswith(".safetensors")
+        if not Path(source).exists() and not is_hub_id:
+            raise FileNotFoundError(f"no such LoRA adapter: {source}")
+    if options.lora and find_spec("peft") is None:
+        raise ImportError("LoRA adapters need peft: pip install vgen[lora]")
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Splits FILE or FILE:WEIGHT into the file and the weight, by default 1."""
+    source, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return source, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def load_checkpoint(model: str, options: LoadOptions, device: Any) -> VideoGenPipeline:
+    """Loads a pipeline onto a device.
+
+    Args:
+        model: A packaged checkpoint, a folder, or a Hub id.
+        options: How to load it.
+        device: Device of the networks.
+
+    Raises:
+        ValueError: The scheduler does not fit the checkpoint, or as in `VideoGenPipeline.from_pretrained`.
+    """
+    check_loading(options)
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from vgen.diffusion import change_scheduler
+    from vgen.models.compilation import compile_blocks
+    from vgen.pipeline import VideoGenPipeline
+    from vgen.processes import warn_if_emulated
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    pipe = VideoGenPipeline.from_pretrained(model, dtype=getattr(torch, options.dtype)).to(device)
+    warn_if_emulated(pipe.device, options.dtype, "--dtype float32")
+    if options.scheduler is not None:
+        pipe.scheduler = change_scheduler(pipe.scheduler, options.scheduler)
+    weights = {}
+    for index, text in enumerate(options.lora):
+        source, weight = parse_adapter(text)
+        pipe.load_lora_weights(source, adapter_name=f"lora-{index}")
+        weights[f"lora-{index}"] = weight
+    if weights:
+        pipe.set_adapters(list(weights), list(weights.values()))
+    if options.compile:
+        compile_blocks(pipe.denoiser)
+    return pipe
