@@ -1,12 +1,15 @@
 """A folder of diffusers' WanPipeline, loaded by VideoGenPipeline, gives WanPipeline's videos."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from PIL import Image
 
+from vgen.diffusion import change_scheduler
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -66,3 +69,103 @@ def test_other_layouts_are_rejected_by_name(wan_folder, tmp_path, change, named)
     (tmp_path / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(ValueError, match=named):
         VideoGenPipeline.from_pretrained(tmp_path)
+
+
+def noise_of(seed=0):
+    return torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_positional_arguments_are_wan_pipelines(wan_folder):
+    theirs, ours = load(wan_folder)
+    videos = [pipe(PROMPT, NEGATIVE, 32, 32, 9, 3, 3.0, latents=noise_of()).frames for pipe in (theirs, ours)]
+    assert np.abs(videos[0] - videos[1]).max() < 1e-4
+
+
+def test_negative_embeddings_may_have_another_length(wan_folder):
+    theirs, ours = load(wan_folder)
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(1, 7, 32, generator=generator), torch.randn(1, 4, 32, generator=generator)
+    videos = [
+        pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], latents=noise_of(), **SETTINGS).frames
+        for pipe in (theirs, ours)
+    ]
+    assert np.abs(videos[0] - videos[1]).max() < 1e-4
+    with pytest.raises(ValueError, match="expected 1 negative_prompt_embeds, as prompts, got 2"):
+        ours(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1].repeat(2, 1, 1), **SETTINGS)
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.8, 1.0])
+@pytest.mark.parametrize("scheduler", ["unipc", "euler"])
+def test_a_video_is_changed_as_by_wans_video_to_video(wan_folder, strength, scheduler):
+    _, ours = load(wan_folder)
+    ours.scheduler = change_scheduler(ours.scheduler, scheduler)
+    theirs = WanVideoToVideoPipeline.from_pretrained(wan_folder, scheduler=ours.scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    video = [Image.fromarray(frame) for frame in pixels]
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "strength": strength, "output_type": "latent"}
+
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    expected = theirs(video, PROMPT, NEGATIVE, 32, 32, generator=generator(2), **settings).frames
+    got = ours(PROMPT, NEGATIVE, video=video, generator=generator(2), **settings).frames
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    batch = ours([PROMPT] * 2, NEGATIVE, video=[video, video], generator=[generator(2), generator(3)], **settings)
+    torch.testing.assert_close(batch.frames[:1], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0.0}, "strength must be a finite number of at most 1 and above 0"),
+        ({"strength": 0.1}, "strength times the number of steps must be at least 1, got 0.1 and 3"),
+        ({"num_frames": 5}, "num_frames must be the length of the video, 9, got 5"),
+        ({"height": 16}, "given frames must have the size of the video, 16x32"),
+        ({"sigmas": [1.0, 0.5], "timesteps": [999.0]}, "pass timesteps or sigmas, not both"),
+        ({"sigmas": []}, "sigmas must be a non-empty list of numbers"),
+        ({"sigmas": [1.0, -1.0]}, "each of sigmas must be a finite number"),
+    ],
+)
+def test_wrong_arguments_of_a_start_are_named(wan_folder, arguments, message):
+    _, pipe = load(wan_folder)
+    settings = {"num_inference_steps": 3, "video": torch.rand(9, 3, 32, 32)} | arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe(PROMPT, **settings)
+
+
+def test_custom_noise_levels_and_timesteps(wan_folder):
+    _, pipe = load(wan_folder)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    settings = {**SETTINGS, "output_type": "latent", "latents": noise_of()}
+    expected = pipe(PROMPT, **settings).frames
+    pipe.scheduler.set_timesteps(SETTINGS["num_inference_steps"])
+    levels = pipe.scheduler.sigmas[:-1].tolist()
+    settings.pop("num_inference_steps")
+    torch.testing.assert_close(pipe(PROMPT, sigmas=levels, **settings).frames, expected)
+    timesteps = [1000 * level for level in levels]
+    torch.testing.assert_close(pipe(PROMPT, timesteps=timesteps, **settings).frames, expected)
+    assert not torch.equal(pipe(PROMPT, sigmas=levels[:2], **settings).frames, expected)
+    pipe.scheduler = DDIMScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
+        pipe(PROMPT, sigmas=levels, **settings)
+
+
+def test_an_empty_prompt_is_unconditional(wan_folder):
+    theirs, ours = load(wan_folder)
+    videos = [pipe("", NEGATIVE, latents=noise_of(), **SETTINGS).frames for pipe in (theirs, ours)]
+    assert np.abs(videos[0] - videos[1]).max() < 1e-4
+
+
+def test_the_running_call_has_its_attention_kwargs(wan_folder):
+    _, pipe = load(wan_folder)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(pipe.attention_kwargs)
+        return {}
+
+    pipe(PROMPT, attention_kwargs={"scale": 0.5}, callback_on_step_end=callback, latents=noise_of(), **SETTINGS)
+    assert seen == [{"scale": 0.5}] * 3 == [pipe.attention_kwargs] * 3
+    pipe(PROMPT, latents=noise_of(), **SETTINGS)
+    assert pipe.attention_kwargs is None

@@ -548,6 +548,8 @@ def _writing(
             check_video_input(video)
         if prompt is not None:
             check_prompts(prompt)
+            if not prompt.strip():
+                raise ValueError(f"the prompt must be non-empty text, got {prompt!r}")
         if fps is not None:
             check_number("--fps", fps, above=0)
         for name, count in (counts or {}).items():

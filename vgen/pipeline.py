@@ -49,6 +49,7 @@ from vgen.sampling.known_frames import (
     KnownFrames,
     check_tasks,
     collect_given_frames,
+    encode_clip,
     encode_known_frames,
     lay_out,
 )
@@ -59,11 +60,13 @@ from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, read_
 from vgen.sampling.sampler import (
     Generators,
     Sampler,
+    Start,
     check_generator,
     decode_latents,
     draw_generator,
     draw_noise,
     latent_shape,
+    num_steps,
 )
 from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
@@ -259,15 +262,19 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        *,
-        image: Any = None,
-        frames: Mapping[int, Any] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        frame_rate: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        *,
+        image: Any = None,
+        frames: Mapping[int, Any] | None = None,
+        video: Any = None,
+        strength: float = 0.8,
+        frame_rate: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -287,16 +294,21 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Args:
             prompt: Describes the video.
             negative_prompt: Describes what to steer away from; "" by default.
+            height: Height in pixels; by default that of the known frames or of `video`.
+            width: Width in pixels; by default that of the known frames or of `video`.
+            num_frames: Length of the video, `1 + s*k`; by default that of `video`.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Weight of classifier-free guidance. Values up to 1 turn it off.
             image: The first frame: a PIL image, an array `(h, w, 3)` or a tensor `(3, h, w)`, uint8 or in [0, 1]; a
                 list has one for each prompt. The same as `frames={0: image}`.
             frames: Known frames by index, in the format of `image`; they are returned unchanged at their positions.
-            height: Height in pixels; by default that of the known frames.
-            width: Width in pixels; by default that of the known frames.
-            num_frames: Length of the video, `1 + s*k`.
+            video: A video to change, in the format of `rollout`; a list has one for each prompt.
+            strength: How much `video` is changed: the share of the denoising steps that are done, above 0 and up to 1,
+                which starts from pure noise.
             frame_rate: Pixel frames per second that the denoiser is conditioned on; ignored by checkpoints without a
                 frame rate embedding.
-            num_inference_steps: Number of denoising steps.
-            guidance_scale: Weight of classifier-free guidance. Values up to 1 turn it off.
+            timesteps: Timesteps instead of those of `num_inference_steps`, for schedulers that take them.
+            sigmas: Noise levels instead of those of `num_inference_steps`, for schedulers that take them.
             num_videos_per_prompt: Number of videos for each prompt.
             generator: Source of the noise; a list has one for each video. A CPU generator draws the same noise for
                 every device.
@@ -322,19 +334,28 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             if image is None and frames is None
             else collect_given_frames(image, frames, _count(prompt, prompt_embeds))
         )
+        clips = None
+        if video is not None:
+            clips = to_clips(video, _count(prompt, prompt_embeds), isinstance(prompt, list))
         _check_size(height, width)
-        for one in given.values():
+        for one in (*given.values(), *([] if clips is None else [clips])):
             height = one.shape[-2] if height is None else height
             width = one.shape[-1] if width is None else width
             if (height, width) != tuple(one.shape[-2:]):
                 raise ValueError(
-                    f"known frames must have the size of the video, {height}x{width}, got {size_text(one)}"
+                    f"given frames must have the size of the video, {height}x{width}, got {size_text(one)}"
                 )
         height = self.config.height if height is None else height
         width = self.config.width if width is None else width
+        if clips is not None and num_frames not in (None, clips.shape[2]):
+            raise ValueError(f"num_frames must be the length of the video, {clips.shape[2]}, got {num_frames}")
+        num_frames = clips.shape[2] if clips is not None else num_frames
         num_frames = self.config.num_frames if num_frames is None else num_frames
         frame_rate = self.config.frame_rate if frame_rate is None else frame_rate
+        check_number("strength", strength, above=0, maximum=1)
+        custom = _custom_steps(timesteps, sigmas)
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = len(next(iter(custom.values()))) if custom else steps
         self._check_guidance(guidance_scale, guider)
         guidance = Guidance(
             scale=self.config.guidance_scale if guidance_scale is None else guidance_scale, guider=guider
@@ -378,6 +399,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             self.denoiser.dtype,
             (attention_kwargs or {}).get("scale"),
         )
+        start = None
+        if clips is not None:
+            if num_steps(steps, strength) < 1:
+                raise ValueError(f"strength times the number of steps must be at least 1, got {strength} and {steps}")
+            encoded = encode_clip(self.video_vae, clips.to(self._execution_device))
+            start = Start(encoded.repeat_interleave(num_videos_per_prompt, dim=0), strength)
         noise = self.prepare_latents(
             len(positive), height, width, num_frames, torch.float32, sampler.device, generator, latents
         )
@@ -393,9 +420,19 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             groups=groups,
             attention_kwargs=attention_kwargs,
         )
-        with self.progress_bar(total=steps) as bar:
+        total = steps if start is None else num_steps(steps, start.strength)
+        with self.progress_bar(total=total) as bar:
             on_step = step_function(self, sampler, callback_on_step_end, tensor_inputs, bar.update)
-            latents = sampler.denoise(noise, conditions, steps, generator, known=known, on_step=on_step)
+            latents = sampler.denoise(
+                noise,
+                conditions,
+                steps,
+                generator,
+                known=known,
+                on_step=on_step,
+                start=start,
+                custom=custom,
+            )
         videos = latents if output_type == "latent" else self.decode_latents(latents, output_type, known)
         self.maybe_free_model_hooks()
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
@@ -458,6 +495,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         self._check_embeds(prompt_embeds, negative_prompt_embeds)
         if negative_prompt_embeds is not None and prompt_embeds is None:
             raise ValueError("a rollout with negative_prompt_embeds needs prompt_embeds: its other prompts may change")
+        if (
+            negative_prompt_embeds is not None
+            and prompt_embeds is not None
+            and negative_prompt_embeds.shape != prompt_embeds.shape
+        ):
+            raise ValueError(
+                "negative_prompt_embeds of a rollout must have the shape of prompt_embeds, "
+                f"{tuple(prompt_embeds.shape)}, got {tuple(negative_prompt_embeds.shape)}"
+            )
         prompt = _one_per_video(prompt, video)
         schedule = PromptSchedule.of(prompt)
         prompted = has_prompt(prompt) or prompt_embeds is not None
@@ -832,11 +878,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 self.text_encoder, self.tokenizer, negatives, length, device, lora_scale
             )
         negative = negative_prompt_embeds
-        if do_classifier_free_guidance and negative is not None and negative.shape != prompt_embeds.shape:
-            raise ValueError(
-                f"negative_prompt_embeds must have the shape of prompt_embeds, {tuple(prompt_embeds.shape)}, got "
-                f"{tuple(negative.shape)}"
-            )
+        if do_classifier_free_guidance and negative is not None and len(negative) != len(prompt_embeds):
+            raise ValueError(f"expected {len(prompt_embeds)} negative_prompt_embeds, as prompts, got {len(negative)}")
 
         def ready(embeds: Tensor | None) -> Tensor | None:
             if embeds is None or not do_classifier_free_guidance and embeds is negative_prompt_embeds:
@@ -1045,6 +1088,24 @@ def load_rollout(
 def _one_per_video(prompt: Any, video: Any) -> Any:
     """The prompt; for several videos without one, `None` for each."""
     return [None] * len(video) if prompt is None and is_batch(video) else prompt
+
+
+def _custom_steps(timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> dict[str, Sequence[float]]:
+    """The custom timesteps or noise levels, by name.
+
+    Raises:
+        ValueError: Both are given, or one is not a list of numbers.
+    """
+    given = {"timesteps": timesteps, "sigmas": sigmas}
+    custom = {name: values for name, values in given.items() if values is not None}
+    if len(custom) == 2:
+        raise ValueError("pass timesteps or sigmas, not both")
+    for name, values in custom.items():
+        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not len(values):
+            raise ValueError(f"{name} must be a non-empty list of numbers, got {shown(values)}")
+        for value in values:
+            check_number(f"each of {name}", value, 0)
+    return custom
 
 
 def _check_size(height: Any, width: Any) -> None:

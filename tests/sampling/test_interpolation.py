@@ -136,7 +136,6 @@ def test_batches_equal_singles_and_a_prompt_may_be_omitted(pipe, video):
         ({"video": [np.zeros((16, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]}, "different sizes"),
         ({"video": np.zeros((2, 12, 16, 3), np.uint8)}, "height must be a multiple of 8, got 12"),
         ({"output_type": "latent"}, "output_type"),
-        ({"prompt": " "}, "non-empty text"),
     ],
 )
 def test_invalid_arguments_are_rejected(pipe, video, arguments, message):

@@ -443,8 +443,10 @@ def test_unknown_rollout_defaults_are_rejected(pipe):
         ({"prompt": {4: PROMPT}}, "must start at frame 0"),
         ({"prompt": {0: PROMPT, "8": OTHER}}, "a frame of a prompt schedule must be an integer.*, got '8'"),
         ({"prompt": (PROMPT, OTHER)}, "prompt must be a string, a list of strings, .*, got \\('a red"),
-        ({"prompt": ""}, "non-empty text, got ''"),
-        ({"prompt": {0: PROMPT, 8: " "}}, "non-empty text, got ' '"),
+        (
+            {"prompt_embeds": torch.zeros(1, 8, 32), "negative_prompt_embeds": torch.zeros(1, 3, 32)},
+            "must have the shape",
+        ),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),
         ({"window": 1.5}, "window must be an integer.*, got 1.5"),
         ({"guidance_scale": "3"}, "guidance_scale must be a finite number.*, got '3'"),

@@ -110,6 +110,11 @@ class RunningCallMixin:
         return self._call.guidance.needs_negative
 
     @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Keyword arguments of the attention processors in the running call."""
+        return self._call.attention_kwargs
+
+    @property
     def num_timesteps(self) -> int:
         """Number of timesteps of the running call."""
         return self._call.num_timesteps

@@ -36,15 +36,15 @@ def check_prompts(prompt: Any, name: str = "prompt") -> None:
     """Checks a prompt or a list of prompts.
 
     Raises:
-        ValueError: The prompt is neither a string nor a list of strings, the list is empty, or a string is blank.
+        ValueError: The prompt is neither a string nor a list of strings, or the list is empty.
     """
     if not isinstance(prompt, (str, list)):
         raise ValueError(f"{name} must be a string or a list of strings, got {type(prompt).__name__}")
     if isinstance(prompt, list) and not prompt:
         raise ValueError(f"{name} must not be an empty list")
     for one in [prompt] if isinstance(prompt, str) else prompt:
-        if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"{name} must be non-empty text, got {one!r}")
+        if not isinstance(one, str):
+            raise ValueError(f"{name} must be a string or a list of strings, got {one!r} in the list")
 
 
 @dataclass

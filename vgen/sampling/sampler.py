@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
@@ -42,6 +42,21 @@ WEAK_LEVEL = 1 / 3
 
 running_sampler: ContextVar[Sampler | None] = ContextVar("running_sampler", default=None)
 """The sampler that denoises in this thread."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where denoising starts, if not from pure noise."""
+
+    latents: Tensor
+    """Clean and normalized, `(b, c, t, h, w)`."""
+    strength: float
+    """The share of the steps that are done, above 0 and up to 1; the noise level follows from it."""
+
+
+def num_steps(steps: int, strength: float) -> int:
+    """How many of the steps are done; rounded down, as diffusers does."""
+    return min(int(steps * strength), steps)
 
 
 class PromptCaches:
@@ -93,6 +108,8 @@ class Sampler:
         self.grid = LatentGrid(compression, denoiser.patch_size[0])
         self.siblings = set() if siblings is None else siblings
         self.siblings.add(ref(self, self.siblings.discard))
+        self.attention_kwargs: dict[str, Any] | None = None
+        """Keyword arguments of the attention processors in the last call."""
         self.interrupt = False
         """Whether to stop denoising before the next step; the end of `denoise` clears it."""
         self.num_timesteps = 0
@@ -100,6 +117,7 @@ class Sampler:
         self.current_timestep: Tensor | None = None
         """The timestep of the running step."""
         self._prompts: PromptCaches | None = None
+        self._begin = 0
 
     def copy(self) -> Sampler:
         """An independent sampler with the same networks."""
@@ -117,6 +135,8 @@ class Sampler:
         known: KnownFrames | None = None,
         state: TemporalState | None = None,
         on_step: OnStep | None = None,
+        start: Start | None = None,
+        custom: Mapping[str, Sequence[float]] | None = None,
     ) -> Tensor:
         """Denoises noise to latents `(b, c, t, h, w)`.
 
@@ -128,13 +148,17 @@ class Sampler:
             known: Known frames; their leading latents stay unchanged, at noise level 0.
             state: State of the denoiser after the previous frames; it is only read.
             on_step: Called after each step.
+            start: Latents to start from, with noise of an intermediate level; `None` starts from pure noise.
+            custom: `timesteps` or `sigmas` instead of the scheduler's own.
         """
         token, guidance = running_sampler.set(self), self.guidance
         self._prompts = PromptCaches()
+        self.attention_kwargs = conditions.attention_kwargs
         try:
             with self._without_other_calls():
                 self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
-                return self._denoise(noise, conditions, num_inference_steps, generator, known, state, on_step)
+                self._set_timesteps(num_inference_steps, custom or {}, 1.0 if start is None else start.strength)
+                return self._denoise(noise, conditions, generator, known, state, on_step, start)
         finally:
             self.current_timestep, self.interrupt = None, False
             self._prompts = None  # before the next call, adapters may change
@@ -145,22 +169,39 @@ class Sampler:
         """Computes what depends on prompts alone again, because a callback may have changed the weights."""
         self._prompts = PromptCaches()
 
+    def _set_timesteps(self, num_inference_steps: int, custom: Mapping[str, Sequence[float]], strength: float) -> None:
+        """Sets the scheduler's timesteps, and where they begin.
+
+        They stay on the host: schedulers read their values, and reading from the device would wait for it.
+        """
+        for name in custom:
+            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(self.scheduler).__name__} takes no {name}: use num_inference_steps")
+        options: Any = {name: list(values) for name, values in custom.items()}
+        self.scheduler.set_timesteps(**(options or {"num_inference_steps": num_inference_steps}), device="cpu")
+        order = getattr(self.scheduler, "order", 1)
+        steps = len(self.scheduler.timesteps) // order
+        self._begin = (steps - num_steps(steps, strength)) * order
+        if self._begin:
+            self.scheduler.set_begin_index(self._begin)
+
     def _denoise(
         self,
         noise: Tensor,
         conditions: Conditions,
-        num_inference_steps: int,
         generator: Generators,
         known: KnownFrames | None,
         state: TemporalState | None,
         on_step: OnStep | None,
+        start: Start | None,
     ) -> Tensor:
-        # schedulers read values of timesteps: on the host, because reading from the device would wait for it
-        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        on_host = self.scheduler.timesteps
+        on_host = self.scheduler.timesteps[self._begin :]
         timesteps = on_host.to(self.device)
         self.num_timesteps = len(timesteps)
-        latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if start is None:
+            latents = noise.to(self.device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        else:
+            latents = self._add_noise(start.latents, noise, on_host[:1]).to(self.device)
         num_known = 0 if known is None else known.layout.num_leading // self.grid.patch_frames
         generated = torch.arange(latents.shape[2] // self.grid.patch_frames, device=self.device) >= num_known
         keep = known.overwrite_latents if known is not None else lambda latents: latents
@@ -182,6 +223,12 @@ class Sampler:
                 latents, conditions = on_step(index, timestep, latents, conditions)
                 latents = keep(latents)
         return latents
+
+    def _add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        latents = latents.to(noise)
+        if hasattr(self.scheduler, "scale_noise"):
+            return self.scheduler.scale_noise(latents, timestep, noise)
+        return self.scheduler.add_noise(latents, noise, timestep)
 
     def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Generators) -> Tensor:
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -254,6 +301,13 @@ class Sampler:
         # a rollout's cache has rows for both prompts, also when a callback turns guidance off
         if conditions.negative_prompt_embeds is None or not (is_guided or state is not None):
             return self._evaluate(f"{context}cond", latents, timestep, conditions.prompt_embeds, conditions, state)
+        if state is None and conditions.negative_prompt_embeds.shape != conditions.prompt_embeds.shape:
+            prompts = {"uncond": conditions.negative_prompt_embeds, "cond": conditions.prompt_embeds}
+            negative, positive = (
+                self._evaluate(f"{context}{name}", latents, timestep, embeds, conditions, None)
+                for name, embeds in prompts.items()
+            )
+            return negative + self.guidance.scale * (positive - negative)
         both = conditions.doubled() if self._prompts is None else self._prompts.doubled(conditions)
         out = self._evaluate(
             f"{context}cond_uncond", torch.cat([latents, latents]), timestep, both.prompt_embeds, both, state
