@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
 
 import pytest
 import torch
 
+from vgen.hub import extend_diffusers
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 
@@ -108,9 +110,11 @@ def fresh(codes, endpoint, cache, **variables):
 
 
 LOADS = {
-    "pipeline": f"from vgen import VideoGenPipeline as C; p = C.from_pretrained({REPO!r}).transformer",
-    "diffusers": "import vgen.pipeline; from diffusers import DiffusionPipeline as C; "
+    "diffusers": "import sys, vgen; assert 'diffusers' not in sys.modules; "
+    "from diffusers import DiffusionPipeline as C; assert 'vgen.pipeline' not in sys.modules; "
     f"p = C.from_pretrained({REPO!r}).vae",
+    "AutoModel": f"from diffusers import AutoModel as C; p = C.from_pretrained({REPO!r}, subfolder='transformer')",
+    "pipeline": f"from vgen import VideoGenPipeline as C; p = C.from_pretrained({REPO!r}).transformer",
     "transformer": "from vgen import SpacetimeTransformer as C; "
     f"p = C.from_pretrained({REPO!r}, subfolder='transformer')",
     "vae": f"from vgen import CausalVideoVAE as C; p = C.from_pretrained({REPO!r}, subfolder='vae', variant='fp16')",
@@ -125,12 +129,28 @@ MISSING = {
 }
 
 
+@pytest.mark.parametrize("is_lazy", [True, False])
+def test_diffusers_gets_the_classes_if_it_was_imported_first(monkeypatch, is_lazy):
+    module = ModuleType("diffusers")
+    if is_lazy:
+        module._objects = {"Their": 1}
+        module.__getattr__ = lambda name: module._objects[name]
+    monkeypatch.setitem(sys.modules, "diffusers", module)
+    loading = ModuleType("diffusers.pipelines.pipeline_loading_utils")
+    loading.LOADABLE_CLASSES = {}
+    monkeypatch.setitem(sys.modules, loading.__name__, loading)
+    extend_diffusers({"UNet3D": "vgen.models.unet"})
+    assert loading.LOADABLE_CLASSES == {"vgen.models.unet": {"UNet3D": ["save_pretrained", "from_pretrained"]}}
+    assert module.UNet3D is UNet3D and (not is_lazy or module.Their == 1)
+
+
 @pytest.mark.slow
 def test_hub_ids_are_downloaded_and_loaded_and_missing_ones_are_named(endpoint, wan_folder, tmp_path):
     """In one new process with the server and one without: to import everything takes most of the time."""
     pipe, other = make_pipeline(), make_pipeline(seed=1)
     networks = {
-        "pipeline": pipe.transformer, "diffusers": pipe.vae, "transformer": pipe.transformer, "vae": other.vae,
+        "pipeline": pipe.transformer, "diffusers": pipe.vae, "AutoModel": pipe.transformer,
+        "transformer": pipe.transformer, "vae": other.vae,
         "the VAE of a pipeline": pipe.vae, "WanPipeline": VideoGenPipeline.from_pretrained(wan_folder).transformer,
         "unet": make_unet(),
     }  # fmt: skip

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vgen.hub import extend_diffusers
+
 if TYPE_CHECKING:
     from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
     from vgen.models.unet import UNet3D as UNet3D
@@ -28,6 +30,10 @@ _HOMES = {
     "load_rollout": "vgen.pipeline",
 }
 __all__ = [*_HOMES, "__version__"]
+
+extend_diffusers(
+    {name: _HOMES[name] for name in ("CausalVideoVAE", "SpacetimeTransformer", "UNet3D", "VideoGenPipeline")}
+)
 
 
 def __getattr__(name: str) -> Any:

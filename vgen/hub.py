@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module, resources
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +53,68 @@ def not_found(name: str) -> str:
     return f"no model {name!r}: it is neither a packaged checkpoint ({packaged}) nor a folder in {Path.cwd()}"
 
 
-def register(pipeline: type, components: tuple[type[Any], ...]) -> None:
-    """Lets diffusers load a pipeline class and its components by name.
+def extend_diffusers(homes: dict[str, str]) -> None:
+    """Makes classes known to diffusers without importing them.
 
-    `DiffusionPipeline.from_pretrained` looks up a pipeline's class in the diffusers module, and downloads only
-    components from the Hub that it knows how to load.
+    Afterwards, `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` find them by name, and download
+    them from the Hub. If diffusers is not imported yet, this takes effect when it is.
+
+    Args:
+        homes: The module of each class, by name.
     """
-    import diffusers
-    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    actions = {"diffusers": _add_classes, "diffusers.pipelines.pipeline_loading_utils": _allow_loading}
+    for name, act in actions.items():
+        if name in sys.modules:
+            act(sys.modules[name], homes)
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, partial(act, homes=homes)))
 
-    setattr(diffusers, pipeline.__name__, pipeline)
-    for component in components:
-        LOADABLE_CLASSES[component.__module__] = {component.__name__: ["save_pretrained", "from_pretrained"]}
+
+def _add_classes(module: Any, homes: dict[str, str]) -> None:
+    """Lets diffusers find the classes by name: they are imported when it asks for them, as its own are."""
+    if hasattr(module, "_objects"):
+        module._objects = _Classes(module._objects, homes)
+    else:
+        for name, home in homes.items():
+            setattr(module, name, getattr(import_module(home), name))
+
+
+def _allow_loading(module: Any, homes: dict[str, str]) -> None:
+    """Lets diffusers import the modules of components that a `model_index.json` names."""
+    for name, home in homes.items():
+        module.LOADABLE_CLASSES[home] = {name: ["save_pretrained", "from_pretrained"]}
+
+
+class _Classes(dict):
+    """Objects of diffusers, and classes that are imported on demand."""
+
+    def __init__(self, objects: dict[str, Any], homes: dict[str, str]):
+        super().__init__({**objects, **homes})
+        self._homes = homes
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return getattr(import_module(value), name) if name in self._homes else value
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls a function with a module once the module has been imported."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]):
+        self._name, self._act = name, act
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self._name or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                self._act(sys.modules[fullname])
+
+            loader.exec_module = exec_module
+        return spec

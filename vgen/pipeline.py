@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vgen.checks import check_choice, check_integer, check_number, check_type, shown
 from vgen.diffusion import check_scheduler, is_flow, prediction_type
-from vgen.hub import find_checkpoint, not_found, register
+from vgen.hub import find_checkpoint, not_found
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.models.convert import from_wan_index
@@ -1131,6 +1131,3 @@ def _count(prompt: Any, prompt_embeds: Tensor | None) -> int:
         check_prompts(prompt)
     rows: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     return len(rows)
-
-
-register(VideoGenPipeline, (CausalVideoVAE, SpacetimeTransformer, UNet3D))
