@@ -6,7 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanVideoToVideoPipeline,
+)
 from PIL import Image
 
 from vgen.diffusion import change_scheduler
@@ -169,3 +175,58 @@ def test_the_running_call_has_its_attention_kwargs(wan_folder):
     assert seen == [{"scale": 0.5}] * 3 == [pipe.attention_kwargs] * 3
     pipe(PROMPT, latents=noise_of(), **SETTINGS)
     assert pipe.attention_kwargs is None
+
+
+def test_components_of_diffusers_are_converted_and_share_their_weights(wan_folder):
+    theirs, _ = load(wan_folder)
+    ours = VideoGenPipeline.from_pipe(theirs)
+    direct = VideoGenPipeline(**{name: part for name, part in theirs.components.items() if name != "transformer_2"})
+    for pipe in (ours, direct):
+        pipe.set_progress_bar_config(disable=True)
+        assert type(pipe.vae) is CausalVideoVAE and type(pipe.transformer) is SpacetimeTransformer
+        weights = pipe.transformer.state_dict()
+        assert all(weights[name].data_ptr() == x.data_ptr() for name, x in theirs.transformer.state_dict().items())
+        videos = [one(PROMPT, NEGATIVE, latents=noise_of(), **SETTINGS).frames for one in (theirs, pipe)]
+        assert np.abs(videos[0] - videos[1]).max() < 1e-4
+    assert ours.config.num_frames == 81
+    again = VideoGenPipeline.from_pipe(ours, num_frames=17)
+    assert again.config.num_frames == 17 and again.config.height == 480 and again.transformer is ours.transformer
+    assert VideoGenPipeline.from_pipe(theirs, torch_dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_a_pipeline_becomes_wans(wan_folder):
+    theirs, ours = load(wan_folder)
+    back = ours.to_diffusers()
+    back.set_progress_bar_config(disable=True)
+    assert type(back) is WanPipeline and type(back.scheduler) is type(theirs.scheduler)
+    videos = [pipe(PROMPT, NEGATIVE, latents=noise_of(), **SETTINGS).frames for pipe in (theirs, back)]
+    assert np.abs(videos[0] - videos[1]).max() < 1e-5
+    assert WanVideoToVideoPipeline.from_pipe(back).vae is back.vae
+
+
+def test_pipelines_that_cannot_be_converted_are_named(wan_folder, stable_diffusion):
+    theirs, _ = load(wan_folder)
+    theirs.register_to_config(boundary_ratio=0.9)
+    with pytest.raises(ValueError, match="boundary_ratio=0.9 is a layout of Wan 2.2"):
+        VideoGenPipeline.from_pipe(theirs)
+    with pytest.raises(ValueError, match="got StableDiffusionPipeline"):
+        VideoGenPipeline.from_pipe(DiffusionPipeline.from_pretrained(stable_diffusion))
+    inflated = VideoGenPipeline.from_stable_diffusion(stable_diffusion)
+    with pytest.raises(ValueError, match="got AutoencoderKL and UNet3D"):
+        inflated.to_diffusers()
+
+
+def test_data_types_by_name_and_as_stored(wan_folder, tmp_path):
+    _, pipe = load(wan_folder)
+    pipe.transformer.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.float16)
+    pipe.save_pretrained(tmp_path)
+    auto = VideoGenPipeline.from_pretrained(tmp_path, dtype="auto")
+    dtypes = [part.dtype for part in (auto.transformer, auto.text_encoder, auto.vae)]
+    assert dtypes == [torch.bfloat16, torch.float16, torch.float32]
+    half = VideoGenPipeline.from_pretrained(tmp_path, torch_dtype="bfloat16")
+    assert half.transformer.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert VideoGenPipeline.from_pretrained(tmp_path).transformer.dtype == torch.float32
+    for wrong in ("int8", "half precision"):
+        with pytest.raises(ValueError, match="dtype must be 'auto' or a floating-point type"):
+            VideoGenPipeline.from_pretrained(tmp_path, dtype=wrong)

@@ -18,7 +18,16 @@ from weakref import WeakKeyDictionary
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FasterCacheConfig, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FasterCacheConfig,
+    SchedulerMixin,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
@@ -30,10 +39,10 @@ from vgen.diffusion import check_scheduler, is_flow, prediction_type
 from vgen.hub import find_checkpoint, not_found
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
-from vgen.models.convert import from_wan_index
+from vgen.models.convert import check_wan, from_wan_index, with_same_weights
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.inflate import inflate_stable_diffusion
-from vgen.models.loading import check_finite, check_not_pickled, check_variant
+from vgen.models.loading import check_finite, check_not_pickled, check_variant, parse_dtype, stored_dtypes
 from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import check_text_encoder, encode_texts, warn_truncated, warn_unknown_words
@@ -98,9 +107,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     Args:
         scheduler: Any diffusers scheduler that fits the denoiser's training.
-        vae: Encodes clips to latents and decodes them; a 2D VAE works frame by frame. Without one, the denoiser works
-            on pixels.
-        transformer: The denoiser, if it is a Transformer.
+        vae: Encodes clips to latents and decodes them. A 2D VAE works frame by frame, and diffusers'
+            `AutoencoderKLWan` is converted. Without a VAE, the denoiser works on pixels.
+        transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
         unet: The denoiser, if it is a U-Net.
         text_encoder: Any transformers text encoder; without one, prompts must be embeddings.
         tokenizer: Of the text encoder.
@@ -122,8 +131,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def __init__(
         self,
         scheduler: SchedulerMixin,
-        vae: CausalVideoVAE | AutoencoderKL | None = None,
-        transformer: SpacetimeTransformer | None = None,
+        vae: CausalVideoVAE | AutoencoderKL | AutoencoderKLWan | None = None,
+        transformer: SpacetimeTransformer | WanTransformer3DModel | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         unet: UNet3D | None = None,
@@ -139,6 +148,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         super().__init__()
         if transformer is not None and unet is not None:
             raise ValueError("a pipeline has one denoiser: pass transformer or unet, not both")
+        if isinstance(vae, AutoencoderKLWan):
+            vae = with_same_weights(vae, CausalVideoVAE, shared=True)
+        if isinstance(transformer, WanTransformer3DModel):
+            transformer = with_same_weights(transformer, SpacetimeTransformer, shared=True)
         given = {
             "height": height,
             "width": width,
@@ -174,6 +187,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
         Folders of diffusers' `WanPipeline` (Wan 2.1 text to video) load too.
 
+        Args:
+            pretrained_model_name_or_path: Name of the checkpoint.
+            kwargs: Further arguments of diffusers' method. `dtype` is float32 by default; it may be a name, such as
+                `"bfloat16"`, or `"auto"`, the data type of each component's weights.
+
         Raises:
             ValueError: There is no such checkpoint, its weights are pickled, do not fit its config, or are NaN or
                 infinite, or only some components have the requested variant.
@@ -181,14 +199,17 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         source = find_checkpoint(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors must stay True: other weights are pickles, which can run code")
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)  # transformers would keep the file's half precision
+        # transformers would keep the file's half precision
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float32))
+        kwargs["dtype"] = parse_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         folder = source if isinstance(source, Path) else cls._download(source, **kwargs)
         components = [path for path in sorted(folder.iterdir()) if path.is_dir() and kwargs.get(path.name, path)]
         for component in components:
             check_not_pickled(component)
         index = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
         loaded = {name: entry[1] for name, entry in index.items() if name not in kwargs and entry[0] is not None}
+        if dtype == "auto":
+            kwargs["dtype"] = stored_dtypes(folder, loaded, kwargs.get("variant")) | {"default": torch.float32}
         if kwargs.get("variant"):
             check_variant(folder, loaded, kwargs["variant"])
         if "text_encoder" in loaded:
@@ -239,6 +260,48 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             ValueError: The layout is not supported; the part is named.
         """
         return cls(**inflate_stable_diffusion(source, **unet), num_frames=num_frames, frame_rate=frame_rate)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> VideoGenPipeline:
+        """A pipeline with the components of another one, without more memory for weights.
+
+        Args:
+            pipeline: A pipeline of this class, or a `WanPipeline` or `WanVideoToVideoPipeline` of diffusers.
+            kwargs: Components or defaults to replace, and `torch_dtype`; by default the weights keep their data type.
+
+        Raises:
+            ValueError: It is another pipeline, or one of Wan 2.2.
+        """
+        known = (cls, WanPipeline, WanVideoToVideoPipeline)
+        if type(pipeline) not in known:
+            expected = ", ".join(one.__name__ for one in known)
+            raise ValueError(f"pipeline must be one of {expected}, got {type(pipeline).__name__}")
+        if type(pipeline) is WanPipeline:
+            check_wan(pipeline.config)
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        names = ("scheduler", "vae", "transformer", "text_encoder", "tokenizer", "unet", *_DEFAULTS)
+        parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs
+        result = cls(**{name: parts[name] for name in names if name in parts})
+        return result if dtype is None else result.to(dtype=dtype)
+
+    def to_diffusers(self) -> WanPipeline:
+        """A `WanPipeline` with copies of the networks that gives the same videos.
+
+        Raises:
+            ValueError: The networks have no counterparts in diffusers.
+        """
+        if not isinstance(self.vae, CausalVideoVAE) or not isinstance(self.denoiser, SpacetimeTransformer):
+            raise ValueError(
+                "only a pipeline with a CausalVideoVAE and a SpacetimeTransformer becomes a WanPipeline, got "
+                f"{type(self.vae).__name__} and {type(self.denoiser).__name__}"
+            )
+        return WanPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            vae=self.vae.to_diffusers(),
+            scheduler=copy.deepcopy(self.scheduler),
+            transformer=self.denoiser.to_diffusers(),
+        )
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -14,13 +14,16 @@ from vgen.temporal.conv import CausalConv3d
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
-def with_same_weights(source: Any, target_class: type[NetworkT], dropped: tuple[str, ...] = ()) -> NetworkT:
+def with_same_weights(
+    source: Any, target_class: type[NetworkT], dropped: tuple[str, ...] = (), shared: bool = False
+) -> NetworkT:
     """Builds a `target_class` with the config, weights, dtype, device and training mode of `source`.
 
     Args:
         source: A diffusers model.
         target_class: A class with the same names of parameters and config entries for the layers that both have.
         dropped: Prefixes of parameters of the source that are left out.
+        shared: Whether both networks share the memory of their weights.
 
     Raises:
         ValueError: Parameters are unexpected or missing. The error names them.
@@ -33,7 +36,9 @@ def with_same_weights(source: Any, target_class: type[NetworkT], dropped: tuple[
     }
     target: Any = target_class(**config)
     weights = {
-        name: value.detach().clone() for name, value in source.state_dict().items() if not name.startswith(dropped)
+        name: value.detach() if shared else value.detach().clone()
+        for name, value in source.state_dict().items()
+        if not name.startswith(dropped)
     }
     missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
@@ -60,16 +65,25 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
     The other files of the folder need no change.
 
     Raises:
-        ValueError: The layout is not that of Wan 2.1 text to video. The error names the entry.
+        ValueError: As in `check_wan`.
     """
-    for part in ("transformer_2", "boundary_ratio", "expand_timesteps"):
-        value = index.get(part)
-        if value not in (None, False) and value != [None, None]:
-            raise ValueError(f"unsupported WanPipeline: {part}={value} is a layout of Wan 2.2")
+    check_wan(index)
     ours = {name: index[name] for name in ("_diffusers_version", "scheduler", "text_encoder", "tokenizer")}
     ours["vae"] = ["vgen.models.vae", "CausalVideoVAE"]
     ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
     return {"_class_name": "VideoGenPipeline", **ours}
+
+
+def check_wan(config: Mapping[str, Any]) -> None:
+    """Checks that the config of a `WanPipeline` is one of Wan 2.1.
+
+    Raises:
+        ValueError: It has entries of Wan 2.2. The error names one.
+    """
+    for part in ("transformer_2", "boundary_ratio", "expand_timesteps"):
+        value = config.get(part)
+        if value not in (None, False, (None, None)) and value != [None, None]:
+            raise ValueError(f"unsupported WanPipeline: {part}={value} is a layout of Wan 2.2")
 
 
 def inflate_kernel(weight: Tensor, length: int, causal: bool) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PARALLELISM = (
     "context and tensor parallelism are not supported, because noise levels, frame groups and states belong to whole "
@@ -115,6 +119,41 @@ def check_variant(folder: Path, components: Iterable[str], variant: str) -> None
             f"{folder} has no weights of variant={variant!r} for {', '.join(missing)}: pass "
             " these components, or load without variant"
         )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating-point data type of a name, such as `bfloat16`.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be 'auto' or a floating-point type such as 'bfloat16', got {name!r}")
+    return dtype
+
+
+def stored_dtypes(folder: Path, components: Iterable[str], variant: str | None = None) -> dict[str, torch.dtype]:
+    """The data type of the weights of each component of a pipeline: that of most of its numbers.
+
+    Args:
+        folder: Folder of the pipeline.
+        components: Names of the components; those without weights are left out.
+        variant: Name of the variant whose weights are loaded.
+    """
+    found = {}
+    for name in components:
+        files = [path for path in (folder / name).glob("*.safetensors") if variant is None or variant in path.name]
+        sizes: Counter[str] = Counter()
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    weight = file.get_slice(key)
+                    sizes[weight.get_dtype()] += math.prod(weight.get_shape())
+        dtypes = {kind: _DTYPES[kind] for kind in sizes if kind in _DTYPES}
+        if dtypes:
+            found[name] = dtypes[max(dtypes, key=lambda kind: sizes[kind])]
+    return found
 
 
 def check_not_pickled(folder: Path) -> None:
