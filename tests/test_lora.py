@@ -324,8 +324,8 @@ def test_layers_of_text_encoders_are_applied_exactly(encoder, file, randomize, s
     weights = random_adapter(network, layers, file, name, parts, file != "text_encoder.")
     if encoder == "CLIP":
         weights = {key.replace(file, f"{file}text_model{file[-1]}"): weight for key, weight in weights.items()}
-    kind = "transformer" if pipe.unet is None else "unet"
-    layers = LAYERS if pipe.unet is None else UNET_LAYERS[:1]
+    kind = pipe.denoiser_name
+    layers = LAYERS if kind == "transformer" else UNET_LAYERS[:1]
     both = weights | random_adapter(merged.denoiser, layers, f"{kind}.", plain, AB, False)
     before, text_only = latents(pipe), pipe.encode_prompt(PROMPT)[0]
     pipe.load_lora_weights(both, adapter_name="style")

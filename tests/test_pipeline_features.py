@@ -51,7 +51,7 @@ def pipe(make):
 
 
 def denoiser_name(pipe):
-    return "transformer" if pipe.unet is None else "unet"
+    return pipe.denoiser_name
 
 
 def latents(pipe, **arguments):
@@ -243,7 +243,7 @@ def test_a_variant_of_some_components_only_is_an_error_that_names_the_others(pip
     pipe.save_pretrained(tmp_path)
     pipe.vae.save_pretrained(tmp_path / "vae", variant="fp16")
     (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
-    denoiser = "transformer" if pipe.unet is None else "unet"
+    denoiser = pipe.denoiser_name
     with pytest.raises(ValueError, match=rf"variant='fp16' for text_encoder, {denoiser}"):
         VideoGenPipeline.from_pretrained(tmp_path, variant="fp16")
     given = {"text_encoder": pipe.text_encoder, denoiser: pipe.denoiser}
@@ -263,7 +263,7 @@ def test_weights_that_are_missing_or_unexpected_or_not_finite_are_an_error(pipe,
             weights[key].view(-1)[-1] = float(damage)
 
     pipe.save_pretrained(tmp_path)
-    component = component.replace("denoiser", "transformer" if pipe.unet is None else "unet")
+    component = component.replace("denoiser", pipe.denoiser_name)
     edit_weights(tmp_path / component, edit)
     named = {"missing": "missing keys: ", "unexpected": "unexpected keys: extra"}.get(damage, "is NaN or infinite")
     with pytest.raises(ValueError, match=named):

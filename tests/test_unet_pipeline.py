@@ -54,7 +54,7 @@ def test_it_generates_and_is_saved_and_loaded(pipe, tmp_path):
     assert frames.shape == (9, 16, 16, 3) and frames.std() > 0
     pipe.save_pretrained(tmp_path)
     for loaded in (VideoGenPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
-        assert loaded.transformer is None and isinstance(loaded.denoiser, UNet3D)
+        assert not hasattr(loaded, "transformer") and isinstance(loaded.denoiser, UNet3D)
         loaded.set_progress_bar_config(disable=True)
         assert np.array_equal(loaded(PROMPT, generator=seeded()).frames[0], frames)
     with pytest.raises(ValueError, match="one denoiser"):
@@ -237,3 +237,16 @@ def test_the_shipped_one_has_the_transformers_latents_and_follows_prompts():
     generated = pipe(captions, num_inference_steps=10, generator=generators, output_type="pt").frames
     clips = [2 * video.movedim(1, 0) - 1 for video in generated]
     assert adherence(clips, [world.scene(number) for number in range(8)])["correct"] >= 0.75
+
+
+def test_a_pipeline_has_only_the_attribute_of_its_denoiser(randomize, tmp_path):
+    unet, transformer = build(randomize), make_pipeline()
+    assert hasattr(unet, "unet") and not hasattr(unet, "transformer") and unet.components["transformer"] is None
+    assert hasattr(transformer, "transformer") and not hasattr(transformer, "unet")
+    with pytest.raises(AttributeError, match="this pipeline has no transformer"):
+        _ = unet.transformer
+    unet.unet, network = None, unet.unet
+    assert not hasattr(unet, "unet")
+    unet.unet = network
+    unet.save_pretrained(tmp_path)
+    assert type(VideoGenPipeline.from_pretrained(tmp_path).unet) is UNet3D

@@ -263,7 +263,7 @@ def use_whole(pipe: VideoGenPipeline, weights: dict[str, Tensor]) -> None:
     def weights_of(part: str) -> dict[str, Tensor]:
         return {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
 
-    name = "transformer" if pipe.unet is None else "unet"
+    name = pipe.denoiser_name
     whole = {name: copy_of(pipe.denoiser, weights_of("denoiser."))}
     if text := weights_of("text_encoder."):
         whole["text_encoder"] = type(pipe.text_encoder)(pipe.text_encoder.config)
@@ -290,7 +290,7 @@ def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
     """Saves only the adapters, for `pipe.load_lora_weights(output_dir / "lora")`."""
     from peft import get_peft_model_state_dict
 
-    name = "transformer" if pipe.unet is None else "unet"
+    name = pipe.denoiser_name
     dtype = getattr(torch, config.save_dtype)
     layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(pipe.denoiser).items()}
     metadata = pipe.denoiser.peft_config["default"].to_dict()

@@ -90,6 +90,9 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
 
+_DENOISERS = ("transformer", "unet")
+_COMPONENTS = ("scheduler", "vae", "transformer", "unet", "text_encoder", "tokenizer")
+
 OutputType = Literal["np", "pil", "pt", "latent"]
 
 
@@ -279,9 +282,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if type(pipeline) is WanPipeline:
             check_wan(pipeline.config)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        names = ("scheduler", "vae", "transformer", "text_encoder", "tokenizer", "unet", *_DEFAULTS)
         parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs
-        result = cls(**{name: parts[name] for name in names if name in parts})
+        result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
         return result if dtype is None else result.to(dtype=dtype)
 
     def to_diffusers(self) -> WanPipeline:
@@ -998,7 +1000,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     def maybe_free_model_hooks(self) -> None:
         """Offloads components again and clears step caches, after evaluations in other threads have finished."""
-        denoiser = self.transformer if self.unet is None else self.unet
+        denoiser = getattr(self, self.denoiser_name, None)
         with nullcontext() if denoiser is None else lock_of(denoiser):
             super().maybe_free_model_hooks()
 
@@ -1037,10 +1039,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     @property
     def components(self) -> dict[str, Any]:
         """Networks, tokenizer and scheduler. A pipeline that is made with the denoiser also gets the defaults."""
-        network = self.transformer if self.unet is None else self.unet
+        network = getattr(self, self.denoiser_name, None)
         if network is not None:
             _DEFAULTS_OF[network] = copy.deepcopy(self.defaults)
-        return super().components
+        return {name: getattr(self, name, None) for name in self.config if name in _COMPONENTS}
 
     @property
     def video_vae(self) -> CausalVideoVAE | PerFrameVAE | None:
@@ -1054,10 +1056,23 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: The pipeline has no denoiser.
         """
-        found = self.transformer if self.unet is None else self.unet
+        found = getattr(self, self.denoiser_name, None)
         if found is None:
             raise ValueError("this pipeline has no denoiser: it can only encode prompts")
         return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DENOISERS:  # otherwise their entries in the config
+            raise AttributeError(f"this pipeline has no {name}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _DENOISERS and value is None:
+            self.__dict__.pop(name, None)
+            return
+        if name in _DENOISERS:
+            self.__dict__.setdefault(name, None)  # diffusers updates the config of attributes that exist
+        super().__setattr__(name, value)
 
     @property
     def grid(self) -> LatentGrid:

@@ -68,10 +68,14 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
     """Loads, saves and fuses adapters as diffusers does, for a pipeline with a `transformer` or a `unet`."""
 
     _lora_loadable_modules = ["transformer", "unet", "text_encoder"]
-    unet: Any
     text_encoder: Any
     enable_model_cpu_offload: Any
     enable_sequential_cpu_offload: Any
+
+    @property
+    def denoiser_name(self) -> str:
+        """`transformer` or `unet`: the attribute with the denoiser. A pipeline has one of them at most."""
+        return "unet" if hasattr(self, "unet") else "transformer"
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
@@ -126,7 +130,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         source, low_memory = pretrained_model_name_or_path_or_dict, kwargs.pop("low_cpu_mem_usage", True)
         weights, metadata = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
         peft = _peft_config(source, weights, kwargs)
-        name = "unet" if self.unet is not None else "transformer"
+        name = self.denoiser_name
         found = {one: getattr(self, one, None) for one in (name, "text_encoder")}
         networks: dict[str, Any] = {one: network for one, network in found.items() if network is not None}
         label = "the given weights" if isinstance(source, dict) else str(source)
@@ -223,7 +227,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
 
     @property
     def _with_adapters(self) -> list[str]:
-        return ["transformer" if self.unet is None else "unet", "text_encoder"]
+        return [self.denoiser_name, "text_encoder"]
 
 
 def _on_networks(method: Callable) -> Callable:
