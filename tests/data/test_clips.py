@@ -1,9 +1,12 @@
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vgen.data import clips
 from vgen.data.clips import Bucket, Listed, Sampling, VideoFolder, choose_bucket, list_videos, sort_into_buckets
 from vgen.data.video_io import write_video
 
@@ -214,3 +217,164 @@ def test_captions_that_are_no_utf8_are_named(tmp_path, name):
     (tmp_path / name).write_bytes('{"file_name": "a.mp4", "text": "caf\u00e9"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
         list_videos(tmp_path)
+
+
+def touch(path, content="x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def test_files_of_every_supported_container_are_listed_and_the_others_named(tmp_path, caplog):
+    suffixes = "ts mpg mpeg wmv flv 3gp mts m2ts ogv 3g2 f4v asf vob qt m2t mpe divx MTS webm Mp4".split()
+    for suffix in [*suffixes, "rmvb", "mxf", "srt", "json"]:
+        touch(tmp_path / f"{suffix}.{suffix}")
+    assert [one.path.name for one in list_videos(tmp_path)] == sorted(f"{suffix}.{suffix}" for suffix in suffixes)
+    (warning,) = [message for message in caplog.messages if "format is not supported" in message]
+    assert warning.startswith("2 videos of") and "mxf.mxf" in warning and "rmvb.rmvb" in warning
+
+
+def test_hidden_files_and_those_of_systems_are_no_videos(tmp_path):
+    names = (
+        "._a.mp4 .hidden.mp4 __MACOSX/a.mp4 x/__MACOSX/._a.mp4 @eaDir/a.mp4/a.mp4 .git/a.mp4 #recycle/a.mp4".split()
+    )
+    for name in [*names, "a.mp4", "x/_b.mp4"]:
+        touch(tmp_path / name)
+    touch(tmp_path / "._metadata.csv")
+    assert [one.path for one in list_videos(tmp_path)] == [tmp_path / "a.mp4", tmp_path / "x/_b.mp4"]
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    for path in (data / "z/a.mp4", data / "z/a.txt", other / "b.mp4", other / "deeper/c.mp4"):
+        touch(path, "a caption")
+    (data / "a link").symlink_to(other)
+    (data / "another link").symlink_to(other)
+    (data / "to z").symlink_to(data / "z")
+    (other / "deeper/up").symlink_to(data)
+    (other / "itself").symlink_to(other / "itself")
+    (data / "broken.mp4").symlink_to(tmp_path / "nowhere")
+    (data / "loop.mp4").symlink_to(data / "loop.mp4")
+    names = ["a link/b.mp4", "a link/deeper/c.mp4", "broken.mp4", "loop.mp4", "z/a.mp4"]
+    assert [one.path for one in list_videos(data)] == [data / name for name in names]
+
+
+def test_metadata_may_list_linked_files_and_folders(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_clip(tmp_path / "elsewhere/a.mp4")
+    folder = tmp_path / "data"
+    touch(folder / "metadata.csv", "file_name,text\na.mp4,x\nlinked/a.mp4,y\n")
+    (folder / "a.mp4").symlink_to(tmp_path / "elsewhere/a.mp4")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert len(VideoFolder(folder, Sampling(num_frames=4), 16, 16)) == 2
+
+
+def test_metadata_of_subfolders_is_read(tmp_path, caplog):
+    for name in ("train/a.mp4", "train/deeper/b.mp4", "train/unlisted.mp4", "test/c.mp4", "d.mp4"):
+        touch(tmp_path / name)
+    touch(tmp_path / "train/metadata.csv", "file_name,text\ndeeper/b.mp4,y\na.mp4,x\n")
+    touch(tmp_path / "test/Metadata.JSONL", '{"file_name": "c.mp4", "caption": "z"}\n')
+    touch(tmp_path / "d.txt", "v")
+    found = {str(one.path.relative_to(tmp_path)): one.captions for one in list_videos(tmp_path)}
+    assert found == {"train/a.mp4": ("x",), "train/deeper/b.mp4": ("y",), "test/c.mp4": ("z",), "d.mp4": ("v",)}
+    (warning,) = caplog.messages
+    assert "1 videos of" in warning and "no metadata file lists them" in warning and "unlisted.mp4" in warning
+    with pytest.raises(ValueError, match="line 2: ../../x.mp4 is outside of"):
+        touch(tmp_path / "train/metadata.csv", "file_name,text\n../../x.mp4,y\n")
+        list_videos(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_only_line_ends_separate_captions(tmp_path, ending):
+    caption = "a cat\u2028(runs\x0bfast\x85now\x0c\x1c\u2029!"
+    for name in ("a.mp4", "b.MP4"):
+        touch(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{caption}{ending}{ending} a dog ".encode())
+    (tmp_path / "b.TXT").write_bytes(f"\ufeffa bird{ending}".encode())
+    assert [one.captions for one in list_videos(tmp_path)] == [(caption, "a dog"), ("a bird",)]
+    row = json.dumps({"file_name": "a.mp4", "text": caption}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{row}{ending}{ending}".encode())
+    assert [one.captions for one in list_videos(tmp_path)] == [(caption,)]
+
+
+@pytest.mark.parametrize("texts", [("a man says hello", '"'), ('"a man says hello',), ('"a "man" says hello"',),
+                                   ('"' + "a " * 70_000 + '"',), ('"a man says hello', 'a dog"'),
+                                   ('"a man says hello', 'a dog", b')])  # fmt: skip
+def test_an_unbalanced_quote_is_named(tmp_path, texts):
+    texts = [*texts, "a cat", "a bird"]
+    touch(tmp_path / "metadata.csv", "file_name,text\n" + "".join(f"{i}.mp4,{text}\n" for i, text in enumerate(texts)))
+    line = next(number for number, text in enumerate(texts, start=2) if '"' in text)
+    with pytest.raises(ValueError, match=rf"metadata\.csv, (from )?line {line}: .*double quote"):
+        list_videos(tmp_path)
+
+
+def test_quoted_text_may_have_lines(tmp_path):
+    touch(tmp_path / "metadata.csv", 'file_name,text\na.mp4,"a cat,\r\nand a ""dog"""\n\nb.mp4,"x"\nc.mp4,y,z\n')
+    with pytest.raises(ValueError, match=r"line 6: more fields"):
+        list_videos(tmp_path)
+    touch(tmp_path / "metadata.csv", 'text,file_name\n"a cat,\nand a ""dog""",a.mp4\n')
+    assert [one.captions for one in list_videos(tmp_path)] == [('a cat,\nand a "dog"',)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": 5, "text": "x"}',
+        '{"file_name": ["a.mp4"], "text": "x"}',
+        '{"file_name": "a.mp4", "text": 5}',
+        '{"file_name": "a.mp4", "text": "\\ud800"}',
+        '{"file_name": "a.mp4", "text": "x", "start": NaN}',
+        '{"file_name": "a.mp4", "text": "x", "end": NaN}',
+        '{"file_name": "a.mp4", "text": "x", "start": Infinity}',
+        '{"file_name": "a.mp4", "text": "x", "start": 1' + "0" * 400 + "}",
+        '{"file_name": "a.mp4", "text": "x", "start": 1' + "0" * 5000 + "}",
+        '{"file_name": "a.mp4", "text": "x", "start": [1]}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "null",
+        '"a.mp4"',
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, line):
+    touch(tmp_path / "metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n' + line)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: "):
+        list_videos(tmp_path)
+
+
+def test_videos_without_a_caption_are_named(tmp_path, caplog):
+    for name in "abcdef":
+        touch(tmp_path / f"{name}.mp4")
+    touch(tmp_path / "a.txt", "a dog")
+    touch(tmp_path / "b.txt", " \n")
+    touch(tmp_path / "c.caption", "a cat")
+    list_videos(tmp_path)
+    list_videos(tmp_path)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"5 videos of {tmp_path} have no caption: expected a row of metadata.jsonl")
+    assert warning.endswith(f"({tmp_path / 'b.mp4'}, {tmp_path / 'c.mp4'}, {tmp_path / 'd.mp4'}, ...)")
+
+
+def test_a_skipped_file_is_counted_once(tmp_path, caplog):
+    listed = [Listed(path=tmp_path / f"{name}.mp4", start=start) for name in "ab" for start in (0.0, 1.0)]
+    clips._skipped.clear()
+    for one in listed:
+        for reason in ("3 frames at 8 per second", "2 frames at 4 per second"):
+            clips.warn_skipped(one, reason)
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"skipped ({n} so far)" for n in (1, 1, 2, 2)
+    ]
+
+
+def test_pipes_are_no_captions(tmp_path):
+    touch(tmp_path / "a.mp4")
+    for name in ("a.txt", "metadata.csv"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a file"):
+            list_videos(tmp_path)
+
+
+def test_names_that_are_no_unicode_are_listed(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.mp4"))
+    write_clip(path.with_name("a.mp4"))
+    path.with_name("a.mp4").rename(path)
+    opened = VideoFolder(tmp_path, Sampling(num_frames=4), 16, 16)
+    assert len(opened) == 1 and opened.digest

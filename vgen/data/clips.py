@@ -6,11 +6,14 @@ import csv
 import hashlib
 import itertools
 import json
+import math
+import os
 import random
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from vgen.checks import check_choice
 from vgen.data.augment import Augmentation, augment
-from vgen.data.formats import VIDEO_SUFFIXES
+from vgen.data.formats import UNREAD_SUFFIXES, VIDEO_SUFFIXES, is_ignored
 from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
@@ -29,7 +32,9 @@ from vgen.data.video_io import VideoInfo, iter_video, video_info
 from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
-_skipped: set[tuple[Path, str]] = set()
+_skipped: dict[Path, set[str]] = {}
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+"""Names of the column of captions, in order of preference."""
 Rate = TypeVar("Rate")
 SamplingKind = Literal["random", "uniform", "segments", "sliding"]
 Short = Literal["skip", "pad"]
@@ -89,58 +94,143 @@ def _save_indices(listed: Iterable[Listed]) -> None:
 
 
 def list_videos(folder: Path) -> list[Listed]:
-    """The videos of a folder with their captions, in a fixed order.
+    """The videos of a folder and its subfolders with their captions, in a fixed order.
 
-    Captions are read from `metadata.jsonl` or `metadata.csv` with the columns `file_name`, `text` (in jsonl also a
-    list of alternative captions) and optionally `start` and `end` in seconds, as in Hugging Face's `videofolder`.
-    Without such a file, they are read from a `.txt` file next to each video, one caption per line. A video without
-    captions has an empty one.
+    Captions are read from `metadata.jsonl` or `metadata.csv`, as in Hugging Face's `videofolder`. It lists the videos
+    of its folder and of the subfolders, with the columns `file_name`, `text` or `caption` (in jsonl also a list of
+    alternative captions) and optionally `start` and `end` in seconds. Elsewhere they are read from a `.txt` file next
+    to each video, one caption per line. A warning names videos without a caption, and videos that are not used.
+
+    Linked folders are searched too. Hidden files and folders and those of the system (`__MACOSX`, `@eaDir`) are not.
 
     Args:
-        folder: The folder. Without metadata, it is searched recursively.
+        folder: The folder.
 
     Raises:
         FileNotFoundError: The folder does not exist.
-        ValueError: There are no videos, there are two metadata files, or a row of metadata is invalid.
+        ValueError: There are no videos, a folder has two metadata files, or a row of metadata is invalid.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise ValueError(f"{folder} has both metadata.jsonl and metadata.csv: keep only one of them")
-    if tables:
-        listed = [_listed_row(folder, tables[0], number, row) for number, row in _rows(tables[0])]
-    else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-        listed = [Listed(path=path, captions=_beside(path), root=folder) for path in paths]
+    folders = _files_by_folder(folder)
+    tables = {parent: table for parent, names in folders.items() if (table := _table(parent, names)) is not None}
+    listed = [_listed_row(folder, table, *row) for table in tables.values() for row in _rows(table)]
+    in_tables = {os.path.abspath(one.path) for one in listed}
+    unused, unread, beside = [], [], []
+    for parent, names in folders.items():
+        texts = {Path(name).stem: name for name in sorted(names) if name.lower().endswith(".txt")}
+        has_table = any(above in tables for above in (parent, *parent.parents))
+        for path in (parent / name for name in names):
+            suffix = path.suffix.lower()
+            if suffix in UNREAD_SUFFIXES:
+                unread.append(path)
+            elif suffix not in VIDEO_SUFFIXES:
+                continue
+            elif not has_table:
+                captions = _lines(parent / texts[path.stem]) if path.stem in texts else ("",)
+                beside.append(Listed(path=path, captions=captions, root=folder))
+            elif os.path.abspath(path) not in in_tables:
+                unused.append(path)
+    listed += sorted(beside, key=lambda one: one.path)
     if not listed:
         raise ValueError(f"{folder} contains no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
+    _warn_about(unread, f"of {folder} are not used, because their format is not supported")
+    _warn_about(unused, f"of {folder} are not used, because no metadata file lists them")
+    without = dict.fromkeys(one.path for one in listed if not any(one.captions))
+    _warn_about(
+        list(without),
+        f"of {folder} have no caption: expected a row of metadata.jsonl or metadata.csv with text or caption, or "
+        "without such a file a .txt file next to each video",
+    )
     return listed
+
+
+def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
+    """The names of files in a folder and its subfolders. Each folder is there once, even if links lead to it."""
+    found: dict[Path, list[str]] = {}
+    seen, waiting, linked = set(), [folder], []
+    while waiting or linked:
+        parent = waiting.pop() if waiting else linked.pop(0)
+        status = parent.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found[parent] = []
+        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+            if is_ignored(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(parent / entry.name)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                linked.append(parent / entry.name)
+            else:
+                found[parent].append(entry.name)
+    return dict(sorted(found.items()))
+
+
+def _table(folder: Path, names: Iterable[str]) -> Path | None:
+    """The metadata file among the files of a folder."""
+    tables = [folder / name for name in names if name.lower() in ("metadata.jsonl", "metadata.csv")]
+    if len(tables) > 1:
+        raise ValueError(f"{folder} has both {tables[0].name} and {tables[1].name}: keep only one of them")
+    return tables[0] if tables else None
+
+
+def _warn_about(paths: Sequence[Path], what: str) -> None:
+    if paths:
+        names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+        warn_once(f"{len(paths)} videos {what} ({names})")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warns, the first time that this process has this message."""
+    logger.warning(message)
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a metadata file with their line numbers."""
+    if not table.is_file():
+        raise ValueError(f"{table} is not a file: expected a metadata file")
     with table.open(encoding="utf-8-sig", newline="") as file, _named(table):
-        if table.suffix == ".csv":
-            reader = csv.DictReader(file)
-            for row in reader:
-                if None in row:
-                    raise ValueError(
-                        f"{table}, line {reader.line_num}: more fields than the header has: put text with commas in "
-                        "double quotes"
-                    )
-                yield reader.line_num, row
+        if table.suffix.lower() == ".csv":
+            yield from _csv_rows(table, file)
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{table}, line {number}: invalid JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{table}, line {number}: expected a JSON object with file_name and text")
             yield number, row
+
+
+def _csv_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader, first = csv.DictReader(file, strict=True), 1
+    try:
+        while reader.fieldnames is not None:
+            first = reader.line_num + 1
+            row = next(reader, None)
+            if row is None:
+                return
+            later_lines = [line for key, text in row.items() if key and text for line in text.split("\n")[1:]]
+            number = reader.line_num - len(later_lines)
+            fields = [field for line in later_lines for field in line.split(",")]
+            if any(Path(field.strip()).suffix.lower() in VIDEO_SUFFIXES for field in fields):
+                raise ValueError(f"{table}, line {number}: a double quote is not closed and swallows the next rows")
+            if None in row:
+                raise ValueError(
+                    f"{table}, line {number}: more fields than the header has: put text with commas in double quotes"
+                )
+            yield number, row
+    except csv.Error as error:
+        raise ValueError(
+            f"{table}, from line {first}: invalid CSV ({error}): double quotes around text must be closed, those in "
+            "text doubled, and no field may be longer than 128 KiB"
+        ) from error
 
 
 @contextmanager
@@ -153,27 +243,44 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> Listed:
-    name, text = row.get("file_name"), row.get("text")
+    name, text = row.get("file_name"), find_caption(row)
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
-    if not name or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{table}, line {number}: file_name and text are required, got {sorted(row)}")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    if not isinstance(name, str) or not name or not captions or not all(map(_is_text, captions)):
+        raise ValueError(
+            f"{table}, line {number}: file_name and text are required, and must be strings, got {sorted(row)}"
+        )
+    path = table.parent / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"{table}, line {number}: {name} is outside of {folder}")
     try:
         start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{table}, line {number}: start and end must be numbers of seconds") from error
-    if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
+    if not 0 <= (start or 0.0) < (math.inf if end is None else end):
         raise ValueError(f"{table}, line {number}: 0 <= start < end is required, got start={start}, end={end}")
-    return Listed(path=folder / name, captions=captions, start=start, end=end, root=folder)
+    return Listed(path=path, captions=captions, start=start, end=end, root=folder)
 
 
-def _beside(path: Path) -> tuple[str, ...]:
-    text = path.with_suffix(".txt")
+def find_caption(row: Mapping[str, Any]) -> Any:
+    """The value of the first column of `CAPTION_COLUMNS` that a row has; `None` if it has none."""
+    return next((row[name] for name in CAPTION_COLUMNS if row.get(name) is not None), None)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that can be encoded: JSON may contain halves of surrogate pairs."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def split_captions(text: str) -> tuple[str, ...]:
+    """The captions of a text, one per line; only line feeds and carriage returns end a line."""
+    return tuple(line.strip() for line in re.split(r"[\r\n]", text) if line.strip()) or ("",)
+
+
+def _lines(text: Path) -> tuple[str, ...]:
+    if not text.is_file():
+        raise ValueError(f"{text} is not a file: expected the captions of a video")
     with _named(text):
-        lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
-    return tuple(line.strip() for line in lines if line.strip()) or ("",)
+        return split_captions(text.read_text(encoding="utf-8-sig"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +374,9 @@ class Sampling:
 
 def warn_skipped(listed: Listed, reason: str) -> None:
     """Warns once per video and reason that a video is skipped, and counts the skipped videos."""
-    if (listed.path, reason) not in _skipped:
-        _skipped.add((listed.path, reason))
+    reasons = _skipped.setdefault(listed.path, set())
+    if reason not in reasons:
+        reasons.add(reason)
         logger.warning(f"skipped ({len(_skipped)} so far): {listed.path}: {reason}")
 
 
@@ -422,7 +530,7 @@ class VideoFolder:
         _save_indices(listed)
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
-            raise ValueError(f"none of {len(listed)} videos can be used: {reasons}")
+            raise ValueError(f"none of {len({one.path for one in listed})} videos can be used: {reasons}")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -431,7 +539,7 @@ class VideoFolder:
     def digest(self) -> str:
         """Digest of the names of the videos and their numbers of clips, which decide what clip a number refers to."""
         names = [f"{listed.path.name} {number}" for listed, number, *_ in self.clips]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
     def __getitem__(self, index: int) -> Clip | None:
         """A clip of epoch 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,10 +10,34 @@ from typing import Literal, get_args
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Frames of a folder."""
 ANIMATION_SUFFIXES = (".gif", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", *ANIMATION_SUFFIXES)
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+"""Pillow's names of the formats of these files, whatever their suffix. Others may start programs or open files."""
+CONTAINERS = {
+    "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
+    "matroska,webm": (".mkv", ".webm"),
+    "avi": (".avi", ".divx"),
+    "mpegts": (".ts", ".mts", ".m2ts", ".m2t"),
+    "mpeg,mpegvideo": (".mpg", ".mpeg", ".mpe", ".vob"),
+    "asf": (".wmv", ".asf"),
+    "flv": (".flv",),
+    "ogg": (".ogv",),
+}
+"""FFmpeg's names of the containers that can be read, with their suffixes. Playlists, which open other files, are not
+among them."""
+VIDEO_SUFFIXES = (*itertools.chain(*CONTAINERS.values()), *ANIMATION_SUFFIXES)
 """Files that can be read."""
+UNREAD_SUFFIXES = (".mxf", ".rm", ".rmvb", ".y4m", ".dv", ".m2v", ".swf")
+"""Videos that cannot be read."""
+MAX_PIXELS = 2**26
+"""Largest number of pixels of a frame, 8192x8192: a file of a few kilobytes can declare far more than memory holds."""
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
 OutputSuffix = Literal[".mp4", ".gif", ".webp", ""]
 """Files that can be written; "" is a folder of frames."""
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was put there by a system, and so is no part of the data."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def check_video_input(path: Path) -> None:
@@ -20,15 +45,27 @@ def check_video_input(path: Path) -> None:
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The file is empty, or its suffix is not supported.
+        ValueError: The file is empty, its suffix is not supported, or it is a pipe or a device.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device: expected a video file or a folder of frames")
     if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
         supported = ", ".join(VIDEO_SUFFIXES)
         raise ValueError(f"{path} is not a supported video: expected {supported} or a folder of frames")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
+
+
+def check_frame_size(path: Path, height: int, width: int) -> None:
+    """Checks the size of a frame before it is decoded.
+
+    Raises:
+        ValueError: It has more than `MAX_PIXELS` pixels.
+    """
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{path} has frames of {width}x{height} pixels: at most {MAX_PIXELS} pixels are supported")
 
 
 def check_video_output(path: Path, overwrite: bool) -> None:

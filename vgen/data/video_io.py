@@ -22,9 +22,18 @@ from typing import Any, NamedTuple, cast
 import av
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image
 
 from vgen.checks import check_integer, check_number
-from vgen.data.formats import ANIMATION_SUFFIXES, IMAGE_SUFFIXES, check_video_input
+from vgen.data.formats import (
+    ANIMATION_SUFFIXES,
+    CONTAINERS,
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    check_frame_size,
+    check_video_input,
+)
 from vgen.data.memory_file import MemoryFile
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
@@ -215,9 +224,12 @@ def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_Vi
         yield _Animation(path)
     else:
         try:
-            container = av.open(path.open("rb") if isinstance(path, MemoryFile) else str(path))
-        except (av.FFmpegError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable video, or is truncated: {error}") from error
+            # "file:", because FFmpeg takes what precedes a colon for a protocol
+            source = path.open("rb") if isinstance(path, MemoryFile) else f"file:{path}"
+            container = av.open(source, options={"format_whitelist": ",".join(CONTAINERS)})
+        except (av.FFmpegError, UnicodeError) as error:
+            reason = "its container is not supported" if isinstance(error, av.ArgumentError) else error
+            raise ValueError(f"{path} is not a readable video, or is truncated: {reason}") from error
         with container:
             yield _VideoFile(path, container)
 
@@ -234,6 +246,8 @@ class _VideoFile:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise ValueError(f"{path} has no decodable video stream, only: {kinds}")
         self._stream = streams[0]
+        check_frame_size(path, self._stream.height, self._stream.width)
+        self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
         self._stream.thread_type = "AUTO"
         self._clock = float(self._stream.time_base)
         self._rate = float(self._stream.average_rate or 0) or None
@@ -286,7 +300,12 @@ class _Animation:
     def frames(self, start: float) -> Iterator[_Frame]:
         time = 0.0
         with _opened_image(self._path) as file:
-            for index, pixels in enumerate(file.iter(mode="RGBA")):
+            for index in itertools.count():
+                try:
+                    check_frame_size(self._path, *file.properties(index=index).shape[:2])  # a gif may grow
+                except EOFError:
+                    break
+                pixels = file.read(index=index, mode="RGBA")
                 duration = file.metadata(index=index).get("duration", 0) / 1000 or _UNTIMED_DURATION
                 yield _Frame(time, duration, partial(_on_black, pixels))
                 time += duration
@@ -323,10 +342,15 @@ def _natural_order(path: Path) -> list[tuple[int, int | str]]:
 
 @contextlib.contextmanager
 def _opened_image(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe, a device or a folder: expected an image")
     try:
+        with path.open("rb") as header, Image.open(header, formats=IMAGE_FORMATS) as image:
+            check_frame_size(path, image.height, image.width)
         with iio.imopen(path.content if isinstance(path, MemoryFile) else path, "r", plugin="pillow") as file:
             yield file
-    except (OSError, SyntaxError, EOFError, IndexError, struct.error) as error:  # the exceptions that Pillow raises
+    # the exceptions that Pillow raises
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image, or is damaged or truncated: {error.__cause__ or error}") from error
 
 

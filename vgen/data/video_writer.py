@@ -79,11 +79,11 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
         raise ValueError(f"{output} was not written: expected at least one video to join, got none")
     with workspace_for(output) as folder:
         partial = Path(folder, output.name)
-        with av.open(str(partial), "w", options={"movflags": "faststart"}) as target:
+        with av.open(f"file:{partial}", "w", options={"movflags": "faststart"}) as target:
             stream, expected, num_frames = None, None, 0
             delay = max(map(_decoding_delay, paths))
             for path in paths:
-                with av.open(str(path)) as source:
+                with av.open(f"file:{path}") as source:
                     video = source.streams.video[0]
                     settings = (video.codec_context.extradata, video.time_base, video.average_rate)
                     if stream is None:
@@ -105,7 +105,7 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
 
 def _decoding_delay(path: str | os.PathLike) -> int:
     """Time between decoding and display of the first frame, in the file's time base."""
-    with av.open(str(path)) as source:
+    with av.open(f"file:{path}") as source:
         first = next(source.demux(source.streams.video[0]))
         return (first.pts or 0) - (first.dts or 0)
 
@@ -274,7 +274,7 @@ class _EncodedFile:
             ".gif": ("gif", "pal8", {}, {"loop": "0"}),
         }[path.suffix.lower()]
         rate = Fraction(frame_rate).limit_denominator(10000)
-        self._container = av.open(str(path), "w", options=container_options)
+        self._container = av.open(f"file:{path}", "w", options=container_options)
         stream = self._container.add_stream(codec, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format

@@ -27,7 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
-from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix
+from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces
 from vgen.io.fingerprint import digest_json
@@ -155,7 +155,7 @@ def video_jobs(folder: str | Path, config: JobConfig) -> list[Job]:
     """
     check_choice("suffix", config.suffix, OutputSuffix)
     folder = as_path(folder)
-    entries = sorted(entry for entry in folder.iterdir() if entry.name[:1] != ".")
+    entries = sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
     videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise ValueError(f"{folder}: expected videos ({', '.join(VIDEO_SUFFIXES)}) or folders of frames, got none")
