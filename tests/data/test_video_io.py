@@ -1,7 +1,10 @@
+import io
 import os
 import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vgen.data import formats
+from vgen.data.memory_file import MemoryFile
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, read_video, video_info, write_video
 
 SUFFIXES = (".mp4", ".gif", ".webp", "")
@@ -396,3 +401,128 @@ def test_memory_does_not_depend_on_the_number_of_frames(tmp_path):
     output = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, check=True).stdout
     short, long = map(int, output.split())
     assert long - short < 400 * 96 * 128 * 3 / 1024 / 2
+
+
+CONTAINER_CODECS = {
+    "ts": "libx264", "mts": "libx264", "m2ts": "mpeg2video", "m2t": "libx264", "mpg": "mpeg2video",
+    "MPEG": "mpeg2video",
+    "mpe": "mpeg2video", "vob": "mpeg2video", "wmv": "wmv2", "asf": "wmv2", "flv": "flv", "3gp": "libx264",
+    "3g2": "libx264", "ogv": "libvpx", "mov": "libx264", "qt": "libx264", "f4v": "libx264", "divx": "mpeg4",
+}  # fmt: skip
+FORMATS = {"ts": "mpegts", "mts": "mpegts", "m2t": "mpegts", "MPEG": "mpeg", "mpe": "mpeg", "qt": "mov", "divx": "avi"}
+
+
+@pytest.mark.parametrize("suffix", CONTAINER_CODECS)
+def test_every_container_is_read(tmp_path, suffix):
+    path, rate = tmp_path / f"clip.{suffix}", 25
+    with av.open(str(path), "w", format=FORMATS.get(suffix)) as container:
+        stream = container.add_stream(CONTAINER_CODECS[suffix], rate=rate)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for frame in moving_pattern():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode(None))
+    frames, read_rate = read_video(path)
+    assert frames.shape == (12, 32, 48, 3) and mean_error(frames, moving_pattern()) < 25
+    assert read_rate == pytest.approx(rate, rel=0.05)
+    assert (video_info(path).height, video_info(path).width) == (32, 48)
+
+
+@pytest.mark.parametrize("name", ["10:30", "sub:clip", "http:clip", "pipe:0", "concat:a|b", "%03d", "-y", "a b"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_any_name_is_that_of_a_file(tmp_path, monkeypatch, name, suffix):
+    monkeypatch.chdir(tmp_path)
+    frames = moving_pattern(4)
+    write_video(frames, f"{name}{suffix}")
+    assert read_video(f"{name}{suffix}")[0].shape == frames.shape
+    assert video_info(f"{name}{suffix}").num_frames == 4
+    if suffix == ".mp4":
+        join_videos([f"{name}.mp4"] * 2, f"{name}-joined.mp4")
+        assert len(read_video(tmp_path / f"{name}-joined.mp4")[0]) == 8
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile other.mp4\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",
+    "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:DASH:schema:MPD:2011" type="static"/>\n',
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch, kind, suffix, in_memory):
+    monkeypatch.chdir(tmp_path)
+    write_video(moving_pattern(), "other.mp4")
+    path = tmp_path / f"clip{suffix}"
+    path.write_text(PLAYLISTS[kind])
+    with pytest.raises(ValueError, match=rf"clip{suffix} is not a readable video"):
+        read_video(MemoryFile(path, path.read_bytes()) if in_memory else path)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "folder/0.png"])
+def test_a_pipe_is_no_video(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / "folder" if name.startswith("folder") else tmp_path / name
+    with pytest.raises(ValueError, match=f"{name} is a pipe"):
+        read_video(path)
+
+
+def declared_size(kind, side):
+    """A small file that declares frames of this width and height."""
+    with io.BytesIO() as file:
+        color = Image.new("L", (8, 8)).convert("P" if kind == "gif" else "RGB")
+        color.save(file, kind)
+        content = bytearray(file.getvalue())
+    if kind == "gif":
+        content[6:10] = struct.pack("<HH", side, side)
+    elif kind == "png":
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    elif kind == "jpeg":
+        start = content.index(b"\xff\xc0")
+        content[start + 5 : start + 9] = struct.pack(">HH", side, side)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+@pytest.mark.parametrize("kind", ["gif", "png", "jpeg"])
+def test_huge_images_are_rejected_before_they_are_decoded(tmp_path, kind, side):
+    path = tmp_path / (f"clip.{kind}" if kind == "gif" else f"0.{kind}")
+    path.write_bytes(declared_size(kind, side))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{path.name} .*({side}x{side} pixels: at most|exceeds limit)"):
+        read_video(path if kind == "gif" else tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_gif_that_grows_is_rejected_before_it_is_decoded(tmp_path):
+    path = tmp_path / "grows.gif"
+    frames = [Image.new("P", (8, 8), color) for color in (0, 1)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"\x2c\0\0\0\0\x08\0\x08\0")  # the descriptor of the last frame
+    content[last + 5 : last + 9] = struct.pack("<HH", 9_000, 9_000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="9000x9000 pixels: at most"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ""])
+def test_the_largest_frame_is_that_of_8192_by_8192_pixels(tmp_path, monkeypatch, suffix):
+    assert formats.MAX_PIXELS == 8192 * 8192
+    write_video(moving_pattern(), tmp_path / f"clip{suffix}")
+    monkeypatch.setattr(formats, "MAX_PIXELS", 32 * 48)
+    assert len(read_video(tmp_path / f"clip{suffix}")[0]) == 12
+    monkeypatch.setattr(formats, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(ValueError, match="48x32 pixels: at most 1535 pixels are supported"):
+        video_info(tmp_path / f"clip{suffix}")
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"BM" + bytes(60)])
+def test_other_formats_of_images_are_not_opened(tmp_path, content):
+    (tmp_path / "0.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"0\.png is not an image"):
+        read_video(tmp_path)
