@@ -1,7 +1,9 @@
 """Fixtures of all tests: tiny random networks and folders in the formats of public checkpoints."""
 
+import io
 import json
 import multiprocessing.spawn
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,3 +234,13 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory, randomize: Callable[...
         transformer=randomize(transformer),
     ).save_pretrained(path)
     return path
+
+
+def write_tar(path, members):
+    """Writes a tar file with members of these names and contents, bytes or text."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

@@ -1,9 +1,13 @@
 import gzip
 import itertools
 import json
+import os
 import random
 import struct
+import tarfile
+import threading
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.fixtures import write_tar
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Listed, Sampling, VideoFolder, list_videos
 from vgen.data.moving_mnist import MovingMNIST
@@ -19,7 +24,9 @@ from vgen.data.sources import (
     SHUFFLE_BUFFER,
     VideoStream,
     _shuffled,
+    expand_braces,
     list_dataset,
+    list_shards,
     open_clips,
     stream_dataset,
     stream_shards,
@@ -27,7 +34,7 @@ from vgen.data.sources import (
 from vgen.data.video_io import write_video
 
 datasets = pytest.importorskip("datasets")
-webdataset = pytest.importorskip("webdataset")
+pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
 
 SAMPLING = Sampling(num_frames=5, kind="sliding")
 EVERY_CLIP = [((f"gray {index // 2}",), index // 2) for index in range(6)]
@@ -63,12 +70,10 @@ def shards(folder, tmp_path_factory):
     """The same as two tar files, the first of which also holds a damaged video."""
     target = tmp_path_factory.mktemp("shards")
     for shard, indices in enumerate(([0, 1], [2])):
-        with webdataset.TarWriter(str(target / f"train-{shard:03d}.tar")) as tar:
-            for index in indices:
-                content = (folder / f"clip{index}.mp4").read_bytes()
-                tar.write({"__key__": f"clip{index}", "mp4": content, "txt": f"gray {index}\nlevel {index}"})
-            if shard == 0:
-                tar.write({"__key__": "damaged", "mp4": b"no video"})
+        members = {f"clip{index}.mp4": (folder / f"clip{index}.mp4").read_bytes() for index in indices}
+        members |= {f"clip{index}.txt": f"gray {index}\nlevel {index}" for index in indices}
+        members |= {"damaged.mp4": b"no video"} if shard == 0 else {}
+        write_tar(target / f"train-{shard:03d}.tar", members)
     return target
 
 
@@ -111,12 +116,12 @@ def test_shards_give_their_videos_and_name_damaged_ones(shards):
     assert [one.path.name for one in stream.skipped] == ["damaged.mp4"]
 
 
-def test_a_truncated_shard_gives_the_samples_before_the_damage(shards, tmp_path):
+def test_a_truncated_shard_gives_the_samples_before_the_damage(shards, tmp_path, caplog):
     content = (shards / "train-000.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(content[: len(content) // 2])
-    with pytest.warns(UserWarning):
-        names = [one.path.name for one in stream_shards(str(tmp_path / "cut.tar"))]
-    assert names and set(names) < {"clip0.mp4", "clip1.mp4", "damaged.mp4"}
+    (tmp_path / "cut.tar").write_bytes(content[: content.index(b"clip1.mp4") + 600])
+    assert [one.path.name for one in stream_shards(str(tmp_path / "cut.tar"))] == ["clip0.mp4"]
+    assert any(f"{tmp_path / 'cut.tar'} is damaged" in message for message in caplog.messages)
+    assert any("clip1.mp4: the file cannot be fetched" in message for message in caplog.messages)
 
 
 def test_a_stream_is_shuffled_by_a_buffer_of_bounded_size():
@@ -188,9 +193,10 @@ def many(folder, tmp_path):
         numbers = [2 * shard, 2 * shard + 1]
         rows = {"video": [{"bytes": content, "path": "x.mp4"}] * 2, "text": [str(number) for number in numbers]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{shard}.parquet")
-        with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as tar:
-            for number in numbers:
-                tar.write({"__key__": f"{number}", "mp4": content, "txt": str(number)})
+        members = {f"{number}.mp4": content for number in numbers} | {
+            f"{number}.txt": str(number) for number in numbers
+        }
+        write_tar(tmp_path / f"{shard}.tar", members)
     files = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
     table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
     return {"dataset": partial(stream_dataset, table), "shards": partial(stream_shards, f"{tmp_path}/{{0..3}}.tar")}
@@ -223,8 +229,6 @@ def test_a_stream_has_a_worker_for_each_of_its_shards_at_most(shards, folder, mo
         monkeypatch.setattr("vgen.data.sources.rank_and_world_size", lambda count=processes: (0, count))
         assert open_clips(urls, SAMPLING, 16, 16).max_workers == expected
     assert open_clips(f"hf-stream:{folder}", SAMPLING, 16, 16).max_workers >= 1
-    with pytest.raises(ValueError, match="process 0 of 3, but webdataset finds process 0 of 1"):
-        open_clips(urls, SAMPLING, 16, 16).sample(0)
 
 
 def test_videos_that_cannot_be_fetched_are_skipped(folder, caplog):
@@ -235,3 +239,180 @@ def test_videos_that_cannot_be_fetched_are_skipped(folder, caplog):
     stream = VideoStream(lambda epoch: iter([Listed(path=Path("gone.mp4"), content=fail), good]), SAMPLING, 16, 16)
     assert stream.sample(0).source == good
     assert any("gone.mp4: the file cannot be fetched: the network is gone" in message for message in caplog.messages)
+
+
+def captions_in(path, members):
+    write_tar(path, members)
+    return {one.path.relative_to(path).as_posix(): one.captions for one in stream_shards(str(path))}
+
+
+def test_captions_in_shards_belong_to_the_name_up_to_the_suffix(tmp_path):
+    names = ["Track 2.0 (clean)", "Track 2.1", "a/Track 2.0 (clean)", "./clip.01.final"]
+    members = {f"{name}.mp4": b"x" for name in names} | {f"{name}.TXT": f"\ufeff{name}\n" for name in names}
+    assert captions_in(tmp_path / "a.tar", members) == {f"{name.removeprefix('./')}.mp4": (name,) for name in names}
+
+
+def test_captions_in_shards_are_found_in_any_order_and_kind_of_member(tmp_path, caplog):
+    members = {
+        "1.mp4": b"x", "2.mp4": b"x", "3.MKV": b"x", "4.mp4": b"x", "5.low.mp4": b"x", "6.l.mp4": b"x",
+        "6.r.mp4": b"x",
+        "7.mp4": b"x", "8.mp4": b"x", "9.mp4": b"x",
+        "9.cls": "3", "5.txt": "five", "6.txt": "six", "4.json": json.dumps({"caption": ["four", "vier"]}),
+        "3.json": json.dumps({"width": 3}), "3.caption": "three", "2.json": json.dumps({"text": "two"}),
+        "1.txt": "one\u2028one\neins", "1.json": json.dumps({"text": "no"}), "7.json": "[" * 100_000, "8.txt": b"\xff",
+    }  # fmt: skip
+    path = tmp_path / "a.tar"
+    found = captions_in(path, members)
+    assert found.pop("1.mp4") == ("one\u2028one", "eins") and found.pop("4.mp4") == ("four", "vier")
+    assert found.pop("2.mp4") == ("two",) and found.pop("3.MKV") == ("three",) and found.pop("5.low.mp4") == ("five",)
+    assert set(found.values()) == {("",)}  # 6.txt could be either's
+    (warning,) = [message for message in caplog.messages if "have no caption" in message]
+    assert warning.startswith(f"5 videos of {path} have no caption: expected a member of the same name with .txt, ")
+    assert ".cls" in warning and f"{path}/6.l.mp4, {path}/6.r.mp4, {path}/7.mp4, ..." in warning
+    assert sum("is not a caption" in message for message in caplog.messages) == 2
+
+
+def test_hidden_and_linked_members_of_shards_are_not_used(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, {"._1.mp4": b"x", "__MACOSX/1.mp4": b"x", "1.mp4": b"x"})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("2.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert [one.path for one in stream_shards(str(path))] == [path / "1.mp4"]
+
+
+def test_no_command_is_run_unless_it_is_allowed(tmp_path, shards, monkeypatch):
+    source = f"shards:pipe:touch {tmp_path}/run; cat {shards}/train-001.tar"
+    with pytest.raises(ValueError, match="would run a shell command: set VGEN_ALLOW_PIPES=1"):
+        open_clips(source, SAMPLING, 16, 16)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("VGEN_ALLOW_PIPES", "1")
+    assert open_clips(source, SAMPLING, 16, 16).sample(0).captions == ("gray 2", "level 2")
+
+
+def test_names_of_shards_run_no_command(tmp_path, shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("'; touch run; '.tar", "$(touch run).tar", "pipe: touch run.tar"):
+        (tmp_path / name).write_bytes((shards / "train-001.tar").read_bytes())
+        assert len(list(stream_shards(f"./{name}"))) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_are_read_from_urls(shards):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train-001.tar"
+        for source in (url, f"file://{shards}/train-001.tar"):
+            assert [one.captions for one in stream_shards(source)] == [("gray 2", "level 2")]
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{000..002}.tar", ["000.tar", "001.tar", "002.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{0..6..3}", ["0", "3", "6"]),
+        ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]),
+        ("{x}{}-{a", ["{x}{}-{a"]),
+    ],
+)
+def test_braces_are_expanded_as_by_bash(pattern, expected):
+    assert list(expand_braces(pattern)) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..99999999}.tar",
+        "{0..9999}{0..9999}.tar",
+        "{a,b}" * 40,
+        "{0..999999999999999999}",
+        "{{0..9999},{0..99999999}}",
+    ],
+)
+def test_too_many_shards_are_rejected(pattern):
+    with pytest.raises(ValueError, match="names more than 1000000 files"):
+        list_shards(pattern)
+
+
+def test_a_missing_shard_is_named(shards, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*train-002\.tar"):
+        open_clips(f"shards:{shards}/train-{{000..002}}.tar", SAMPLING, 16, 16)
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(FileNotFoundError, match="there is no shard"):
+        open_clips(f"shards:{tmp_path}/pipe.tar", SAMPLING, 16, 16)
+
+
+def table(columns, **features):
+    length = len(next(iter(columns.values())))
+    features = datasets.Features({"video": datasets.Video(decode=False)} | features)
+    return datasets.Dataset.from_dict(
+        {"video": [{"bytes": b"x", "path": "x.mp4"}] * length} | columns, features=features
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_captions_of_a_dataset_may_be_in_a_column_caption(streamed, caplog):
+    string = datasets.Value("string")
+
+    def captions(dataset):
+        listed = stream_dataset(dataset.to_iterable_dataset()) if streamed else list_dataset(dataset)
+        return [one.captions for one in listed]
+
+    assert captions(table({"caption": ["a", "b"]}, caption=string)) == [("a",), ("b",)]
+    assert captions(table({"caption": [["a", "b"]]}, caption=datasets.List(string))) == [("a", "b")]
+    both = table({"caption": ["a", "b"], "text": [None, "c"]}, caption=string, text=string)
+    assert captions(both) == [("a",), ("c",)] and not caplog.messages
+    assert captions(table({"title": ["a", "b"]}, title=string)) == [("",), ("",)]
+    assert any(
+        "have no caption: expected a column text or caption, got ['video', 'title']" in m for m in caplog.messages
+    )
+    with pytest.raises(ValueError, match="captions must be a string or a list of strings, got 5"):
+        captions(table({"text": [5]}, text=datasets.Value("int64")))
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_rows_of_a_table_open_no_files(tmp_path, monkeypatch, folder, kind, caplog):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(folder)
+    content = (folder / "clip2.mp4").read_bytes()
+    paths = [str(folder / "clip0.mp4"), "clip1.mp4", f"file://{folder}/clip1.mp4", "../x.mp4"]
+    rows = [{"bytes": None, "path": path} for path in paths] + [{"bytes": content, "path": "x.mp4"}]
+    rows += [{"bytes": b"ffconcat version 1.0\nfile clip0.mp4\n", "path": "x.mp4"}, None]
+    features = datasets.Features({"video": datasets.Video(decode=False)})
+    (tmp_path / "data").mkdir()
+    rows = datasets.Dataset.from_dict({"video": rows}, features=features)
+    pyarrow_parquet.write_table(rows.data.table, tmp_path / "data/train.parquet")  # `to_parquet` would read the files
+    clips = open_clips(f"{kind}:{tmp_path}/data", SAMPLING, 16, 16)
+    assert {clips.sample(index).source.path.name for index in range(6)} == {"00000004.mp4"}
+    reasons = " ".join(clips.skipped.values())
+    assert len(clips.skipped) == 6 and reasons.count("which is not part of the dataset") == 4
+    assert "its container is not supported" in reasons and "the row has no video" in reasons
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_a_damaged_table_is_named(tmp_path, monkeypatch, parquet, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "data/train.parquet"
+    path.parent.mkdir()
+    for damage in ("cut", "noise", "empty"):
+        parquet.to_parquet(path)
+        content = path.read_bytes()
+        middle = len(content) // 2
+        noise = content[:middle] + bytes(500) + content[middle + 500 :]
+        path.write_bytes({"cut": content[:middle], "noise": noise, "empty": b""}[damage])
+        try:
+            clips = open_clips(f"{kind}:{path.parent}", SAMPLING, 16, 16)
+            clips.sample(0)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(path.parent) in str(error) or damage == "noise"
+        else:
+            assert damage == "noise"

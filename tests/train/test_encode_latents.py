@@ -6,9 +6,9 @@ import struct
 
 import numpy as np
 import torch
-import webdataset
 from safetensors.torch import load_file
 
+from tests.fixtures import write_tar
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video, write_video
@@ -72,14 +72,15 @@ def test_a_stream_is_encoded_shard_by_shard_and_resumes(vae_run, tmp_path, caplo
     for index in range(5):
         frames = np.full((12, 16, 16, 3), 40 * index, dtype=np.uint8)
         write_video(frames, tmp_path / f"{index}.mp4", frame_rate=8.0)
-    with webdataset.TarWriter(str(tmp_path / "all.tar")) as tar:
-        for index in range(5):
-            content = (tmp_path / f"{index}.mp4").read_bytes() if index != 2 else b"no video"
-            tar.write({"__key__": str(index), "mp4": content, "txt": f"number {index}"})
+    (tmp_path / "2.mp4").write_bytes(b"no video")
+    videos = {f"{index}.mp4": (tmp_path / f"{index}.mp4").read_bytes() for index in range(5)}
+    write_tar(tmp_path / "all.tar", videos | {f"{index}.txt": f"number {index}" for index in range(5)})
     options = {"--data": f"shards:{tmp_path}/all.tar", "--shard_size": 3, "--num_clips": 100}
     latents = tmp_path / "latents"
     encode(vae_run, latents, **options)
-    assert [message.split(": ")[1] for message in caplog.messages if "skipped (" in message] == ["2.mp4"]
+    assert [message.split(": ")[1] for message in caplog.messages if "skipped (" in message] == [
+        f"{tmp_path}/all.tar/2.mp4"
+    ]
     paths = sorted(latents.glob("*.safetensors"))
     # two clips of 5 frames a video; a shard ends with a whole video
     assert [path.stem.split("-", 4)[4] for path in paths] == ["00000000-00000002", "00000002-00000005"]

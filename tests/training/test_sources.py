@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fixtures import write_tar
 from vgen.data.clips import Sampling
 from vgen.data.shapes import ShapesWorld, render, vocabulary
 from vgen.data.video_io import write_video
@@ -78,12 +79,9 @@ def test_videos_are_decoded_by_workers(videos, monkeypatch):
 
 
 def test_workers_divide_a_stream(videos):
-    webdataset = pytest.importorskip("webdataset")
+    contents = [(videos / f"{index}.mp4").read_bytes() for index in range(3)]
     for shard in range(2):
-        with webdataset.TarWriter(str(videos / f"{shard}.tar")) as tar:
-            for index in range(3):
-                content = (videos / f"{index}.mp4").read_bytes()
-                tar.write({"__key__": f"{shard}{index}", "mp4": content, "txt": "x"})
+        write_tar(videos / f"{shard}.tar", {f"{shard}{index}.mp4": content for index, content in enumerate(contents)})
     source = VideoSource(f"shards:{videos}/{{0..1}}.tar", [Sampling(num_frames=12)], 8, 8)
     assert source.is_stream and source.max_workers == 2
     batches = ClipBatches(source, partial(consecutive_clips, 1, 12))

@@ -33,7 +33,7 @@ from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
 _skipped: dict[Path, set[str]] = {}
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+CAPTION_COLUMNS = ("text", "caption", "captions")
 """Names of the column of captions, in order of preference."""
 Rate = TypeVar("Rate")
 SamplingKind = Literal["random", "uniform", "segments", "sliding"]
@@ -136,11 +136,11 @@ def list_videos(folder: Path) -> list[Listed]:
         raise ValueError(f"{folder} contains no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
     _warn_about(unread, f"of {folder} are not used, because their format is not supported")
     _warn_about(unused, f"of {folder} are not used, because no metadata file lists them")
-    without = dict.fromkeys(one.path for one in listed if not any(one.captions))
-    _warn_about(
-        list(without),
-        f"of {folder} have no caption: expected a row of metadata.jsonl or metadata.csv with text or caption, or "
-        "without such a file a .txt file next to each video",
+    warn_uncaptioned(
+        listed,
+        folder,
+        "a row of metadata.jsonl or metadata.csv with text or caption, or without such a file a .txt file next to "
+        "each video",
     )
     return listed
 
@@ -174,6 +174,12 @@ def _table(folder: Path, names: Iterable[str]) -> Path | None:
     if len(tables) > 1:
         raise ValueError(f"{folder} has both {tables[0].name} and {tables[1].name}: keep only one of them")
     return tables[0] if tables else None
+
+
+def warn_uncaptioned(listed: Iterable[Listed], source: object, expected: str) -> None:
+    """Warns that videos of a source have no caption, and says where captions are expected."""
+    without = dict.fromkeys(one.path for one in listed if not any(one.captions))
+    _warn_about(list(without), f"of {source} have no caption: expected {expected}")
 
 
 def _warn_about(paths: Sequence[Path], what: str) -> None:

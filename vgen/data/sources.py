@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
 import re
+import subprocess
+import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
+
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, list_videos, warn_skipped
-from vgen.data.formats import VIDEO_SUFFIXES
+from vgen.data.clips import (
+    CAPTION_COLUMNS,
+    Clip,
+    Listed,
+    Sampling,
+    VideoFolder,
+    find_caption,
+    list_videos,
+    split_captions,
+    warn_once,
+    warn_skipped,
+    warn_uncaptioned,
+)
+from vgen.data.formats import VIDEO_SUFFIXES, is_ignored
 from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
-from vgen.io.remote import is_url, local_copy
+from vgen.io.remote import is_url, local_copy, local_input
 from vgen.processes import rank_and_world_size
 
 STOCHASTIC = ":stochastic"
 SHUFFLE_BUFFER = 32
 """Number of videos in the shuffle buffer of a stream."""
+MAX_SHARDS = 1_000_000
+"""Largest number of tar files."""
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+"""Members of a tar file that are captions, in order of preference."""
+MAX_CAPTION_BYTES = 2**20
+"""Size of the largest member that is read as a caption."""
 
 
 class VideoStream:
@@ -150,6 +178,7 @@ def open_clips(
         opened = (*_split(name), process)
         return VideoStream(partial(stream_dataset, *opened), *rest, partial(count_dataset_shards, *opened))
     if kind == "shards":
+        list_shards(name)
         return VideoStream(partial(stream_shards, name, process), *rest, partial(count_shards, name, process))
     path, first, last = _sliced(data.removesuffix(STOCHASTIC))
     if kind != "hf-digits" and not (path.is_file() and "idx3" in path.name):
@@ -184,32 +213,50 @@ def list_dataset(name: str | Any, split: str = "train") -> list[Listed]:
 
     Args:
         name: Id on the Hub, local folder, or `datasets.Dataset`. The dataset must have a column of videos; captions
-            are read from the column `text` if there is one.
+            are read from the column `text` or `caption`. A warning names videos without a caption.
         split: Split of the dataset; ignored for a `datasets.Dataset`.
 
     Raises:
-        ValueError: The dataset has no column of videos.
+        ValueError: The dataset is damaged, or has no column of videos.
         ImportError: `datasets` is not installed.
     """
     dataset, video = _open_dataset(name, split, streaming=False)
-    texts = dataset["text"] if "text" in dataset.column_names else [""] * len(dataset)
+    columns = [column for column in CAPTION_COLUMNS if column in dataset.column_names]
+    rows = dataset.select_columns(columns) if columns else [{}] * len(dataset)
     listed = []
-    for index, text in enumerate(texts):
-        content = partial(_content_of_row, dataset, index, video)
+    for index, row in enumerate(rows):
+        content = partial(_content_of_row, dataset, index, video, name)
         identity = (dataset._fingerprint, index)
         path = Path(f"{index:08d}.mp4")
-        listed.append(Listed(path=path, captions=_captions(text), content=content, identity=identity))
+        captions = _captions(find_caption(row))
+        listed.append(Listed(path=path, captions=captions, content=content, identity=identity))
+    warn_uncaptioned(listed, _label(name), f"a column text or caption, got {dataset.column_names}")
     return listed
 
 
-def _content_of_row(dataset: Any, index: int, video: str) -> bytes:
-    return _content(dataset[index][video])
+def _label(name: str | Any) -> str:
+    return f"the dataset {name}" if isinstance(name, str) else "the dataset"
 
 
-def _content(video: dict[str, Any]) -> bytes:
-    """The bytes of a video file."""
+def _content_of_row(dataset: Any, index: int, video: str, name: str | Any) -> bytes:
+    return _content(dataset[index][video], dataset, name)
+
+
+def _content(video: dict[str, Any] | None, dataset: Any, name: str | Any) -> bytes:
+    """The bytes of a video file.
+
+    Raises:
+        ValueError: The row has no video, or names a file that is not part of the dataset.
+    """
+    if video is None or (video["bytes"] is None and not video["path"]):
+        raise ValueError("the row has no video")
     if video["bytes"] is not None:
         return video["bytes"]
+    # the paths in a table are those of its author, and `None` is a dataset made in Python
+    if dataset.info.builder_name not in (None, "videofolder", "webdataset") and not (
+        video["path"].startswith((f"hf://datasets/{name}/", f"hf://datasets/{name}@"))
+    ):
+        raise ValueError(f"the row names the file {video['path']}, which is not part of the dataset")
     import fsspec
 
     with fsspec.open(video["path"], "rb") as file:
@@ -232,13 +279,20 @@ def stream_dataset(
         epoch: Ignored: the order is always that of the dataset.
 
     Raises:
-        ValueError: The dataset has no column of videos.
+        ValueError: The dataset is damaged, or has no column of videos.
         ImportError: `datasets` is not installed.
     """
     dataset, video = _open_stream(name, split, process)
-    for index, row in enumerate(dataset):
-        content = partial(_content, row[video])
-        yield Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(row.get("text", "")), content=content)
+    uncaptioned = []
+    with _one_error(name):
+        for index, row in enumerate(dataset):
+            content = partial(_content, row[video], dataset, name)
+            listed = Listed(path=Path(f"{index:08d}.mp4"), captions=_captions(find_caption(row)), content=content)
+            if not any(listed.captions):
+                uncaptioned.append(replace(listed, content=None))
+                if str(len(uncaptioned)).strip("0") == "1":  # 1, 10, 100, ...
+                    warn_uncaptioned(uncaptioned, _label(name), f"a column text or caption, got {list(row)}")
+            yield listed
 
 
 def count_dataset_shards(name: str | Any, split: str = "train", process: tuple[int, int] = (0, 1)) -> int:
@@ -260,76 +314,212 @@ def _open_dataset(name: str | Any, split: str, streaming: bool) -> tuple[Any, st
         from datasets import Video, load_dataset
     except ImportError as error:
         raise ImportError("Hugging Face datasets need the package datasets: pip install vgen[data]") from error
-    dataset = load_dataset(name, split=split, streaming=streaming) if isinstance(name, str) else name
+    with _one_error(name):
+        dataset = load_dataset(name, split=split, streaming=streaming) if isinstance(name, str) else name
     columns = [column for column, feature in (dataset.features or {}).items() if isinstance(feature, Video)]
     if not columns:
-        raise ValueError(f"{name} has no column of videos, only {list(dataset.features or {})}")
+        raise ValueError(f"{_label(name)} has no column of videos, only {list(dataset.features or {})}")
     return dataset.cast_column(columns[0], Video(decode=False)), columns[0]
 
 
-def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) -> Iterator[Listed]:
-    """Streams a process's share of the videos in WebDataset tar files.
+@contextmanager
+def _one_error(name: str | Any) -> Iterator[None]:
+    """Converts the errors of `datasets` and of pyarrow to one that names the dataset."""
+    from datasets.exceptions import DatasetsError
 
-    A sample is a video and, optionally, a `.txt` file with one caption per line under the same key. Each process reads
-    different shards. If there are fewer shards than processes, each process reads all shards and keeps its share of
-    the videos. The shards of a process are split between its DataLoader workers.
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"{_label(name)} cannot be read: {error.__cause__ or error}") from error
+
+
+def stream_shards(urls: str, process: tuple[int, int] = (0, 1), epoch: int = 0) -> Iterator[Listed]:
+    """Streams a process's share of the videos in tar files in WebDataset's layout.
+
+    The caption of a video is a member with the same name and the suffix `.txt` or `.caption` (one caption per line) or
+    `.json` (with `text` or `caption`), anywhere in the same file. A warning names videos without one. Each process
+    reads different shards. If there are fewer shards than processes, each process reads all shards and keeps its share
+    of the videos. The shards of a process are split between its DataLoader workers. A shard at a URL is downloaded
+    while it is read.
 
     Args:
-        urls: Paths or URLs, with `{000..099}` for a range of numbers.
-        process: Rank of this process, and the number of processes; must agree with webdataset's.
+        urls: See `list_shards`.
+        process: Rank of this process, and the number of processes.
         epoch: Seed of the order of the shards.
 
     Raises:
-        ImportError: `webdataset` is not installed.
-        ValueError: `webdataset` finds another rank or number of processes.
+        FileNotFoundError: As in `list_shards`.
+        ValueError: As in `list_shards`.
     """
-    webdataset = _webdataset()
-    shards = webdataset.shardlists.expand_urls(urls)
+    shards, (rank, count) = list_shards(urls), process
     random.Random(epoch).shuffle(shards)
-    found = webdataset.utils.pytorch_worker_info()[:2]
-    if found != tuple(process):
-        raise ValueError(
-            f"this is process {process[0]} of {process[1]}, but webdataset finds process {found[0]} of {found[1]}: "
-            "start the processes with accelerate launch or torchrun"
-        )
-    shares_shards = len(shards) >= process[1]
-    # of a truncated shard, the samples before the damage are used, and webdataset warns
-    dataset: Any = webdataset.WebDataset(
-        shards,
-        shardshuffle=False,
-        handler=webdataset.warn_and_continue,
-        empty_check=False,
-        nodesplitter=webdataset.split_by_node if shares_shards else None,
-        workersplitter=webdataset.split_by_worker,
-    )
-    if not shares_shards:
-        dataset = itertools.islice(dataset, process[0], None, process[1])
-    for sample in dataset:
-        name = next((key for key in sample if f".{key.split('.')[-1].lower()}" in VIDEO_SUFFIXES), None)
-        if name is None:
-            continue
-        captions = _captions(sample.get("txt", b"").decode(errors="replace").splitlines())
-        yield Listed(
-            path=Path(f"{sample['__key__'].replace('/', '-')}.{name.split('.')[-1]}"),
-            captions=captions,
-            content=partial(bytes, sample[name]),
-        )
+    shares_shards = len(shards) >= count
+    if shares_shards:
+        shards = shards[rank::count]
+    worker = torch.utils.data.get_worker_info()
+    if worker is not None:
+        shards = shards[worker.id :: worker.num_workers]
+    videos = itertools.chain.from_iterable(map(_videos_of_shard, shards))
+    yield from videos if shares_shards else itertools.islice(videos, rank, None, count)
 
 
 def count_shards(urls: str, process: tuple[int, int] = (0, 1)) -> int:
-    """Number of WebDataset shards that each process reads; the minimum over processes if it differs."""
-    count = len(_webdataset().shardlists.expand_urls(urls))
+    """Number of shards that each process reads; the minimum over processes if it differs."""
+    count = len(list_shards(urls))
     return count // process[1] or count
 
 
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise ImportError("tar shards need the package webdataset: pip install vgen[data]") from error
-    return webdataset
+def list_shards(urls: str) -> list[str]:
+    """The shards that a pattern names.
+
+    Args:
+        urls: Paths or URLs, separated by `::`, with `{000..099}` for a range of numbers and `{a,b}` for alternatives.
+            If the environment variable `VGEN_ALLOW_PIPES` is 1, also `pipe:COMMAND` for the output of a shell command.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: There are more than `MAX_SHARDS`, or a pipe is not allowed.
+    """
+    expanded = itertools.chain.from_iterable(map(expand_braces, urls.split("::")))
+    shards = list(itertools.islice(expanded, MAX_SHARDS + 1))
+    if len(shards) > MAX_SHARDS:
+        raise ValueError(f"shards:{urls} names more than {MAX_SHARDS} files: check the numbers in braces")
+    for shard in shards:
+        if shard.startswith("pipe:"):
+            if os.environ.get("VGEN_ALLOW_PIPES") != "1":
+                raise ValueError(f"{shard} would run a shell command: set VGEN_ALLOW_PIPES=1 if you trust it")
+        elif not is_url(shard) and not Path(shard).is_file():
+            raise FileNotFoundError(f"there is no shard {shard}")
+    return list(dict.fromkeys(shards))
 
 
-def _captions(text: str | Iterable[str] | None) -> tuple[str, ...]:
-    lines = [text or ""] if text is None or isinstance(text, str) else [line.strip() for line in text]
-    return tuple(line for line in lines if line) or ("",)
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Expands `{000..099}`, `{0..99..10}` and `{a,b}` in a text as bash does, one text at a time."""
+    for braces in re.finditer(r"\{([^{}]*)\}", pattern):
+        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?", braces[1])
+        parts: Iterable[str] = braces[1].split(",")
+        if numbers:
+            first, last, step = int(numbers[1]), int(numbers[2]), int(numbers[3] or 1) or 1
+            values = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+            width = max(map(len, numbers.groups()[:2])) if re.search(r"\b0\d", braces[1]) else 0
+            parts = (f"{value:0{width}d}" for value in values)
+        elif "," not in braces[1]:
+            continue
+        for part in parts:
+            yield from expand_braces(pattern[: braces.start()] + part + pattern[braces.end() :])
+        return
+    yield pattern
+
+
+@contextmanager
+def _local_shard(shard: str) -> Iterator[Path]:
+    """Yields the path of a shard, or of a temporary copy of one that is not a local file."""
+    if not shard.startswith("pipe:"):
+        with local_input(shard) as path:
+            yield path
+        return
+    with NamedTemporaryFile(prefix="vgen-") as file:
+        subprocess.run(shard.removeprefix("pipe:"), shell=True, stdout=file, check=True)
+        yield Path(file.name)
+
+
+def _videos_of_shard(shard: str) -> Iterator[Listed]:
+    """The videos of a shard, up to the place where it is damaged; nothing of one that cannot be fetched."""
+    with ExitStack() as stack:
+        try:
+            tar = stack.enter_context(tarfile.open(stack.enter_context(_local_shard(shard))))
+        except Exception as error:  # of any library that reads from anywhere
+            warn_once(f"the shard {shard} cannot be read and is skipped: {error}")
+            return
+        members = []
+        try:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts
+                if member.isreg() and not member.issparse() and not any(map(is_ignored, parts)):
+                    members.append(member)
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            warn_once(f"the shard {shard} is damaged; only its first {len(members)} members are used: {error}")
+        videos = [member for member in members if Path(member.name).suffix.lower() in VIDEO_SUFFIXES]
+        captions = _captions_in_shard(shard, tar, members, videos)
+        listed = [
+            Listed(
+                path=Path(shard, member.name),
+                captions=captions.get(member.name, ("",)),
+                content=partial(_read, tar, member),
+            )
+            for member in videos
+        ]
+        suffixes = sorted({Path(member.name).suffix for member in members} - set(VIDEO_SUFFIXES))
+        looked = f"a member of the same name with {', '.join(CAPTION_SUFFIXES)}, got {suffixes or 'videos only'}"
+        warn_uncaptioned(listed, shard, looked)
+        for one in listed:
+            try:
+                content = one.file().content
+            except OSError as error:
+                warn_skipped(one, str(error))
+                continue
+            yield replace(one, content=partial(bytes, content))
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()
+
+
+def _captions_in_shard(
+    shard: str, tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo], videos: Iterable[tarfile.TarInfo]
+) -> dict[str, tuple[str, ...]]:
+    """The captions in a shard by the name of the video.
+
+    A caption has the name of its video up to the suffix, or shares WebDataset's key (the name up to the first dot)
+    with a single video.
+    """
+    by_stem: dict[str, tuple[str, ...]] = {}
+    by_key: dict[str, tuple[str, ...]] = {}
+    for suffix in CAPTION_SUFFIXES:
+        for member in members:
+            stem, found = os.path.splitext(member.name)
+            if found.lower() != suffix or member.size > MAX_CAPTION_BYTES:
+                continue
+            try:
+                text = _read(tar, member).decode("utf-8-sig")
+                captions = _captions(_in_json(text)) if suffix == ".json" else split_captions(text)
+            except (ValueError, RecursionError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                warn_once(f"{member.name} in {shard} is not a caption: {error}")
+                continue
+            if any(captions):
+                by_stem.setdefault(stem, captions)
+                by_key.setdefault(_key(stem), captions)
+    keys = Counter(_key(member.name) for member in videos)
+    found_captions = {}
+    for video in videos:
+        key = _key(video.name)
+        captions = by_stem.get(os.path.splitext(video.name)[0]) or (by_key.get(key) if keys[key] == 1 else None)
+        if captions:
+            found_captions[video.name] = captions
+    return found_captions
+
+
+def _key(name: str) -> str:
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.partition(".")[0])
+
+
+def _in_json(text: str) -> Any:
+    value = json.loads(text)
+    return find_caption(value) if isinstance(value, dict) else value if isinstance(value, str) else None
+
+
+def _captions(text: Any) -> tuple[str, ...]:
+    """Captions of a column.
+
+    Raises:
+        ValueError: It is neither a string nor a list of strings nor `None`.
+    """
+    lines = [] if text is None else [text] if isinstance(text, str) else text
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"captions must be a string or a list of strings, got {str(text)[:100]}")
+    return tuple(line for line in lines if line.strip()) or ("",)
