@@ -16,7 +16,7 @@ from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_input, check_video_output
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
-from vgen.io.settings import FLAGS
+from vgen.io.flags import FLAGS
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint

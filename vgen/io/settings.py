@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader, set_parsing_settings
+
+from vgen.io.flags import FLAGS, REPEATABLE
 
 SettingsT = TypeVar("SettingsT")
-FLAGS = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "history-guidance": "history_guidance_scale",
-    "negative": "negative_prompt",
-}
-"""Short names of settings on the command line, in `vgen` and in scripts."""
-REPEATABLE = ("lora",)
-"""Lists whose option appends one value."""
+MAX_DEPTH = 20
+"""How deep lists and mappings of settings may be nested."""
+_load_yaml = get_loader("yaml")
 
 
 def parse_settings(settings: type[SettingsT], description: str | None, args: list[str] | None = None) -> SettingsT:
@@ -29,9 +25,8 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
         description: Description of the script.
         args: Command-line arguments; `None` uses those of the process.
     """
-    from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings  # `vgen` does without its import
-
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_bounded, (yaml.YAMLError,))
     # a script cannot resolve the names in annotations that it inherits
     settings.__init__.__annotations__.update(get_type_hints(settings))
     parser = ArgumentParser(description=description)
@@ -42,7 +37,10 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
     for name in flags:
         parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help="print the settings and stop")
     words = sys.argv[1:] if args is None else args
-    values = parser.parse_args([_full_name(word, parser) for word in words]).as_dict()
+    try:
+        values = parser.parse_args([_full_name(word, parser) for word in words]).as_dict()
+    except UnicodeDecodeError as error:
+        parser.error(f"the file of --config is not UTF-8 text: {error}")
     values.pop("config")
     return settings(**values)
 
@@ -54,3 +52,22 @@ def _full_name(word: str, parser: ArgumentParser) -> str:
     if f"--{name}" not in parser._option_string_actions:
         return word
     return f"--{name}{'+' if name in REPEATABLE else ''}{equals}{value}"
+
+
+def _load_bounded(text: str) -> Any:
+    """Loads YAML as jsonargparse does, but no aliases, because a few lines of them expand to more than memory holds.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, has an alias, is nested too deeply, or has a number that is too long.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{event.anchor} is not supported: write the value out")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"values are nested more than {MAX_DEPTH} levels deep")
+    try:
+        return _load_yaml(text)
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
