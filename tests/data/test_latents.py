@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from vgen.data.latents import LatentSet, epoch_order, write_shard
+from vgen.data.latents import LatentSet, epoch_order, shard_length, write_shard
 
 
 def test_what_was_written_is_read_in_the_order_of_names(tmp_path):
@@ -124,3 +124,57 @@ def test_every_epoch_visits_every_clip_in_another_order():
     assert all(order.sort().values.tolist() == list(range(50)) for order in orders)
     assert torch.equal(orders[0], orders[3])
     assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+
+
+def test_files_of_systems_are_no_shards(folder):
+    (folder / "._0.safetensors").write_bytes(b"x")
+    assert len(LatentSet(folder)) == 8
+
+
+GOOD = {
+    "latents": torch.zeros(2, 1, 2, 1, 1),
+    "frame_rates": torch.tensor([8.0, 8.0]),
+    "embeddings": torch.zeros(3, 4, 5),
+    "no_prompt": torch.zeros(4, 5),
+}
+CAPTIONS = '[["a", "b"], ["c"]]'
+DAMAGED_METADATA = {
+    "no captions": None,
+    "no JSON": {"captions": "[["},
+    "deep JSON": {"captions": "[" * 100_000},
+    "a number": {"captions": "5"},
+    "numbers": {"captions": "[[1], [2]]"},
+    "strings": {"captions": '["a", "b"]'},
+    "too few": {"captions": '[["a"]]'},
+}
+DAMAGED_TENSORS = {
+    "latents of another length": {"latents": torch.zeros(3, 1, 2, 1, 1)},
+    "latents with other axes": {"latents": torch.zeros(2, 1)},
+    "no latents": {"latents": None},
+    "no rates": {"frame_rates": None},
+    "rates of another length": {"frame_rates": torch.tensor([8.0])},
+    "rates that are no numbers": {"frame_rates": torch.tensor([8.0, float("nan")])},
+    "embeddings of another length": {"embeddings": torch.zeros(2, 4, 5)},
+    "no empty prompt": {"no_prompt": None},
+    "masks of another length": {"real": torch.ones(1, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGED_METADATA, *DAMAGED_TENSORS])
+def test_a_damaged_shard_is_named(tmp_path, kind):
+    path = tmp_path / "0.safetensors"
+    tensors = {name: value for name, value in (GOOD | DAMAGED_TENSORS.get(kind, {})).items() if value is not None}
+    save_file(GOOD, path, metadata={"captions": CAPTIONS})
+    assert len(LatentSet(tmp_path)) == shard_length(path) == 2
+    save_file(tensors, path, metadata=DAMAGED_METADATA.get(kind, {"captions": CAPTIONS}))
+    for read in (lambda: LatentSet(tmp_path), lambda: shard_length(path)):
+        with pytest.raises(ValueError, match=r"0\.safetensors is damaged"):
+            read()
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_shard_is_named(folder, length):
+    path = folder / "3.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"3\.safetensors is damaged"):
+        LatentSet(folder)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vgen.data.formats import is_ignored
 from vgen.io.atomic import atomic_file
 
 
@@ -83,9 +84,52 @@ class EncodedClip(NamedTuple):
 
 
 def shard_length(path: Path) -> int:
-    """Number of clips in a shard."""
-    with safe_open(path, framework="pt") as file:
-        return len(json.loads(file.metadata()["captions"]))
+    """Number of clips in a shard.
+
+    Raises:
+        ValueError: The shard is damaged, or `write_shard` did not write it.
+    """
+    return len(_open_shard(path)[1])
+
+
+def _open_shard(path: Path) -> tuple[Any, list[list[str]]]:
+    """Opens a shard, and reads its captions.
+
+    Raises:
+        ValueError: The shard is damaged, or `write_shard` did not write it.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+        captions = json.loads((file.metadata() or {})["captions"])
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        rates = file.get_tensor("frame_rates")
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or has no latents of pipelines/encode_latents.py: {error!r}") from error
+    if not isinstance(captions, list) or not all(
+        isinstance(one, list) and all(isinstance(caption, str) for caption in one) for one in captions
+    ):
+        raise ValueError(f"{path} is damaged: its captions must be lists of strings")
+    lengths = {name: len(captions) for name in ("latents", "frame_rates", "frames", "motion", "real")}
+    lengths["embeddings"] = sum(map(len, captions))
+    for name, num_axes in {
+        "latents": 5,
+        "frame_rates": 1,
+        "frames": 5,
+        "motion": 5,
+        "real": 2,
+        "embeddings": 3,
+    }.items():
+        shape = shapes.get(name)
+        if (shape is None and name == "latents") or (shape and (len(shape) != num_axes or shape[0] != lengths[name])):
+            raise ValueError(
+                f"{path} is damaged: expected {name} with {num_axes} axes, the first of length {lengths[name]}, got "
+                f"{shape and list(shape)}"
+            )
+    if "embeddings" in shapes and shapes.get("no_prompt") != shapes["embeddings"][1:]:
+        raise ValueError(f"{path} is damaged: expected no_prompt of shape {list(shapes['embeddings'][1:])}")
+    if not (rates.isfinite() & (rates > 0)).all():
+        raise ValueError(f"{path} is damaged: frame rates must be positive")
+    return file, captions
 
 
 class LatentSet(torch.utils.data.Dataset):
@@ -98,11 +142,11 @@ class LatentSet(torch.utils.data.Dataset):
         folder: Folder of `*.safetensors` files that `write_shard` wrote.
 
     Raises:
-        ValueError: The folder contains no shards, or their shapes or contents differ.
+        ValueError: The folder contains no shards, one is damaged, or their shapes or contents differ.
     """
 
     def __init__(self, folder: Path):
-        self.paths = sorted(folder.glob("*.safetensors"))
+        self.paths = sorted(path for path in folder.glob("*.safetensors") if not is_ignored(path.name))
         if not self.paths:
             raise ValueError(
                 f"{folder} contains no latents (*.safetensors): create them with pipelines/encode_latents.py"
@@ -113,8 +157,8 @@ class LatentSet(torch.utils.data.Dataset):
         self._first_caption: list[int] = []  # of each clip, among its shard's embeddings
         rates, names, shapes = [], [], []
         for number in range(len(self.paths)):
-            file = self._file(number)
-            captions = json.loads(file.metadata()["captions"])
+            file, captions = _open_shard(self.paths[number])
+            self._files[number] = file
             self._begins.append(len(self.captions))
             self._first_caption += itertools.accumulate((len(one) for one in captions[:-1]), initial=0)
             self.captions += captions
