@@ -1,6 +1,9 @@
 """The `vgen` command, as a user runs it."""
 
+import io
 import json
+import os
+import struct
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_pipeline import make_pipeline
-from vgen.cli import EvaluationTask, app
+from vgen.cli import EvaluationTask, app, main
 from vgen.data.video_io import read_video, write_video
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks import evaluation
@@ -326,3 +329,34 @@ def test_import_and_help_load_nothing_heavy():
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-m", "vgen.cli", "--help"], capture_output=True, check=True)
     assert time.perf_counter() - begin < 5  # measured: well under 1 s; the bound only catches a heavy import
+
+
+def test_validation_counts_files_and_names_those_without_a_caption(tmp_path):
+    for name in ("a", "b"):
+        write_video(np.zeros((8, 16, 16, 3), dtype=np.uint8), tmp_path / f"{name}.mp4", frame_rate=8.0)
+    rows = [{"file_name": "a.mp4", "text": "x", "start": start, "end": start + 0.2} for start in (0, 0.2, 0.4)]
+    rows += [{"file_name": f"{name}.mp4", "text": ""} for name in ("b", "missing", "missing")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run("data", "validate", tmp_path, "--bucket", "5x16x16")
+    assert "1 videos are usable, 2 are not, 2 have no caption" in done.output
+
+
+def test_a_damaged_file_does_not_stop_the_validation(tmp_path):
+    write_video(np.zeros((8, 16, 16, 3), dtype=np.uint8), tmp_path / "a.mp4", frame_rate=8.0)
+    gif = bytearray(b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + b"\0\0\0\x2c" + bytes(40) + b";")
+    (tmp_path / "huge.gif").write_bytes(gif)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    done = run("data", "validate", tmp_path, "--bucket", "5x16x16")
+    assert done.exit_code == 0 and "1 videos are usable, 3 are not" in done.output
+    assert "pipe.mp4: skipped: " in done.output and "is a pipe" in done.output
+
+
+def test_a_name_that_is_no_unicode_can_be_printed(tmp_path, monkeypatch):
+    write_video(np.zeros((8, 16, 16, 3), dtype=np.uint8), tmp_path / "a.mp4", frame_rate=8.0)
+    os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
+    monkeypatch.setattr(sys, "argv", ["vgen", "data", "validate", str(tmp_path), "--bucket", "5x16x16"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0 and b"udcff.mp4: 8 frames" in sys.stdout.buffer.getvalue()

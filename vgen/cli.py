@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -498,9 +500,11 @@ def validate(
         for name, one in report["buckets"].items():
             batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
             typer.echo(f"{name}: {one['clips']} clips, {batches}")
+        files = {clip["path"] for clip in report["clips"]}  # of which several segments may be listed
+        usable = {clip["path"] for clip in report["clips"] if clip["accepted"]}
+        uncaptioned = {clip["path"] for clip in report["clips"] if not any(clip["captions"])}
         typer.echo(
-            f"{report['accepted']} videos are usable, {report['refused']} are not, "
-            f"{report['without_caption']} have no caption"
+            f"{len(usable)} videos are usable, {len(files - usable)} are not, {len(uncaptioned)} have no caption"
         )
     if not report["accepted"]:
         raise typer.Exit(1)
@@ -509,6 +513,8 @@ def validate(
 def main() -> None:
     """Entry point of the command."""
     bound_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     app()
 
 
