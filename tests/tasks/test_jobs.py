@@ -321,3 +321,25 @@ def test_a_damaged_video_is_recorded_and_does_not_stop_the_rest(model, tmp_path)
         assert lines["good"]["num_frames"] == count and "24x24" in lines["good"]["fit"]
         frames, rate = read_video(folder / "good")
         assert frames.shape == (count, 24, 24, 3) and rate == pytest.approx(4)
+
+
+def test_only_line_ends_separate_prompts(tmp_path):
+    prompt, config = "a cat\u2028(runs\x0bfast\x85now", JobConfig(output_dir=tmp_path)
+    (tmp_path / "prompts.txt").write_bytes(f"\ufeff{prompt}\r\n\r\na dog".encode())
+    assert [job.inputs["prompt"] for job in prompt_jobs(tmp_path / "prompts.txt", config)] == [prompt, "a dog"]
+    row = json.dumps({"prompt": prompt, "name": "x"}, ensure_ascii=False)
+    (tmp_path / "prompts.JSONL").write_bytes(f"\ufeff{row}\n".encode())
+    (job,) = prompt_jobs(tmp_path / "prompts.JSONL", config)
+    assert job.name == "x.mp4" and job.inputs["prompt"] == prompt
+    (tmp_path / "prompts.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8 text"):
+        prompt_jobs(tmp_path / "prompts.txt", config)
+
+
+def test_folders_of_systems_are_no_videos(tmp_path):
+    for name in ("__MACOSX", "@eaDir", ".git", "frames"):
+        (tmp_path / name).mkdir()
+    for name in ("._a.mp4", "a.mp4", "b.TS"):
+        (tmp_path / name).write_bytes(b"x")
+    jobs = video_jobs(tmp_path, JobConfig(output_dir=tmp_path))
+    assert [Path(job.inputs["video"]).name for job in jobs] == ["a.mp4", "b.TS", "frames"]

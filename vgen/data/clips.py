@@ -127,8 +127,8 @@ def list_videos(folder: Path) -> list[Listed]:
             elif suffix not in VIDEO_SUFFIXES:
                 continue
             elif not has_table:
-                captions = _lines(parent / texts[path.stem]) if path.stem in texts else ("",)
-                beside.append(Listed(path=path, captions=captions, root=folder))
+                captions = _captions_beside(parent / texts[path.stem]) if path.stem in texts else ()
+                beside.append(Listed(path=path, captions=captions or ("",), root=folder))
             elif os.path.abspath(path) not in in_tables:
                 unused.append(path)
     listed += sorted(beside, key=lambda one: one.path)
@@ -143,6 +143,12 @@ def list_videos(folder: Path) -> list[Listed]:
         "each video",
     )
     return listed
+
+
+def _captions_beside(text: Path) -> tuple[str, ...]:
+    if not text.is_file():
+        raise ValueError(f"{text} is not a file: expected the captions of a video")
+    return tuple(read_lines(text))
 
 
 def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
@@ -277,16 +283,19 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def split_captions(text: str) -> tuple[str, ...]:
-    """The captions of a text, one per line; only line feeds and carriage returns end a line."""
-    return tuple(line.strip() for line in re.split(r"[\r\n]", text) if line.strip()) or ("",)
+def split_lines(text: str) -> list[str]:
+    """The lines of a text that are not blank, stripped; only line feeds and carriage returns end a line."""
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
-def _lines(text: Path) -> tuple[str, ...]:
-    if not text.is_file():
-        raise ValueError(f"{text} is not a file: expected the captions of a video")
-    with _named(text):
-        return split_captions(text.read_text(encoding="utf-8-sig"))
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, stripped and without a byte-order mark.
+
+    Raises:
+        ValueError: The file is not UTF-8.
+    """
+    with _named(path):
+        return split_lines(path.read_text(encoding="utf-8-sig"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from vgen.data.clips import (
     VideoFolder,
     find_caption,
     list_videos,
-    split_captions,
+    split_lines,
     warn_once,
     warn_skipped,
     warn_uncaptioned,
@@ -486,7 +486,7 @@ def _captions_in_shard(
                 continue
             try:
                 text = _read(tar, member).decode("utf-8-sig")
-                captions = _captions(_in_json(text)) if suffix == ".json" else split_captions(text)
+                captions = _captions(_in_json(text)) if suffix == ".json" else tuple(split_lines(text))
             except (ValueError, RecursionError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
                 warn_once(f"{member.name} in {shard} is not a caption: {error}")
                 continue

@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
+from vgen.data.clips import read_lines
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces
@@ -127,10 +128,10 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
     """
     check_choice("suffix", config.suffix, OutputSuffix)
     path = as_path(path)
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = read_lines(path)
     prompt_types = (str, dict) if schedules else (str,)
     rows = [
-        _parse_row(path, line, prompt_types) if path.suffix == ".jsonl" else {"prompt": line.strip()} for line in lines
+        _parse_row(path, line, prompt_types) if path.suffix.lower() == ".jsonl" else {"prompt": line} for line in lines
     ]
     if not rows:
         raise ValueError(f"{path}: expected at least one prompt, got none")
