@@ -1,6 +1,6 @@
 """Reading and writing of video files and folders of frames, streamed with memory that does not depend on the length.
 
-Video files (mp4, mov, mkv, webm, avi) are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif,
+Files in `vgen.data.formats.CONTAINERS` are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif,
 webp and folders of png or jpg frames are read through imageio's `pillow` plugin.
 
 Frames are upright uint8 RGB `(h, w, 3)`: rotation metadata is applied, 10-bit video is converted to 8 bits, and
@@ -107,7 +107,7 @@ def iter_video(
     A damaged or truncated file yields its readable frames before it raises.
 
     Args:
-        path: A video file (mp4, m4v, mov, mkv, webm, avi, gif, webp) or a folder of png or jpg frames.
+        path: A video file with one of `vgen.data.formats.VIDEO_SUFFIXES`, or a folder of png or jpg frames.
         start: Time of the first frame, in seconds; `None` means the start of the video.
         end: Time in seconds before which to stop; `None` means the end of the video.
         frame_rate: Constant rate to resample to; at each time the latest frame is used. `None` yields the stored
