@@ -154,7 +154,8 @@ def _captions_beside(text: Path) -> tuple[str, ...]:
 def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
     """The names of files in a folder and its subfolders. Each folder is there once, even if links lead to it."""
     found: dict[Path, list[str]] = {}
-    seen, waiting, linked = set(), [folder], []
+    seen: set[tuple[int, int]] = set()
+    waiting, linked = [folder], list[Path]()
     while waiting or linked:
         parent = waiting.pop() if waiting else linked.pop(0)
         status = parent.stat()

@@ -446,7 +446,7 @@ def _videos_of_shard(shard: str) -> Iterator[Listed]:
         listed = [
             Listed(
                 path=Path(shard, member.name),
-                captions=captions.get(member.name, ("",)),
+                captions=captions[member.name],
                 content=partial(_read, tar, member),
             )
             for member in videos
@@ -494,13 +494,11 @@ def _captions_in_shard(
                 by_stem.setdefault(stem, captions)
                 by_key.setdefault(_key(stem), captions)
     keys = Counter(_key(member.name) for member in videos)
-    found_captions = {}
-    for video in videos:
-        key = _key(video.name)
-        captions = by_stem.get(os.path.splitext(video.name)[0]) or (by_key.get(key) if keys[key] == 1 else None)
-        if captions:
-            found_captions[video.name] = captions
-    return found_captions
+    by_key = {key: captions for key, captions in by_key.items() if keys[key] == 1}
+    return {
+        video.name: by_stem.get(os.path.splitext(video.name)[0]) or by_key.get(_key(video.name), ("",))
+        for video in videos
+    }
 
 
 def _key(name: str) -> str:
