@@ -95,7 +95,9 @@ def test_other_files_raise(tmp_path):
         read_digits(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="must contain images .* is it a file of labels"):
         read_digits(labels)
-    for path in (text, cut):
+    huge = tmp_path / "huge"
+    huge.write_bytes(idx(DIGIT)[:4] + b"\x7f\xff\xff\xff" * 3)
+    for path in (text, cut, huge):
         with pytest.raises(ValueError, match="is not an IDX file"):
             read_digits(path)
     with pytest.raises(ValueError, match="digits must be uint8"):

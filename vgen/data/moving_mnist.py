@@ -112,8 +112,14 @@ def read_digits(path: Path) -> np.ndarray:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             digits = idx2numpy.convert_from_file(file)
-    except (idx2numpy.FormatError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not an IDX file: {error}") from error
+    except (
+        idx2numpy.FormatError,
+        OSError,
+        EOFError,
+        MemoryError,
+        OverflowError,
+    ) as error:  # its header may declare any size
+        raise ValueError(f"{path} is not an IDX file: {error!r}") from error
     if digits.ndim != 3:
         raise ValueError(f"{path} must contain images (n, h, w), got shape {digits.shape}; is it a file of labels?")
     return digits
