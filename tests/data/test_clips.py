@@ -307,6 +307,13 @@ def test_an_unbalanced_quote_is_named(tmp_path, texts):
         list_videos(tmp_path)
 
 
+@pytest.mark.parametrize("header", ["a.mp4,x", "file_name;text", "file_name,title", "text", ""])
+def test_a_table_without_the_columns_is_named(tmp_path, header):
+    touch(tmp_path / "metadata.csv", f"{header}\na.mp4,x\n" if header else "")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 1: expected the columns file_name and text"):
+        list_videos(tmp_path)
+
+
 def test_quoted_text_may_have_lines(tmp_path):
     touch(tmp_path / "metadata.csv", 'file_name,text\na.mp4,"a cat,\r\nand a ""dog"""\n\nb.mp4,"x"\nc.mp4,y,z\n')
     with pytest.raises(ValueError, match=r"line 6: more fields"):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import numpy as np
@@ -75,7 +76,9 @@ def test_a_file_that_changes_is_probed_again(folder, probed):
     assert probed == ["a.mp4"] * 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a.mp4": 1}', '{"a.mp4": {"stamp": 0, "info": {}}}', "\0\xff"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a.mp4": 1}', '{"a.mp4": {"stamp": 0, "info": {}}}', "\0\xff", "[" * 100_000]
+)
 def test_a_damaged_index_is_written_anew(folder, probed, content):
     (folder / INDEX).write_bytes(content.encode("latin-1"))
     for _ in range(2):
@@ -83,6 +86,26 @@ def test_a_damaged_index_is_written_anew(folder, probed, content):
         assert len(VideoFolder(folder, Sampling(num_frames=5), 16, 16)) == 2
     assert sorted(probed) == ["a.mp4", "b.gif"]
     assert sorted(json.loads((folder / INDEX).read_text())) == ["a.mp4", "deeper/b.gif"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("width", "a"), ("width", 0), ("height", None), ("duration", "1"), ("duration", math.nan), ("frame_rate", -1.0)],
+)
+def test_an_index_with_other_values_is_written_anew(folder, probed, name, value):
+    VideoFolder(folder, Sampling(num_frames=5), 16, 16)
+    entries = json.loads((folder / INDEX).read_text())
+    entries["a.mp4"]["info"][name] = value
+    (folder / INDEX).write_text(json.dumps(entries))
+    later()
+    del probed[:]
+    assert len(VideoFolder(folder, Sampling(num_frames=5), 16, 16)) == 2
+    assert sorted(probed) == ["a.mp4", "b.gif"]
+
+
+def test_an_index_that_is_a_pipe_is_not_read(folder):
+    os.mkfifo(folder / INDEX)
+    assert len(VideoFolder(folder, Sampling(num_frames=5), 16, 16)) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_probed_once_for_each_process(folder, probed):

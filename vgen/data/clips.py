@@ -224,7 +224,10 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     reader, first = csv.DictReader(file, strict=True), 1
     try:
-        while reader.fieldnames is not None:
+        columns = reader.fieldnames or []
+        if "file_name" not in columns or not set(CAPTION_COLUMNS).intersection(columns):
+            raise ValueError(f"{table}, line 1: expected the columns file_name and text, got {list(columns)}")
+        while True:
             first = reader.line_num + 1
             row = next(reader, None)
             if row is None:

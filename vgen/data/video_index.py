@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from vgen.data.video_io import VideoInfo, video_info
 from vgen.io.atomic import atomic_file
@@ -61,16 +62,28 @@ class VideoIndex:
             self._changed = False
 
     def _read(self) -> dict[str, Any]:
+        if not (self.folder / INDEX).is_file():
+            return {}
         try:
             entries = json.loads((self.folder / INDEX).read_text())
             for entry in entries.values():
                 VideoInfo(path=self.folder, **entry["info"])
                 size, time = entry["stamp"]
-                if not isinstance(size, int) or not isinstance(time, int):
+                if not isinstance(size, int) or not isinstance(time, int) or not _is_valid(entry["info"]):
                     return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or damaged
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # damaged
             return {}
         return entries
+
+
+def _is_valid(info: dict[str, Any]) -> bool:
+    """Whether the values have the types of the fields of `VideoInfo`, and numbers are positive and finite."""
+    types = get_type_hints(VideoInfo)
+    return all(
+        isinstance(value, get_args(types[name]) or types[name])
+        and (not isinstance(value, int | float) or 0 < value < math.inf)
+        for name, value in info.items()
+    )
 
 
 @lru_cache(maxsize=16)
