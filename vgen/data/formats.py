@@ -10,8 +10,8 @@ from typing import Literal, get_args
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Frames of a folder."""
 ANIMATION_SUFFIXES = (".gif", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
-"""Pillow's names of the formats of these files, whatever their suffix. Others may start programs or open files."""
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+"""Pillow's names of the formats of these files, whatever their suffix. Others may start programs, as EPS does."""
 CONTAINERS = {
     "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
     "matroska,webm": (".mkv", ".webm"),
