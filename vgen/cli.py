@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -496,7 +494,8 @@ def validate(
                 description = (
                     f"{size}, valid length {clip['nearest_length']}, {clip['num_clips']} clips of {clip['bucket']}"
                 )
-            typer.echo(f"{clip['path']}: " + (description if clip["accepted"] else f"skipped: {clip['reason']}"))
+            line = f"{clip['path']}: " + (description if clip["accepted"] else f"skipped: {clip['reason']}")
+            typer.echo(_printable(line))
         for name, one in report["buckets"].items():
             batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
             typer.echo(f"{name}: {one['clips']} clips, {batches}")
@@ -513,8 +512,6 @@ def validate(
 def main() -> None:
     """Entry point of the command."""
     bound_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     app()
 
 
@@ -568,7 +565,12 @@ def _writing(
         yield entries
     if "fit" in entries:
         typer.echo(entries["fit"], err=True)
-    typer.echo(f"wrote {output}: {entries['num_frames']} frames")
+    typer.echo(_printable(f"wrote {output}: {entries['num_frames']} frames"))
+
+
+def _printable(text: str) -> str:
+    """Escapes what cannot be printed, because names of files need not be Unicode."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
