@@ -1,6 +1,9 @@
 """Runs that are killed, stopped or damaged, and go on."""
 
+import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.warm import warm_python
+from vgen.io.fingerprint import file_digest
 
 SCRIPT = """
 import os, signal
@@ -81,6 +85,14 @@ def whole(tmp_path_factory):
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed after its checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    train(folder, check=False, KILL="step6")
     return folder
 
 
@@ -201,3 +213,47 @@ def test_a_resumed_run_uses_the_requested_hyperparameters(tmp_path):
     saved = torch.load(tmp_path / "checkpoint-12/optimizer.bin")["param_groups"]
     assert [group["weight_decay"] for group in saved] == [0.3, 0.0]
     assert all((group["lr"], group["initial_lr"], group["betas"]) == (0, 0, (0.9, 0.5)) for group in saved)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_no_file_of_a_checkpoint_runs_code_when_a_run_resumes(killed, tmp_path, kind):
+    files = {path.name for path in (killed / "checkpoint-4").iterdir()}
+    others = {"custom_checkpoint_0.pkl", "scheduler.bin", "scaler.pt", "sampler.bin"}
+    for name in sorted((files | others) - {"record.json"}):
+        run, ran = tmp_path / name, tmp_path / f"{name}.ran"
+        shutil.copytree(killed, run)
+        path = run / "checkpoint-4" / name
+        if kind == "pickle":
+            path.write_bytes(pickle.dumps({"step": Payload(ran)}))
+        else:
+            torch.save({"step": Payload(ran)}, path)
+        record = json.loads((path.parent / "record.json").read_text())
+        record["files"][name] = file_digest(path)
+        (path.parent / "record.json").write_text(json.dumps(record))
+        resumed = train(run, check=False)
+        assert not ran.exists()
+        if name in files or name == "custom_checkpoint_0.pkl":
+            assert resumed.returncode != 0 and f"{path.parent} does not fit this run or is malformed" in resumed.stderr
+
+
+def test_a_checkpoint_of_an_older_version_is_rejected_with_what_to_do(killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    path = tmp_path / "run/checkpoint-4/record.json"
+    record = json.loads(path.read_text())
+    del record["schedule_steps"]
+    path.write_text(json.dumps(record))
+    resumed = train(tmp_path / "run", check=False)
+    assert (
+        resumed.returncode != 0
+        and "was written by an older version, as a pickle, which can run code" in resumed.stderr
+    )

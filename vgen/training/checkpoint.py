@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import DistributedType
+from accelerate.utils import load as load_weights_only
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from vgen.io.atomic import atomic_directory, partial_path, remove_directory
 from vgen.io.fingerprint import file_digest
@@ -31,8 +44,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 class EMAWeights:
     """The exponential moving average (EMA) of a network's weights: diffusers' `EMAModel`.
 
-    Each process averages its part of weights that `fully_shard` divided. Their average is saved by
-    `torch.distributed.checkpoint`, and that of whole weights as safetensors by the main process.
+    Each process averages and saves its part of weights that `fully_shard` divided. The main process saves the average
+    of whole weights.
 
     Args:
         network: The network whose parameters are averaged.
@@ -79,7 +92,7 @@ class EMAWeights:
     def save(self, folder: Path, is_main_process: bool) -> None:
         """Writes the average to a folder; all processes must call it."""
         if self._sharded:
-            sharded_checkpoint.save(self._tensors(), checkpoint_id=folder / "ema")
+            _save_sharded(self._tensors(), folder / "ema")
         elif is_main_process:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
             save_file(tensors, folder / "ema.safetensors")
@@ -87,7 +100,7 @@ class EMAWeights:
     def load(self, folder: Path, step: int) -> None:
         """Reads the average of a run after `step` optimizer steps."""
         if self._sharded:
-            sharded_checkpoint.load(self._tensors(), checkpoint_id=folder / "ema")
+            _load_sharded(self._tensors(), folder / "ema")
         else:
             saved = load_file(folder / "ema.safetensors")
             for name, weight in self._tensors().items():
@@ -125,16 +138,21 @@ def save_checkpoint(
     folder: Path,
     step: int,
     average: EMAWeights | NoEMA,
+    schedules: Sequence[LambdaLR],
     keep_last: int,
     settings: dict[str, Any],
 ) -> None:
     """Saves everything that is needed to resume a run after `step` optimizer steps.
 
+    Nothing in a checkpoint can run code when it is loaded: weights are safetensors, the rest of vgen's own state is
+    JSON, and `torch.load(weights_only=True)` reads what accelerate writes.
+
     Args:
-        accelerator: Holds the networks, optimizers, schedules and random states.
+        accelerator: Holds the networks, optimizers and random states.
         folder: The run's folder.
         step: Number of optimizer steps done.
         average: The EMA of the weights.
+        schedules: The learning rate schedules.
         keep_last: Number of checkpoints to keep; older ones are deleted.
         settings: The settings that must be equal for a run to be resumed exactly.
     """
@@ -145,7 +163,7 @@ def save_checkpoint(
     # all processes write into the folder; the main process creates it and moves it into place
     with atomic_directory(final) if accelerator.is_main_process else nullcontext(partial_path(final)) as partial:
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
+        _save_states(accelerator, partial)
         average.save(partial, accelerator.is_main_process)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -153,6 +171,7 @@ def save_checkpoint(
                 "files": _digests(partial),
                 "settings": settings | _environment(accelerator),
                 "strategy": _strategy(accelerator),
+                "schedule_steps": [schedule.last_epoch for schedule in schedules],
             }
             (partial / _RECORD).write_text(json.dumps(record, indent=1))
     if accelerator.is_main_process:
@@ -161,7 +180,13 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, settings: dict[str, Any]) -> int:
+def resume(
+    accelerator: Accelerator,
+    folder: Path,
+    average: EMAWeights | NoEMA,
+    schedules: Sequence[LambdaLR],
+    settings: dict[str, Any],
+) -> int:
     """Restores the newest undamaged checkpoint of a run; returns the number of steps done, 0 for a new run.
 
     Damaged checkpoints are renamed to `*.damaged` with a warning. If settings, versions, or the numbers of threads and
@@ -169,7 +194,8 @@ def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, 
     uninterrupted one.
 
     Raises:
-        ValueError: There are checkpoints, but all of them are damaged, or another strategy wrote the newest one.
+        ValueError: There are checkpoints, but all of them are damaged. Or another strategy or an older version wrote
+            the newest one, it does not fit the networks, or a file in it could run code.
     """
     newest, error = from_main_process(_newest(folder) if accelerator.is_main_process else None)
     if error:
@@ -178,6 +204,11 @@ def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, 
         return 0
     step, path = newest
     record = json.loads((path / _RECORD).read_text())
+    if "schedule_steps" not in record:
+        raise ValueError(
+            f"{path} was written by an older version, as a pickle, which can run code: finish the run with that "
+            "version, or choose another output_dir"
+        )
     if record.get("strategy", _strategy(accelerator)) != _strategy(accelerator):
         raise ValueError(
             f"{path} was written with {record['strategy']} and is resumed with it only, got {_strategy(accelerator)}"
@@ -189,8 +220,13 @@ def resume(accelerator: Accelerator, folder: Path, average: EMAWeights | NoEMA, 
     ]
     if changed:
         logger.warning(f"{path} is not resumed exactly: {', '.join(changed)}")
-    accelerator.load_state(str(path))
-    average.load(path, step)
+    try:
+        _load_states(accelerator, path)
+        average.load(path, step)
+        for schedule, done in zip(schedules, record["schedule_steps"], strict=True):
+            schedule.last_epoch, schedule._step_count = int(done), int(done) + 1
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} does not fit this run or is malformed: {' '.join(str(error).split())}") from error
     accelerator.print(f"resumed from {path} after {step} steps")
     return step
 
@@ -210,6 +246,65 @@ def _newest(folder: Path) -> tuple[tuple[int, Path] | None, str | None]:
             "start from step 0"
         )
     return None, None
+
+
+def _save_states(accelerator: Accelerator, folder: Path) -> None:
+    """Writes networks, optimizers and random states; all processes must call it."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        accelerator.save_state(str(folder))
+        return
+    _save_sharded(_sharded_states(accelerator), folder / "sharded")
+    process = accelerator.process_index
+    save_accelerator_state(str(folder), [], [], [], [], process, accelerator.step, accelerator.scaler)
+
+
+def _load_states(accelerator: Accelerator, folder: Path) -> None:
+    """Reads what `_save_states` wrote."""
+    process = accelerator.process_index
+    random_states = folder / f"random_states_{process}.pkl"
+    if random_states.exists():  # accelerate ignores one that it cannot read
+        load_weights_only(random_states)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        with _weights_only(accelerator.distributed_type == DistributedType.DEEPSPEED):
+            accelerator.load_state(str(folder))
+        return
+    _load_sharded(_sharded_states(accelerator), folder / "sharded")
+    load_accelerator_state(str(folder), [], [], [], [], process, accelerator.scaler)
+
+
+def _sharded_states(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The weights and optimizer states that `fully_shard` divided, by name, in tensors that share their memory."""
+    network, optimizers = accelerator._models[0], [one.optimizer for one in accelerator._optimizers]
+    once = {id(one): (name, one) for name, one in network.state_dict(keep_vars=True).items()}  # tied ones share an id
+    states = {f"model.{name}": one.detach() for name, one in once.values()}
+    flat = get_optimizer_state_dict(network, optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    states |= {f"optimizer.{name}": one for name, one in flat.items()}
+    return {name: one for name, one in states.items() if isinstance(one, Tensor)}
+
+
+def _save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes this process's parts of tensors as safetensors; all processes must call it."""
+    writer = sharded_checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    sharded_checkpoint.save(tensors, storage_writer=writer)
+
+
+def _load_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Reads what `_save_sharded` wrote into tensors, which may be divided differently."""
+    sharded_checkpoint.load(tensors, storage_reader=sharded_checkpoint.HuggingFaceStorageReader(str(folder)))
+
+
+@contextmanager
+def _weights_only(deepspeed: bool) -> Iterator[None]:
+    """Makes every `torch.load` reject code, also those of DeepSpeed, which asks for pickles of some of its classes."""
+    classes: list[Any] = []
+    if deepspeed:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}), torch.serialization.safe_globals(classes):
+        yield
 
 
 def _strategy(accelerator: Accelerator) -> str:

@@ -427,7 +427,6 @@ class Run:
         self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
         if accelerator.process_index > 0:  # all processes have made the same network; dropout is each one's own
             set_seed(config.seed, device_specific=True)
-        accelerator.register_for_checkpointing(*self.schedules)
         self._settings = {
             name: value for name, value in yaml.safe_load(config_text(config)).items() if name not in NOT_IN_RESULTS
         }
@@ -436,7 +435,7 @@ class Run:
         configured = [
             [_hyperparameters(group) for group in schedule.optimizer.param_groups] for schedule in self.schedules
         ]
-        self.step = resume(accelerator, config.output_dir, self.average, self._settings)
+        self.step = resume(accelerator, config.output_dir, self.average, self.schedules, self._settings)
         """Number of optimizer steps done."""
         for schedule, groups in zip(self.schedules, configured, strict=True):
             _override_hyperparameters(schedule, groups)
@@ -560,7 +559,13 @@ class Run:
         if self.accelerator.is_main_process:  # so that a killed run loses no logs before its checkpoint
             self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
         save_checkpoint(
-            self.accelerator, self.config.output_dir, self.step, self.average, self.config.keep_last, self._settings
+            self.accelerator,
+            self.config.output_dir,
+            self.step,
+            self.average,
+            self.schedules,
+            self.config.keep_last,
+            self._settings,
         )
         self._saved = self.step
 
