@@ -43,6 +43,7 @@ from vgen.data.clips import (
 from vgen.data.latents import shard_length, write_shard
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.sources import VideoStream, open_clips
+from vgen.io.errors import one_line_errors
 from vgen.io.fingerprint import encoder_digest, weights_digest
 from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
@@ -535,4 +536,5 @@ def shard_settings(
 
 
 if __name__ == "__main__":
-    main(parse_settings(EncodeConfig, __doc__))
+    with one_line_errors(Path(__file__).name):
+        main(parse_settings(EncodeConfig, __doc__))

@@ -4,7 +4,9 @@ accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --
 """
 
 import sys
+from pathlib import Path
 
+from vgen.io.errors import one_line_errors
 from vgen.io.settings import parse_settings
 from vgen.tasks.evaluation import EvaluationConfig, evaluate
 
@@ -16,4 +18,5 @@ def main(config: EvaluationConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_settings(EvaluationConfig, __doc__))))
+    with one_line_errors(Path(__file__).name):
+        sys.exit(min(1, main(parse_settings(EvaluationConfig, __doc__))))

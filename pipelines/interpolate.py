@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vgen.io.errors import one_line_errors
 from vgen.io.remote import local_input
 from vgen.io.settings import parse_settings
 from vgen.sampling.options import InterpolationOptions
@@ -54,4 +55,5 @@ def load(config: InterpolateConfig) -> Worker:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_settings(InterpolateConfig, __doc__))))
+    with one_line_errors(Path(__file__).name):
+        sys.exit(min(1, main(parse_settings(InterpolateConfig, __doc__))))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vgen.io.errors import one_line_errors
 from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.engine import Worker
@@ -69,4 +70,5 @@ def load(config: RolloutConfig) -> Worker:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_settings(RolloutConfig, __doc__))))
+    with one_line_errors(Path(__file__).name):
+        sys.exit(min(1, main(parse_settings(RolloutConfig, __doc__))))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vgen.io.errors import one_line_errors
 from vgen.io.settings import parse_settings
 from vgen.tasks.engine import Worker
 from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, prompt_jobs, run_jobs, run_settings
@@ -66,4 +67,5 @@ def load(config: TextToVideoConfig) -> Worker:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(parse_settings(TextToVideoConfig, __doc__))))
+    with one_line_errors(Path(__file__).name):
+        sys.exit(min(1, main(parse_settings(TextToVideoConfig, __doc__))))

@@ -360,3 +360,21 @@ def test_a_name_that_is_no_unicode_can_be_printed(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0 and b"udcff.mp4: 8 frames" in sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[" * 100_000, "[]", "\x00"])
+def test_comparing_what_is_not_a_result_names_the_file(tmp_path, text):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    done = run("compare", path, path)
+    assert done.exit_code == 2 and done.stderr.startswith("vgen: ") and str(path) in done.stderr
+    assert "Errno" not in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": 1}', '{"format": "vgen-results-2", "suite": [], "settings": 1}'])
+def test_comparing_malformed_results_prints_one_line(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    done = run("compare", path, path)
+    assert done.exit_code == 2 and "`vgen evaluate`" in done.stderr and done.stderr.count("\n") == 1

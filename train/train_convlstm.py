@@ -8,6 +8,7 @@ A small run for a CPU:
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vgen.data.clips import Sampling
 from vgen.io.atomic import atomic_directory
+from vgen.io.errors import one_line_errors
 from vgen.metrics.reference import psnr
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.training.feed import Feed
@@ -126,4 +128,5 @@ def score(model: ConvLSTMPredictor, source: ClipSource, config: ConvLSTMConfig, 
 
 
 if __name__ == "__main__":
-    main(parse_config(ConvLSTMConfig, __doc__))
+    with one_line_errors(Path(__file__).name):
+        main(parse_config(ConvLSTMConfig, __doc__))

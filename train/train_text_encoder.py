@@ -7,6 +7,7 @@ For prompts in unrestricted English, use a pretrained text encoder instead. A sm
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 
 from vgen.data.shapes import ShapesWorld, vocabulary
 from vgen.io.atomic import atomic_directory
+from vgen.io.errors import one_line_errors
 from vgen.models.prompts import make_text_encoder, make_word_tokenizer
 from vgen.training.attributes import ATTRIBUTES, IGNORED, AttributeReader, CaptionBatches, attribute_loss
 from vgen.training.feed import Feed, to_device
@@ -98,4 +100,5 @@ def score(
 
 
 if __name__ == "__main__":
-    main(parse_config(TextEncoderConfig, __doc__))
+    with one_line_errors(Path(__file__).name):
+        main(parse_config(TextEncoderConfig, __doc__))

@@ -8,6 +8,7 @@ A small run for a CPU:
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vgen.data.video_io import write_video
 from vgen.io.atomic import atomic_directory
+from vgen.io.errors import one_line_errors
 from vgen.io.pixels import to_frames
 from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
@@ -236,4 +238,5 @@ def calibrate(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device
 
 
 if __name__ == "__main__":
-    main(parse_config(VAEConfig, __doc__))
+    with one_line_errors(Path(__file__).name):
+        main(parse_config(VAEConfig, __doc__))

@@ -23,6 +23,7 @@ from vgen.data.shapes import ShapesWorld
 from vgen.data.video_io import write_video
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
+from vgen.io.errors import one_line_errors
 from vgen.io.pixels import from_pt, to_uint8
 from vgen.metrics.prompt import adherence
 from vgen.models.compilation import compile_blocks
@@ -357,4 +358,5 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
 
 
 if __name__ == "__main__":
-    main(parse_config(VDMConfig, __doc__))
+    with one_line_errors(Path(__file__).name):
+        main(parse_config(VDMConfig, __doc__))

@@ -16,6 +16,7 @@ from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_input, check_video_output
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
+from vgen.io.errors import one_line_errors
 from vgen.io.flags import FLAGS
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
@@ -287,7 +288,7 @@ def rollout(
 @app.command()
 def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")]) -> None:
     """Show the components, defaults and supported tasks of a checkpoint."""
-    with _one_line_errors():
+    with one_line_errors():
         from rich.console import Console
         from rich.table import Table
 
@@ -345,7 +346,7 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     """Evaluate a checkpoint against baselines. pipelines/evaluate.py has more settings and supports many processes."""
-    with _one_line_errors():
+    with one_line_errors():
         from vgen.tasks.evaluation import EvaluationConfig
         from vgen.tasks.evaluation import evaluate as run
 
@@ -371,15 +372,18 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Another results.json, for the same clips.")],
 ) -> None:
     """Compare the results of two evaluations clip by clip, with 95% confidence intervals."""
-    import json
-
-    with _one_line_errors():
+    with one_line_errors():
+        from vgen.io.records import read_json
         from vgen.metrics.report import column_title, compare_distances, display_scale, format_summary
         from vgen.metrics.report import compare as differences
 
-        results = [json.loads(path.read_text()) for path in (first, second)]
+        results = [read_json(path) for path in (first, second)]
+        try:
+            compared, distances = differences(*results), compare_distances(*results)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{first} or {second} is not a result of `vgen evaluate`: {error!r}") from error
         table = _table("task", "method", "metric", "first", "second", "difference [95% interval]", "")
-        for one in differences(*results):
+        for one in compared:
             sign, scale = "differs" if one.is_significant else "", display_scale(one.metric)
             cells = (
                 f"{scale * one.first:.4g}",
@@ -388,7 +392,7 @@ def compare(
                 sign,
             )
             table.add_row(one.task, one.method, column_title(one.metric), *cells)
-        for task, method, a, b in compare_distances(*results):
+        for task, method, a, b in distances:
             value, low, high = b.minus(a)
             interval, sign = f"{value:.3f} [{low:.3f}, {high:.3f}]", "differs" if low > 0 or high < 0 else ""
             table.add_row(task, method, a.name, f"{a.value:.3f}", f"{b.value:.3f}", interval, sign)
@@ -423,7 +427,7 @@ def anomaly(
     """Find video frames with unusually large prediction errors, and plot the errors."""
     import json
 
-    with _one_line_errors():
+    with one_line_errors():
         _check_output(output, overwrite)
         if output.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--output must be a .png, .svg or .pdf file, got {output}")
@@ -477,7 +481,7 @@ def validate(
     from vgen.data.validate import validate_folder
     from vgen.temporal.grid import LatentGrid
 
-    with _one_line_errors():
+    with one_line_errors():
         buckets = []
         for text in bucket or ["17x64x64"]:
             buckets.append(Bucket.parse(text))
@@ -516,16 +520,6 @@ def main() -> None:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Prints an expected error as one line and exits with status 2."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"vgen: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
 def _writing(
     output: Path,
     overwrite: bool,
@@ -544,7 +538,7 @@ def _writing(
     entries to the dictionary.
     """
     entries: dict[str, Any] = {}
-    with _one_line_errors():
+    with one_line_errors():
         _check_output(output, overwrite)
         check_video_output(output, overwrite)
         if video is not None:

@@ -51,7 +51,7 @@ from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.sampling.callbacks import TENSOR_INPUTS, Callback, RunningCallMixin, step_function, tensor_inputs_of
 from vgen.sampling.coarse_to_fine import FORMAT as COARSE_TO_FINE
-from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, interpolator_for, load_states
+from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, load_coarse_to_fine
 from vgen.sampling.conditions import Conditions, Guidance
 from vgen.sampling.interpolation import Interpolator, check_factor, max_latents
 from vgen.sampling.known_frames import (
@@ -1153,14 +1153,7 @@ def load_rollout(
     rollout = Rollout(sampler, state, pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs), output_type)
     if not is_coarse:
         return rollout
-    fine, filled = load_states(folder, device)
-    fill = interpolator_for(rollout)
-    fill.state = filled
-    prompt, fine.prompt = fine.prompt, None
-    result = CoarseToFine(rollout, fill, fine, output_type)
-    if prompt == state.prompt:
-        fine.prompt = prompt
-    return result
+    return load_coarse_to_fine(folder, rollout)
 
 
 def _one_per_video(prompt: Any, video: Any) -> Any:

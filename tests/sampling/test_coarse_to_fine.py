@@ -6,6 +6,7 @@ import torch
 
 from vgen import load_rollout
 from vgen.io.pixels import to_clip, to_frames
+from vgen.models.prompts import encode_texts
 from vgen.sampling.rollout import Rollout
 
 from ..test_pipeline import PROMPT, make_pipeline, seeded
@@ -126,3 +127,22 @@ def test_invalid_arguments_are_rejected(pipe, arguments, message):
 def test_an_unsupported_checkpoint_is_an_error():
     with pytest.raises(ValueError, match="keyframes"):
         make_pipeline(tasks=["text", "leading"], window=2).rollout(PROMPT, keyframe_interval=2)
+
+
+@pytest.mark.parametrize("pieces", range(1, 5))
+def test_a_resumed_rollout_encodes_no_prompt_again(pipe, tmp_path, monkeypatch, pieces):
+    calls = []
+    monkeypatch.setattr(
+        "vgen.pipeline.encode_texts",
+        lambda *args, encode=encode_texts, **kwargs: calls.append(args[2]) or encode(*args, **kwargs),
+    )
+    schedule = {0: PROMPT, 10: OTHER, 26: PROMPT}
+    rollout = pipe.rollout(schedule, keyframe_interval=2, num_frames=48, num_inference_steps=1, generator=seeded())
+    for _ in range(pieces):
+        next(rollout)
+    rollout.save(tmp_path / "saved")
+    calls.clear()
+    expected, expected_calls = np.concatenate(list(rollout)), calls.copy()
+    calls.clear()
+    assert np.array_equal(np.concatenate(list(load_rollout(tmp_path / "saved", pipe))), expected)
+    assert calls == expected_calls

@@ -488,3 +488,26 @@ def test_an_unsupported_checkpoint_is_an_error(randomize, video):
         build(randomize, window=None).rollout(PROMPT)
     with pytest.raises(ValueError, match="must be at most 3 token frames, as in training; got 1 . 2 . 1 = 4"):
         build(randomize, trained_token_frames=3).rollout(PROMPT)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_damaged_rollout_is_an_error_that_names_the_file(pipe, tmp_path, interval):
+    rollout = pipe.rollout(PROMPT, num_frames=9, num_inference_steps=1, keyframe_interval=interval)
+    next(rollout)
+    folder = tmp_path / "saved"
+    rollout.save(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) >= 4
+    for path in files:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for damaged in (b"", content[:middle], changed, b"[" * 100_000, b"{}", b"null", b"\xff\xfe", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{folder}.*({path.name}|is not|of this version)") as info:
+                load_rollout(folder, pipe)
+            assert "\n" not in str(info.value)
+            path.write_bytes(content)
+    load_rollout(folder, pipe)

@@ -187,3 +187,15 @@ def test_hooks_that_move_arguments_pass_the_same_object_on():
 def test_pending_is_none_before_the_first_call():
     assert TemporalState().pending is None
     assert filled().pending.shape == (1, 3, 0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"format": "vgen.TemporalState/1"}]
+    + [{"format": "vgen.TemporalState/1", "branches": text} for text in ("{", "1", "[1]", "[{}]", '[{"branch": 1}]')],
+)
+def test_a_malformed_file_is_an_error_that_names_it(tmp_path, metadata):
+    path = tmp_path / "state.safetensors"
+    save_file({"0/a": torch.zeros(1)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=f"{path} is not a saved TemporalState"):
+        TemporalState.load(path)

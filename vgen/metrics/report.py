@@ -83,7 +83,8 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
     """
     results = (first, second)
     if not all(isinstance(result, dict) and result.get("format") == FORMAT for result in results):
-        raise ValueError(f"expected two results of `vgen evaluate` in the format {FORMAT}")
+        formats = " and ".join(str(dict(result).get("format")) for result in results)
+        raise ValueError(f"expected two results of `vgen evaluate` in the format {FORMAT}, got formats {formats}")
     compared = ("prompted", "num_samples", "rollout_frames", "clips_sha256")
     a, b = (result["suite"] | {name: result["settings"].get(name) for name in compared} for result in results)
     for settings in (a, b):

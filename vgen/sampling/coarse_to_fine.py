@@ -5,15 +5,16 @@ Axes: `b` videos, `t h w` latent frames, rows and columns.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen.io.pixels import from_uint8, to_uint8
+from vgen.io.records import seal
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.interpolation import InterpolationState, Interpolator
 from vgen.sampling.options import InterpolationOptions
@@ -21,7 +22,8 @@ from vgen.sampling.prompts import PromptSchedule
 from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, VideoStream, read_record, saved_rollout
 from vgen.sampling.sampler import Sampler
 
-FORMAT = "vgen.CoarseToFine/3"
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+FORMAT = "vgen.CoarseToFine/4"
 
 
 @dataclass(kw_only=True)
@@ -127,14 +129,28 @@ class CoarseToFine(VideoStream):
                 (partial / name).mkdir()
             self.coarse.state.save(partial / "coarse", self.hooks.fingerprint())
             self.fill.state.save(partial / "fill")
+            conditions = self.fill.conditions
+            embeds = {name: getattr(conditions, name) for name in _EMBEDS if getattr(conditions, name) is not None}
+            tensors = {name: one.cpu().contiguous() for name, one in embeds.items()}
+            save_file(tensors, partial / "prompt.safetensors")
             record = {"format": FORMAT, "state": self.state.to_json()}
-            (partial / "rollout.json").write_text(json.dumps(record, indent=1))
+            seal(partial, "rollout.json", record)
 
 
-def load_states(folder: Path, device: torch.device) -> tuple[CoarseToFineState, InterpolationState]:
-    """Reads what `CoarseToFine.save` wrote besides the rollout's own state, which is in the subfolder `coarse`."""
+def load_coarse_to_fine(folder: Path, coarse: Rollout) -> CoarseToFine:
+    """Reads what `CoarseToFine.save` wrote.
+
+    Args:
+        folder: The folder.
+        coarse: The rollout that was loaded from the subfolder `coarse`.
+    """
     record = read_record(folder, (FORMAT,))
-    return CoarseToFineState.from_json(record["state"]), InterpolationState.load(folder / "fill", device)
+    fill, device = interpolator_for(coarse), coarse.sampler.device
+    fill.state = InterpolationState.load(folder / "fill", device)
+    # the same embeddings, because computing them again may differ in rounding, and with PyTorch's alignment
+    embeds = {name: one.clone().to(device) for name, one in load_file(folder / "prompt.safetensors").items()}
+    fill.conditions = replace(fill.conditions, **{name: embeds.get(name) for name in _EMBEDS})
+    return CoarseToFine(coarse, fill, CoarseToFineState.from_json(record["state"]), coarse.frame_type)
 
 
 def begin_coarse_to_fine(

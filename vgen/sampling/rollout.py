@@ -5,7 +5,6 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` tok
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor
 from vgen import __version__
 from vgen.io.atomic import atomic_directory, restore_backup
 from vgen.io.pixels import to_frames, to_pt
+from vgen.io.records import check_seal, read_json, seal
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
@@ -33,7 +33,7 @@ from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "vgen.Rollout/2"
+FORMAT = "vgen.Rollout/3"
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
 """Maps a prompt, or a list of one per video, to its embeddings and those of the negative prompt."""
 FrameType = Literal["uint8", "np", "pil", "pt"]
@@ -120,7 +120,7 @@ class RolloutState:
             "generators": [str(source.device) for source in self.generators],
             "one_generator": not isinstance(self.generator, list),
         }
-        (folder / "rollout.json").write_text(json.dumps(record, indent=1))
+        seal(folder, "rollout.json", record)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, fingerprint: dict[str, Any]) -> RolloutState:
@@ -457,16 +457,19 @@ def read_record(folder: Path, formats: tuple[str, ...] = (FORMAT,)) -> dict[str,
     """The content of `rollout.json`.
 
     Raises:
-        ValueError: The folder contains no rollout, or one in another format.
+        ValueError: The folder contains no rollout, one in another format, or one that was damaged.
     """
     if not is_saved(folder):
         raise ValueError(f"{folder} is not a saved rollout: it has no rollout.json")
-    record = json.loads((folder / "rollout.json").read_text())
+    record = read_json(folder / "rollout.json")
     if record.get("format") not in formats:
         raise ValueError(
             f"{folder} must be a saved rollout of this version ({' or '.join(formats)}), got {record.get('format')}"
         )
-    return record
+    try:
+        return check_seal(folder, "rollout.json")
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged ({error}): start the rollout again or use another copy") from error
 
 
 def check_fingerprint(folder: Path, made_with: dict[str, Any], fingerprint: dict[str, Any]) -> None:

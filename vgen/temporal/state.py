@@ -270,18 +270,18 @@ class TemporalState:
                 metadata = file.metadata() or {}
                 # clones have PyTorch's memory alignment, which affects the rounding of some CPU kernels
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        except SafetensorError as error:
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"expected {_FORMAT}, got {metadata.get('format')}")
+            for number, header in enumerate(json.loads(metadata["branches"])):
+                state = root
+                for name in header["branch"]:
+                    state = state.branch(name)
+                for name in _HEADER:
+                    setattr(state, name, header[name])
+                lead = f"{number}/"
+                state._tensors = {key[len(lead) :]: value for key, value in tensors.items() if key.startswith(lead)}
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved TemporalState: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a saved TemporalState ({_FORMAT})")
-        for number, header in enumerate(json.loads(metadata["branches"])):
-            state = root
-            for name in header["branch"]:
-                state = state.branch(name)
-            for name in _HEADER:
-                setattr(state, name, header[name])
-            lead = f"{number}/"
-            state._tensors = {key[len(lead) :]: value for key, value in tensors.items() if key.startswith(lead)}
         return root
 
     def _walk(self, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], TemporalState]]:

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vgen.io.atomic import atomic_directory, partial_path, remove_directory
-from vgen.io.fingerprint import file_digest
+from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
 
 logger = logging.get_logger(__name__)
@@ -168,12 +168,11 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             record = {
-                "files": _digests(partial),
                 "settings": settings | _environment(accelerator),
                 "strategy": _strategy(accelerator),
                 "schedule_steps": [schedule.last_epoch for schedule in schedules],
             }
-            (partial / _RECORD).write_text(json.dumps(record, indent=1))
+            seal(partial, _RECORD, record)
     if accelerator.is_main_process:
         for _, old in checkpoints(folder)[:-keep_last]:
             remove_directory(old)
@@ -203,13 +202,8 @@ def resume(
     if newest is None:
         return 0
     step, path = newest
-    record = json.loads((path / _RECORD).read_text())
-    if "schedule_steps" not in record:
-        raise ValueError(
-            f"{path} was written by an older version, as a pickle, which can run code: finish the run with that "
-            "version, or choose another output_dir"
-        )
-    if record.get("strategy", _strategy(accelerator)) != _strategy(accelerator):
+    record = read_json(path / _RECORD)
+    if record["strategy"] != _strategy(accelerator):
         raise ValueError(
             f"{path} was written with {record['strategy']} and is resumed with it only, got {_strategy(accelerator)}"
         )
@@ -234,9 +228,16 @@ def resume(
 def _newest(folder: Path) -> tuple[tuple[int, Path] | None, str | None]:
     """The newest undamaged checkpoint, if any, or why a run cannot start; moves damaged ones aside."""
     for step, path in reversed(checkpoints(folder)):
-        reason = _find_damage(path)
-        if reason is None:
+        if (path / "custom_checkpoint_0.pkl").exists():
+            return None, (
+                f"{path} was written by an older version, with a pickle, which can run code: finish the run with that "
+                "version, or choose another output_dir"
+            )
+        try:
+            check_seal(path, _RECORD)
             return (step, path), None
+        except ValueError as error:
+            reason = error
         logger.warning(f"{path} is damaged ({reason}): it is renamed to *.damaged, and the previous one is used")
         shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
         path.rename(path.with_name(path.name + ".damaged"))
@@ -321,20 +322,3 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
-
-
-def _find_damage(folder: Path) -> str | None:
-    """How a checkpoint is damaged; `None` if it is not."""
-    try:
-        expected = json.loads((folder / _RECORD).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{_RECORD}: {error}"
-    found = _digests(folder)
-    wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-    return f"missing or changed files: {', '.join(wrong)}" if wrong else None

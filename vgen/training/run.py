@@ -386,8 +386,8 @@ def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
 class Run:
     """Trains a network, resuming from the newest checkpoint; does every part of a step except the loss.
 
-    On SIGTERM, a run finishes its step, saves a checkpoint and stops. Several processes agree on this every
-    `log_every` steps.
+    On SIGTERM or Ctrl-C, a run finishes its step, saves a checkpoint and stops. Several processes agree on this every
+    `log_every` steps. A second Ctrl-C stops at once.
 
     Args:
         config: Settings of the run.
@@ -451,9 +451,10 @@ class Run:
         self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
     def steps(self) -> Iterator[int]:
-        """The remaining steps, up to `max_steps` or until the run receives SIGTERM."""
+        """The remaining steps, up to `max_steps` or until the run receives SIGTERM or Ctrl-C."""
         can_be_asked = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop) if can_be_asked else None
+        handled = (signal.SIGTERM, signal.SIGINT) if can_be_asked else ()
+        before = {number: signal.signal(number, self._ask_to_stop) for number in handled}
         try:
             while self.step < self.config.max_steps:
                 yield self.step
@@ -463,10 +464,12 @@ class Run:
                     self.stopped = True
                     return
         finally:
-            if can_be_asked:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _ask_to_stop(self, *_: object) -> None:
+    def _ask_to_stop(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self._asked_to_stop:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
         self._asked_to_stop = True
 
     def _must_stop(self) -> bool:

@@ -1,0 +1,48 @@
+"""What every command does with expected errors, Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+"""Errors whose message tells the user what to do."""
+
+
+def describe(error: Exception) -> str:
+    """An error as one line; one of the operating system begins with the name of the file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
+
+
+@contextmanager
+def one_line_errors(program: str = "vgen") -> Iterator[None]:
+    """Prints an expected error as one line and exits with status 2.
+
+    SIGTERM and Ctrl-C exit with the usual status, 128 plus the signal's number, after working folders are deleted.
+
+    Args:
+        program: What the line begins with.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _exit) if in_main_thread else None
+    try:
+        yield
+    except EXPECTED as error:
+        print(f"{program}: {describe(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
