@@ -51,7 +51,7 @@ from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
-from vgen.processes import this_process, warn_if_emulated
+from vgen.processes import locked_output_dir, this_process, warn_if_emulated
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
@@ -161,6 +161,12 @@ def main(config: EncodeConfig) -> None:
         ValueError: A setting is invalid, a folder has shards with other settings, or a stream is to be encoded on Ray.
     """
     check_choice("engine", config.engine, Engine)
+    with locked_output_dir(as_path(config.output_dir)):
+        encode_all(config)
+
+
+def encode_all(config: EncodeConfig) -> None:
+    """As `main`, in a folder that no other command writes to."""
     if config.engine == "ray":
         with ray_pool(partial(load_worker, config), config) as pool:
             shards = prepare(pool.settings)

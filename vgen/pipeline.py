@@ -65,7 +65,7 @@ from vgen.sampling.known_frames import (
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, accepts
 from vgen.sampling.prompts import PromptSchedule, check_prompts, fill_empty_prompts, has_prompt, is_single
 from vgen.sampling.rollout import FORMAT as ROLLOUT
-from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, read_record
+from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, locked_rollout, read_record
 from vgen.sampling.sampler import (
     Generators,
     Sampler,
@@ -1145,15 +1145,15 @@ def load_rollout(
             names them.
     """
     folder = Path(folder)
-    is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
-    device = pipe._execution_device
-    state = RolloutState.load(folder / "coarse" if is_coarse else folder, device, pipe.fingerprint())
-    sampler = pipe.sampler(Guidance.of(state.options, guider))
-    tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
-    rollout = Rollout(sampler, state, pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs), output_type)
-    if not is_coarse:
-        return rollout
-    return load_coarse_to_fine(folder, rollout)
+    with locked_rollout(folder, read_only=True):
+        is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
+        device = pipe._execution_device
+        state = RolloutState.load(folder / "coarse" if is_coarse else folder, device, pipe.fingerprint())
+        sampler = pipe.sampler(Guidance.of(state.options, guider))
+        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        hooks = pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs)
+        rollout = Rollout(sampler, state, hooks, output_type)
+        return load_coarse_to_fine(folder, rollout) if is_coarse else rollout
 
 
 def _one_per_video(prompt: Any, video: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,6 +15,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import logging
+
+from vgen.io.atomic import locked
+from vgen.io.remote import is_url
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +114,25 @@ def from_main_process(value: Any) -> Any:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[None]:
+    """Holds the lock of an output folder in the main process; all processes must enter it. URLs have no locks.
+
+    Raises:
+        ValueError: Another command writes to the folder. The error says which one; all processes raise it.
+    """
+    with ExitStack() as stack:
+        error = None
+        if this_process().is_main_process and not is_url(folder):
+            try:
+                stack.enter_context(locked(folder, folder / ".lock"))
+            except ValueError as in_use:
+                error = str(in_use)
+        if error := from_main_process(error):
+            raise ValueError(error)
+        yield
 
 
 def check_shared_folder(folder: Path, wait: float = 60.0) -> None:

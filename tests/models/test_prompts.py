@@ -221,3 +221,16 @@ def test_tied_embeddings_load_under_either_name(tmp_path, name):
         next(weights[key] for key in weights if "block" not in key and weights[key].shape == (20, 32)),
     )
     assert loaded.shared.weight is loaded.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_saved_tokenizer_does_not_depend_on_earlier_calls(tmp_path, fixed):
+    tokenizer = make_word_tokenizer(["red", "blue"], 8)
+    if fixed:
+        tokenizer.backend_tokenizer.enable_truncation(5)
+        tokenizer.backend_tokenizer.enable_padding(length=5, pad_id=1)
+    tokenizer.save_pretrained(tmp_path / "before")
+    tokenize(tokenizer, ["red blue"], 8)
+    tokenizer.save_pretrained(tmp_path / "after")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "before" / name).read_text() == (tmp_path / "after" / name).read_text()

@@ -1,5 +1,6 @@
 """Rollout: equal to full passes and to a slow replay, bounded, and right about what was given."""
 
+import os
 import subprocess
 
 import numpy as np
@@ -13,6 +14,7 @@ from vgen import VideoGenPipeline, load_rollout
 from vgen.io.pixels import to_clip
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.known_frames import encode_clip, encode_slots
+from vgen.sampling.rollout import is_saved, locked_rollout, saved_rollout
 from vgen.temporal.state import TemporalState
 
 from ..test_pipeline import PROMPT, make_pipeline, seeded
@@ -511,3 +513,35 @@ def test_a_damaged_rollout_is_an_error_that_names_the_file(pipe, tmp_path, inter
             assert "\n" not in str(info.value)
             path.write_bytes(content)
     load_rollout(folder, pipe)
+
+
+SAVE = """
+import sys, time
+from pathlib import Path
+from vgen.sampling.rollout import saved_rollout
+
+for index in range(30):
+    with saved_rollout(Path(sys.argv[1])) as partial:
+        for name in ("a", "b"):
+            (partial / name).write_text(f"{sys.argv[2]} {index}")
+        (partial / "rollout.json").write_text("{}")
+"""
+
+
+def test_concurrent_savers_and_readers_of_a_rollout_wait_for_each_other(tmp_path):
+    folder = tmp_path / "saved"
+    savers = [subprocess.Popen([warm_python(), "-c", SAVE, str(folder), name]) for name in ("one", "two")]
+    while any(saver.poll() is None for saver in savers):
+        with locked_rollout(folder, read_only=True):
+            if is_saved(folder):
+                assert (folder / "a").read_text() == (folder / "b").read_text()
+    assert [saver.returncode for saver in savers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_rollout_that_stays_locked_is_an_error_that_names_the_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr("vgen.sampling.rollout.LOCK_WAIT", 0.2)
+    with locked_rollout(tmp_path / "saved"):
+        message = f"{tmp_path / 'saved'} is in use by process {os.getpid()} on "
+        with pytest.raises(ValueError, match=message), saved_rollout(tmp_path / "saved"):
+            pass

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from tests.warm import warm_python
 from vgen.data.video_io import VideoWriter, read_video, write_video
+from vgen.io.atomic import locked
 from vgen.tasks.engine import EngineOptions
 from vgen.tasks.jobs import (
     Job,
@@ -135,15 +138,13 @@ def test_inputs_become_jobs(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     named, scheduled = prompt_jobs(tmp_path / "b.jsonl", config, schedules=True)
     assert named == Job("x.mp4", {"prompt": "one", "seed": 1}) and scheduled.inputs["prompt"]["8"] == "two"
-    with pytest.raises(ValueError, match="prompt and name must be strings"):
-        prompt_jobs(tmp_path / "b.jsonl", config)
-    for name, text, message in (
-        ("c.jsonl", "{", "expected one JSON object"), ("d.txt", " ", "at least one prompt"),
-        ("e.jsonl", "3", "must have a prompt"), ("f.jsonl", '{"prompt": "x", "seed": "y"}', "seed an integer"),
-        ("g.jsonl", '{"prompt": 3}', "must be strings"),
-    ):  # fmt: skip
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
+    assert "prompt and name must be strings" in prompt_jobs(tmp_path / "b.jsonl", config)[1].error
+    for name, content, message in (
+        ("d.txt", b" ", "at least one prompt"),
+        ("e.txt", b"\xff", "must be text in UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
             prompt_jobs(tmp_path / name, config)
     folder = tmp_path / "videos"
     (folder / "frames").mkdir(parents=True)
@@ -156,6 +157,84 @@ def test_inputs_become_jobs(tmp_path):
     for make, source in ((prompt_jobs, tmp_path / "a.txt"), (video_jobs, folder)):
         with pytest.raises(ValueError, match="suffix must be one of '.mp4', '.gif', '.webp', '', got '.avi'"):
             make(source, config)
+
+
+MALFORMED = {
+    "{": "expected one JSON object",
+    "[" * 100_000: "expected one JSON object",
+    "3": "must have a prompt",
+    "{}": "must have a prompt",
+    '{"prompt": "x", "size": 1}': "must have a prompt",
+    '{"prompt": "x", "seed": true}': "seed an integer",
+    '{"prompt": "x", "seed": "y"}': "seed an integer",
+    '{"prompt": "x", "seed": 1.0}': "seed an integer",
+    '{"prompt": "x", "seed": NaN}': "seed an integer",
+    '{"prompt": "x", "seed": -1}': "seed must be at least 0 and below 2**63, got -1",
+    '{"prompt": "x", "seed": 9223372036854775808}': "seed must be at least 0 and below 2**63",
+    '{"prompt": 3}': "must be strings",
+    '{"prompt": null}': "must be strings",
+    '{"prompt": "x", "name": 1}': "must be strings",
+    '{"prompt": "x", "name": "a/b"}': "name must be a file name without a folder, got 'a/b'",
+    '{"prompt": "x", "name": ".."}': "name must be a file name",
+    '{"prompt": "x", "name": ""}': "name must be a file name",
+    '{"prompt": "x", "name": "a\\u0000"}': "name must be a file name",
+    '{"prompt": "x", "name": "good"}': "an earlier line has the name 'good'",
+}
+
+
+def test_a_malformed_line_fails_alone_and_is_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(['\ufeff{"prompt": "a\u2028b", "name": "good"}', *MALFORMED, '{"prompt": "last"}']))
+    config = JobConfig(output_dir=tmp_path / "out", suffix="")
+    jobs = prompt_jobs(path, config)
+    assert jobs[0] == Job("good", {"prompt": "a\u2028b", "seed": 0}) and jobs[-1].inputs["prompt"] == "last"
+    for number, (job, message) in enumerate(zip(jobs[1:-1], MALFORMED.values(), strict=True), 2):
+        assert job.error.startswith(f"line {number} of {path}: ") and message in job.error, job
+    maker = Maker()
+    assert run(tmp_path / "out", maker, jobs) == len(MALFORMED)
+    assert maker.written == ["good", jobs[-1].name]
+    lines = read_manifest(tmp_path / "out")
+    assert all(lines[job.name]["error"] == " ".join(job.error.split()) for job in jobs[1:-1])
+
+
+def test_malformed_lines_of_a_manifest_are_ignored(tmp_path):
+    run(tmp_path, Maker())
+    rows = [b"{", b"3", b"null", b"[]", b"{}", b'{"name": 1}', b'{"name": "0.txt", "time": null}', b"\xff\xfe", b"\0",
+            b"[" * 100_000]  # fmt: skip
+    with open(tmp_path / "manifest.jsonl", "ab") as file:
+        file.write(b"\n".join(rows))
+    assert set(read_manifest(tmp_path)) == {job.name for job in JOBS}
+    assert run(tmp_path, again := Maker()) == 0 and not again.written
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"])
+def test_malformed_settings_of_a_folder_are_named(tmp_path, text):
+    run(tmp_path, Maker())
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'settings.json'} must be a JSON object"):
+        run(tmp_path, Maker())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vgen.io.atomic import locked
+
+with locked(Path(sys.argv[1]), Path(sys.argv[2])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_command_for_the_same_folder_is_told_who_writes_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("vgen.processes.locked", partial(locked, wait=0.2))
+    command = [sys.executable, "-c", HOLD, str(tmp_path), str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {process.pid} on .*: wait until"):
+            run(tmp_path, Maker())
+        process.kill()
+    assert run(tmp_path, Maker()) == 0 and not (tmp_path / ".lock").exists()
 
 
 def test_a_job_changes_if_its_video_is_replaced_but_not_with_other_videos(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,18 @@ def test_a_checkpoint_of_an_older_version_is_rejected_with_what_to_do(killed, tm
         resumed.returncode != 0
         and "was written by an older version, with a pickle, which can run code" in resumed.stderr
     )
+
+
+def test_a_second_run_in_the_same_folder_is_told_who_trains_there(tmp_path):
+    command = [warm_python(), "-c", SCRIPT, f"--output_dir={tmp_path}", "--max_steps=1000000", "--mixed_precision=no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as first:
+        while not (tmp_path / "config.yaml").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        config = (tmp_path / "config.yaml").read_text()
+        second = train(tmp_path, check=False)
+        assert second.returncode != 0 and f"{tmp_path} is in use by process " in second.stderr
+        assert (tmp_path / "config.yaml").read_text() == config
+        first.terminate()
+    train(tmp_path)

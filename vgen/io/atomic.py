@@ -1,13 +1,18 @@
-"""Atomic writes: files and folders appear complete or not at all."""
+"""Atomic writes: files and folders appear complete or not at all. Locks keep other processes from writing too."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -98,3 +103,32 @@ def remove_directory(folder: Path) -> None:
     renamed = partial_path(folder)
     shutil.rmtree(renamed, ignore_errors=True)
     shutil.rmtree(folder.rename(renamed))
+
+
+@contextmanager
+def locked(folder: Path, path: Path, wait: float = 10.0) -> Iterator[None]:
+    """Holds the lock of a folder. The system releases it when the process ends.
+
+    Args:
+        folder: What is locked, for the error message.
+        path: The lock's file, which is deleted at the end.
+        wait: How long to wait for another process, in seconds: the workers of a killed one may take some to end.
+
+    Raises:
+        ValueError: Another process holds the lock. The error says which one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait, poll_interval=0.05)
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() if path.exists() else ""
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}: wait until it has ended, or choose another folder"
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who waits for it checks that the file is still there
+        lock.release()

@@ -76,6 +76,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
     Returns:
         Token ids and attention mask, integers `(b, max_length)`.
     """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = None if backend is None else (backend.truncation, backend.padding)
     batch = tokenizer(
         [prompt_clean(prompt) for prompt in prompts],
         padding="max_length",
@@ -85,6 +87,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
         return_attention_mask=True,
         return_tensors="pt",
     )
+    if before is not None:  # a call leaves its own settings, which would be saved with the tokenizer
+        truncation, padding = before
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
     return batch.input_ids, batch.attention_mask
 
 

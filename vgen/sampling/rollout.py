@@ -6,6 +6,7 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` tok
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgen import __version__
-from vgen.io.atomic import atomic_directory, restore_backup
+from vgen.io.atomic import atomic_directory, locked, restore_backup
 from vgen.io.pixels import to_frames, to_pt
 from vgen.io.records import check_seal, read_json, seal
 from vgen.models.denoiser import pack_keyframes
@@ -34,6 +35,8 @@ from vgen.temporal.state import TemporalState
 logger = logging.get_logger(__name__)
 
 FORMAT = "vgen.Rollout/3"
+LOCK_WAIT = 60.0
+"""How long to wait for another process that reads or writes the same saved rollout, in seconds."""
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
 """Maps a prompt, or a list of one per video, to its embeddings and those of the negative prompt."""
 FrameType = Literal["uint8", "np", "pil", "pt"]
@@ -439,12 +442,31 @@ def saved_rollout(folder: Path) -> Iterator[Path]:
     """Yields a folder to write a rollout to, which then atomically replaces an older one.
 
     Raises:
-        ValueError: The path exists and is not a saved rollout.
+        ValueError: The path exists and is not a saved rollout, or another process holds its lock.
     """
-    if folder.exists() and not (folder / "rollout.json").is_file():
-        raise ValueError(f"{folder} exists and is not a saved rollout: choose another name")
-    with atomic_directory(folder) as partial:
-        yield partial
+    with locked_rollout(folder):
+        if folder.exists() and not (folder / "rollout.json").is_file():
+            raise ValueError(f"{folder} exists and is not a saved rollout: choose another name")
+        with atomic_directory(folder) as partial:
+            yield partial
+
+
+@contextmanager
+def locked_rollout(folder: Path, *, read_only: bool = False) -> Iterator[None]:
+    """Holds the lock of a saved rollout, so that it is not replaced meanwhile.
+
+    Args:
+        folder: The saved rollout.
+        read_only: Whether it is only read. Then nothing is locked where nothing can be written.
+
+    Raises:
+        ValueError: Another process holds the lock. The error says which one.
+    """
+    if read_only and not os.access(folder.absolute().parent, os.W_OK):
+        yield
+        return
+    with locked(folder, folder.with_name(f".{folder.name}.lock"), wait=LOCK_WAIT):
+        yield
 
 
 def is_saved(folder: Path) -> bool:

@@ -27,14 +27,15 @@ import torch
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
-from vgen.data.clips import read_lines
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces
+from vgen.io.errors import describe
 from vgen.io.fingerprint import digest_json
+from vgen.io.records import read_json
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
-from vgen.processes import this_process
+from vgen.processes import locked_output_dir, this_process
 from vgen.sampling.options import DenoisingOptions
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.loading import LoadOptions, load_checkpoint
@@ -56,6 +57,8 @@ class Job:
     """Name of the file or folder in the output folder."""
     inputs: dict[str, Any]
     """Inputs of this job, in addition to the settings of the run; must be JSON serializable."""
+    error: str | None = None
+    """Why the inputs are invalid; the job fails with this message."""
 
     @property
     def digest(self) -> str:
@@ -115,7 +118,7 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
 
 
 def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
-    """Creates one job per prompt of a file.
+    """Creates one job per prompt of a file. The job of a malformed line fails and does not stop the others.
 
     Args:
         path: Path or URL of a text file with one prompt per line, or a `.jsonl` file with one object per line. An
@@ -124,24 +127,34 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
         schedules: Whether a prompt may be a schedule by frame, such as `{"0": "...", "64": "..."}`.
 
     Raises:
-        ValueError: The file has no prompts, a line is not such an object, or the suffix is not supported.
+        ValueError: The file is not UTF-8 or has no prompts, or the suffix is not supported.
     """
     check_choice("suffix", config.suffix, OutputSuffix)
     path = as_path(path)
-    lines = read_lines(path)
-    prompt_types = (str, dict) if schedules else (str,)
-    rows = [
-        _parse_row(path, line, prompt_types) if path.suffix.lower() == ".jsonl" else {"prompt": line} for line in lines
-    ]
-    if not rows:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise ValueError(f"{path}: expected at least one prompt, got none")
-    return [
-        Job(
-            row.get("name", f"{index:06d}") + config.suffix,
-            {"prompt": row["prompt"], "seed": row.get("seed", config.seed + index)},
-        )
-        for index, row in enumerate(rows)
-    ]
+    prompt_types = (str, dict) if schedules else (str,)
+    jobs: list[Job] = []
+    names = set()
+    for index, (number, line) in enumerate(lines):
+        name, inputs, error = f"{index:06d}", {"prompt": line, "seed": config.seed + index}, None
+        if path.suffix.lower() == ".jsonl":
+            try:
+                row = _parse_row(line, prompt_types)
+                name = row.get("name", name)
+                inputs |= {key: row[key] for key in inputs.keys() & row.keys()}
+            except ValueError as malformed:
+                error = f"line {number} of {path}: {malformed}"
+        if name in names:
+            name, error = f"line-{number}", f"line {number} of {path}: an earlier line has the name {name!r}"
+        names.add(name)
+        jobs.append(Job(name + config.suffix, inputs, error))
+    return jobs
 
 
 def video_jobs(folder: str | Path, config: JobConfig) -> list[Job]:
@@ -194,23 +207,25 @@ def run_jobs(jobs: Sequence[Job], config: EngineOptions, output_dir: str | Path,
         The number of jobs that failed in any process.
 
     Raises:
-        ValueError: Job names are not unique file names, the folder has files with other settings, or as in `ray_pool`.
+        ValueError: Job names are not unique file names, the folder has files with other settings or is in use by
+            another command, or as in `ray_pool`.
         ImportError: A package for the engine or for a URL is not installed.
     """
     check_choice("engine", config.engine, Engine)
     check_names(jobs)
-    folder = as_path(output_dir)
-    if config.engine == "ray":
-        _run_on_ray(jobs, config, folder, load)
-    else:
-        _run_in_processes(jobs, folder, load())
-    process = this_process()
-    process.wait_for_everyone()
-    lines = read_manifest(folder)
-    failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
-    process.wait_for_everyone()  # all must have read the manifests before they are merged
+    folder, process = as_path(output_dir), this_process(timeout=BARRIER_TIMEOUT)
+    with locked_output_dir(folder):
+        if config.engine == "ray":
+            _run_on_ray(jobs, config, folder, load)
+        else:
+            _run_in_processes(jobs, folder, load())
+        process.wait_for_everyone()
+        lines = read_manifest(folder)
+        failed = sum(lines.get(job.name, {}).get("status") != "done" for job in jobs)
+        process.wait_for_everyone()  # all must have read the manifests before they are merged
+        if process.is_main_process:
+            merge_manifests(folder, lines)
     if process.is_main_process:
-        merge_manifests(folder, lines)
         print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {folder / MANIFEST}")
     return failed
 
@@ -245,6 +260,8 @@ def run_job(job: Job, folder: Path, make: Make) -> dict[str, Any]:
     begin = time.time()
     line: dict[str, Any] = {"name": job.name, "status": "done", **job.inputs}
     try:
+        if job.error is not None:
+            raise ValueError(job.error)
         with local_output(folder / job.name) as path:
             line |= make(job, path)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -258,7 +275,7 @@ def run_job(job: Job, folder: Path, make: Make) -> dict[str, Any]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    return {"status": "failed", "error": " ".join(str(error).split())}
+    return {"status": "failed", "error": describe(error)}
 
 
 def _run_in_processes(jobs: Sequence[Job], folder: Path, worker: Worker) -> None:
@@ -317,7 +334,7 @@ def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[st
         ValueError: The folder has files with other or unknown settings. The error lists the settings that differ.
     """
     path = folder / "settings.json"
-    stored = json.loads(path.read_text()) if path.exists() else None
+    stored = read_json(path) if path.exists() else None
     settings = json.loads(json.dumps(settings, default=str))
     if stored is None and any(any(folder.glob(pattern)) for pattern in patterns):
         raise ValueError(f"{folder} has files, but no settings.json: choose an empty folder")
@@ -328,17 +345,18 @@ def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[st
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reads the latest line of each job from all manifests of a folder. Truncated lines are ignored."""
+    """Reads the latest line of each job from all manifests of a folder. Truncated and malformed lines are ignored."""
     forget_listing(folder)
     lines: dict[str, dict[str, Any]] = {}
     for path in folder.glob("manifest*.jsonl"):
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().split(b"\n"):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+                name, written = str(line["name"]), float(line["time"])
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if line["time"] >= lines.get(line["name"], line)["time"]:
-                lines[line["name"]] = line
+            if written >= float(lines.get(name, line)["time"]):
+                lines[name] = line
     return lines
 
 
@@ -392,17 +410,27 @@ def merge_manifests(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
         path.unlink()
 
 
-def _parse_row(path: Path, line: str, prompt_types: tuple[type, ...]) -> dict[str, Any]:
+def _parse_row(line: str, prompt_types: tuple[type, ...]) -> dict[str, Any]:
+    """Reads a line of a `.jsonl` file of prompts.
+
+    Raises:
+        ValueError: It is malformed.
+    """
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected one JSON object per line, got {line!r}: {error}") from error
-    types: dict[str, Any] = {"prompt": prompt_types, "name": str, "seed": int}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected one JSON object per line, got {line[:200]!r}: {error}") from error
+    types = {"prompt": prompt_types, "name": (str,), "seed": (int,)}
     if not isinstance(row, dict) or "prompt" not in row or set(row) - set(types):
-        raise ValueError(f"{path}: each line must have a prompt, and optionally a name and a seed, got {line!r}")
+        raise ValueError(f"each line must have a prompt, and optionally a name and a seed, got {line[:200]!r}")
     schedule = row["prompt"] if isinstance(row["prompt"], dict) else {}
-    if not all(isinstance(value, types[name]) for name, value in row.items()) or not all(
+    if not all(type(value) in types[name] for name, value in row.items()) or not all(  # a bool is no integer
         frame.isdecimal() and isinstance(text, str) for frame, text in schedule.items()
     ):
-        raise ValueError(f"{path}: prompt and name must be strings and seed an integer, got {line!r}")
+        raise ValueError(f"prompt and name must be strings and seed an integer, got {line[:200]!r}")
+    name, seed = row.get("name", "name"), row.get("seed", 0)
+    if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
+        raise ValueError(f"name must be a file name without a folder, got {name!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
     return row

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from vgen.processes import (
     check_shared_folder,
     check_world_size,
     drain_gloo_threads,
+    locked_output_dir,
     on_cpus,
     on_several_machines,
     warn_if_emulated,
@@ -161,7 +163,7 @@ def config_text(config: RunConfig) -> str:
 
 
 def start(config: RunConfig) -> Accelerator:
-    """Creates the accelerator of a run and saves the settings next to its checkpoints.
+    """Creates the accelerator of a run.
 
     Raises:
         ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
@@ -187,9 +189,6 @@ def start(config: RunConfig) -> Accelerator:
     if on_several_machines():
         check_shared_folder(config.output_dir)
     warn_if_emulated(accelerator.device, config.mixed_precision, "--mixed_precision no")
-    if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(config.output_dir / "config.yaml", config_text(config))
     return accelerator
 
 
@@ -386,6 +385,8 @@ def generators(seed: int, step: int, part: slice) -> list[torch.Generator]:
 class Run:
     """Trains a network, resuming from the newest checkpoint; does every part of a step except the loss.
 
+    It saves the settings next to the checkpoints, and holds the lock of `output_dir` until its end.
+
     On SIGTERM or Ctrl-C, a run finishes its step, saves a checkpoint and stops. Several processes agree on this every
     `log_every` steps. A second Ctrl-C stops at once.
 
@@ -409,6 +410,10 @@ class Run:
         has_unused_weights: bool = False,
     ):
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
+        self._lock = ExitStack()
+        self._lock.enter_context(locked_output_dir(config.output_dir))
+        if accelerator.is_main_process:
+            write_text(config.output_dir / "config.yaml", config_text(config))
         strategy = accelerator.distributed_type.name
         self.sharded = strategy in ("FSDP", "DEEPSPEED")
         """Whether each process holds a part of the weights."""
@@ -588,6 +593,7 @@ class Run:
         if self.accelerator.num_processes > 1:
             drain_gloo_threads()
         self.accelerator.end_training()
+        self._lock.close()
 
     def _check_finite(self) -> None:
         """Stops a run with a loss or gradient that is not finite."""
