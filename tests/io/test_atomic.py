@@ -1,4 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vgen.io.atomic import (
     atomic_directory,
@@ -97,3 +103,57 @@ def test_workspaces_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     assert kept == {".a-notes", ".hidden", "a.mp4", left[1].name.rpartition("/")[2]}
     for workspace in left:
         workspace.cleanup()
+
+
+FULL = """
+import os, resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from vgen.io.atomic import atomic_directory, atomic_file, write_text
+from vgen.tasks.jobs import append_line
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as a full disk does, it makes `write` fail
+big, path = torch.zeros(10000), Path(sys.argv[1]) / "result"
+
+def tensors():
+    with atomic_file(path) as partial:
+        save_file({"a": big}, partial)
+
+def folder():
+    with atomic_directory(path) as partial:
+        save_file({"a": big}, partial / "a.safetensors")
+
+def pickled():
+    with atomic_directory(path) as partial:
+        torch.save(big, partial / "a.bin")
+
+text = "a" * 10000
+for write in (tensors, folder, pickled, lambda: write_text(path, text), lambda: append_line(path, {"a": text})):
+    try:
+        write()
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_failed_write_names_the_path(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 and all(line.startswith(f"could not write {tmp_path / 'result'}: ") for line in lines)
+    assert sum(line.endswith("File too large") for line in lines) == 4
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077])
+def test_results_have_the_permissions_of_the_users_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with atomic_file(tmp_path / "a.safetensors") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+        with atomic_directory(tmp_path / "folder") as partial:
+            (partial / "part").mkdir()
+            save_file({"a": torch.zeros(1)}, partial / "part/a.safetensors")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o666 & ~mask}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o777 & ~mask}

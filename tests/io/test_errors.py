@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     [
         (ValueError("a\n  b"), "a b"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.mp4"), "a.mp4: No such file or directory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(errno.ENOSPC, "could not write a: No space left"), "could not write a: No space left"),
         (FloatingPointError("the loss is not finite"), "the loss is not finite"),
         (ImportError("pip install peft"), "pip install peft"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -13,6 +15,39 @@ from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes errors of writing, such as a full disk, name what could not be written.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or str(path) in str(error):
+            raise
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), f"could not write {path}: {os.strerror(int(number[1]))}") from error
+    except RuntimeError as error:  # of `torch.save`, which does not say why
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"could not write {path}: writing failed, the disk may be full") from error
+
+
+def _apply_umask(path: Path) -> None:
+    """Gives files the user's usual permissions, because safetensors creates them for their owner only."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 @contextmanager
@@ -25,7 +60,9 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{f'{uuid4().hex}.' if shared else ''}partial")
     try:
-        yield partial
+        with writing(path):
+            yield partial
+        _apply_umask(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -75,7 +112,9 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with writing(folder):
+            yield partial
+        _apply_umask(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from vgen.checks import check_choice
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
 from vgen.io.allocator import bound_memory
-from vgen.io.atomic import remove_workspaces
+from vgen.io.atomic import remove_workspaces, writing
 from vgen.io.errors import describe
 from vgen.io.fingerprint import digest_json
 from vgen.io.records import read_json
@@ -395,7 +395,7 @@ class ManifestWriter:
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Appends a line to a manifest; starts a new line if a killed process left a truncated one."""
-    with open(path, "a+b") as file:
+    with writing(path), open(path, "a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         truncated = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * truncated + json.dumps(line).encode() + b"\n")

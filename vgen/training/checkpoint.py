@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from vgen.io.atomic import atomic_directory, partial_path, remove_directory
+from vgen.io.atomic import atomic_directory, partial_path, remove_directory, writing
 from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
 
@@ -161,7 +161,8 @@ def save_checkpoint(
         for leftover in folder.glob("checkpoint-*.partial"):  # of a run that was killed
             shutil.rmtree(leftover)
     # all processes write into the folder; the main process creates it and moves it into place
-    with atomic_directory(final) if accelerator.is_main_process else nullcontext(partial_path(final)) as partial:
+    folder_of_main = atomic_directory(final) if accelerator.is_main_process else nullcontext(partial_path(final))
+    with writing(final), folder_of_main as partial:
         accelerator.wait_for_everyone()
         _save_states(accelerator, partial)
         average.save(partial, accelerator.is_main_process)
