@@ -405,3 +405,28 @@ def test_a_rollout_with_numbers_of_numpy_is_saved(tmp_path):
     rollout.step()
     rollout.save(tmp_path / "saved")
     assert np.array_equal(next(load_rollout(tmp_path / "saved", pipe)), next(rollout))
+
+
+MALFORMED = {
+    "model_index.json": [{"text_encoder": []}, {"scheduler": 3}, {"rollout_defaults": 3}, 3],
+    "transformer/config.json": [{"patch_size": "x"}, {"text_dim": "x"}, {"num_attention_heads": None}, 3, None],
+    "vae/config.json": [{"base_dim": 0}, {"base_dim": -1}, {"dim_mult": 0}, {"latents_mean": -1}, 3, None],
+    "text_encoder/config.json": [{"d_kv": -1}, {"num_layers": True}, {"vocab_size": 10**9}, {"d_ff": None}, None],
+    "scheduler/scheduler_config.json": [{"num_train_timesteps": 0}, {"num_train_timesteps": None}, 3, None],
+    "tokenizer/tokenizer.json": [{"model": None}, {}, None],
+    "tokenizer/tokenizer_config.json": [{"pad_token": True}, 3],
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_of_a_checkpoint_is_one_error(tmp_path, name):
+    make_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / name
+    content = path.read_text()
+    changes = [
+        json.dumps(json.loads(content) | one if isinstance(one, dict) and one else one) for one in MALFORMED[name]
+    ]
+    for text in ("", content[: len(content) // 2], "[" * 100_000, *changes):
+        path.write_text(text)
+        with pytest.raises((ValueError, OSError)):
+            VideoGenPipeline.from_pretrained(tmp_path)

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vgen.checks import check_choice, check_integer, check_number, check_type, shown
 from vgen.diffusion import check_scheduler, is_flow, prediction_type
 from vgen.hub import find_checkpoint, not_found
+from vgen.io.errors import loading
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.models.convert import check_wan, from_wan_index, with_same_weights
@@ -196,8 +197,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 `"bfloat16"`, or `"auto"`, the data type of each component's weights.
 
         Raises:
-            ValueError: There is no such checkpoint, its weights are pickled, do not fit its config, or are NaN or
-                infinite, or only some components have the requested variant.
+            ValueError: There is no such checkpoint, a file is malformed, its weights are pickled, do not fit its config,
+                or are NaN or infinite, or only some components have the requested variant.
         """
         source = find_checkpoint(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -206,12 +207,17 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float32))
         kwargs["dtype"] = parse_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         folder = source if isinstance(source, Path) else cls._download(source, **kwargs)
+        with loading(folder):
+            return cls._from_folder(folder, **kwargs)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **kwargs: Any) -> VideoGenPipeline:
         components = [path for path in sorted(folder.iterdir()) if path.is_dir() and kwargs.get(path.name, path)]
         for component in components:
             check_not_pickled(component)
         index = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
         loaded = {name: entry[1] for name, entry in index.items() if name not in kwargs and entry[0] is not None}
-        if dtype == "auto":
+        if kwargs["dtype"] == "auto":
             kwargs["dtype"] = stored_dtypes(folder, loaded, kwargs.get("variant")) | {"default": torch.float32}
         if kwargs.get("variant"):
             check_variant(folder, loaded, kwargs["variant"])
@@ -237,7 +243,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
         try:
             cls.load_config(source, **{name: kwargs[name] for name in hub if name in kwargs})  # refuse before loading
-            return Path(cls.download(source, **kwargs))
+            with loading(source):
+                return Path(cls.download(source, **kwargs))
         except OSError as error:
             raise ValueError(f"{not_found(source)}, and it could not be loaded from the Hub: {error}") from error
 

@@ -148,7 +148,7 @@ def list_videos(folder: Path) -> list[Listed]:
 def _captions_beside(text: Path) -> tuple[str, ...]:
     if not text.is_file():
         raise ValueError(f"{text} is not a file: expected the captions of a video")
-    return tuple(read_lines(text))
+    return tuple(split_lines(read_text(text)))
 
 
 def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
@@ -292,14 +292,14 @@ def split_lines(text: str) -> list[str]:
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank, stripped and without a byte-order mark.
+def read_text(path: Path) -> str:
+    """A UTF-8 text file without a byte-order mark.
 
     Raises:
         ValueError: The file is not UTF-8.
     """
     with _named(path):
-        return split_lines(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,24 @@ def describe(error: Exception) -> str:
 
 
 @contextmanager
+def loading(source: object) -> Iterator[None]:
+    """Makes errors of libraries that load malformed files name what was loaded.
+
+    Args:
+        source: What is loaded, for the message.
+
+    Raises:
+        ValueError: It is malformed, for example because a config has a wrong type or a tokenizer is broken.
+    """
+    try:
+        yield
+    except EXPECTED:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source} is malformed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def one_line_errors(program: str = "vgen") -> Iterator[None]:
     """Prints an expected error as one line and exits with status 2.
 

@@ -76,7 +76,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
     Returns:
         Token ids and attention mask, integers `(b, max_length)`.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     before = None if backend is None else (backend.truncation, backend.padding)
     batch = tokenizer(
         [prompt_clean(prompt) for prompt in prompts],

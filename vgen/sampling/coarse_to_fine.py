@@ -22,7 +22,6 @@ from vgen.sampling.prompts import PromptSchedule
 from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, VideoStream, read_record, saved_rollout
 from vgen.sampling.sampler import Sampler
 
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 FORMAT = "vgen.CoarseToFine/4"
 
 
@@ -130,8 +129,11 @@ class CoarseToFine(VideoStream):
             self.coarse.state.save(partial / "coarse", self.hooks.fingerprint())
             self.fill.state.save(partial / "fill")
             conditions = self.fill.conditions
-            embeds = {name: getattr(conditions, name) for name in _EMBEDS if getattr(conditions, name) is not None}
-            tensors = {name: one.cpu().contiguous() for name, one in embeds.items()}
+            embeds = {
+                "prompt_embeds": conditions.prompt_embeds,
+                "negative_prompt_embeds": conditions.negative_prompt_embeds,
+            }
+            tensors = {name: one.cpu().contiguous() for name, one in embeds.items() if one is not None}
             save_file(tensors, partial / "prompt.safetensors")
             record = {"format": FORMAT, "state": self.state.to_json()}
             seal(partial, "rollout.json", record)
@@ -149,7 +151,8 @@ def load_coarse_to_fine(folder: Path, coarse: Rollout) -> CoarseToFine:
     fill.state = InterpolationState.load(folder / "fill", device)
     # the same embeddings, because computing them again may differ in rounding, and with PyTorch's alignment
     embeds = {name: one.clone().to(device) for name, one in load_file(folder / "prompt.safetensors").items()}
-    fill.conditions = replace(fill.conditions, **{name: embeds.get(name) for name in _EMBEDS})
+    positive, negative = embeds["prompt_embeds"], embeds.get("negative_prompt_embeds")
+    fill.conditions = replace(fill.conditions, prompt_embeds=positive, negative_prompt_embeds=negative)
     return CoarseToFine(coarse, fill, CoarseToFineState.from_json(record["state"]), coarse.frame_type)
 
 

@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
+from vgen.data.clips import read_text
 from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces, writing
@@ -131,10 +132,7 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
     """
     check_choice("suffix", config.suffix, OutputSuffix)
     path = as_path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    text = read_text(path)
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: expected at least one prompt, got none")
@@ -142,18 +140,18 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
     jobs: list[Job] = []
     names = set()
     for index, (number, line) in enumerate(lines):
-        name, inputs, error = f"{index:06d}", {"prompt": line, "seed": config.seed + index}, None
+        name, inputs, reason = f"{index:06d}", {"prompt": line, "seed": config.seed + index}, None
         if path.suffix.lower() == ".jsonl":
             try:
                 row = _parse_row(line, prompt_types)
                 name = row.get("name", name)
                 inputs |= {key: row[key] for key in inputs.keys() & row.keys()}
             except ValueError as malformed:
-                error = f"line {number} of {path}: {malformed}"
+                reason = f"line {number} of {path}: {malformed}"
         if name in names:
-            name, error = f"line-{number}", f"line {number} of {path}: an earlier line has the name {name!r}"
+            name, reason = f"line-{number}", f"line {number} of {path}: an earlier line has the name {name!r}"
         names.add(name)
-        jobs.append(Job(name + config.suffix, inputs, error))
+        jobs.append(Job(name + config.suffix, inputs, reason))
     return jobs
 
 
