@@ -197,8 +197,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 `"bfloat16"`, or `"auto"`, the data type of each component's weights.
 
         Raises:
-            ValueError: There is no such checkpoint, a file is malformed, its weights are pickled, do not fit its config,
-                or are NaN or infinite, or only some components have the requested variant.
+            ValueError: There is no such checkpoint, a file is malformed, its weights are pickled, do not fit its
+                config, or are NaN or infinite, or only some components have the requested variant.
         """
         source = find_checkpoint(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
