@@ -141,7 +141,7 @@ def test_inputs_become_jobs(tmp_path):
     assert "prompt and name must be strings" in prompt_jobs(tmp_path / "b.jsonl", config)[1].error
     for name, content, message in (
         ("d.txt", b" ", "at least one prompt"),
-        ("e.txt", b"\xff", "must be text in UTF-8"),
+        ("e.txt", b"\xff", "is not UTF-8 text"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
