@@ -36,3 +36,11 @@ def test_a_fit_describes_itself_in_one_line():
         == "the central 36x36 of 64x36 is resized to 16x16 for the model; the output has 36x36"
     )
     assert str(Fit((32, 32), (16, 16))) == "32x32 is resized to 16x16 for the model; the output has 32x32"
+
+
+def test_non_square_pixels_become_square():
+    fit = Fit((480, 720), (16, 16), 32 / 27)  # PAL widescreen has 64/45, NTSC 4:3 has 8/9, NTSC 16:9 has 32/27
+    assert fit.cropped == (480, 405) and fit.output == (480, 480)
+    frames = np.zeros((2, 480, 720, 3), np.uint8)
+    assert fit.crop(frames).shape == fit.back(fit.to_target(frames)).shape == (2, 480, 480, 3)
+    assert "720x480 with pixels of aspect ratio 1.185 is resized to 16x16" in str(fit)

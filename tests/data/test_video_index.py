@@ -135,3 +135,12 @@ def test_rows_of_a_dataset_are_fetched_once_to_be_probed(folder, probed):
     for rate in (None, 2.0, 5.0):
         assert len(VideoFolder(list_dataset(table), Sampling(num_frames=2, frame_rate=rate), 16, 16)) == 3
     assert sorted(probed) == ["00000000.mp4", "00000001.mp4", "00000002.mp4"]
+
+
+def test_entries_of_an_older_format_are_probed_again(folder, probed):
+    """Earlier entries took the number of frames from the header."""
+    status = (folder / "a.mp4").stat()
+    info = {"codec": "h264", "width": 24, "height": 16, "frame_rate": 10.0, "num_frames": 99, "duration": 9.9}
+    entry = {"stamp": [status.st_size, status.st_mtime_ns], "info": info}
+    (folder / INDEX).write_text(json.dumps({"a.mp4": entry}))
+    assert VideoIndex(folder).info(folder / "a.mp4").num_frames == 12 and probed == ["a.mp4"]

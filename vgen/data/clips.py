@@ -28,7 +28,7 @@ from vgen.data.formats import UNREAD_SUFFIXES, VIDEO_SUFFIXES, is_ignored
 from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
-from vgen.data.video_io import VideoInfo, iter_video, video_info
+from vgen.data.video_io import VideoInfo, iter_video, resampled_length, video_info
 from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
@@ -422,14 +422,14 @@ class Bucket(NamedTuple):
         return cls(*map(int, sides))
 
 
-def choose_bucket(samplings: Mapping[Bucket, Sampling], num_frames: int, height: int, width: int) -> Bucket | None:
+def choose_bucket(samplings: Mapping[Bucket, Sampling], num_frames: int, height: float, width: float) -> Bucket | None:
     """The bucket with the nearest aspect ratio; among equals, the one that uses the most frames of the video.
 
     Args:
         samplings: The buckets, with the sampling of each.
         num_frames: Number of frames of the video.
         height: Height of its frames. Only the ratio of `height` and `width` matters.
-        width: Width of its frames.
+        width: Width of its frames, in the same unit.
 
     Returns:
         The bucket. If the video is too short for all buckets, `None`; or, with `short="pad"`, a bucket that needs the
@@ -459,11 +459,12 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
     shortest = min(sampling.span for sampling in samplings.values())
     for one in listed:
         try:
-            info, available = one.info(), count_frames(one, rate)[0]
+            info = one.info()
+            available, _ = count_frames(one, info, rate)
         except (ValueError, OSError) as error:
             warn_skipped(one, str(error))
             continue
-        bucket = choose_bucket(samplings, available, info.height, info.width)
+        bucket = choose_bucket(samplings, available, info.height, info.width * info.pixel_aspect_ratio)
         if bucket is None:
             warn_skipped(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
@@ -534,10 +535,12 @@ class VideoFolder:
         self.sampling, self.size, self.seed, self.augmentation = sampling, (height, width), seed, augmentation
         self.quiet = quiet
         self.skipped: dict[Listed, str] = {}
-        self.clips: list[tuple[Listed, int, int, float]] = []  # with its number in the video, frames and rate of that
+        # with its number in the video, and frames, rate and aspect ratio of pixels of that
+        self.clips: list[tuple[Listed, int, int, float, float]] = []
         for one in listed:
             try:
-                available, frame_rate = count_frames(one, sampling.frame_rate)
+                info = one.info()
+                available, frame_rate = count_frames(one, info, sampling.frame_rate)
             except (ValueError, OSError) as error:
                 self._skip(one, str(error))
                 continue
@@ -545,7 +548,8 @@ class VideoFolder:
             if not count:
                 reason = f"{available} frames at {frame_rate:g} per second; a clip needs {sampling.span}"
                 self._skip(one, reason)
-            self.clips += [(one, number, available, frame_rate) for number in range(count)]
+            aspect = info.pixel_aspect_ratio
+            self.clips += [(one, number, available, frame_rate, aspect) for number in range(count)]
         _save_indices(listed)
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
@@ -566,7 +570,7 @@ class VideoFolder:
 
     def clip(self, index: int, epoch: int = 0) -> Clip | None:
         """A clip, or `None` if its file is damaged; `skipped` then has the reason."""
-        listed, number, available, frame_rate = self.clips[index]
+        listed, number, available, frame_rate, aspect = self.clips[index]
         rng = random.Random((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
         indices, real = self.sampling.indices(available, number, rng)
         begin = (listed.start or 0.0) + indices[0] / frame_rate
@@ -586,7 +590,7 @@ class VideoFolder:
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
-        pixels = Fit(kept[0].shape[:2], self.size).to_target(np.stack(kept))
+        pixels = Fit(kept[0].shape[:2], self.size, aspect).to_target(np.stack(kept))
         if self.augmentation is not None:
             pixels = augment(pixels, self.augmentation, rng.getrandbits(62))
         rate = self.sampling.clip_rate(available, frame_rate)
@@ -622,18 +626,18 @@ def draw_frame_rates(frame_rates: Sequence[Rate], seed: int, indices: Iterable[i
     return [random.Random(seed * 1_000_003 + index).choice(frame_rates) for index in indices]
 
 
-def count_frames(listed: Listed, frame_rate: float | None) -> tuple[int, float]:
+def count_frames(listed: Listed, info: VideoInfo, frame_rate: float | None) -> tuple[int, float]:
     """The number of frames of a listed video or segment at a frame rate (by default its own), and that frame rate.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It cannot be read, its frame rate or length is unknown, or it ends before the segment begins.
+        ValueError: The file is damaged, its frame rate is unknown, or it ends before the segment begins.
     """
-    info = listed.info()
+    if info.damage is not None:
+        raise ValueError(info.damage)
     rate = frame_rate or info.frame_rate
     if rate is None or info.duration is None:
-        raise ValueError(f"{listed.path}: its frame rate or length is unknown")
-    begin, end = listed.start or 0.0, min(info.duration, info.duration if listed.end is None else listed.end)
-    if begin >= info.duration:
-        raise ValueError(f"{listed.path} ends at {info.duration:g} s, before the listed segment begins at {begin:g} s")
-    return max(1, round((end - begin) * rate - 1e-6)), rate
+        raise ValueError(f"{listed.path}: its frame rate is unknown")
+    start = listed.start or 0.0
+    if start >= info.duration:
+        raise ValueError(f"{listed.path} ends at {info.duration:g} s, before the listed segment begins at {start:g} s")
+    return resampled_length(info.duration, rate, start, math.inf if listed.end is None else listed.end), rate

@@ -10,8 +10,6 @@ from typing import Literal, get_args
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Frames of a folder."""
 ANIMATION_SUFFIXES = (".gif", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-"""Pillow's names of the formats of these files, whatever their suffix. Others may start programs, as EPS does."""
 CONTAINERS = {
     "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
     "matroska,webm": (".mkv", ".webm"),
@@ -28,8 +26,6 @@ VIDEO_SUFFIXES = (*itertools.chain(*CONTAINERS.values()), *ANIMATION_SUFFIXES)
 """Files that can be read."""
 UNREAD_SUFFIXES = (".mxf", ".rm", ".rmvb", ".y4m", ".dv", ".m2v", ".swf")
 """Videos that cannot be read."""
-MAX_PIXELS = 2**26
-"""Largest number of pixels of a frame, 8192x8192: a file of a few kilobytes can declare far more than memory holds."""
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
 OutputSuffix = Literal[".mp4", ".gif", ".webp", ""]
 """Files that can be written; "" is a folder of frames."""
@@ -56,16 +52,6 @@ def check_video_input(path: Path) -> None:
         raise ValueError(f"{path} is not a supported video: expected {supported} or a folder of frames")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-
-
-def check_frame_size(path: Path, height: int, width: int) -> None:
-    """Checks the size of a frame before it is decoded.
-
-    Raises:
-        ValueError: It has more than `MAX_PIXELS` pixels.
-    """
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"{path} has frames of {width}x{height} pixels: at most {MAX_PIXELS} pixels are supported")
 
 
 def check_video_output(path: Path, overwrite: bool) -> None:

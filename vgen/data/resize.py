@@ -15,35 +15,48 @@ class Fit:
     Args:
         source: Height and width of the frames in pixels.
         target: Height and width that the model needs, in pixels.
+        pixel_aspect_ratio: Width of a source pixel divided by its height. Pixels of the target are square.
     """
 
     source: tuple[int, int]
     target: tuple[int, int]
+    pixel_aspect_ratio: float = 1.0
 
     @property
     def cropped(self) -> tuple[int, int]:
         """Height and width of the largest centered crop of the source with the target's aspect ratio."""
-        ratio = min(self.source[0] / self.target[0], self.source[1] / self.target[1])
-        return max(1, round(self.target[0] * ratio)), max(1, round(self.target[1] * ratio))
+        height, width = self.target[0], self.target[1] / self.pixel_aspect_ratio
+        ratio = min(self.source[0] / height, self.source[1] / width)
+        return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Height and width of the crop in square pixels."""
+        return self.cropped[0], max(1, round(self.cropped[1] * self.pixel_aspect_ratio))
 
     def crop(self, frames: np.ndarray) -> np.ndarray:
-        """Crops frames `(f, h, w, 3)` to the centered part that is used."""
+        """Crops frames `(f, h, w, 3)` to the centered part that is used, in square pixels."""
+        return _resized(self._crop(frames), self.output)
+
+    def _crop(self, frames: np.ndarray) -> np.ndarray:
         (height, width), (rows, columns) = self.cropped, self.source
         top, left = (rows - height) // 2, (columns - width) // 2
         return frames[:, top : top + height, left : left + width]
 
     def to_target(self, frames: np.ndarray) -> np.ndarray:
         """Crops and resizes uint8 frames `(f, h, w, 3)` to the target size."""
-        return _resized(self.crop(frames), self.target)
+        return _resized(self._crop(frames), self.target)
 
     def back(self, frames: np.ndarray) -> np.ndarray:
-        """Resizes frames of the target size to the size of the crop."""
-        return _resized(frames, self.cropped)
+        """Resizes frames of the target size to the size of the crop in square pixels."""
+        return _resized(frames, self.output)
 
     def __str__(self) -> str:
-        source, cropped, target = (f"{width}x{height}" for height, width in (self.source, self.cropped, self.target))
+        sizes = (self.source, self.cropped, self.target, self.output)
+        source, cropped, target, output = (f"{width}x{height}" for height, width in sizes)
         part = "" if self.source == self.cropped else f"the central {cropped} of "
-        return f"{part}{source} is resized to {target} for the model; the output has {cropped}"
+        pixels = "" if self.pixel_aspect_ratio == 1 else f" with pixels of aspect ratio {self.pixel_aspect_ratio:.4g}"
+        return f"{part}{source}{pixels} is resized to {target} for the model; the output has {output}"
 
 
 def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

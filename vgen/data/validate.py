@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vgen.data.clips import Bucket, Listed, Sampling, Short, choose_bucket, list_videos
+from vgen.data.clips import Bucket, Listed, Sampling, Short, choose_bucket, count_frames, list_videos
 from vgen.data.video_io import iter_video
 from vgen.temporal.grid import LatentGrid
 
@@ -77,16 +77,18 @@ def _entry(
     entry |= {"captions": list(listed.captions), "accepted": False, "reason": None, "num_frames": 0}
     entry |= {"height": None, "width": None, "nearest_length": None, "bucket": None, "num_clips": 0}
     try:
-        rate = frame_rate or listed.info().frame_rate
-        for frame in iter_video(listed.path, start=listed.start, end=listed.end, frame_rate=rate):
+        info = listed.info()
+        count, rate = count_frames(listed, info, frame_rate)
+        for frame in iter_video(listed.file(), start=listed.start, end=listed.end, frame_rate=rate):
             entry["num_frames"] += 1
             entry["height"], entry["width"] = frame.shape[:2]
+        if entry["num_frames"] != count:
+            raise ValueError(f"{listed.path} is damaged: {entry['num_frames']} of {count} frames can be decoded")
     except (ValueError, OSError) as error:
         return entry | {"reason": str(error)}
-    count = entry["num_frames"]
     grid = LatentGrid(compression)
     entry["nearest_length"] = grid.num_frames(grid.num_latents(count))
-    bucket = choose_bucket(samplings, count, entry["height"], entry["width"])
+    bucket = choose_bucket(samplings, count, entry["height"], entry["width"] * info.pixel_aspect_ratio)
     if bucket is None:
         shortest = min(sampling.span for sampling in samplings.values())
         reason = f"{count} frames; the shortest clip needs {shortest}; the nearest valid length is "

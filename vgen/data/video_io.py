@@ -1,10 +1,11 @@
 """Reading and writing of video files and folders of frames, streamed with memory that does not depend on the length.
 
-Files in `vgen.data.formats.CONTAINERS` are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif,
-webp and folders of png or jpg frames are read through imageio's `pillow` plugin.
+Files in `vgen.data.formats.CONTAINERS` are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif and
+webp are read through imageio's `pillow` plugin, and folders of png or jpg frames as all still images are.
 
-Frames are upright uint8 RGB `(h, w, 3)`: rotation metadata is applied, 10-bit video is converted to 8 bits, and
-transparent pixels are composited on black. Non-square pixels and interlacing are left as stored.
+Frames are upright uint8 RGB `(h, w, 3)`: rotations and flips are applied, 10-bit video is converted to 8 bits, BT.2020
+to BT.709, and transparent pixels are composited on black. Non-square pixels and interlacing are left as stored. HDR
+video (PQ, HLG) raises an error.
 """
 
 import contextlib
@@ -22,18 +23,11 @@ from typing import Any, NamedTuple, cast
 import av
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image
+from av.video.reformatter import ColorPrimaries
 
 from vgen.checks import check_integer, check_number
-from vgen.data.formats import (
-    ANIMATION_SUFFIXES,
-    CONTAINERS,
-    IMAGE_FORMATS,
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    check_frame_size,
-    check_video_input,
-)
+from vgen.data.containers import structural_damage
+from vgen.data.formats import ANIMATION_SUFFIXES, CONTAINERS, IMAGE_SUFFIXES, check_video_input
 from vgen.data.memory_file import MemoryFile
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
@@ -42,6 +36,7 @@ from vgen.data.video_writer import (
     join_videos,
     write_video,
 )
+from vgen.io.images import MAX_PIXELS, check_frame_size, on_black, opened_image, read_image
 
 __all__ = [
     "VideoInfo",
@@ -49,6 +44,7 @@ __all__ = [
     "iter_video",
     "join_videos",
     "read_video",
+    "resampled_length",
     "video_info",
     "write_video",
 ]
@@ -56,6 +52,20 @@ __all__ = [
 _ROUNDING = 0.006  # seconds of tolerance for stored times; gif counts in hundredths
 _SEEK_MARGIN = 5.0  # seconds to seek early: FFmpeg seeks by decoding time, which precedes display time
 _UNTIMED_DURATION = 0.1  # seconds, the duration that browsers use for a gif frame of duration 0
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore the alpha of webm
+_HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
+
+_BT2020_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)
+_SRGB = np.linspace(0, 1, 256, dtype=np.float32)
+_SRGB_TO_LINEAR = np.where(_SRGB <= 0.04045, _SRGB / 12.92, ((_SRGB + 0.055) / 1.055) ** 2.4)
+_LINEAR = np.linspace(0, 1, 4096)
+_LINEAR_TO_SRGB = np.where(_LINEAR <= 0.0031308, 12.92 * _LINEAR, 1.055 * _LINEAR ** (1 / 2.4) - 0.055)
+_LINEAR_TO_SRGB = np.rint(255 * _LINEAR_TO_SRGB).astype(np.uint8)
+
+OnDamage = Callable[[str], None]
+"""Receives a line that names a damaged file and its damage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +81,22 @@ class VideoInfo:
     height: int
     """Height of the upright frames in pixels."""
     frame_rate: float | None
-    """Mean number of frames per second; `None` if unknown."""
-    num_frames: int | None
-    """Number of frames; `None` if only decoding would determine it."""
+    """Mean number of frames per second; `None` for a folder that does not store it."""
+    num_frames: int
+    """Number of frames."""
     duration: float | None
-    """Duration in seconds; `None` if unknown."""
+    """Seconds from the start of the first frame to the end of the last; `None` if the frame rate is."""
+    pixel_aspect_ratio: float
+    """Width of a pixel of the upright frames divided by its height; 1 for square pixels."""
+    damage: str | None
+    """A line that describes the damage of the file; `None` if reading its packets shows none."""
 
 
 def video_info(path: str | os.PathLike) -> VideoInfo:
     """Reads the properties of a video.
 
-    Only the first frame is decoded, except for gif and webp, which store their timing frame by frame.
+    Number and times of frames are those of the packets in the file, not of its header. Frames after the first are
+    decoded only where packets do not determine the times, as in gif, webp, avi and VP8.
 
     Args:
         path: A video file or a folder of frames.
@@ -91,20 +106,28 @@ def video_info(path: str | os.PathLike) -> VideoInfo:
         ValueError: It is not a readable video.
     """
     path = _checked(path)
-    with _opened_source(path) as source:
-        first = next(source.frames(0.0), None)
+    damage: list[str] = []
+    source = _source(path)
+    with contextlib.closing(source.frames(0.0, damage.append)) as frames:
+        first = next(frames, None)
         if first is None:
-            raise ValueError(f"{path} has no frames")
+            raise ValueError(damage[0] if damage else f"{path} has no frames")
         height, width, _ = first.load().shape
-        return VideoInfo(path=path, codec=source.codec, width=width, height=height, **source.timing())
+    aspect = first.pixel_aspect_ratio
+    return VideoInfo(path=path, width=width, height=height, pixel_aspect_ratio=aspect, **source.properties())
 
 
 def iter_video(
-    path: str | os.PathLike, *, start: float | None = None, end: float | None = None, frame_rate: float | None = None
+    path: str | os.PathLike,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    frame_rate: float | None = None,
+    on_damage: OnDamage | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the frames of a video one by one.
 
-    A damaged or truncated file yields its readable frames before it raises.
+    A damaged or truncated file yields the frames before the damage and then raises.
 
     Args:
         path: A video file with one of `vgen.data.formats.VIDEO_SUFFIXES`, or a folder of png or jpg frames.
@@ -112,6 +135,8 @@ def iter_video(
         end: Time in seconds before which to stop; `None` means the end of the video.
         frame_rate: Constant rate to resample to; at each time the latest frame is used. `None` yields the stored
             frames. For a folder without a stored frame rate it is the rate of the folder.
+        on_damage: Called once for a damaged file, instead of the error; all frames that can be decoded are then
+            yielded.
 
     Yields:
         Frames, uint8 `(h, w, 3)`, all of the same size.
@@ -122,7 +147,28 @@ def iter_video(
             between `start` and `end`.
     """
     path = _checked(path, start, end, frame_rate)
-    return (pixels for _, _, pixels in _frames_between(path, start, end, frame_rate))
+    return (pixels for _, _, pixels in _frames_between(path, start, end, frame_rate, on_damage))
+
+
+def resampled_length(duration: float, frame_rate: float, start: float = 0.0, end: float = math.inf) -> int:
+    """Number of frames of a video that is resampled to a constant rate, as `iter_video` yields them.
+
+    Args:
+        duration: Duration of the video in seconds.
+        frame_rate: Frames per second to resample to.
+        start: Time of the first frame, in seconds.
+        end: Time in seconds before which to stop.
+    """
+    # the end of the last frame is a sum of two rounded numbers
+    return _num_ticks(min(duration - _rounding(frame_rate), end) - start, frame_rate)
+
+
+def _num_ticks(seconds: float, frame_rate: float) -> int:
+    return max(0, math.ceil((seconds - _rounding(frame_rate)) * frame_rate))
+
+
+def _rounding(frame_rate: float | None) -> float:
+    return _ROUNDING if frame_rate is None else min(_ROUNDING, 0.3 / frame_rate)
 
 
 def read_video(
@@ -178,22 +224,20 @@ class _Frame(NamedTuple):
     time: float  # seconds since the start of the video
     duration: float
     load: Callable[[], np.ndarray]  # deferred, because converting only the frames that are used saves most of the time
+    pixel_aspect_ratio: float = 1.0
 
 
 def _frames_between(
-    path: Path, start: float | None, end: float | None, frame_rate: float | None
+    path: Path, start: float | None, end: float | None, frame_rate: float | None, on_damage: OnDamage | None = None
 ) -> Generator[tuple[float, float, np.ndarray], None, None]:
     """Yields `(start time, end time, pixels)` of each frame, in seconds."""
     start, end, shape = start or 0.0, math.inf if end is None else end, None
-    rounding = _ROUNDING if frame_rate is None else min(_ROUNDING, 0.3 / frame_rate)
-    with _opened_source(path, frame_rate) as source:
-        frames = source.frames(start)
-        if frame_rate is not None:
-            frames = _resampled(frames, start, frame_rate, rounding)
+    with contextlib.closing(_source(path, frame_rate).frames(start, on_damage)) as stored:
+        frames = stored if frame_rate is None else _resampled(stored, start, end, frame_rate)
         for frame in frames:
-            if frame.time >= end - rounding:
+            if frame.time >= end - _rounding(frame_rate):
                 break
-            if frame.time < start - rounding:
+            if frame.time < start - _rounding(frame_rate):
                 continue
             pixels = frame.load()
             shape = shape or pixels.shape
@@ -204,85 +248,231 @@ def _frames_between(
         raise ValueError(f"{path} has no frames between {start:g} s and {end:g} s")
 
 
-def _resampled(frames: Iterator[_Frame], start: float, frame_rate: float, rounding: float) -> Iterator[_Frame]:
+def _resampled(frames: Iterator[_Frame], start: float, end: float, frame_rate: float) -> Iterator[_Frame]:
     current, tick = None, 0
     for frame in itertools.chain(frames, [None]):
         if current is not None:
-            # the end of the last frame is a sum of two rounded numbers
-            until = current.time + current.duration - rounding if frame is None else frame.time
-            while (time := start + tick / frame_rate) < until - rounding:
-                yield _Frame(time, 1 / frame_rate, current.load)
+            if frame is None:
+                until = resampled_length(current.time + current.duration, frame_rate, start, end)
+            else:
+                until = _num_ticks(min(frame.time, end) - start, frame_rate)
+            while tick < until:
+                yield _Frame(start + tick / frame_rate, 1 / frame_rate, current.load)
                 tick += 1
         current = frame
 
 
-@contextlib.contextmanager
-def _opened_source(path: Path, frame_rate: float | None = None) -> Iterator["_VideoFile | _Animation | _ImageFolder"]:
+def _source(path: Path, frame_rate: float | None = None) -> "_VideoFile | _Animation | _ImageFolder":
     if path.is_dir():
-        yield _ImageFolder(path, frame_rate)
-    elif path.suffix.lower() in ANIMATION_SUFFIXES:
-        yield _Animation(path)
-    else:
-        try:
-            # "file:", because FFmpeg takes what precedes a colon for a protocol
-            source = path.open("rb") if isinstance(path, MemoryFile) else f"file:{path}"
-            container = av.open(source, options={"format_whitelist": ",".join(CONTAINERS)})
-        except (av.FFmpegError, UnicodeError) as error:
-            reason = "its container is not supported" if isinstance(error, av.ArgumentError) else error
-            raise ValueError(f"{path} is not a readable video, or is truncated: {reason}") from error
-        with container:
-            yield _VideoFile(path, container)
+        return _ImageFolder(path, frame_rate)
+    return _Animation(path) if path.suffix.lower() in ANIMATION_SUFFIXES else _VideoFile(path)
+
+
+def _properties(codec: str, num_frames: int, duration: float, damage: list[str]) -> dict[str, Any]:
+    """Properties for `VideoInfo`; the mean frame rate follows from the others."""
+    rate, first = num_frames / duration, damage[0] if damage else None
+    return {"codec": codec, "num_frames": num_frames, "duration": duration, "frame_rate": rate, "damage": first}
 
 
 class _VideoFile:
     """A video file, decoded by FFmpeg."""
 
-    def __init__(self, path: Path, container: Any):
+    def __init__(self, path: Path):
         self._path = path
-        self._container = container
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
-        if not streams:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise ValueError(f"{path} has no decodable video stream, only: {kinds}")
-        self._stream = streams[0]
-        check_frame_size(path, self._stream.height, self._stream.width)
-        self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
-        self._stream.thread_type = "AUTO"
-        self._clock = float(self._stream.time_base)
-        self._rate = float(self._stream.average_rate or 0) or None
-        self.codec = self._stream.codec_context.name
 
-    def timing(self) -> dict[str, Any]:
-        duration = (self._stream.duration or 0) * self._clock or (self._container.duration or 0) / av.time_base
-        return {"frame_rate": self._rate, "num_frames": self._stream.frames or None, "duration": duration or None}
-
-    def frames(self, start: float) -> Iterator[_Frame]:
-        origin, damage, time, duration = None, None, 0.0, 0.0
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """The container and its video stream."""
+        path = self._path
         try:
+            # "file:", because FFmpeg takes what precedes a colon for a protocol
+            source = path.open("rb") if isinstance(path, MemoryFile) else f"file:{path}"
+            container: Any = av.open(source, options={"format_whitelist": ",".join(CONTAINERS)})
+        except (av.FFmpegError, UnicodeError) as error:
+            reason = "its container is not supported" if isinstance(error, av.ArgumentError) else error
+            raise ValueError(f"{path} is not a readable video, or is truncated: {reason}") from error
+        with container:
+            cover = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
+            if not streams:
+                kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+                raise ValueError(f"{path} has no decodable video stream, only: {kinds}")
+            check_frame_size(path, streams[0].height, streams[0].width)
+            streams[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+
+    def properties(self) -> dict[str, Any]:
+        shown, first, damage = [], None, []
+        with self._opened() as (container, stream):
+            codec, clock, rate = stream.codec_context.name, float(stream.time_base), float(stream.average_rate or 0)
+            timed = _shows_every_packet(container, stream)
+            has_gaps = container.format.name.split(",")[0] not in ("matroska", "mov")  # whose structure is checked
+            try:
+                for packet in container.demux(stream):
+                    if packet.is_corrupt:
+                        damage.append(self._damage("a packet is corrupt"))
+                    first = packet.pts if first is None and packet.is_keyframe else first
+                    if packet.size and not packet.is_discard:
+                        shown.append((packet.pts, packet.duration or 0))
+            except av.FFmpegError as error:
+                damage.append(self._damage(str(error.strerror)))
+        stamps = {pts for pts, _ in shown}
+        timed = timed and first is not None and None not in stamps and len(stamps) == len(shown)
+        if timed and (shown := sorted(packet for packet in shown if packet[0] >= first)):
+            times = [(pts - shown[0][0]) * clock for pts, _ in shown]
+            duration = _shown_for(shown[-1][1] * clock, times[-1] - times[max(-2, -len(times))], rate)
+        else:
+            times, duration = [], 0.0
+            for frame in self.frames(0.0, damage.append):
+                times.append(frame.time)
+                duration = frame.duration
+        if problem := structural_damage(self._path) or (has_gaps and _gap(times)):
+            damage.append(self._damage(problem))
+        end = times[-1] + duration
+        exact = rate and abs(len(times) / rate - end) < _ROUNDING  # the mean of rounded times is less accurate
+        return _properties(codec, len(times), end, damage) | ({"frame_rate": rate} if exact else {})
+
+    def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:
+        time = duration = 0.0
+        reports: list[str] = []
+
+        def report(problem: str) -> None:
+            if on_damage is None:
+                raise ValueError(self._damage(problem, time))
+            if not reports:
+                on_damage(self._damage(problem, time))
+            reports.append(problem)
+
+        with self._opened() as (container, stream):
+            clock, rate = float(stream.time_base), float(stream.average_rate or 0)
+            origin = None
             if start > _SEEK_MARGIN:
-                origin = next((frame.pts for frame in self._container.decode(self._stream)), None) or 0
-                self._container.seek(origin + int((start - _SEEK_MARGIN) / self._clock), stream=self._stream)
-            for packet in self._container.demux():
+                origin = next((frame.pts for frame in self._decoded(container, stream, reports.append)), None) or 0
+                reports.clear()
+                container.seek(origin + int((start - _SEEK_MARGIN) / clock), stream=stream)
+            previous = rotation = None
+            for frame in self._decoded(container, stream, report):
+                if frame.color_trc in _HDR_TRANSFERS:
+                    raise ValueError(
+                        f"{self._path} is HDR video, {_HDR_TRANSFERS[frame.color_trc]}, which is not supported: "
+                        "convert it to SDR first, for example with the filters zscale and tonemap of ffmpeg"
+                    )
+                origin = frame.pts or 0 if origin is None else origin
+                time = time + duration if frame.pts is None else (frame.pts - origin) * clock
+                duration = _shown_for(frame.duration * clock, 0 if previous is None else time - previous, rate)
+                if frame.rotation != rotation:  # not for each frame, because its side data refer back to it
+                    rotation, orientation = frame.rotation, _orientation(frame)
+                aspect = float(stream.sample_aspect_ratio or 1) ** (-1 if orientation.transposed else 1)
+                yield _Frame(time, duration, partial(_decoded_pixels, frame, orientation), aspect)
+                previous = time
+            if container.format.name == "avi" and (stated := (stream.duration or 0) * clock) > time + 4 * duration:
+                report(f"the header states {stated:.2f} s")  # Xvid's delay is up to two frames
+        if broken := structural_damage(self._path):
+            report(broken)
+
+    def _decoded(self, container: Any, stream: Any, report: OnDamage) -> Iterator[av.VideoFrame]:
+        """Decodes frames, and drops those that precede the first keyframe, because they refer to missing frames."""
+        decoder, first, waiting = self._decoder(stream), None, set()
+        timed = _shows_every_packet(container, stream)
+        try:
+            for packet in container.demux(stream):
                 if packet.is_corrupt:
-                    damage = "a packet is corrupt"
-                elif packet.stream.index == self._stream.index:
-                    for frame in packet.decode():
-                        origin = frame.pts or 0 if origin is None else origin
-                        time = time + duration if frame.pts is None else (frame.pts - origin) * self._clock
-                        duration = frame.duration * self._clock or 1 / (self._rate or DEFAULT_FRAME_RATE)
-                        yield _Frame(time, duration, partial(_decoded_pixels, frame))
+                    report("a packet is corrupt")
+                first = packet.pts if first is None and packet.is_keyframe else first
+                if first is None and packet.size:
+                    continue
+                if packet.size and not packet.is_discard:
+                    timed = timed and packet.pts is not None and packet.pts not in waiting
+                    waiting.add(packet.pts)
+                try:
+                    frames = decoder.decode(packet if packet.size else None)
+                except av.FFmpegError as error:
+                    report(str(error.strerror))
+                    continue
+                for frame in frames:
+                    waiting.discard(frame.pts)
+                    if frame.pts is None or frame.pts >= first:
+                        if frame.is_corrupt:
+                            report("a frame is corrupt")
+                        yield frame
         except av.FFmpegError as error:
-            damage = error.strerror
-        if damage or _is_truncated(self._path):
-            raise ValueError(f"{self._path} is damaged or truncated: {damage or 'the end is missing'}")
+            report(str(error.strerror))
+        if timed and first is not None and (lost := sum(pts >= first for pts in waiting)):
+            report(f"{lost} frames cannot be decoded")
+
+    def _decoder(self, stream: Any) -> Any:
+        name = stream.codec_context.name
+        if stream.metadata.get("alpha_mode") == "1" and name in _ALPHA_DECODERS:
+            try:
+                decoder = av.CodecContext.create(_ALPHA_DECODERS[name], "r")
+            except av.codec.codec.UnknownCodecError as error:
+                raise ValueError(
+                    f"{self._path} has transparent {name} video, which needs FFmpeg's decoder "
+                    f"{_ALPHA_DECODERS[name]}: install PyAV's own wheel"
+                ) from error
+            decoder.options = dict(stream.codec_context.options)
+            return decoder
+        if name == "mjpeg":  # does not mark frames as corrupt
+            stream.codec_context.options |= {"err_detect": "explode"}
+        return stream.codec_context
+
+    def _damage(self, problem: str | None, time: float | None = None) -> str:
+        place = "" if time is None else f" near {time:.2f} s"
+        return f"{self._path} is damaged or truncated{place}: {problem}"
 
 
-def _decoded_pixels(frame: av.VideoFrame) -> np.ndarray:
-    has_alpha = any(component.is_alpha for component in frame.format.components)
+def _shows_every_packet(container: Any, stream: Any) -> bool:
+    """Whether each packet has the time of one frame. VP8 stores hidden frames as packets; avi stores no times."""
+    return stream.codec_context.name != "vp8" and container.format.name != "avi"
+
+
+def _shown_for(duration: float, gap: float, rate: float) -> float:
+    """Duration of a frame, in seconds: the stored one, otherwise that of the frame before it, or of the mean rate."""
+    return duration or gap or 1 / (rate or DEFAULT_FRAME_RATE)
+
+
+def _gap(times: list[float]) -> str | None:
+    """Where frames are missing from a video of constant rate: less than 5% of its intervals differ, one by a lot."""
+    intervals = np.diff(times)
+    usual = np.median(intervals) if len(intervals) else 0.0
+    if len(intervals) == 0 or intervals.max() < 3.5 * usual or np.mean(intervals > 1.5 * usual) > 0.05:
+        return None
+    before = intervals.argmax()
+    return f"there are no frames between {times[before]:.2f} s and {times[before + 1]:.2f} s"
+
+
+class _Orientation(NamedTuple):
+    """What makes a frame upright: a transposition of rows and columns, then flips of the columns and of the rows."""
+
+    transposed: bool
+    columns_flipped: bool
+    rows_flipped: bool
+
+
+def _orientation(frame: av.VideoFrame) -> _Orientation:
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    # the pixel at (x, y) is shown at (a x + c y, b x + d y)
+    a, b, _, c, d, *_ = (1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
+    return _Orientation(False, a < 0, d < 0) if abs(a) >= abs(b) else _Orientation(True, c < 0, b < 0)
+
+
+def _decoded_pixels(frame: av.VideoFrame, orientation: _Orientation) -> np.ndarray:
+    has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     # one thread: starting a thread pool for each frame costs more than it saves
-    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
-    return np.ascontiguousarray(np.rot90(_on_black(pixels), k=round(frame.rotation / 90)))
+    pixels = on_black(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1))
+    if frame.color_primaries == ColorPrimaries.BT2020:
+        pixels = _bt2020_to_bt709(pixels)
+    pixels = pixels.swapaxes(0, 1) if orientation.transposed else pixels
+    return np.ascontiguousarray(
+        pixels[:: -1 if orientation.rows_flipped else 1, :: -1 if orientation.columns_flipped else 1]
+    )
+
+
+def _bt2020_to_bt709(pixels: np.ndarray) -> np.ndarray:
+    """Converts the primaries (ITU-R BT.2087). FFmpeg's scaler does so too, but takes seconds to prepare."""
+    linear = _SRGB_TO_LINEAR[pixels] @ _BT2020_TO_BT709.T
+    return _LINEAR_TO_SRGB[np.rint(4095 * linear.clip(0, 1)).astype(np.uint16)]
 
 
 class _Animation:
@@ -290,27 +480,35 @@ class _Animation:
 
     def __init__(self, path: Path):
         self._path = path
-        self.codec = path.suffix.lower()[1:]
 
-    def timing(self) -> dict[str, Any]:
-        durations = [frame.duration for frame in self.frames(0.0)]
-        num_frames, duration = len(durations), sum(durations)
-        return {"frame_rate": num_frames / duration, "num_frames": num_frames, "duration": duration}
+    def properties(self) -> dict[str, Any]:
+        damage: list[str] = []
+        num_frames, end = 0, 0.0
+        for frame in self.frames(0.0, damage.append):
+            num_frames, end = num_frames + 1, frame.time + frame.duration
+        return _properties(self._path.suffix.lower()[1:], num_frames, end, damage)
 
-    def frames(self, start: float) -> Iterator[_Frame]:
-        time = 0.0
-        with _opened_image(self._path) as file:
-            for index in itertools.count():
-                try:
-                    check_frame_size(self._path, *file.properties(index=index).shape[:2])  # a gif may grow
-                except EOFError:
-                    break
-                pixels = file.read(index=index, mode="RGBA")
-                duration = file.metadata(index=index).get("duration", 0) / 1000 or _UNTIMED_DURATION
-                yield _Frame(time, duration, partial(_on_black, pixels))
-                time += duration
-        if _is_truncated(self._path):
-            raise ValueError(f"{self._path} is truncated: the end is missing")
+    def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:
+        time, path = 0.0, self._path
+        try:
+            with path.open("rb") as header, opened_image(header, path):  # of a supported format and size
+                source = path.content if isinstance(path, MemoryFile) else path
+                with iio.imopen(source, "r", plugin="pillow") as file:
+                    for index in itertools.count():
+                        try:
+                            check_frame_size(path, *file.properties(index=index).shape[:2])  # a gif may grow
+                        except EOFError:
+                            break
+                        pixels = file.read(index=index, mode="RGBA")  # and with it a webp's duration
+                        duration = file.metadata(index=index).get("duration", 0) / 1000 or _UNTIMED_DURATION
+                        yield _Frame(time, duration, partial(on_black, pixels))
+                        time += duration
+            if broken := structural_damage(path):
+                raise ValueError(f"{path} is damaged or truncated: {broken}")
+        except ValueError as error:
+            if on_damage is None or time == 0:
+                raise
+            on_damage(str(error))
 
 
 class _ImageFolder:
@@ -321,68 +519,19 @@ class _ImageFolder:
         self._images = sorted((image for image in images if image.name[0] != "."), key=_natural_order)
         if not self._images:
             raise ValueError(f"the folder {path} has no {', '.join(IMAGE_SUFFIXES)} frames")
-        self.codec = self._images[0].suffix.lower()[1:]
-        with _opened_image(self._images[0]) as file:
-            rate = file.metadata(index=0).get("frame_rate")
-        self._stored_rate = float(rate) if rate else None
+        with opened_image(self._images[0], self._images[0]) as image:
+            self._stored_rate = float(image.info.get("frame_rate", 0))
         self._frame_rate = self._stored_rate or frame_rate or DEFAULT_FRAME_RATE
 
-    def timing(self) -> dict[str, Any]:
-        num_frames, rate = len(self._images), self._stored_rate
-        return {"frame_rate": rate, "num_frames": num_frames, "duration": num_frames / rate if rate else None}
+    def properties(self) -> dict[str, Any]:
+        num_frames = len(self._images)
+        found = _properties(self._images[0].suffix.lower()[1:], num_frames, num_frames / self._frame_rate, [])
+        return found if self._stored_rate else found | {"frame_rate": None, "duration": None}
 
-    def frames(self, start: float) -> Iterator[_Frame]:
+    def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:
         for index, image in enumerate(self._images):
-            yield _Frame(index / self._frame_rate, 1 / self._frame_rate, partial(_image_pixels, image))
+            yield _Frame(index / self._frame_rate, 1 / self._frame_rate, partial(read_image, image))
 
 
 def _natural_order(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"([0-9]+)", path.name.lower())]
-
-
-@contextlib.contextmanager
-def _opened_image(path: Path) -> Iterator[Any]:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is a pipe, a device or a folder: expected an image")
-    try:
-        with path.open("rb") as header, Image.open(header, formats=IMAGE_FORMATS) as image:
-            check_frame_size(path, image.height, image.width)
-        with iio.imopen(path.content if isinstance(path, MemoryFile) else path, "r", plugin="pillow") as file:
-            yield file
-    # the exceptions that Pillow raises
-    except (OSError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image, or is damaged or truncated: {error.__cause__ or error}") from error
-
-
-def _image_pixels(path: Path) -> np.ndarray:
-    with _opened_image(path) as file:
-        if file.metadata(index=0)["mode"].startswith("I"):  # 16-bit gray
-            gray = (file.read(index=0, rotate=True) >> 8).astype(np.uint8)
-            return np.repeat(gray[..., None], 3, axis=-1)
-        return _on_black(file.read(index=0, mode="RGBA", rotate=True))
-
-
-def _on_black(pixels: np.ndarray) -> np.ndarray:
-    """Composites RGBA on black; returns RGB unchanged."""
-    if pixels.shape[-1] == 3:
-        return pixels
-    color, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
-    return ((color * alpha + 127) // 255).astype(np.uint8)
-
-
-def _is_truncated(path: Path) -> bool:
-    """Whether a gif, avi, mkv or webm is truncated. FFmpeg and Pillow may treat the cut as the end of the video."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-        size = file.seek(0, os.SEEK_END)
-        if head.startswith(b"GIF"):
-            file.seek(max(size - 64, 0))
-            return not file.read().rstrip(b"\0").endswith(b";")
-    if head.startswith(b"RIFF"):
-        return 8 + int.from_bytes(head[4:8], "little") > size
-    # Matroska: one segment, then its length in eight bytes, all ones if it is unknown.
-    segment = head.find(b"\x18\x53\x80\x67\x01")
-    if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 0:
-        return False
-    length = int.from_bytes(head[segment + 5 : segment + 12], "big")
-    return length != 2**56 - 1 and segment + 12 + length > size

@@ -1,30 +1,33 @@
 """Writing of mp4, gif, webp and folders of frames, streamed and atomically.
 
-Files are encoded by PyAV: imageio's `pyav` plugin supports neither a quality nor other encoder settings, and Pillow
-keeps all frames of a gif or webp in memory and merges equal ones. Folders of frames are written by imageio.
+Files are encoded by PyAV, because Pillow keeps all frames of a gif or webp in memory and merges equal ones. Folders of
+frames are written by Pillow.
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from vgen.checks import check_integer, check_number
+from vgen.checks import check_choice, check_integer, check_number
 from vgen.data.formats import check_video_output
 from vgen.io.atomic import move_into_place, workspace_for
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
+PixelFormat = Literal["yuv420p", "yuv444p"]
+"""Pixel formats of mp4 files."""
 
+logger = logging.getLogger(__name__)
 _MAX_GIF_RATE = 50.0  # browsers play faster gifs more slowly
 
 
@@ -45,6 +48,7 @@ def write_video(
     frame_rate: float = DEFAULT_FRAME_RATE,
     *,
     crf: int | None = None,
+    pixel_format: PixelFormat = "yuv420p",
     overwrite: bool = False,
 ) -> None:
     """Writes a video atomically. The arguments and errors are those of `VideoWriter`.
@@ -54,9 +58,10 @@ def write_video(
         path: As in `VideoWriter`.
         frame_rate: As in `VideoWriter`.
         crf: As in `VideoWriter`.
+        pixel_format: As in `VideoWriter`.
         overwrite: As in `VideoWriter`.
     """
-    with VideoWriter(path, frame_rate, crf=crf, overwrite=overwrite) as writer:
+    with VideoWriter(path, frame_rate, crf=crf, pixel_format=pixel_format, overwrite=overwrite) as writer:
         for chunk in frames:
             writer.append(chunk)
 
@@ -117,7 +122,8 @@ class VideoWriter:
     not at all. As a context manager, the writer closes at the end of the block and discards the video if the block
     raises. The suffix of `path` selects the format:
 
-    - `.mp4`: H.264 in `yuv420p`, or in `yuv444p` for odd widths and heights, which `yuv420p` does not support.
+    - `.mp4`: H.264 in `yuv420p`, which every player supports. It needs even sizes: the last row or column of an odd
+      size is repeated, with a warning. Colors are tagged as sRGB with the primaries of BT.709.
     - `.gif`: 256 colors per frame, looping. Times are rounded to hundredths of a second, without drift.
     - `.webp`: lossless and looping.
     - none: a folder of numbered, lossless png frames that store the frame rate.
@@ -126,13 +132,14 @@ class VideoWriter:
         path: The file or folder to write; its parent folder must exist.
         frame_rate: Frames per second.
         crf: Constant rate factor of an mp4, from 0 (best) to 51; `None` means 16, visually lossless.
+        pixel_format: Pixel format of an mp4. `yuv444p` keeps odd sizes and all color detail; few players support it.
         overwrite: Whether to replace an existing video, which stays until the new one is complete. A folder is
             replaced only if it contains nothing but frames.
 
     Raises:
         FileExistsError: `path` exists and cannot be replaced.
         OSError: The video cannot be written there, for instance because the folder is not writable.
-        ValueError: The suffix, the frame rate or the quality is unsupported.
+        ValueError: The suffix, the frame rate, the quality or the pixel format is unsupported.
     """
 
     def __init__(
@@ -141,6 +148,7 @@ class VideoWriter:
         frame_rate: float = DEFAULT_FRAME_RATE,
         *,
         crf: int | None = None,
+        pixel_format: PixelFormat = "yuv420p",
         overwrite: bool = False,
     ):
         self.path = Path(path)
@@ -148,6 +156,7 @@ class VideoWriter:
         self.frame_rate = float(frame_rate)
         self.num_frames = 0
         self._crf = crf
+        self._pixel_format = pixel_format
         self._overwrite = overwrite
         check_video_output(self.path, overwrite)
         self._check_settings()
@@ -219,6 +228,9 @@ class VideoWriter:
             raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
         if self._crf is not None:
             check_integer("crf", self._crf, 0, 51)
+        check_choice("pixel_format", self._pixel_format, PixelFormat)
+        if self._pixel_format != "yuv420p" and suffix != ".mp4":
+            raise ValueError(f"pixel_format is supported for mp4 files only, got {self.path}")
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
         """Checks frames and returns them as `(f, h, w, 3)`."""
@@ -233,7 +245,15 @@ class VideoWriter:
     def _open_sink(self, shape: tuple[int, ...]) -> "_EncodedFile | _ImageFolder":
         if self.path.suffix == "":
             return _ImageFolder(self._partial, self.frame_rate)
-        return _EncodedFile(self._partial, self.frame_rate, shape, DEFAULT_CRF if self._crf is None else self._crf)
+        height, width, _ = shape
+        if self.path.suffix.lower() == ".mp4" and self._pixel_format == "yuv420p" and (height % 2 or width % 2):
+            height, width = height + height % 2, width + width % 2
+            logger.warning(
+                f"{self.path}: {shape[1]}x{shape[0]} is written as {width}x{height}, because yuv420p needs even sizes "
+                "(pixel_format='yuv444p' does not)"
+            )
+        crf = DEFAULT_CRF if self._crf is None else self._crf
+        return _EncodedFile(self._partial, self.frame_rate, (height, width), crf, self._pixel_format)
 
     @contextlib.contextmanager
     def _discarding_on_error(self) -> Iterator[None]:
@@ -258,12 +278,15 @@ class VideoWriter:
 class _EncodedFile:
     """A video file, encoded by FFmpeg."""
 
-    def __init__(self, path: Path, frame_rate: float, shape: tuple[int, ...], crf: int):
-        height, width, _ = shape
-        even = height % 2 == 0 and width % 2 == 0
+    def __init__(self, path: Path, frame_rate: float, size: tuple[int, int], crf: int, chroma: PixelFormat):
+        height, width = size
         # The conversion from RGB uses the BT.601 matrix. Tagging it makes every player invert that matrix.
-        color = dict.fromkeys(("colorspace", "color_primaries", "color_trc"), "smpte170m") | {"color_range": "tv"}
-        chroma = "yuv420p" if even else "yuv444p"
+        color = {
+            "colorspace": "smpte170m",
+            "color_primaries": "bt709",
+            "color_trc": "iec61966-2-1",
+            "color_range": "tv",
+        }
         # x264's macroblock tree reads undefined memory if the number of macroblocks is not a multiple of its vector
         # length, so that equal frames occasionally give different files. Without it files are larger (720p: 1.7x).
         exact = {} if math.ceil(height / 16) * math.ceil(width / 16) % 16 == 0 else {"mbtree": "0"}
@@ -283,6 +306,9 @@ class _EncodedFile:
         self._num_frames = 0
 
     def append(self, frame: np.ndarray) -> None:
+        padding = self._stream.height - frame.shape[0], self._stream.width - frame.shape[1]
+        if any(padding):
+            frame = np.pad(frame, [(0, padding[0]), (0, padding[1]), (0, 0)], mode="edge")
         picture = self._to_picture(frame)
         picture.pts, picture.time_base = self._num_frames, self._time_base
         self._container.mux(self._stream.encode(picture))
@@ -317,7 +343,7 @@ class _ImageFolder:
 
     def append(self, frame: np.ndarray) -> None:
         path = self._path / f"{self._num_frames:06d}.png"
-        iio.imwrite(path, frame, plugin="pillow", pnginfo=self._text, compress_level=3)
+        Image.fromarray(frame).save(path, pnginfo=self._text, compress_level=3)
         self._num_frames += 1
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen.io.images import image_pixels
+
 
 def to_uint8(pixels: Tensor) -> Tensor:
     """Pixels in [-1, 1] as uint8, clamped and rounded; any shape."""
@@ -121,13 +123,14 @@ def to_pixels(image: Any) -> Tensor:
     """An image as pixels `(3, h, w)` in [-1, 1].
 
     Args:
-        image: A PIL image, an array `(h, w, 3)`, or a tensor `(3, h, w)`; uint8, or floats in [0, 1].
+        image: A PIL image (converted by `vgen.io.images`), an array `(h, w, 3)`, or a tensor `(3, h, w)`; uint8, or
+            floats in [0, 1].
 
     Raises:
         ValueError: It is none of these, or its values are out of range.
     """
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        image = image_pixels(image)
     if isinstance(image, np.ndarray) and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:

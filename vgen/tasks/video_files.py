@@ -16,15 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from diffusers.utils import logging
 
 from vgen.data.resize import Fit
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
 from vgen.io.atomic import remove_directory
+from vgen.io.images import read_image
 from vgen.io.pixels import to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline, load_rollout
 from vgen.sampling.rollout import is_saved
+
+logger = logging.get_logger(__name__)
 
 FRAMES_PER_SLICE = 16
 """Frames of an input video that are converted at once."""
@@ -58,8 +61,8 @@ def generate_file(
     """
     fit = None
     if image is not None:
-        first = _read_image(image)[None]
-        fit = _fit(pipe, first[0])
+        first = read_image(image)[None]
+        fit = Fit(first.shape[1:3], (pipe.config.height, pipe.config.width))
         options = options | {"image": fit.to_target(first)[0]}
     rate = options.get("frame_rate") or pipe.config.frame_rate
     with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
@@ -250,16 +253,22 @@ def _has_segments(work: Path, num_frames: int) -> bool:
         if int(segment.stem) >= num_frames:
             segment.unlink()
         elif int(segment.stem) == position:
-            position += video_info(segment).num_frames or 0
+            position += video_info(segment).num_frames
     return position == num_frames
 
 
 def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray], float]:
-    """Opens a video: the crop and resize to the checkpoint's size, the frames, and the frames per second."""
-    rate = video_info(video).frame_rate or DEFAULT_FRAME_RATE
-    frames = iter_video(video)
-    first = next(frames)
-    return _fit(pipe, first), itertools.chain([first], frames), rate
+    """Opens a video: the crop and resize to the checkpoint's size, the frames, and the frames per second.
+
+    A variable frame rate is resampled to its mean, so that time passes as in the file. Damage is warned about.
+    """
+    info = video_info(video)
+    rate = info.frame_rate or DEFAULT_FRAME_RATE
+    if info.damage is not None:
+        logger.warning(info.damage)
+    frames = iter_video(video, frame_rate=rate, on_damage=logger.warning if info.damage is None else lambda _: None)
+    size = info.height, info.width
+    return Fit(size, (pipe.config.height, pipe.config.width), info.pixel_aspect_ratio), frames, rate
 
 
 def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
@@ -267,20 +276,6 @@ def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
         yield to_clip(fit.to_target(np.stack(part)))[None]
 
 
-def _fit(pipe: VideoGenPipeline, frame: np.ndarray) -> Fit:
-    height, width = frame.shape[:2]
-    return Fit((height, width), (pipe.config.height, pipe.config.width))
-
-
 def _manifest_entries(writer: VideoWriter, fit: Fit | None) -> dict[str, Any]:
     entries: dict[str, Any] = {"num_frames": writer.num_frames}
-    return entries if fit is None or fit.source == fit.target else entries | {"fit": str(fit)}
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Reads an image file as uint8 `(h, w, 3)`, rotated as its EXIF data says."""
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image in a supported format") from error
+    return entries if fit is None or fit.source == fit.output == fit.target else entries | {"fit": str(fit)}
