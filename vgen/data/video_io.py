@@ -1,7 +1,7 @@
 """Reading and writing of video files and folders of frames, streamed with memory that does not depend on the length.
 
-Files in `vgen.data.formats.CONTAINERS` are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif and
-webp are read through imageio's `pillow` plugin, and folders of png or jpg frames as all still images are.
+Files in `vgen.data.formats.CONTAINERS` are decoded by PyAV, because imageio's `pyav` plugin gives no time stamps. Gif
+and webp are read through imageio's `pillow` plugin, and folders of png or jpg frames as all still images are.
 
 Frames are upright uint8 RGB `(h, w, 3)`: rotations and flips are applied, 10-bit video is converted to 8 bits, BT.2020
 to BT.709, and transparent pixels are composited on black. Non-square pixels and interlacing are left as stored. HDR
@@ -493,6 +493,7 @@ class _Animation:
         try:
             with path.open("rb") as header, opened_image(header, path):  # of a supported format and size
                 source = path.content if isinstance(path, MemoryFile) else path
+                file: Any
                 with iio.imopen(source, "r", plugin="pillow") as file:
                     for index in itertools.count():
                         try:
