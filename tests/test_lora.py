@@ -504,3 +504,21 @@ def test_a_hotswapped_adapter_gives_the_video_of_merged_weights(compiled, has_al
     for file, expected, hotswap in ((files[0], merged, False), (files[1], other, True), (files[0], merged, True)):
         pipe.load_lora_weights(file, adapter_name="style", hotswap=hotswap)
         assert apart(latents(pipe), latents(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("given", ["as they are", "alphas apart"])
+def test_layers_of_a_text_encoder_load_on_their_own(given):
+    pipe, merged = make_pipeline(), make_pipeline()
+    name, parts = (plain, AB) if given == "as they are" else (underscored, DOWN_UP)
+    file = "text_encoder." if given == "as they are" else "lora_te_"
+    weights = random_adapter(merged.text_encoder, T5_LAYERS, file, name, parts, given != "as they are")
+    alphas = {key: weights.pop(key).item() for key in list(weights) if key.endswith(".alpha")}
+    renamed = {f"text_encoder.{key.removeprefix(file)}": weight for key, weight in weights.items()}
+    alphas = {f"text_encoder.{key.removeprefix(file)}": alpha for key, alpha in alphas.items()}
+    others = {"transformer.patch_embedding.lora_A.weight": torch.ones(1)}
+    pipe.load_lora_into_text_encoder(renamed | others, alphas, pipe.text_encoder, adapter_name="style")
+    expected = merged.encode_prompt(PROMPT)[0]
+    assert torch.allclose(pipe.encode_prompt(PROMPT)[0], expected, atol=1e-4)
+    assert not torch.allclose(make_pipeline().encode_prompt(PROMPT)[0], expected, atol=1e-3)
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        pipe.load_lora_into_text_encoder({"text_encoder.nosuch.lora_A.weight": torch.ones(1)}, None, pipe.text_encoder)

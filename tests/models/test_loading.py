@@ -113,3 +113,11 @@ def test_an_image_vae_is_loaded_as_strictly(tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="AutoencoderKL .* missing keys: .*decoder.conv_out.bias"):
         load_vae(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{", '{"patch_size": {}, "dim_mult": null, "block_out_channels": 5}'])
+def test_a_malformed_config_is_one_error(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises((ValueError, OSError)) as error:
+        load(folder)
+    assert str(folder) in str(error.value)

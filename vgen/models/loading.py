@@ -12,6 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vgen.io.errors import loading
+from vgen.io.records import read_json
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PARALLELISM = (
@@ -74,7 +77,10 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
         raise ValueError(
             f"use_safetensors must be True, because pickles can run code, got {kwargs['use_safetensors']!r}"
         )
-    model, info = load(source, output_loading_info=True, **kwargs)
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")
+    with loading(folder):
+        model, info = load(source, output_loading_info=True, **kwargs)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
     if problems:
         details = "; ".join(f"{kind.replace('_', ' ')}: {shorten(keys)}" for kind, keys in problems.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -16,10 +15,11 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import _get_model_file
-from diffusers.utils.peft_utils import check_peft_version
+from diffusers.utils.peft_utils import check_peft_version, scale_lora_layers
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from vgen.io.records import read_json
 from vgen.models.loading import PICKLED, shorten
 
 PREFIXES = {
@@ -69,8 +69,6 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer", "unet", "text_encoder"]
     text_encoder: Any
-    enable_model_cpu_offload: Any
-    enable_sequential_cpu_offload: Any
 
     @property
     def denoiser_name(self) -> str:
@@ -145,7 +143,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         if hotswap and "text_encoder" in adapters:
             raise ValueError("hotswap is not supported for text encoders: unload the adapter and load the other one")
         if "text_encoder" in adapters:
-            self._add_to_text_encoder(*adapters["text_encoder"], adapter_name, low_memory)
+            self._add_to_text_encoder(self.text_encoder, *adapters["text_encoder"], adapter_name, low_memory, self)
         if name in adapters:
             layers, config = adapters[name]
             if hotswap:  # peft compares this pattern with that of the loaded adapter, but does not use it
@@ -206,22 +204,73 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         """Reverts `fuse_lora`."""
         super().unfuse_lora(components or self._with_adapters, **kwargs)
 
-    def _add_to_text_encoder(
-        self, layers: dict[str, Tensor], config: dict[str, Any], adapter_name: str, low_memory: bool
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, Tensor],
+        network_alphas: dict[str, float] | None,
+        text_encoder: Any,
+        prefix: str | None = None,
+        lora_scale: float = 1.0,
+        adapter_name: str | None = None,
+        _pipeline: Any = None,
+        low_cpu_mem_usage: bool = False,
+        hotswap: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Adds an adapter to the text encoder, as diffusers' networks do on their own."""
+        """Loads the layers of a text encoder, with the arguments of diffusers' method.
+
+        Args:
+            state_dict: Weights of an adapter; only those of the text encoder are used.
+            network_alphas: Alphas by key, in addition to those in `state_dict`.
+            text_encoder: The text encoder.
+            prefix: What the keys of its weights begin with; `text_encoder` by default.
+            lora_scale: Multiplies the adapter.
+            adapter_name: Name of the adapter; `None` numbers it.
+            low_cpu_mem_usage: Whether not to initialize the layers before.
+            hotswap: Not supported.
+            metadata: Configuration of the adapter in diffusers' format.
+
+        Raises:
+            ValueError: There are no such weights, or some do not fit the text encoder. The error lists their keys.
+        """
+        if hotswap:
+            raise ValueError("hotswap is not supported for text encoders: unload the adapter and load the other one")
+        prefix = f"{prefix or 'text_encoder'}."
+        alphas = {key: torch.tensor(float(alpha)) for key, alpha in (network_alphas or {}).items()}
+        weights = {
+            key.removeprefix(prefix): one for key, one in (state_dict | alphas).items() if key.startswith(prefix)
+        }
+        networks = {"text_encoder": text_encoder}
+        adapter = _fit(weights, metadata, None, networks, "the given weights", one_scale=False)["text_encoder"]
+        name = adapter_name or f"default_{len(getattr(text_encoder, 'peft_config', {}))}"
+        cls._add_to_text_encoder(text_encoder, *adapter, name, low_cpu_mem_usage, _pipeline)
+        if lora_scale != 1:
+            scale_lora_layers(text_encoder, lora_scale)
+
+    @classmethod
+    def _add_to_text_encoder(
+        cls,
+        network: Any,
+        layers: dict[str, Tensor],
+        config: dict[str, Any],
+        adapter_name: str,
+        low_memory: bool,
+        pipeline: Any,
+    ) -> None:
+        """Adds an adapter to a text encoder, as diffusers' networks do on their own."""
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-        network, options = self.text_encoder, {"low_cpu_mem_usage": low_memory}
-        by_model, by_layer, by_group = self._optionally_disable_offloading(self)
+        options = {"low_cpu_mem_usage": low_memory}
+        by_model, by_layer, by_group = cls._optionally_disable_offloading(pipeline)
         inject_adapter_in_model(LoraConfig(**config), network, adapter_name, state_dict=layers, **options)
         set_peft_model_state_dict(network, layers, adapter_name, **options)
         network._hf_peft_config_loaded = True
         network.to(device=network.device, dtype=network.dtype)
         if by_model:
-            self.enable_model_cpu_offload()
+            pipeline.enable_model_cpu_offload()
         elif by_layer:
-            self.enable_sequential_cpu_offload()
+            pipeline.enable_sequential_cpu_offload()
         elif by_group:
             _maybe_remove_and_reapply_group_offloading(network)
 
@@ -443,6 +492,6 @@ def _peft_config(source: Any, weights: dict[str, Tensor], options: dict[str, Any
         path = _get_model_file(folder, weights_name="adapter_config.json", **{name: options.get(name) for name in hub})
     except OSError:
         return None
-    settings = json.loads(Path(path).read_text())
+    settings = read_json(Path(path))
     names = {"r", "lora_alpha", "alpha_pattern", "use_rslora"}
     return LoraConfig(**{name: value for name, value in settings.items() if name in names})

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vgen.io.records import read_json
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import KnownFrameLayout, KnownFrames, encode_clip, encode_slots, lay_out
@@ -117,7 +118,7 @@ class InterpolationState:
             kind, _, index = name.partition(".")
             parts[kind][int(index)] = tensor.clone().to(device)
         decoder = TemporalState.load(folder / "decoder.safetensors").move_to(device)
-        counts = json.loads((folder / "interpolation.json").read_text())
+        counts = read_json(folder / "interpolation.json")
         return cls(decoder=decoder, given=parts["given"], finished=parts["finished"], **counts)
 
 

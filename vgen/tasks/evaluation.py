@@ -29,6 +29,7 @@ from vgen.hub import find_packaged
 from vgen.io.atomic import write_text
 from vgen.io.fingerprint import weights_digest
 from vgen.io.pixels import from_pt, from_uint8, to_uint8
+from vgen.io.records import read_json
 from vgen.io.remote import as_path, replace_text
 from vgen.metrics.frechet import FeatureNetwork, Protocol, ScriptedFeatures, distances
 from vgen.metrics.reference import LPIPS
@@ -147,7 +148,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     if not process.is_main_process:
         return None
     lines = read_manifest(folder)
-    done = [json.loads((folder / job.name).read_text()) for job in jobs if is_done(job, lines, folder)]
+    done = [read_json(folder / job.name) for job in jobs if is_done(job, lines, folder)]
     if not done:
         reason = next(line["error"] for line in lines.values() if "error" in line)
         raise ValueError(f"all clips failed, the first one because of: {reason}")

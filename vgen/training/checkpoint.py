@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils import load as load_weights_only
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -305,7 +303,7 @@ def _weights_only(deepspeed: bool) -> Iterator[None]:
         from deepspeed.utils.tensor_fragment import fragment_address
 
         classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}), torch.serialization.safe_globals(classes):
+    with patch_environment(torch_force_weights_only_load=1), torch.serialization.safe_globals(classes):
         yield
 
 

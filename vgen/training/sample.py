@@ -7,7 +7,6 @@ A sample depends only on the seed, the optimizer step and its index in the batch
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from vgen.checks import check_integer, check_number, check_weights
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.diffusion import Prediction
 from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.io.records import read_json
 from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.prompts import tokenize
@@ -221,7 +221,7 @@ def check_encoders(sources: Sequence[Source], vae: Any, text_encoder: Any | None
     for source in sources:
         folder = source.config.latents_dir
         path = folder / "settings.json"
-        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings = read_json(path) if path.is_file() else {}
         if settings.get("vae_sha256", digest) != digest:
             raise ValueError(
                 f"the latents in {folder} were encoded with another VAE than this pipeline's: encode them again, or "
