@@ -379,9 +379,10 @@ def test_pipes_are_no_captions(tmp_path):
             list_videos(tmp_path)
 
 
-def test_names_that_are_no_unicode_are_listed(tmp_path):
+def test_names_that_are_no_unicode_are_listed(tmp_path, caplog):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.mp4"))
     write_clip(path.with_name("a.mp4"))
     path.with_name("a.mp4").rename(path)
     opened = VideoFolder(tmp_path, Sampling(num_frames=4), 16, 16)
     assert len(opened) == 1 and opened.digest
+    assert "udcff .mp4" in caplog.messages[0] and caplog.messages[0].encode()

@@ -29,6 +29,7 @@ from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
 from vgen.data.video_index import index_of, probe_once
 from vgen.data.video_io import VideoInfo, iter_video, resampled_length, video_info
+from vgen.io.errors import one_line
 from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
@@ -198,7 +199,7 @@ def _warn_about(paths: Sequence[Path], what: str) -> None:
 @cache
 def warn_once(message: str) -> None:
     """Warns, the first time that this process has this message."""
-    logger.warning(message)
+    logger.warning(one_line(message))
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -396,7 +397,7 @@ def warn_skipped(listed: Listed, reason: str) -> None:
     reasons = _skipped.setdefault(listed.path, set())
     if reason not in reasons:
         reasons.add(reason)
-        logger.warning(f"skipped ({len(_skipped)} so far): {listed.path}: {reason}")
+        logger.warning(one_line(f"skipped ({len(_skipped)} so far): {listed.path}: {reason}"))
 
 
 class Bucket(NamedTuple):

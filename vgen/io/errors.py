@@ -19,7 +19,12 @@ def describe(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
-    return " ".join(text.split())
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """A text as one line that can be written anywhere: names of files may have line ends, and may not be Unicode."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from vgen.io.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
@@ -33,7 +35,7 @@ def read_image(path: Path) -> np.ndarray:
         warnings.simplefilter("always")
         pixels = image_pixels(ImageOps.exif_transpose(image))
     if caught:
-        logger.warning(f"{path}: {str(caught[0].message).strip()}")
+        logger.warning(one_line(f"{path}: {caught[0].message}"))
     return pixels
 
 
