@@ -452,8 +452,15 @@ def test_layers_of_a_text_encoder_are_saved_with_those_of_a_transformer(tmp_path
         VideoGenPipeline.save_lora_weights(tmp_path)
 
 
+@pytest.fixture
+def untraced():
+    """Compiled networks run without being traced, which takes most of the time."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("denoiser", ["transformer", "unet"])
-def test_all_methods_work_on_compiled_networks(denoiser, randomize):
+def test_all_methods_work_on_compiled_networks(denoiser, randomize, untraced):
     def make():
         pipe = make_pipeline() if denoiser == "transformer" else make_unet_pipeline(randomize)
         layers = LAYERS if denoiser == "transformer" else UNET_LAYERS

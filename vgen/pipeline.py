@@ -40,6 +40,7 @@ from vgen.hub import find_checkpoint, not_found
 from vgen.io.errors import loading
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
+from vgen.io.records import read_json
 from vgen.models.convert import check_wan, from_wan_index, with_same_weights
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.inflate import inflate_stable_diffusion
@@ -217,6 +218,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_not_pickled(component)
         index = {name: entry for name, entry in cls.load_config(folder).items() if isinstance(entry, (list, tuple))}
         loaded = {name: entry[1] for name, entry in index.items() if name not in kwargs and entry[0] is not None}
+        for name in loaded:
+            for path in (folder / name).glob("*config.json"):
+                read_json(path)  # diffusers may take another value for a Hub id
         if kwargs["dtype"] == "auto":
             kwargs["dtype"] = stored_dtypes(folder, loaded, kwargs.get("variant")) | {"default": torch.float32}
         if kwargs.get("variant"):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.fixtures import write_tar
+from vgen.data import sources
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Listed, Sampling, VideoFolder, list_videos
 from vgen.data.moving_mnist import MovingMNIST
@@ -336,8 +337,10 @@ def test_braces_are_expanded_as_by_bash(pattern, expected):
         "{{0..9999},{0..99999999}}",
     ],
 )
-def test_too_many_shards_are_rejected(pattern):
-    with pytest.raises(ValueError, match="names more than 1000000 files"):
+def test_too_many_shards_are_rejected(pattern, monkeypatch):
+    assert sources.MAX_SHARDS == 1_000_000
+    monkeypatch.setattr(sources, "MAX_SHARDS", 1_000)
+    with pytest.raises(ValueError, match="names more than 1000 files"):
         list_shards(pattern)
 
 

@@ -1,11 +1,11 @@
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.warm import warm_python
 from vgen.io.atomic import (
     atomic_directory,
     atomic_file,
@@ -138,7 +138,7 @@ for write in (tensors, folder, pickled, lambda: write_text(path, text), lambda: 
 
 
 def test_a_failed_write_names_the_path(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm_python(), "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and all(line.startswith(f"could not write {tmp_path / 'result'}: ") for line in lines)
     assert sum(line.endswith("File too large") for line in lines) == 4
