@@ -224,6 +224,11 @@ def test_data_types_by_name_and_as_stored(wan_folder, tmp_path):
     auto = VideoGenPipeline.from_pretrained(tmp_path, dtype="auto")
     dtypes = [part.dtype for part in (auto.transformer, auto.text_encoder, auto.vae)]
     assert dtypes == [torch.bfloat16, torch.float16, torch.float32]
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    again = VideoGenPipeline.from_pretrained(tmp_path, dtype="auto")
+    assert [part.dtype for part in (again.transformer, again.text_encoder, again.vae)] == dtypes
+    variant = VideoGenPipeline.from_pretrained(tmp_path, dtype="auto", variant="fp16")
+    assert variant.transformer.dtype == variant.vae.dtype == torch.float16
     half = VideoGenPipeline.from_pretrained(tmp_path, torch_dtype="bfloat16")
     assert half.transformer.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
     assert VideoGenPipeline.from_pretrained(tmp_path).transformer.dtype == torch.float32

@@ -16,7 +16,7 @@ from vgen.checks import check_integer, check_number
 from vgen.data.formats import check_video_input, check_video_output
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
-from vgen.io.errors import one_line_errors
+from vgen.io.errors import one_line_errors, printable
 from vgen.io.flags import FLAGS
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
@@ -499,7 +499,7 @@ def validate(
                     f"{size}, valid length {clip['nearest_length']}, {clip['num_clips']} clips of {clip['bucket']}"
                 )
             line = f"{clip['path']}: " + (description if clip["accepted"] else f"skipped: {clip['reason']}")
-            typer.echo(_printable(line))
+            typer.echo(printable(line))
         for name, one in report["buckets"].items():
             batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
             typer.echo(f"{name}: {one['clips']} clips, {batches}")
@@ -559,12 +559,7 @@ def _writing(
         yield entries
     if "fit" in entries:
         typer.echo(entries["fit"], err=True)
-    typer.echo(_printable(f"wrote {output}: {entries['num_frames']} frames"))
-
-
-def _printable(text: str) -> str:
-    """Escapes what cannot be printed, because names of files need not be Unicode."""
-    return text.encode(errors="backslashreplace").decode()
+    typer.echo(printable(f"wrote {output}: {entries['num_frames']} frames"))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

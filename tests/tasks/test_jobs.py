@@ -226,7 +226,7 @@ with locked(Path(sys.argv[1]), Path(sys.argv[2])):
 """
 
 
-def test_a_second_command_for_the_same_folder_is_told_who_writes_to_it(tmp_path, monkeypatch):
+def test_a_second_command_for_the_same_folder_names_the_process_that_writes_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr("vgen.processes.locked", partial(locked, wait=0.2))
     command = [sys.executable, "-c", HOLD, str(tmp_path), str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

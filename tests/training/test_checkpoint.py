@@ -261,7 +261,7 @@ def test_a_checkpoint_of_an_older_version_is_rejected_with_what_to_do(killed, tm
     )
 
 
-def test_a_second_run_in_the_same_folder_is_told_who_trains_there(tmp_path):
+def test_a_second_run_in_the_same_folder_names_the_process_that_trains_there(tmp_path):
     command = [warm_python(), "-c", SCRIPT, f"--output_dir={tmp_path}", "--max_steps=1000000", "--mixed_precision=no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as first:

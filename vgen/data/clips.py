@@ -117,7 +117,7 @@ def list_videos(folder: Path) -> list[Listed]:
     tables = {parent: table for parent, names in folders.items() if (table := _table(parent, names)) is not None}
     listed = [_listed_row(folder, table, *row) for table in tables.values() for row in _rows(table)]
     in_tables = {os.path.abspath(one.path) for one in listed}
-    unused, unread, beside = [], [], []
+    unused, unread, outside = [], [], []
     for parent, names in folders.items():
         texts = {Path(name).stem: name for name in sorted(names) if name.lower().endswith(".txt")}
         has_table = any(above in tables for above in (parent, *parent.parents))
@@ -128,11 +128,11 @@ def list_videos(folder: Path) -> list[Listed]:
             elif suffix not in VIDEO_SUFFIXES:
                 continue
             elif not has_table:
-                captions = _captions_beside(parent / texts[path.stem]) if path.stem in texts else ()
-                beside.append(Listed(path=path, captions=captions or ("",), root=folder))
+                captions = _captions_in(parent / texts[path.stem]) if path.stem in texts else ()
+                outside.append(Listed(path=path, captions=captions or ("",), root=folder))
             elif os.path.abspath(path) not in in_tables:
                 unused.append(path)
-    listed += sorted(beside, key=lambda one: one.path)
+    listed += sorted(outside, key=lambda one: one.path)
     if not listed:
         raise ValueError(f"{folder} contains no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
     _warn_about(unread, f"of {folder} are not used, because their format is not supported")
@@ -146,7 +146,7 @@ def list_videos(folder: Path) -> list[Listed]:
     return listed
 
 
-def _captions_beside(text: Path) -> tuple[str, ...]:
+def _captions_in(text: Path) -> tuple[str, ...]:
     if not text.is_file():
         raise ValueError(f"{text} is not a file: expected the captions of a video")
     return tuple(split_lines(read_text(text)))

@@ -24,7 +24,12 @@ def describe(error: Exception) -> str:
 
 def one_line(text: str) -> str:
     """A text as one line that can be written anywhere: names of files may have line ends, and may not be Unicode."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what cannot be encoded, because names of files need not be Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def loading(source: object) -> Iterator[None]:
     except EXPECTED:
         raise
     except Exception as error:
-        raise ValueError(f"{source} is malformed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source} is malformed: {type(error).__name__}: {one_line(str(error))}") from error
 
 
 @contextmanager

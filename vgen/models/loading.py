@@ -113,17 +113,12 @@ def check_variant(folder: Path, components: Iterable[str], variant: str) -> None
     Raises:
         ValueError: Some components do not have it. The error names them.
     """
-    files = {name: [path.name for path in (folder / name).glob("*.safetensors")] for name in components}
-    found = {
-        name: any(f".{variant}." in file or f".{variant}-" in file for file in names)
-        for name, names in files.items()
-        if names
-    }
-    missing = sorted(name for name, has in found.items() if not has)
+    weighted = [name for name in components if any((folder / name).glob("*.safetensors"))]
+    missing = sorted(name for name in weighted if not _weight_files(folder / name, variant))
     if missing:
         raise ValueError(
             f"{folder} has no weights of variant={variant!r} for {', '.join(missing)}: pass "
-            " these components, or load without variant"
+            "these components, or load without variant"
         )
 
 
@@ -149,9 +144,8 @@ def stored_dtypes(folder: Path, components: Iterable[str], variant: str | None =
     """
     found = {}
     for name in components:
-        files = [path for path in (folder / name).glob("*.safetensors") if variant is None or variant in path.name]
         sizes: Counter[str] = Counter()
-        for path in files:
+        for path in _weight_files(folder / name, variant):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     weight = file.get_slice(key)
@@ -160,6 +154,14 @@ def stored_dtypes(folder: Path, components: Iterable[str], variant: str | None =
         if dtypes:
             found[name] = dtypes[max(dtypes, key=lambda kind: sizes[kind])]
     return found
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a network's weights: those of a variant, or those of none."""
+    files = list(folder.glob("*.safetensors"))
+    if variant is None:
+        return [path for path in files if "." not in path.stem]
+    return [path for path in files if f".{variant}." in path.name or f".{variant}-" in path.name]
 
 
 def check_not_pickled(folder: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vgen.pipeline import VideoGenPipeline
 
 DType = Literal["float32", "bfloat16", "float16"]
-Sampler = Literal["euler", "ddim", "dpmsolver++", "unipc"]
+Scheduler = Literal["euler", "ddim", "dpmsolver++", "unipc"]
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class LoadOptions:
 
     dtype: DType = "float32"
     """Data type of the weights."""
-    scheduler: Sampler | None = None
+    scheduler: Scheduler | None = None
     """Scheduler to use instead of the checkpoint's: `euler`, `dpmsolver++` or `unipc` for flow matching; `ddim`,
     `dpmsolver++` or `unipc` for other checkpoints."""
     lora: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ def check_loading(options: LoadOptions) -> None:
     """
     check_choice("dtype", options.dtype, DType)
     if options.scheduler is not None:
-        check_choice("scheduler", options.scheduler, Sampler)
+        check_choice("scheduler", options.scheduler, Scheduler)
     for text in options.lora:
         source, _ = parse_adapter(text)
         is_hub_id = source.count("/") == 1 and source[0] not in "./~" and not source.endswith(".safetensors")

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vgen.io.atomic import atomic_directory, partial_path, remove_directory, writing
+from vgen.io.errors import one_line
 from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
 
@@ -219,7 +220,7 @@ def resume(
         for schedule, done in zip(schedules, record["schedule_steps"], strict=True):
             schedule.last_epoch, schedule._step_count = int(done), int(done) + 1
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} does not fit this run or is malformed: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} does not fit this run or is malformed: {one_line(str(error))}") from error
     accelerator.print(f"resumed from {path} after {step} steps")
     return step
 
