@@ -453,9 +453,11 @@ def test_a_name_with_a_colon_is_not_a_protocol(tmp_path, monkeypatch):
         assert len(read_video(name)[0]) == 3
 
 
+@pytest.mark.parametrize("threads", [1, 16])
 @pytest.mark.parametrize("fraction", [0.6, 0.9])
 @pytest.mark.parametrize("name", ["fast.mp4", "a.mp4", "a.mov", "a.mkv", "a.webm", "a.avi", "a.gif", "a.webp"])
-def test_a_truncated_file_gives_its_good_frames_and_then_an_error(tmp_path, name, fraction):
+def test_a_truncated_file_gives_its_good_frames_and_then_an_error(tmp_path, monkeypatch, name, fraction, threads):
+    monkeypatch.setattr("vgen.data.video_io._DECODER_THREADS", threads)
     path, codecs = tmp_path / name, {".avi": "mpeg4", ".webm": "libvpx-vp9"}
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 48, 3), dtype=np.uint8)
     if name in ("fast.mp4", "a.gif", "a.webp"):

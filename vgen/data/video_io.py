@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 _ROUNDING = 0.006  # seconds of tolerance for stored times; gif counts in hundredths
+_CORRUPT_PACKET = "a packet is corrupt"
+_DECODER_THREADS = 0  # FFmpeg chooses by the number of cores; each delays the frames by one
 _SEEK_MARGIN = 5.0  # seconds to seek early: FFmpeg seeks by decoding time, which precedes display time
 _UNTIMED_DURATION = 0.1  # seconds, the duration that browsers use for a gif frame of duration 0
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore the alpha of webm
@@ -299,7 +301,7 @@ class _VideoFile:
                 raise ValueError(f"{path} has no decodable video stream, only: {kinds}")
             check_frame_size(path, streams[0].height, streams[0].width)
             streams[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
-            streams[0].thread_type = "AUTO"
+            streams[0].thread_type, streams[0].codec_context.thread_count = "AUTO", _DECODER_THREADS
             yield container, streams[0]
 
     def properties(self) -> dict[str, Any]:
@@ -375,10 +377,11 @@ class _VideoFile:
         """Decodes frames, and drops those that precede the first keyframe, because they refer to missing frames."""
         decoder, first, waiting = self._decoder(stream), None, set()
         timed = _shows_every_packet(container, stream)
+        intact: set[int | None] | None = None  # times of the packets before a corrupt one; threads still decode them
         try:
             for packet in container.demux(stream):
-                if packet.is_corrupt:
-                    report("a packet is corrupt")
+                if packet.is_corrupt and intact is None:
+                    intact = waiting - {None}
                 first = packet.pts if first is None and packet.is_keyframe else first
                 if first is None and packet.size:
                     continue
@@ -393,11 +396,15 @@ class _VideoFile:
                 for frame in frames:
                     waiting.discard(frame.pts)
                     if frame.pts is None or frame.pts >= first:
+                        if intact is not None and frame.pts not in intact:
+                            report(_CORRUPT_PACKET)
                         if frame.is_corrupt:
                             report("a frame is corrupt")
                         yield frame
         except av.FFmpegError as error:
             report(str(error.strerror))
+        if intact is not None:
+            report(_CORRUPT_PACKET)
         if timed and first is not None and (lost := sum(pts >= first for pts in waiting)):
             report(f"{lost} frames cannot be decoded")
 
