@@ -124,7 +124,8 @@ def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):
 def test_rollout_options_set_the_context(able, tmp_path):
     options = {"chunk_size": 1, "window": 3, "sink": 0}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    done = run("rollout", PROMPT, "--num-frames", 25, "--model", able, "--steps", 1, *words, "-o", tmp_path / "v")
+    words += ["--num-frames", 25, "--steps", 1, "--device", "cpu"]
+    done = run("rollout", PROMPT, "--model", able, *words, "-o", tmp_path / "v")
     assert done.exit_code == 0, done.output
     pipe = VideoGenPipeline.from_pretrained(able)
     settings = {"num_frames": 25, "num_inference_steps": 1}

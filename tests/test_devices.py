@@ -100,7 +100,7 @@ def test_the_vae_needs_at_most_the_memory_of_diffusers(cuda, kind):
 
 
 def test_a_tensor_on_the_cpu_does_not_mix_with_one_on_the_device(cuda):
-    with pytest.raises(RuntimeError, match="devices, cuda:0 and cpu"):
+    with pytest.raises(RuntimeError, match="devices,? cuda:0"):
         randn(2) + torch.ones(2)
     with pytest.raises(RuntimeError, match="devices"):
         torch.nn.Linear(2, 2)(randn(1, 2))

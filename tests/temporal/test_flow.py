@@ -105,7 +105,7 @@ def test_unknown_methods_wrong_shapes_and_missing_libraries_raise(monkeypatch):
         optical_flow(frame, frame, "nearest")
     with pytest.raises(ValueError, match=r"must be \(b, 3, h, w\), got \(1, 3, 16, 16\) and \(1, 3, 16, 8\)"):
         optical_flow(frame, frame[..., :8])
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", None)
     with pytest.raises(ImportError, match="raft flow needs a torchvision"):
         optical_flow(frame, frame, "raft")
 
