@@ -36,6 +36,8 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
 """The script and the settings that write each file of docs/results/."""
+ELSEWHERE = ("cpu_avx512", "gpu")
+"""Files of docs/results/ that were measured on other machines, with benchmarks/cpu.py and benchmarks/gpu.py."""
 PICTURES = {
     "animation": ("examples/gallery.py", ROOT / "docs" / "shapes-64.gif"),
     "picture": ("examples/strip.py", ROOT / "docs" / "shapes-64.png"),
@@ -57,7 +59,7 @@ def main() -> None:
             else:
                 script, settings = MEASUREMENTS[name]
                 launch(script, settings | {"output": RESULTS / f"{name}.json"})
-    measured = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in MEASUREMENTS}
+    measured = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in (*MEASUREMENTS, *ELSEWHERE)}
     for path, written in pages(measured).items():
         if not args.check:
             path.write_text(written)
@@ -77,6 +79,9 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
             "costs": costs(measured),
             "machine": machine(measured["cpu"]["machine"]),
             "cpu": comparisons(measured["cpu"]),
+            "machine with AVX512": machine(measured["cpu_avx512"]["machine"]),
+            "cpu with AVX512": comparisons(measured["cpu_avx512"]),
+            "gpu": gpu(measured["gpu"]),
         },
         CLUSTERS: {"scaling": scaling(measured["scaling"])},
     }
@@ -282,6 +287,17 @@ def comparisons(measured: dict[str, Any]) -> list[list[str]]:
         for case, row in measured[name].items():
             seconds = [f"{row['ours']:.3f}", f"{row['theirs']:.3f}"]
             rows.append([f"{name}: {case}", *seconds, f"{row['time']:.2f}", f"{row['memory']:.2f}"])
+    return rows
+
+
+def gpu(measured: dict[str, Any]) -> list[list[str]]:
+    """What benchmarks/gpu.py measured."""
+    formats = {"seconds": ".4f", "MiB": ",.0f", "frames/s": ".1f", "clips/s": ".0f", "MFU": ".1%"}
+    rows = [["work", *formats]]
+    for section in ("VAE", "Transformer", "rollout", "training"):
+        for case, row in measured[section].items():
+            cells = [format(row[column], form) if column in row else "" for column, form in formats.items()]
+            rows.append([f"{section}: {case}", *cells])
     return rows
 
 
