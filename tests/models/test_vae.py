@@ -1,4 +1,5 @@
 import random
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from vgen.models import vae as vae_module
 from vgen.models.vae import CausalVideoVAE, ChannelNorm, patchify, unpatchify
 from vgen.temporal.state import TemporalState
 
@@ -519,3 +521,20 @@ def test_fresh_vae_is_an_image_autoencoder_that_repeats_frames():
     close(latents, latents[:, :, :1].expand_as(latents))
     frames = vae.decode(latents, clamp=False).sample
     close(frames, frames[:, :, :1].expand_as(frames))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_channels_has_the_values_and_gradients_of_pytorch(dtype):
+    vectors = torch.randn(2, 40, 3, 4, 5).to(dtype)
+    vectors[0, :, 0, 0, 0] = 0
+    vectors[0, :, 0, 0, 1] *= 1000  # beyond the range of float16 when squared
+    results = []
+    oracle = partial(torch.linalg.vector_norm, dim=1, keepdim=True, dtype=torch.float32)
+    for length in (vae_module._length, oracle):
+        x = vectors.clone().requires_grad_()
+        lengths = length(x)
+        (lengths * torch.arange(5)).sum().backward()
+        results.append((lengths.detach(), x.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(*(lengths for lengths, _ in results))
+    torch.testing.assert_close(*(gradient for _, gradient in results), **tolerance)

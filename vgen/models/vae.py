@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample, a
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
-# frames * rows * columns (after patchification) of a slice; on CPUs, as many as caches hold
-_CPU_POSITIONS, _POSITIONS = 2**15, 2**20
+# frames * rows * columns (after patchification) of a slice. On CPUs, as many as are fast; in half precision, so few
+# that the memory stays below that of diffusers, which takes 4 frames at once
+_CPU_POSITIONS, _CPU_HALF_POSITIONS, _POSITIONS = 2**15, 2**14, 2**20
 _MOST_FRAMES = 32
 
 
@@ -52,13 +53,35 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Maps `(b, c, ...)` to the same shape, or writes to `out`. The statistic is computed in float32."""
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+        scale = x.shape[1] ** 0.5 / _length(x).clamp_min(1e-12)
         scale = scale if x.dtype == torch.float16 else scale.to(x.dtype)  # float16 has no range for small vectors
         if out is None:
             return (x * scale).to(x.dtype) * self.gamma.to(x.dtype)
         out.copy_(x * scale) if x.dtype == torch.float16 else torch.mul(x, scale, out=out)
         return out.mul_(self.gamma.to(x.dtype))
+
+
+def _length(x: Tensor) -> Tensor:
+    """Length of the channel vector of each position, `(b, 1, ...)`, in float32."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return cast(Tensor, _LengthOnCPU.apply(x))
+
+
+class _LengthOnCPU(torch.autograd.Function):
+    """What PyTorch's function gives, which takes several times as long unless the axis is the last one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        squares = [part.float().square().sum(1, keepdim=True) for part in x.split(16, dim=1)]  # needs little memory
+        length = torch.stack(squares).sum(0).sqrt()
+        ctx.save_for_backward(x, length)
+        return length
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, length = ctx.saved_tensors
+        return cast(Tensor, x * (gradient / length.clamp_min(1e-12)).to(x.dtype))
 
 
 def _activate(norm: ChannelNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -564,7 +587,9 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             if self.use_tiling:
                 height, width = min(height, self.tiling.height), min(width, self.tiling.width)
             positions = len(latents) * height * width // (self.config.patch_size or 1) ** 2
-            frames = (_CPU_POSITIONS if latents.device.type == "cpu" else _POSITIONS) // positions
+            half = latents.dtype in (torch.bfloat16, torch.float16)
+            on_cpu = _CPU_HALF_POSITIONS if half else _CPU_POSITIONS
+            frames = (on_cpu if latents.device.type == "cpu" else _POSITIONS) // positions
         return max(1, min(frames, _MOST_FRAMES) // self.temporal_compression_ratio)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
