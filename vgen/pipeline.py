@@ -238,6 +238,32 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         return pipe
 
     @classmethod
+    def from_single_file(cls, source: str | Path, *, config: str | Path, **kwargs: Any) -> VideoGenPipeline:
+        """Loads the Transformer or the VAE from one file, and the other components from a pipeline.
+
+        Args:
+            source: A `.safetensors` or `.gguf` file; see `SpacetimeTransformer.from_single_file`.
+            config: The pipeline that has the other components: a packaged checkpoint, a folder or a Hub id. The
+                file's network must have the config of the one that it replaces.
+            kwargs: Arguments of `from_pretrained`, and `quantization_config` for the file.
+
+        Raises:
+            ValueError: The file does not match the network that it replaces, or a case of `from_pretrained`.
+        """
+        from vgen.models.single_file import holds_vae, load_single_file, read_single_file
+
+        weights = read_single_file(source)
+        name, network_class = ("vae", CausalVideoVAE) if holds_vae(weights) else ("transformer", SpacetimeTransformer)
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
+        dtype = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+        dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype in (None, "auto") else parse_dtype(dtype)
+        options = {"dtype": dtype, "quantization_config": kwargs.pop("quantization_config", None)}
+        options = {key: value for key, value in options.items() if value is not None}
+        folder = find_checkpoint(config)
+        network = load_single_file(network_class, source, weights, config=folder, subfolder=name, **options)
+        return cls.from_pretrained(config, **{name: network}, **kwargs)
+
+    @classmethod
     def _download(cls, source: str, **kwargs: Any) -> Path:
         """The folder of a pipeline of the Hub, after its download.
 

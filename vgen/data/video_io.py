@@ -375,7 +375,8 @@ class _VideoFile:
 
     def _decoded(self, container: Any, stream: Any, report: OnDamage) -> Iterator[av.VideoFrame]:
         """Decodes frames, and drops those that precede the first keyframe, because they refer to missing frames."""
-        decoder, first, waiting = self._decoder(stream), None, set()
+        decoder, first = self._decoder(stream), None
+        waiting: set[int | None] = set()  # times of the packets whose frames are still to come
         timed = _shows_every_packet(container, stream)
         intact: set[int | None] | None = None  # times of the packets before a corrupt one; threads still decode them
         try:

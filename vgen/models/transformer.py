@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
@@ -451,6 +452,26 @@ class SpacetimeTransformer(
             n=n, h=rows, w=columns, i=p_t, j=p_h, k=p_w,
         )  # fmt: skip
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @classmethod
+    def from_single_file(cls, source: str | Path | dict[str, Tensor], **kwargs: Any) -> SpacetimeTransformer:
+        """Loads one file: `.safetensors`, or `.gguf` with the extra `quantization`.
+
+        The names of the weights are those of the original Wan repository or those of diffusers.
+
+        Args:
+            source: The file, a link to one on the Hub, or its weights.
+            kwargs: Arguments of diffusers' `from_single_file`. `config` is a folder, a Hub id or a dictionary; by
+                default, the sizes are those of the weights, with heads of 128 channels. `dtype` is by default that of
+                the weights, and bfloat16 for float8.
+
+        Raises:
+            ValueError: The file is pickled or malformed, its weights do not match the network (the error names them),
+                or one is NaN or infinite.
+        """
+        from vgen.models.single_file import load_single_file  # loads diffusers' converters
+
+        return cast(SpacetimeTransformer, load_single_file(cls, source, **kwargs))
 
     @classmethod
     def from_diffusers(cls, source: WanTransformer3DModel) -> SpacetimeTransformer:

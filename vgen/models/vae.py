@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
@@ -557,6 +558,26 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         """Computes the statistics for `normalize` from raw latents `(n, c, t, h, w)` and stores them in the config."""
         values = rearrange(latents.double(), "n c t h w -> c (n t h w)")
         self.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
+
+    @classmethod
+    def from_single_file(cls, source: str | Path | dict[str, Tensor], **kwargs: Any) -> CausalVideoVAE:
+        """Loads one file: `.safetensors`, or `.gguf` with the extra `quantization`.
+
+        The names of the weights are those of the original Wan repository or those of diffusers.
+
+        Args:
+            source: The file, a link to one on the Hub, or its weights.
+            kwargs: Arguments of diffusers' `from_single_file`. `config` is a folder, a Hub id or a dictionary; by
+                default, the sizes are those of the weights, and the other settings those of Wan 2.1. `dtype` is by
+                default that of the weights, and bfloat16 for float8.
+
+        Raises:
+            ValueError: The file is pickled or malformed, its weights do not match the network (the error names them),
+                or one is NaN or infinite.
+        """
+        from vgen.models.single_file import load_single_file  # loads diffusers' converters
+
+        return cast(CausalVideoVAE, load_single_file(cls, source, **kwargs))
 
     @classmethod
     def from_diffusers(cls, source: AutoencoderKLWan) -> CausalVideoVAE:

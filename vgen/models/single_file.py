@@ -1,0 +1,186 @@
+"""Loads networks from single files: safetensors or GGUF, with the names of the original Wan or of diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import GGUFQuantizationConfig
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES, FromOriginalModelMixin
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+    load_single_file_checkpoint,
+)
+from torch import Tensor
+
+from vgen.io.errors import loading, one_line
+from vgen.models.loading import PICKLED, check_finite, shorten
+
+Weights = dict[str, Tensor]
+"""Weights by name."""
+
+_HEAD_DIM = 128  # of all published Transformers of this family; the weights do not tell
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_PREFIX = "model.diffusion_model."
+
+
+def load_single_file(network_class: Any, source: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
+    """Loads a `CausalVideoVAE` or a `SpacetimeTransformer` from one file; see their `from_single_file`.
+
+    Args:
+        network_class: The class.
+        source: The file, or its weights.
+        weights: The weights, if the file was read already.
+        kwargs: Arguments of `from_single_file`.
+    """
+    if isinstance(source, dict):
+        source, weights = "the given weights", source
+    name = f"{network_class.__name__} in {source}"
+    weights = read_single_file(source) if weights is None else weights
+    weights = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
+    formats = SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]
+    if _is_original(weights):
+        with loading(name):
+            weights = formats["checkpoint_mapping_fn"](checkpoint=weights)
+    config, subfolder = kwargs.pop("config", None), kwargs.pop("subfolder", None)
+    if config is None:
+        config = formats["config_of_weights"](weights, name)
+    elif not isinstance(config, dict):
+        config = network_class.load_config(config, subfolder=subfolder)
+    with init_empty_weights():
+        network = network_class.from_config(config)
+    _check(weights, network.state_dict(), name)
+    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+    if any(hasattr(value, "quant_type") for value in weights.values()):
+        kwargs.setdefault("quantization_config", GGUFQuantizationConfig(compute_dtype=dtype or torch.float32))
+    if kwargs.get("quantization_config") is not None:
+        load = FromOriginalModelMixin.from_single_file.__func__  # type: ignore[attr-defined]
+        network = load(network_class, weights, original_config=config, dtype=dtype, **kwargs)
+    else:
+        weights = _cast(weights, dtype or _stored(weights), network._keep_in_fp32_modules or ())
+        network.load_state_dict(weights, assign=True)
+    check_finite(network, name)
+    return network.eval().to(kwargs.get("device"))
+
+
+def read_single_file(source: str | Path) -> Weights:
+    """Reads the weights of a `.safetensors` or `.gguf` file, or of a link to one on the Hub.
+
+    Raises:
+        ValueError: The file is pickled, malformed, or does not exist.
+    """
+    if str(source).endswith(PICKLED):
+        raise ValueError(f"{source} is pickled, and pickles can run code: pass a .safetensors or .gguf file")
+    if "://" not in str(source) and not Path(source).is_file():
+        raise ValueError(f"there is no file {source}")
+    try:
+        with loading(source):
+            return dict(load_single_file_checkpoint(str(source)))
+    except OSError as error:
+        raise ValueError(f"{source} is malformed or not available: {one_line(str(error))}") from error
+
+
+def holds_vae(weights: Weights) -> bool:
+    """Whether the weights of a file are those of a VAE."""
+    return any(key.startswith("decoder.") for key in weights)
+
+
+def _is_original(weights: Weights) -> bool:
+    """Whether the weights have the names of the original repository, and not those of diffusers."""
+    return "conv2.weight" in weights or any(key.startswith(("head.", "blocks.0.self_attn.")) for key in weights)
+
+
+def _stored(weights: Weights) -> torch.dtype:
+    dtypes = {value.dtype for value in weights.values()}
+    return torch.bfloat16 if dtypes & {*_FLOAT8} else max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _cast(weights: Weights, dtype: torch.dtype, kept: Collection[str]) -> Weights:
+    """Weights in a data type, except those of modules that stay in float32, as `from_pretrained` keeps them."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return {
+        key: value.to(torch.float32 if half and any(name in key.split(".") for name in kept) else dtype)
+        for key, value in weights.items()
+    }
+
+
+def _check(weights: Weights, expected: Weights, name: str) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {_shape(weights[key])} instead of {tuple(expected[key].shape)}"
+            for key in sorted(expected.keys() & weights.keys())
+            if _shape(weights[key]) != tuple(expected[key].shape)
+        ],
+    }
+    details = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
+    if any(key.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for key in problems["unexpected"]):
+        details += " (float8 weights with scales are not supported)"
+    if details:
+        raise ValueError(f"the weights of {name} do not match the network: {details}")
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(weight, "quant_shape", weight.shape))  # GGUF stores blocks of bytes
+
+
+def _transformer_config(weights: Weights, name: str) -> dict[str, Any]:
+    """The config of a Transformer, from the shapes of its weights."""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in weights:
+            raise ValueError(f"the weights of {name} do not match the network: missing: {key}")
+        return _shape(weights[key])
+
+    inner, in_channels, *patch_size = shape("patch_embedding.weight")
+    if inner % _HEAD_DIM:
+        raise ValueError(
+            f"{name} has {inner} channels, no multiple of {_HEAD_DIM}: pass config, a folder or a dictionary"
+        )
+    return {
+        "patch_size": patch_size,
+        "num_attention_heads": inner // _HEAD_DIM,
+        "attention_head_dim": _HEAD_DIM,
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.weight")[0] // math.prod(patch_size),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "cross_attn_norm": "blocks.0.norm2.weight" in weights,
+    }
+
+
+def _vae_config(weights: Weights, name: str) -> dict[str, Any]:
+    """The config of a VAE, from the shapes of its weights; what they do not tell is as in Wan 2.1."""
+    if not {"encoder.conv_in.weight", "post_quant_conv.weight"} <= weights.keys():
+        raise ValueError(f"the weights of {name} do not match the network: missing: encoder.conv_in.weight")
+    return {
+        "base_dim": _shape(weights["encoder.conv_in.weight"])[0],
+        "z_dim": _shape(weights["post_quant_conv.weight"])[0],
+    }
+
+
+def _given(original_config: dict[str, Any], checkpoint: Any) -> dict[str, Any]:
+    return original_config
+
+
+# diffusers looks up its converters by the name of the class
+SINGLE_FILE_LOADABLE_CLASSES |= {
+    "SpacetimeTransformer": {
+        "checkpoint_mapping_fn": convert_wan_transformer_to_diffusers,
+        "config_mapping_fn": _given,
+        "config_of_weights": _transformer_config,
+    },
+    "CausalVideoVAE": {
+        "checkpoint_mapping_fn": convert_wan_vae_to_diffusers,
+        "config_mapping_fn": _given,
+        "config_of_weights": _vae_config,
+    },
+}
