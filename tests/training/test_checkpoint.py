@@ -265,12 +265,14 @@ def test_a_second_run_in_the_same_folder_names_the_process_that_trains_there(tmp
     command = [warm_python(), "-c", SCRIPT, f"--output_dir={tmp_path}", "--max_steps=1000000", "--mixed_precision=no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as first:
-        while not (tmp_path / "config.yaml").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
-        config = (tmp_path / "config.yaml").read_text()
-        second = train(tmp_path, check=False)
-        assert second.returncode != 0 and f"{tmp_path} is in use by process " in second.stderr
-        assert (tmp_path / "config.yaml").read_text() == config
-        first.terminate()
+        try:
+            while not (tmp_path / "config.yaml").exists():
+                assert first.poll() is None
+                time.sleep(0.05)
+            config = (tmp_path / "config.yaml").read_text()
+            second = train(tmp_path, check=False)
+        finally:
+            first.terminate()
+    assert second.returncode != 0 and f"{tmp_path} is in use by process " in second.stderr
+    assert (tmp_path / "config.yaml").read_text() == config
     train(tmp_path)
