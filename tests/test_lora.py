@@ -390,7 +390,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_file_that_does_not_fit_completely_is_rejected_with_its_keys_and_changes_nothing(name):
     pipe = make_pipeline()
-    weights = random_adapter(make_pipeline().transformer, LAYERS, "diffusion_model.", wan, DOWN_UP, True)
+    weights = random_adapter(make_pipeline().transformer, LAYERS[:5], "diffusion_model.", wan, DOWN_UP, True)
     whole = set(weights)
     BROKEN[name](weights)
     named = next(iter(set(weights) - whole), "diffusion_model.blocks.0.self_attn.q.lora_")
