@@ -464,7 +464,7 @@ def test_all_methods_work_on_compiled_networks(denoiser, randomize, untraced):
     def make():
         pipe = make_pipeline() if denoiser == "transformer" else make_unet_pipeline(randomize)
         layers = LAYERS if denoiser == "transformer" else UNET_LAYERS
-        weights = random_adapter(pipe.denoiser, layers, "", plain, AB, False)
+        weights = random_adapter(pipe.denoiser, layers, f"{denoiser}.", plain, AB, False)
         return pipe, weights | random_adapter(pipe.text_encoder, T5_LAYERS, "text_encoder.", plain, AB, False)
 
     merged, weights = make()
@@ -502,7 +502,7 @@ def test_all_methods_work_on_compiled_networks(denoiser, randomize, untraced):
 def test_a_hotswapped_adapter_gives_the_video_of_merged_weights(compiled, has_alpha):
     merged, other, pipe = make_pipeline(), make_pipeline(), make_pipeline()
     files = [
-        random_adapter(one.transformer, LAYERS[:5], "", plain, AB, has_alpha, seed)
+        random_adapter(one.transformer, LAYERS[:5], "diffusion_model.", wan, DOWN_UP, has_alpha, seed)
         for seed, one in enumerate((merged, other))
     ]
     pipe.enable_lora_hotswap(target_rank=8)
