@@ -46,7 +46,7 @@ def load(config: InterpolateConfig) -> Worker:
                 path,
                 prompt=config.prompt,
                 seed=job.inputs["seed"],
-                fps=config.fps,
+                written=config,
                 overwrite=True,
                 **InterpolationOptions.of(config).given(),
             )

@@ -51,7 +51,7 @@ def load(config: PredictConfig) -> Worker:
                 config.prompt,
                 seed=job.inputs["seed"],
                 with_input=config.with_input,
-                fps=config.fps,
+                written=config,
                 overwrite=True,
                 num_frames=config.num_frames,
                 **RolloutOptions.of(config).given(),

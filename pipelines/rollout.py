@@ -61,7 +61,7 @@ def load(config: RolloutConfig) -> Worker:
             work,
             seed=job.inputs["seed"],
             segment_frames=config.segment_frames,
-            fps=config.fps,
+            written=config,
             num_frames=config.num_frames,
             **RolloutOptions.of(config).given(),
         )

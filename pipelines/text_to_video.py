@@ -52,7 +52,7 @@ def load(config: TextToVideoConfig) -> Worker:
             job.inputs["prompt"],
             path,
             seed=job.inputs["seed"],
-            fps=config.fps,
+            written=config,
             overwrite=True,
             negative_prompt=config.negative_prompt,
             num_frames=config.num_frames,

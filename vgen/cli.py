@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from vgen.checks import check_integer, check_number
-from vgen.data.formats import check_video_input, check_video_output
+from vgen.checks import check_integer
+from vgen.data.formats import OutputOptions, check_output_options, check_video_input, check_video_output
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
 from vgen.io.errors import one_line_errors, printable
@@ -23,6 +23,7 @@ from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint
 
 DEFAULT_MODEL = "vgen/shapes-64"
+OptionsT = TypeVar("OptionsT")
 
 app = typer.Typer(
     help="Video diffusion that is causal in time.",
@@ -46,7 +47,6 @@ Negative = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; the same seed gives the same video.")
 ]
-Fps = Annotated[float | None, typer.Option(help="Frame rate of the output file; by default that of the content.")]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; by default the fastest one available.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
@@ -82,9 +82,9 @@ def _with_options(*kinds: type) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _loading(options: dict[str, Any]) -> LoadOptions:
-    """Takes the options of loading out of the options of a command."""
-    return LoadOptions(**{field.name: options.pop(field.name) for field in fields(LoadOptions)})
+def _take(kind: type[OptionsT], options: dict[str, Any]) -> OptionsT:
+    """Takes options of one kind out of those of a command."""
+    return kind(**{field.name: options.pop(field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 @app.callback()
@@ -100,7 +100,7 @@ def version_callback(
 
 
 @app.command()
-@_with_options(LoadOptions)
+@_with_options(LoadOptions, OutputOptions)
 def generate(
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
@@ -116,26 +116,25 @@ def generate(
         typer.Option(help="Attention between frames: full, causal, or causal between chunks."),
     ] = "full",
     seed: Seed = 0,
-    fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Generate a video from a prompt."""
-    loading = _loading(options)
+    loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     counts = {"num_frames": num_frames, "height": height, "width": width, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, loading, prompt=prompt, fps=fps, counts=counts) as done:
+    with _writing(output, overwrite, model, loading, written, prompt=prompt, counts=counts) as done:
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
-            _load(model, device, loading), prompt, output, seed=seed, fps=fps, overwrite=overwrite,
+            _load(model, device, loading), prompt, output, seed=seed, written=written, overwrite=overwrite,
             negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames, groups=groups,
             num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(LoadOptions)
+@_with_options(LoadOptions, OutputOptions)
 def animate(
     image: Annotated[Path, typer.Argument(help="Image file with the first frame.")],
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
@@ -146,27 +145,27 @@ def animate(
     guidance: Guidance = None,
     negative_prompt: Negative = None,
     seed: Seed = 0,
-    fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Generate a video from a first frame and a prompt."""
-    loading = _loading(options)
+    loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     counts = {"num_frames": num_frames, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, loading, prompt=prompt, fps=fps, counts=counts) as done:
+    with _writing(output, overwrite, model, loading, written, prompt=prompt, counts=counts) as done:
         if not image.is_file():
             raise FileNotFoundError(f"no such file: {image}")
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
-            _load(model, device, loading), prompt, output, seed=seed, fps=fps, overwrite=overwrite, image=image,
-            negative_prompt=negative_prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance,
+            _load(model, device, loading), prompt, output, seed=seed, written=written, overwrite=overwrite,
+            image=image, negative_prompt=negative_prompt, num_frames=num_frames, num_inference_steps=steps,
+            guidance_scale=guidance,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(LoadOptions, RolloutOptions)
+@_with_options(LoadOptions, OutputOptions, RolloutOptions)
 def predict(
     clip: Annotated[Path, typer.Argument(help="Video to continue: a file or a folder of frames.")],
     output: Output,
@@ -177,35 +176,34 @@ def predict(
     ] = False,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
-    fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Continue a video."""
-    loading = _loading(options)
+    loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     checked = RolloutOptions(**options)
     with _writing(
         output,
         overwrite,
         model,
         loading,
+        written,
         video=clip,
         prompt=prompt,
-        fps=fps,
         options=checked,
         counts={"num_frames": num_frames},
     ) as done:
         from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
-            _load(model, device, loading), clip, output, prompt, seed=seed, fps=fps, overwrite=overwrite,
+            _load(model, device, loading), clip, output, prompt, seed=seed, written=written, overwrite=overwrite,
             with_input=with_input, num_frames=num_frames, **options,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(LoadOptions, InterpolationOptions)
+@_with_options(LoadOptions, OutputOptions, InterpolationOptions)
 def interpolate(
     clip: Annotated[Path, typer.Argument(help="Video to interpolate: a file or a folder of frames.")],
     output: Output,
@@ -214,27 +212,24 @@ def interpolate(
     ] = None,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
-    fps: Annotated[
-        float | None, typer.Option(help="Frame rate of the output file; by default that of the input.")
-    ] = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Generate the frames between those of a video: slow motion at its frame rate, or smoother motion with --fps."""
-    loading = _loading(options)
+    loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     checked = InterpolationOptions(**options)
-    with _writing(output, overwrite, model, loading, video=clip, prompt=prompt, fps=fps, options=checked) as done:
+    with _writing(output, overwrite, model, loading, written, video=clip, prompt=prompt, options=checked) as done:
         from vgen.tasks.video_files import interpolate_file
 
         done |= interpolate_file(
-            _load(model, device, loading), clip, output, prompt=prompt, seed=seed, fps=fps, overwrite=overwrite,
-            **options,
+            _load(model, device, loading), clip, output, prompt=prompt, seed=seed, written=written,
+            overwrite=overwrite, **options,
         )  # fmt: skip
 
 
 @app.command()
-@_with_options(LoadOptions, RolloutOptions)
+@_with_options(LoadOptions, OutputOptions, RolloutOptions)
 def rollout(
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
@@ -248,22 +243,21 @@ def rollout(
     ] = False,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
-    fps: Fps = None,
     device: Device = None,
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Generate a video of any length, chunk by chunk."""
-    loading = _loading(options)
+    loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     checked = RolloutOptions(**options)
     with _writing(
         output,
         overwrite,
         model,
         loading,
+        written,
         video=video,
         prompt=prompt,
-        fps=fps,
         options=checked,
         counts={"num_frames": num_frames},
     ) as done:
@@ -278,7 +272,12 @@ def rollout(
         from vgen.tasks.video_files import predict_file, rollout_file
 
         pipe = _load(model, device, loading)
-        settings = {"seed": seed, "fps": fps, "overwrite": overwrite, "num_frames": num_frames} | options
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "written": written,
+            "overwrite": overwrite,
+            "num_frames": num_frames,
+        } | options
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
         else:
@@ -525,10 +524,10 @@ def _writing(
     overwrite: bool,
     model: str,
     loading: LoadOptions,
+    written: OutputOptions,
     *,
     video: Path | None = None,
     prompt: str | None = None,
-    fps: float | None = None,
     options: SamplingOptions | None = None,
     counts: Mapping[str, int | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -547,8 +546,7 @@ def _writing(
             check_prompts(prompt)
             if not prompt.strip():
                 raise ValueError(f"the prompt must be non-empty text, got {prompt!r}")
-        if fps is not None:
-            check_number("--fps", fps, above=0)
+        check_output_options(written, output.suffix)
         for name, count in (counts or {}).items():
             if count is not None:
                 check_integer(name, count, minimum=1)

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -134,6 +135,18 @@ def test_every_command_that_generates_has_the_options(model, adapters, inputs, m
             assert first == second or not np.array_equal(videos[first], videos[second]), (first, second)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_generates_writes_444(model, inputs, monkeypatch, command):
+    monkeypatch.chdir(inputs)
+    run(command, *COMMANDS[command], "--model", model, "--steps", 1, "--pixel-format", "yuv444p", "-o", "v.mp4")
+    assert pixel_format(Path("v.mp4")) == "yuv444p"
+
+
+def pixel_format(path):
+    with av.open(str(path)) as container:
+        return container.streams.video[0].pix_fmt
+
+
 def test_a_compiled_denoiser_gives_the_same_video(model, adapters, inputs, monkeypatch):
     compiled = []
     original = torch.nn.Module.compile
@@ -161,7 +174,7 @@ def test_wrong_options_are_one_line(model, tmp_path, words, message):
 
 
 JOBS = {
-    "text_to_video": ["--prompts", "prompts.txt", "--suffix", ""],
+    "text_to_video": ["--prompts", "prompts.txt"],
     "predict": ["--videos", "clips", "--num_frames", 4, "--prompt", PROMPT],
     "interpolate": ["--videos", "clips", "--prompt", PROMPT],
     "rollout": ["--prompts", "prompts.txt", "--num_frames", 5],
@@ -173,13 +186,14 @@ def test_jobs_have_the_options_of_the_command(model, adapters, inputs, monkeypat
     monkeypatch.chdir(inputs)
     options = ["--lora", adapters[0], "--lora", f"{adapters[1]}:0.5", "--scheduler", "unipc", "--steps", 2]
     options += ["--guidance", 2, "--negative", "a blue square", "--dtype", "float32"]
-    words = [*JOBS[job], "--model", model, "--output_dir", "out", "--seed", 0, *options]
+    words = [*JOBS[job], "--model", model, "--output_dir", "out", "--seed", 0, *options, "--pixel_format", "yuv444p"]
     command = [warm_python(), ROOT / "pipelines" / f"{job}.py", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     [video] = (
         path for path in Path("out").iterdir() if path.name[0] != "." and path.suffix not in (".json", ".jsonl")
     )
+    assert pixel_format(video) == "yuv444p"
     if job == "text_to_video":
-        run("generate", PROMPT, "--model", model, *options, "-o", "same")
-        assert np.array_equal(read_video(video)[0], read_video("same")[0])
+        run("generate", PROMPT, "--model", model, *options, "--pixel-format", "yuv444p", "-o", "same.mp4")
+        assert np.array_equal(read_video(video)[0], read_video("same.mp4")[0])

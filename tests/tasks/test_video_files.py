@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vgen.data.formats import OutputOptions
 from vgen.data.video_io import read_video, video_info
 from vgen.tasks.video_files import generate_file, interpolate_file, predict_file
 
@@ -26,6 +27,32 @@ def test_predict_keeps_the_duration_of_a_variable_frame_rate(pipe, tmp_path):
     given, duration = frames[:-1], video_info(path).duration
     assert len(given) / rate == pytest.approx(duration, abs=1 / rate)
     assert np.array_equal(given, read_video(path, frame_rate=rate)[0])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4", ".gif"])
+def test_interpolate_keeps_the_duration_of_a_variable_frame_rate(pipe, tmp_path, suffix):
+    """At `factor` times the mean rate, each given frame is shown at the time at which the input shows it."""
+    frames, times = moving_pattern(9, 16, 16), [0, 40, 80, 120, 500, 1000, 1500, 1540, 2000]
+    if suffix == ".gif":
+        stills = [Image.fromarray(frame) for frame in frames]
+        durations = np.diff([*times, 2250]).tolist()
+        stills[0].save(tmp_path / "clip.gif", save_all=True, append_images=stills[1:], duration=durations, loop=0)
+        path = tmp_path / "clip.gif"
+    else:
+        codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
+        path = encode(tmp_path / f"clip{suffix}", frames, codec, rate=25, times=times)
+    rate = video_info(path).frame_rate
+    assert rate == pytest.approx(4, abs=0.5)  # 9 frames, of which the last one is shown from 2 s on
+    interpolate_file(pipe, path, tmp_path / "smooth", factor=3, written=OutputOptions(fps=3 * rate))
+    interpolate_file(pipe, path, tmp_path / "slow", factor=3)
+    smooth, fast = read_video(tmp_path / "smooth")
+    slow, normal = read_video(tmp_path / "slow")
+    assert np.array_equal(smooth, slow) and (fast, normal) == pytest.approx((3 * rate, rate))
+    stored, given = read_video(path)[0], smooth[::3]
+    stamps = np.array(times) / 1000
+    shown = [np.searchsorted(stamps, index / rate + 0.006, side="right") - 1 for index in range(len(given))]
+    assert np.array_equal(given, stored[shown])
+    assert len(given) / rate == pytest.approx(video_info(path).duration, abs=1 / rate)
 
 
 def test_predict_and_interpolate_write_square_pixels_of_the_same_shape(pipe, tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from vgen.checks import check_choice, check_number
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Frames of a folder."""
@@ -29,6 +32,19 @@ UNREAD_SUFFIXES = (".mxf", ".rm", ".rmvb", ".y4m", ".dv", ".m2v", ".swf")
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
 OutputSuffix = Literal[".mp4", ".gif", ".webp", ""]
 """Files that can be written; "" is a folder of frames."""
+PixelFormat = Literal["yuv420p", "yuv444p"]
+"""Pixel formats of mp4 files."""
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """How the `vgen` command and jobs write a video."""
+
+    fps: float | None = None
+    """Frames per second of the file; by default that of the content, or of the input video."""
+    pixel_format: PixelFormat = "yuv420p"
+    """Pixel format of an mp4: `yuv420p`, which every player supports, or `yuv444p`, which keeps all color detail and
+    odd sizes."""
 
 
 def is_ignored(name: str) -> bool:
@@ -72,3 +88,25 @@ def check_video_output(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} cannot be replaced: it is a {'folder' if is_folder else 'file'}")
     if is_folder and any(entry.suffix.lower() not in IMAGE_SUFFIXES for entry in path.iterdir()):
         raise FileExistsError(f"{path} cannot be replaced: the folder contains more than frames")
+
+
+def check_output_options(options: OutputOptions, suffix: str) -> None:
+    """Checks options for videos with this suffix.
+
+    Raises:
+        ValueError: An option is out of range, or not supported for this suffix.
+    """
+    if options.fps is not None:
+        check_number("fps", options.fps, above=0)
+    check_pixel_format(options.pixel_format, suffix)
+
+
+def check_pixel_format(pixel_format: str, suffix: str) -> None:
+    """Checks the pixel format of videos with this suffix.
+
+    Raises:
+        ValueError: There is no such format, or files with this suffix do not have it.
+    """
+    check_choice("pixel_format", pixel_format, PixelFormat)
+    if pixel_format != OutputOptions.pixel_format and suffix.lower() != ".mp4":
+        raise ValueError(f"pixel_format={pixel_format} is for .mp4 files, got {suffix or 'a folder of frames'}")

@@ -11,21 +11,19 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from vgen.checks import check_choice, check_integer, check_number
-from vgen.data.formats import check_video_output
+from vgen.checks import check_integer, check_number
+from vgen.data.formats import PixelFormat, check_pixel_format, check_video_output
 from vgen.io.atomic import move_into_place, workspace_for
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
-PixelFormat = Literal["yuv420p", "yuv444p"]
-"""Pixel formats of mp4 files."""
 
 logger = logging.getLogger(__name__)
 _MAX_GIF_RATE = 50.0  # browsers play faster gifs more slowly
@@ -228,9 +226,7 @@ class VideoWriter:
             raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
         if self._crf is not None:
             check_integer("crf", self._crf, 0, 51)
-        check_choice("pixel_format", self._pixel_format, PixelFormat)
-        if self._pixel_format != "yuv420p" and suffix != ".mp4":
-            raise ValueError(f"pixel_format is supported for mp4 files only, got {self.path}")
+        check_pixel_format(self._pixel_format, suffix)
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
         """Checks frames and returns them as `(f, h, w, 3)`."""
@@ -250,7 +246,7 @@ class VideoWriter:
             height, width = height + height % 2, width + width % 2
             logger.warning(
                 f"{self.path}: {shape[1]}x{shape[0]} is written as {width}x{height}, because yuv420p needs even sizes "
-                "(pixel_format='yuv444p' does not)"
+                "(pixel_format yuv444p does not)"
             )
         crf = DEFAULT_CRF if self._crf is None else self._crf
         return _EncodedFile(self._partial, self.frame_rate, (height, width), crf, self._pixel_format)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
 from vgen.data.clips import read_text
-from vgen.data.formats import VIDEO_SUFFIXES, OutputSuffix, is_ignored
+from vgen.data.formats import VIDEO_SUFFIXES, OutputOptions, OutputSuffix, check_output_options, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces, writing
 from vgen.io.errors import describe
@@ -80,7 +80,7 @@ class ModelConfig(EngineOptions, LoadOptions, DenoisingOptions):
 
 
 @dataclass(kw_only=True)
-class JobConfig(ModelConfig):
+class JobConfig(OutputOptions, ModelConfig):
     """Settings of all jobs that write videos.
 
     The seed of prompt n, counted from 0, is `seed + n`, unless its line sets one. The seed of an input video depends
@@ -89,8 +89,6 @@ class JobConfig(ModelConfig):
 
     suffix: OutputSuffix = ".mp4"
     """Suffix of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
-    fps: float | None = None
-    """Frames per second of the files; the frame rate of the content if not set."""
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> VideoGenPipeline:
@@ -128,9 +126,9 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
         schedules: Whether a prompt may be a schedule by frame, such as `{"0": "...", "64": "..."}`.
 
     Raises:
-        ValueError: The file is not UTF-8 or has no prompts, or the suffix is not supported.
+        ValueError: The file is not UTF-8 or has no prompts, or an option of the output is not supported.
     """
-    check_choice("suffix", config.suffix, OutputSuffix)
+    _check_output(config)
     path = as_path(path)
     text = read_text(path)
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -163,9 +161,9 @@ def video_jobs(folder: str | Path, config: JobConfig) -> list[Job]:
         config: Settings of the run.
 
     Raises:
-        ValueError: The folder has no videos, or the suffix is not supported.
+        ValueError: The folder has no videos, or an option of the output is not supported.
     """
-    check_choice("suffix", config.suffix, OutputSuffix)
+    _check_output(config)
     folder = as_path(folder)
     entries = sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
     videos = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES]
@@ -178,6 +176,12 @@ def video_jobs(folder: str | Path, config: JobConfig) -> list[Job]:
         )
         for video in videos
     ]
+
+
+def _check_output(config: JobConfig) -> None:
+    """Checks how the videos of a run are written, before a checkpoint is loaded."""
+    check_choice("suffix", config.suffix, OutputSuffix)
+    check_output_options(config, config.suffix)
 
 
 def _version(video: Path) -> dict[str, Any]:

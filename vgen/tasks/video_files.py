@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
+from vgen.data.formats import OutputOptions
 from vgen.data.resize import Fit
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
@@ -40,7 +41,7 @@ def generate_file(
     *,
     seed: int = 0,
     image: Path | None = None,
-    fps: float | None = None,
+    written: OutputOptions | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def generate_file(
         output: Path of the video, as in `VideoWriter`.
         seed: Seed of the noise.
         image: Image file with the first frame.
-        fps: Frames per second of the file; `None` uses the frame rate of the content.
+        written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
         options: Further arguments of `VideoGenPipeline.__call__`.
 
@@ -65,7 +66,7 @@ def generate_file(
         fit = Fit(first.shape[1:3], (pipe.config.height, pipe.config.width))
         options = options | {"image": fit.to_target(first)[0]}
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
+    with _writer(output, rate, written, overwrite) as writer:
         latents = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).frames
         slices = (frames[0] for frames in pipe.decode_stream(latents))
         if fit is not None:
@@ -85,7 +86,7 @@ def predict_file(
     *,
     seed: int = 0,
     with_input: bool = False,
-    fps: float | None = None,
+    written: OutputOptions | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def predict_file(
         prompt: Describes the new frames, or a schedule of prompts by new frame; `None` is unconditional.
         seed: Seed of the noise.
         with_input: Whether to write the input frames before the new ones.
-        fps: Frames per second of the file; `None` uses the input's.
+        written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
         options: Further arguments of `VideoGenPipeline.rollout`.
 
@@ -106,7 +107,7 @@ def predict_file(
         ValueError: The video cannot be read, or as in `VideoGenPipeline.rollout`.
     """
     fit, frames, rate = _open(pipe, video)
-    with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
+    with _writer(output, rate, written, overwrite) as writer:
 
         def given() -> Iterator[np.ndarray]:
             for frame in frames:
@@ -146,11 +147,11 @@ def interpolate_file(
     prompt: str | None = None,
     *,
     seed: int = 0,
-    fps: float | None = None,
+    written: OutputOptions | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Generates the frames between those of a video.
+    """Generates the frames between those of a video: slow motion, unless `written` sets another frame rate.
 
     Args:
         pipe: The pipeline.
@@ -159,7 +160,7 @@ def interpolate_file(
         factor: Interpolation factor N: input frames become every N-th output frame.
         prompt: Describes the video; `None` is unconditional.
         seed: Seed of the noise.
-        fps: Frames per second of the file; `None` uses the input's, which gives slow motion.
+        written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
         options: Further arguments of `VideoGenPipeline.interpolator`.
 
@@ -170,7 +171,7 @@ def interpolate_file(
     generator = torch.Generator().manual_seed(seed)
     options["frame_rate"] = options.get("frame_rate") or rate
     interpolator = pipe.interpolator(factor, prompt, size=fit.target, generator=generator, **options)
-    with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
+    with _writer(output, rate, written, overwrite) as writer:
         for clip in interpolator.stream(_clips(fit, frames)):
             writer.append(fit.back(to_frames(clip)[0]))
     return _manifest_entries(writer, fit)
@@ -182,14 +183,14 @@ def rollout_file(
     output: Path,
     *,
     seed: int = 0,
-    fps: float | None = None,
+    written: OutputOptions | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates a video of any length without input frames; arguments as in `predict_file`."""
     rate = options.get("frame_rate") or pipe.config.frame_rate
     chunks = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
-    with VideoWriter(output, rate if fps is None else fps, overwrite=overwrite) as writer:
+    with _writer(output, rate, written, overwrite) as writer:
         for chunk in chunks:
             writer.append(chunk)
     return _manifest_entries(writer, None)
@@ -203,7 +204,7 @@ def rollout_in_segments(
     *,
     seed: int = 0,
     segment_frames: int = 256,
-    fps: float | None = None,
+    written: OutputOptions | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates a long video in segments and saves the rollout's state after each.
@@ -218,7 +219,7 @@ def rollout_in_segments(
         work: Folder for the segments and the state of this video, in the folder of `output`. It is removed at the end.
         seed: Seed of the noise.
         segment_frames: Minimum number of frames per segment.
-        fps: Frames per second of the file; `None` uses the frame rate of the content.
+        written: How the file is written; `None` uses the defaults.
         options: Further arguments of `VideoGenPipeline.rollout`. `num_frames` is required.
 
     Raises:
@@ -237,7 +238,7 @@ def rollout_in_segments(
         rollout = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
     while rollout.frames_done < options["num_frames"]:
         path = work / f"{rollout.frames_done:09d}.mp4"
-        with VideoWriter(path, rate if fps is None else fps) as writer:
+        with _writer(path, rate, written) as writer:
             while writer.num_frames < segment_frames and (chunk := next(rollout, None)) is not None:
                 writer.append(chunk)
         rollout.save(work / "state")
@@ -269,6 +270,13 @@ def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray
     frames = iter_video(video, frame_rate=rate, on_damage=logger.warning if info.damage is None else lambda _: None)
     size = info.height, info.width
     return Fit(size, (pipe.config.height, pipe.config.width), info.pixel_aspect_ratio), frames, rate
+
+
+def _writer(path: Path, rate: float, written: OutputOptions | None, overwrite: bool = False) -> VideoWriter:
+    """The writer of a file with these options, by default at a rate in frames per second."""
+    options = written or OutputOptions()
+    frame_rate = rate if options.fps is None else options.fps
+    return VideoWriter(path, frame_rate, pixel_format=options.pixel_format, overwrite=overwrite)
 
 
 def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
