@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,12 @@ def test_captions_come_from_text_files_next_to_the_videos(folder):
     assert [one.captions for one in listed] == [("a dog", "a brown dog"), ("",), ("",)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def write_table(path, rows):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_metadata_lists_parts_with_captions(folder, kind):
     rows = [
         {"file_name": "deeper/c.mp4", "text": "a cat, asleep", "start": 0.5, "end": 1.5},
@@ -45,6 +51,8 @@ def test_metadata_lists_parts_with_captions(folder, kind):
     ]
     if kind == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif kind == "parquet":
+        write_table(folder / "metadata.parquet", rows)
     else:
         lines = 'file_name,text,start,end\ndeeper/c.mp4,"a cat, asleep",0.5,1.5\na.mp4,"says ""hello""",,\n'
         (folder / "metadata.csv").write_text("\ufeff" + lines)
@@ -89,10 +97,12 @@ def test_folders_without_videos_or_with_two_tables_are_errors(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="contains no videos"):
         list_videos(tmp_path / "empty")
-    for name in ("metadata.csv", "metadata.jsonl"):
+    for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
         (folder / name).write_text("")
-    with pytest.raises(ValueError, match="keep only one"):
-        list_videos(folder)
+    for name in ("metadata.csv", "metadata.jsonl"):
+        with pytest.raises(ValueError, match="keep only one"):
+            list_videos(folder)
+        (folder / name).unlink()
 
 
 def test_consecutive_frames_are_inside_the_video_and_every_position_is_drawn():
@@ -345,6 +355,56 @@ def test_a_malformed_row_is_named(tmp_path, line):
     touch(tmp_path / "metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n' + line)
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: "):
         list_videos(tmp_path)
+
+
+def test_a_parquet_table_may_have_other_columns_alternatives_and_missing_captions(folder, caplog):
+    rows = [
+        {"caption": ["a dog", "a brown dog"], "size": (1, 2), "file_name": "a.mp4"},
+        {"caption": None, "size": None, "file_name": "b.gif"},
+    ]
+    write_table(folder / "metadata.parquet", rows)
+    assert [one.captions for one in list_videos(folder)] == [("a dog", "a brown dog"), ("",)]
+    assert f"1 videos of {folder} have no caption" in caplog.text and "metadata.parquet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "a.mp4", "text": 5}, "row 1: file_name and text are required"),
+        ({"file_name": b"a.mp4", "text": "x"}, "row 1: file_name and text are required"),
+        ({"file_name": "../a.mp4", "text": "x"}, "row 1: ../a.mp4 is outside of"),
+        ({"file_name": "a.mp4", "text": "x", "end": float("nan")}, "row 1: 0 <= start < end is required"),
+        ({"text": "x"}, "expected the columns file_name and text, got ['text']"),
+    ],
+)
+def test_an_unusable_parquet_table_is_named(folder, row, message):
+    write_table(folder / "metadata.parquet", [row])
+    with pytest.raises(ValueError) as error:
+        list_videos(folder)
+    assert f"{folder / 'metadata.parquet'}" in str(error.value) and message in str(error.value)
+
+
+def test_a_damaged_parquet_table_is_one_line(folder):
+    path = folder / "metadata.parquet"
+    write_table(path, [{"file_name": f"{index}.mp4", "text": f"caption {index}"} for index in range(50)])
+    content, rng = path.read_bytes(), random.Random(0)
+    failed = 0
+    for place in range(0, len(content), 23):
+        for damaged in (content[:place], content[:place] + rng.randbytes(8) + content[place + 8 :]):
+            path.write_bytes(damaged)
+            try:
+                list_videos(folder)
+            except ValueError as error:
+                failed += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert failed > len(content) // 23  # all that are truncated
+
+
+def test_a_parquet_table_without_pyarrow_names_the_extra(folder, monkeypatch):
+    write_table(folder / "metadata.parquet", [{"file_name": "a.mp4", "text": "x"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"metadata\.parquet needs pyarrow: pip install vgen\[data\]"):
+        list_videos(folder)
 
 
 def test_videos_without_a_caption_are_named(tmp_path, caplog):

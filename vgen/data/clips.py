@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
-import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,6 +20,16 @@ from torch import Tensor
 
 from vgen.checks import check_choice
 from vgen.data.augment import Augmentation, augment
+from vgen.data.caption_files import (
+    CAPTION_COLUMNS,
+    METADATA_FILES,
+    find_caption,
+    find_metadata,
+    is_text,
+    read_metadata,
+    read_text,
+    split_lines,
+)
 from vgen.data.formats import UNREAD_SUFFIXES, VIDEO_SUFFIXES, is_ignored
 from vgen.data.memory_file import MemoryFile
 from vgen.data.resize import Fit
@@ -34,8 +40,6 @@ from vgen.io.pixels import from_frames
 
 logger = logging.get_logger(__name__)
 _skipped: dict[Path, set[str]] = {}
-CAPTION_COLUMNS = ("text", "caption", "captions")
-"""Names of the column of captions, in order of preference."""
 Rate = TypeVar("Rate")
 SamplingKind = Literal["random", "uniform", "segments", "sliding"]
 Short = Literal["skip", "pad"]
@@ -97,10 +101,11 @@ def _save_indices(listed: Iterable[Listed]) -> None:
 def list_videos(folder: Path) -> list[Listed]:
     """The videos of a folder and its subfolders with their captions, in a fixed order.
 
-    Captions are read from `metadata.jsonl` or `metadata.csv`, as in Hugging Face's `videofolder`. It lists the videos
-    of its folder and of the subfolders, with the columns `file_name`, `text` or `caption` (in jsonl also a list of
-    alternative captions) and optionally `start` and `end` in seconds. Elsewhere they are read from a `.txt` file next
-    to each video, one caption per line. A warning names videos without a caption, and videos that are not used.
+    Captions are read from `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, as in Hugging Face's `videofolder`.
+    It lists the videos of its folder and of the subfolders, with the columns `file_name`, `text` or `caption` (in
+    jsonl and parquet also a list of alternative captions) and optionally `start` and `end` in seconds. Elsewhere they
+    are read from a `.txt` file next to each video, one caption per line. A warning names videos without a caption, and
+    videos that are not used.
 
     Linked folders are searched too. Hidden files and folders and those of the system (`__MACOSX`, `@eaDir`) are not.
 
@@ -110,12 +115,15 @@ def list_videos(folder: Path) -> list[Listed]:
     Raises:
         FileNotFoundError: The folder does not exist.
         ValueError: There are no videos, a folder has two metadata files, or a row of metadata is invalid.
+        ImportError: Reading `metadata.parquet` needs pyarrow.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     folders = _files_by_folder(folder)
-    tables = {parent: table for parent, names in folders.items() if (table := _table(parent, names)) is not None}
-    listed = [_listed_row(folder, table, *row) for table in tables.values() for row in _rows(table)]
+    tables = {
+        parent: table for parent, names in folders.items() if (table := find_metadata(parent, names)) is not None
+    }
+    listed = [_listed_row(folder, table.parent, *row) for table in tables.values() for row in read_metadata(table)]
     in_tables = {os.path.abspath(one.path) for one in listed}
     unused, unread, outside = [], [], []
     for parent, names in folders.items():
@@ -140,8 +148,7 @@ def list_videos(folder: Path) -> list[Listed]:
     warn_uncaptioned(
         listed,
         folder,
-        "a row of metadata.jsonl or metadata.csv with text or caption, or without such a file a .txt file next to "
-        "each video",
+        f"a row of {METADATA_FILES} with text or caption, or without such a file a .txt file next to each video",
     )
     return listed
 
@@ -176,14 +183,6 @@ def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
     return dict(sorted(found.items()))
 
 
-def _table(folder: Path, names: Iterable[str]) -> Path | None:
-    """The metadata file among the files of a folder."""
-    tables = [folder / name for name in names if name.lower() in ("metadata.jsonl", "metadata.csv")]
-    if len(tables) > 1:
-        raise ValueError(f"{folder} has both {tables[0].name} and {tables[1].name}: keep only one of them")
-    return tables[0] if tables else None
-
-
 def warn_uncaptioned(listed: Iterable[Listed], source: object, expected: str) -> None:
     """Warns that videos of a source have no caption, and says where captions are expected."""
     without = dict.fromkeys(one.path for one in listed if not any(one.captions))
@@ -202,105 +201,23 @@ def warn_once(message: str) -> None:
     logger.warning(one_line(message))
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata file with their line numbers."""
-    if not table.is_file():
-        raise ValueError(f"{table} is not a file: expected a metadata file")
-    with table.open(encoding="utf-8-sig", newline="") as file, _named(table):
-        if table.suffix.lower() == ".csv":
-            yield from _csv_rows(table, file)
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{table}, line {number}: invalid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{table}, line {number}: expected a JSON object with file_name and text")
-            yield number, row
-
-
-def _csv_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader, first = csv.DictReader(file, strict=True), 1
-    try:
-        columns = reader.fieldnames or []
-        if "file_name" not in columns or not set(CAPTION_COLUMNS).intersection(columns):
-            raise ValueError(f"{table}, line 1: expected the columns file_name and text, got {list(columns)}")
-        while True:
-            first = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                return
-            later_lines = [line for key, text in row.items() if key and text for line in text.split("\n")[1:]]
-            number = reader.line_num - len(later_lines)
-            fields = [field for line in later_lines for field in line.split(",")]
-            if any(Path(field.strip()).suffix.lower() in VIDEO_SUFFIXES for field in fields):
-                raise ValueError(f"{table}, line {number}: a double quote is not closed and swallows the next rows")
-            if None in row:
-                raise ValueError(
-                    f"{table}, line {number}: more fields than the header has: put text with commas in double quotes"
-                )
-            yield number, row
-    except csv.Error as error:
-        raise ValueError(
-            f"{table}, from line {first}: invalid CSV ({error}): double quotes around text must be closed, those in "
-            "text doubled, and no field may be longer than 128 KiB"
-        ) from error
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Names the file in the error if it is not UTF-8."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _listed_row(folder: Path, table: Path, number: int, row: dict[str, Any]) -> Listed:
+def _listed_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) -> Listed:
     name, text = row.get("file_name"), find_caption(row)
+    if text is None and any(column in row for column in CAPTION_COLUMNS):
+        text = ""
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
-    if not isinstance(name, str) or not name or not captions or not all(map(_is_text, captions)):
-        raise ValueError(
-            f"{table}, line {number}: file_name and text are required, and must be strings, got {sorted(row)}"
-        )
-    path = table.parent / name
+    if not isinstance(name, str) or not name or not captions or not all(map(is_text, captions)):
+        raise ValueError(f"{place}: file_name and text are required, and must be strings, got {sorted(row)}")
+    path = parent / name
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise ValueError(f"{table}, line {number}: {name} is outside of {folder}")
+        raise ValueError(f"{place}: {name} is outside of {folder}")
     try:
         start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{table}, line {number}: start and end must be numbers of seconds") from error
+        raise ValueError(f"{place}: start and end must be numbers of seconds") from error
     if not 0 <= (start or 0.0) < (math.inf if end is None else end):
-        raise ValueError(f"{table}, line {number}: 0 <= start < end is required, got start={start}, end={end}")
+        raise ValueError(f"{place}: 0 <= start < end is required, got start={start}, end={end}")
     return Listed(path=path, captions=captions, start=start, end=end, root=folder)
-
-
-def find_caption(row: Mapping[str, Any]) -> Any:
-    """The value of the first column of `CAPTION_COLUMNS` that a row has; `None` if it has none."""
-    return next((row[name] for name in CAPTION_COLUMNS if row.get(name) is not None), None)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a string that can be encoded: JSON may contain halves of surrogate pairs."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text that are not blank, stripped; only line feeds and carriage returns end a line."""
-    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file without a byte-order mark.
-
-    Raises:
-        ValueError: The file is not UTF-8.
-    """
-    with _named(path):
-        return path.read_text(encoding="utf-8-sig")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,15 +22,13 @@ from typing import Any
 import torch
 
 from vgen.data.augment import Augmentation
+from vgen.data.caption_files import CAPTION_COLUMNS, find_caption, split_lines
 from vgen.data.clips import (
-    CAPTION_COLUMNS,
     Clip,
     Listed,
     Sampling,
     VideoFolder,
-    find_caption,
     list_videos,
-    split_lines,
     warn_once,
     warn_skipped,
     warn_uncaptioned,

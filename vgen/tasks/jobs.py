@@ -27,7 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
-from vgen.data.clips import read_text
+from vgen.data.caption_files import numbered_lines, read_text
 from vgen.data.formats import VIDEO_SUFFIXES, OutputOptions, OutputSuffix, check_output_options, is_ignored
 from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces, writing
@@ -130,8 +130,7 @@ def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False)
     """
     _check_output(config)
     path = as_path(path)
-    text = read_text(path)
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = numbered_lines(read_text(path))
     if not lines:
         raise ValueError(f"{path}: expected at least one prompt, got none")
     prompt_types = (str, dict) if schedules else (str,)
