@@ -49,7 +49,7 @@ from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
-from vgen.models.prompts import embed, load_text_encoder, tokenize
+from vgen.models.prompts import CutCaptions, embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import locked_output_dir, this_process, warn_if_emulated
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
@@ -187,6 +187,8 @@ def encode_all(config: EncodeConfig) -> None:
         else:
             for shard in tqdm(shards_of(index, source)[process.process_index :: process.num_processes], unit="shard"):
                 encoder.encode(shard)
+    if encoder.text is not None:
+        encoder.text.cut.warn()
 
 
 def load_worker(config: EncodeConfig) -> Worker:
@@ -384,9 +386,13 @@ class TextEncoder:
         self.network = load_text_encoder(config.text_encoder).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer")
         self.config = config
+        self.cut = CutCaptions(self.tokenizer, config.max_sequence_length)
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Embeddings `(n, l, d)` on the CPU in half precision."""
+        self.cut.add(captions)
+        if not self.cut.num_reported:  # not only at the end
+            self.cut.warn()
         found = []
         for begin in range(0, len(captions), 64):
             batch = tokenize(self.tokenizer, captions[begin : begin + 64], self.config.max_sequence_length)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from vgen.data.shapes import ShapesWorld, vocabulary
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
-from vgen.models.prompts import make_text_encoder, make_word_tokenizer
+from vgen.models.prompts import CutCaptions, make_text_encoder, make_word_tokenizer
 from vgen.training.attributes import ATTRIBUTES, IGNORED, AttributeReader, CaptionBatches, attribute_loss
 from vgen.training.feed import Feed, to_device
 from vgen.training.run import Run, RunConfig, config_text, parse_config, start
@@ -51,6 +51,10 @@ def main(config: TextEncoderConfig) -> None:
     run = Run(config, accelerator, model)
     batches = CaptionBatches(world, tokenizer, config.batch_size, config.max_sequence_length)
     feed = Feed(run, batches)
+    if accelerator.is_main_process:
+        cut = CutCaptions(tokenizer, config.max_sequence_length)
+        cut.add(world.caption(index) for index in range(config.num_score_captions))
+        cut.warn()
     if run.sharded:
         raise ValueError("train_text_encoder.py does not support FSDP and DeepSpeed: launch it without them")
 

@@ -28,7 +28,7 @@ from vgen.io.pixels import from_pt, to_uint8
 from vgen.metrics.prompt import adherence
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
-from vgen.models.prompts import load_text_encoder
+from vgen.models.prompts import CutCaptions, load_text_encoder
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
@@ -169,6 +169,10 @@ def main(config: VDMConfig) -> None:
     feed = Feed(run, batches)
     empty = sum(not any(captions) for source in sources for captions in source.data.captions)
     accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
+    if not embedded and accelerator.is_main_process:  # captions with embeddings were counted when they were embedded
+        cut = CutCaptions(pipe.tokenizer, config.max_sequence_length)
+        cut.add(caption for source in sources for captions in source.data.captions for caption in captions)
+        cut.warn()
     pipe.text_encoder.train(config.train_text_encoder)
 
     for step in run.steps():

@@ -47,7 +47,7 @@ from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import check_finite, check_not_pickled, check_variant, parse_dtype, stored_dtypes
 from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
-from vgen.models.prompts import check_text_encoder, encode_texts, warn_truncated, warn_unknown_words
+from vgen.models.prompts import check_text_encoder, encode_texts, warn_unknown_words
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -965,7 +965,6 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             warn_unknown_words(self.tokenizer, prompts)
-            warn_truncated(self.tokenizer, prompts, length)
             prompt_embeds = encode_texts(self.text_encoder, self.tokenizer, prompts, length, device, lora_scale)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             if self.text_encoder is None:
@@ -975,7 +974,6 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             if len(negatives) != count:
                 raise ValueError(f"expected 1 or {count} negative prompts for {count} prompts, got {len(negatives)}")
             length = prompt_embeds.shape[1]
-            warn_truncated(self.tokenizer, list(dict.fromkeys(negatives)), length)
             negative_prompt_embeds = encode_texts(
                 self.text_encoder, self.tokenizer, negatives, length, device, lora_scale
             )

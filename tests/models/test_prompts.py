@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from vgen.models.prompts import (
+    CutCaptions,
     embed,
     known_words,
     load_text_encoder,
@@ -159,6 +160,24 @@ def test_the_end_that_is_cut_from_a_prompt_is_reported(tokenizer, warnings):
     assert warnings[0].endswith("the end is cut: ', A Purple Circle'")
 
 
+def test_cut_captions_are_counted_and_the_longest_is_shown(tokenizer, warnings):
+    cut = CutCaptions(tokenizer, 6)
+    cut.add(["a red circle", "", " "] * 2000)
+    cut.warn()
+    assert not warnings
+    cut.add(["a red circle moves right, A Purple Circle", "a circle, a circle, a circle", "a red circle moves right"])
+    cut.warn()
+    cut.warn()
+    assert warnings == [
+        "2 of 2003 captions have more than max_sequence_length=6 tokens, and their ends are cut; of the longest, with "
+        "10 tokens, this is cut: ', A Purple Circle'"
+    ]
+    cut.add([" ".join(["a red circle moves right"] * 100)])
+    cut.warn()
+    assert len(warnings) == 2 and warnings[1].startswith("3 of 2004") and warnings[1].endswith("...")
+    assert "501 tokens" in warnings[1] and len(warnings[1]) < 400
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_the_cut_end_continues_what_other_tokenizers_keep(kind, warnings):
     letters = "abcdefghij"
@@ -231,6 +250,7 @@ def test_a_saved_tokenizer_does_not_depend_on_earlier_calls(tmp_path, fixed):
         tokenizer.backend_tokenizer.enable_padding(length=5, pad_id=1)
     tokenizer.save_pretrained(tmp_path / "before")
     tokenize(tokenizer, ["red blue"], 8)
+    warn_truncated(tokenizer, ["red blue"], 2)
     tokenizer.save_pretrained(tmp_path / "after")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "before" / name).read_text() == (tmp_path / "after" / name).read_text()

@@ -115,12 +115,12 @@ def encode(vae_run, output_dir, check=True, processes=1, **options):
     return launch("pipelines/encode_latents.py", check=check, processes=processes, **settings)
 
 
-def train_text_encoder(output_dir, **options):
+def train_text_encoder(output_dir, check=True, **options):
     settings = {
         "--output_dir": output_dir, "--dim": 32, "--num_layers": 1, "--batch_size": 4, "--max_steps": 4,
         "--sample_every": 4, "--num_score_captions": 8,
     }  # fmt: skip
-    return launch("train/train_text_encoder.py", **settings | TINY | options)
+    return launch("train/train_text_encoder.py", check=check, **settings | TINY | options)
 
 
 def vdm_settings(runs, output_dir, **options):

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.fixtures import write_tar
 from vgen.data.latents import LatentSet
@@ -66,6 +67,33 @@ def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_pat
     options = {"--sample_prompts": '["a red circle", "number 2"]', "--sample_every": 2, "--max_steps": 2}
     train_vdm((tmp_path / "vae", text_run, tmp_path / "latents"), tmp_path / "run", **options)
     assert read_video(tmp_path / "run/samples.mp4")[0].shape == (5, 16, 2 * 16, 3)
+
+
+def test_captions_that_are_too_long_are_reported_while_they_are_embedded_or_trained_on(
+    vae_run, text_run, latents_dir, tmp_path, caplog
+):
+    def reports():
+        found = [message for message in caplog.messages if "their ends are cut" in message]
+        caplog.clear()
+        return found
+
+    captions = [text for one in LatentSet(latents_dir).captions for text in one]
+    tokenizer = AutoTokenizer.from_pretrained(text_run / "tokenizer")
+    lengths = [len(tokenizer(text).input_ids) for text in captions]
+    limit = sorted(set(lengths))[-2]  # cuts the longest only
+    expected = f"{lengths.count(max(lengths))} of {len(captions)} captions have more than max_sequence_length={limit}"
+    short = {"--max_sequence_length": limit}
+    encode(vae_run, tmp_path / "embedded", **short, **{"--text_encoder": text_run, "--shard_size": 12})
+    (report,) = reports()
+    assert report.startswith(expected) and f"with {max(lengths)} tokens, this is cut: '" in report
+    encode(vae_run, tmp_path / "more", **{"--text_encoder": text_run, "--max_sequence_length": 4, "--shard_size": 4})
+    first, total = reports()
+    assert "of 16 captions" in first and f"of {len(captions)} captions" in total
+    for folder, count in ((tmp_path / "embedded", 0), (latents_dir, 1)):
+        runs = vae_run, text_run, folder
+        train_vdm(runs, tmp_path / folder.name / "run", **short, **{"--max_steps": 1, "--sample_every": 9})
+        found = reports()
+        assert len(found) == count and all(report.startswith(expected) for report in found)
 
 
 def test_a_stream_is_encoded_shard_by_shard_and_resumes(vae_run, tmp_path, caplog):

@@ -1,10 +1,22 @@
 """Training of the text encoder."""
 
+import pytest
 from transformers import AutoTokenizer
 
 from vgen.data.captions import parse_caption
 from vgen.data.shapes import ShapesWorld
 from vgen.training.attributes import ATTRIBUTES, CaptionBatches
+
+from .scripts import train_text_encoder
+
+
+def test_captions_that_are_too_long_are_reported(text_run, tmp_path, caplog):
+    tokenizer, world = AutoTokenizer.from_pretrained(text_run / "tokenizer"), ShapesWorld()
+    with pytest.raises(ValueError, match=r"max_sequence_length=3 cuts \w+( and \w+)? from the caption '"):
+        CaptionBatches(world, tokenizer, 50, 3)[0, slice(0, 50)]
+    options = {"--max_sequence_length": 16, "--num_score_captions": 40, "--max_steps": 1, "--batch_size": 1}
+    train_text_encoder(tmp_path, check=False, **options)
+    assert any("of 40 captions have more than max_sequence_length=16 tokens" in text for text in caplog.messages)
 
 
 def test_a_text_encoder_learns_the_attributes_of_its_captions(text_run):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,30 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> tuple[T
     Returns:
         Token ids and attention mask, integers `(b, max_length)`.
     """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    before = None if backend is None else (backend.truncation, backend.padding)
-    batch = tokenizer(
-        [prompt_clean(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=max_length,
-        truncation=True,
-        add_special_tokens=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    if before is not None:  # a call leaves its own settings, which would be saved with the tokenizer
-        truncation, padding = before
-        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
-        backend.enable_padding(**padding) if padding else backend.no_padding()
+    with _settings_kept(tokenizer):
+        batch = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=max_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
     return batch.input_ids, batch.attention_mask
+
+
+@contextmanager
+def _settings_kept(tokenizer: Any) -> Iterator[None]:
+    """Restores the truncation and padding that a call changes, and that would be saved with the tokenizer."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (None, None) if backend is None else (backend.truncation, backend.padding)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+            backend.enable_padding(**padding) if padding else backend.no_padding()
 
 
 def embed(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -121,7 +130,7 @@ def encode_texts(
     device: torch.device,
     lora_scale: float | None = None,
 ) -> Tensor:
-    """Computes the embeddings of texts.
+    """Computes the embeddings of texts, and warns of those that are truncated.
 
     Args:
         text_encoder: A text encoder of transformers.
@@ -135,7 +144,8 @@ def encode_texts(
         Embeddings `(b, l, d)`.
     """
     scaled = lora_scale is not None and getattr(text_encoder, "_hf_peft_config_loaded", False)
-    with lock_of(text_encoder):
+    with lock_of(text_encoder):  # also the tokenizer's, whose settings a call changes
+        warn_truncated(tokenizer, list(dict.fromkeys(texts)), max_length)
         ids, mask = tokenize(tokenizer, texts, max_length)
         if scaled:
             scale_lora_layers(text_encoder, lora_scale)
@@ -148,22 +158,73 @@ def encode_texts(
 
 def warn_truncated(tokenizer: Any, texts: Sequence[str], max_length: int) -> None:
     """Logs a warning for each text that is longer than `max_length` tokens, with the part that is cut."""
-    for text in map(prompt_clean, texts):
-        whole = tokenizer(text, verbose=False).input_ids  # verbose would warn too, with another limit
-        if len(whole) <= max_length:
-            continue
+    for text, length in zip(texts, _num_tokens(tokenizer, texts), strict=True):
+        if length > max_length:
+            rest = _cut_end(tokenizer, text, max_length)
+            logger.warning(
+                f"a prompt has {length} tokens, more than max_sequence_length={max_length}: the end is cut: {rest!r}"
+            )
+
+
+class CutCaptions:
+    """Counts captions that are longer than a prompt may be, and warns of them in one line.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        max_length: Number of tokens that captions are truncated to.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.num_reported = 0
+        """How many captions the last warning counted."""
+        self._num_captions = self._num_cut = self._most_tokens = 0
+        self._longest = ""
+
+    def add(self, captions: Iterable[str]) -> None:
+        """Counts captions; empty ones do not count."""
+        present = (caption for caption in captions if caption.strip())
+        while part := list(itertools.islice(present, 1024)):
+            lengths = _num_tokens(self.tokenizer, part)
+            self._num_captions += len(part)
+            self._num_cut += sum(length > self.max_length for length in lengths)
+            if max(lengths) > self._most_tokens:
+                self._most_tokens = max(lengths)
+                self._longest = part[lengths.index(self._most_tokens)]
+
+    def warn(self) -> None:
+        """Logs how many captions are cut, and what is cut from the longest, unless the last call reported as many."""
+        if self._num_cut > self.num_reported:
+            self.num_reported = self._num_cut
+            rest = _cut_end(self.tokenizer, self._longest, self.max_length)
+            logger.warning(
+                f"{self._num_cut} of {self._num_captions} captions have more than max_sequence_length="
+                f"{self.max_length} tokens, and their ends are cut; of the longest, with {self._most_tokens} tokens, "
+                f"this is cut: {rest[:200]!r}{'...' if len(rest) > 200 else ''}"
+            )
+
+
+def _num_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """The number of tokens of each text before it is truncated."""
+    if not texts:
+        return []
+    with _settings_kept(tokenizer):  # verbose would warn of another limit
+        return [len(ids) for ids in tokenizer([prompt_clean(text) for text in texts], verbose=False).input_ids]
+
+
+def _cut_end(tokenizer: Any, text: str, max_length: int) -> str:
+    """The end of a text that truncation to `max_length` tokens cuts."""
+    text = prompt_clean(text)
+    with _settings_kept(tokenizer):
+        whole = tokenizer(text, verbose=False).input_ids
         kept = tokenizer(text, max_length=max_length, truncation=True).input_ids
         cut = next(
             (index for index, pair in enumerate(zip(kept, whole, strict=False)) if pair[0] != pair[1]), len(kept)
         )
         if getattr(tokenizer, "is_fast", False):
             begin, _ = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping[cut]
-            rest = text[begin:].strip()
-        else:
-            rest = tokenizer.decode(whole[cut:], skip_special_tokens=True)
-        logger.warning(
-            f"a prompt has {len(whole)} tokens, more than max_sequence_length={max_length}: the end is cut: {rest!r}"
-        )
+            return text[begin:].strip()
+        return tokenizer.decode(whole[cut:], skip_special_tokens=True)
 
 
 def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
@@ -171,7 +232,7 @@ def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
     words = list(dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)))
     if words:
         matches = [get_close_matches(word, known_words(tokenizer), n=3, cutoff=0) for word in words[:3]]
-        nearest = list(dict.fromkeys(word for rank in zip_longest(*matches) for word in rank if word))[:3]
+        nearest = list(dict.fromkeys(word for rank in itertools.zip_longest(*matches) for word in rank if word))[:3]
         more = f" and {len(words) - 8} more words" if len(words) > 8 else ""
         logger.warning(
             "the prompt has words that this checkpoint was not trained with: "

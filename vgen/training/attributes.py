@@ -66,6 +66,9 @@ class CaptionBatches(Dataset):
         """`input_ids` and `mask` `(b, l)` of the captions of scenes, and `targets` `(b, l, attributes)`.
 
         Targets are class indices of the attributes at color words, and `IGNORED` at all other words.
+
+        Raises:
+            ValueError: A caption is so long that the color of an object is truncated.
         """
         scenes = [self.world.scene(index) for index in indices]
         captions = [self.world.caption(index) for index in indices]
@@ -73,6 +76,12 @@ class CaptionBatches(Dataset):
         targets = torch.full((*input_ids.shape, len(ATTRIBUTES)), IGNORED)
         for row, scene in enumerate(scenes):
             words = self.tokenizer.convert_ids_to_tokens(input_ids[row])
+            cut = [one.color for one in scene.objects if one.color not in words]
+            if cut:
+                names = " and ".join(cut)
+                raise ValueError(
+                    f"max_sequence_length={self.max_length} cuts {names} from the caption {captions[row]!r}"
+                )
             for number, one in enumerate(scene.objects):
                 targets[row, words.index(one.color)] = torch.tensor(attributes(scene, number))
         return {"input_ids": input_ids, "mask": mask, "targets": targets}
