@@ -270,13 +270,19 @@ def test_weights_that_are_missing_or_unexpected_or_not_finite_are_an_error(pipe,
         VideoGenPipeline.from_pretrained(tmp_path)
 
 
-def test_an_image_vae_with_weights_that_are_missing_or_not_finite_is_an_error(tmp_path):
+def test_an_image_vae_with_weights_that_are_missing_or_not_finite_is_an_error(tmp_path, monkeypatch):
     pipe = make_pipeline()
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=4)
     VideoGenPipeline(**pipe.components | {"vae": vae}).save_pretrained(tmp_path)
     assert torch.equal(
         VideoGenPipeline.from_pretrained(tmp_path).vae.decoder.conv_out.weight, vae.decoder.conv_out.weight
     )
+    devices, load = [], AutoencoderKL.from_pretrained
+    monkeypatch.setattr(
+        AutoencoderKL, "from_pretrained", lambda *args, **kw: devices.append(kw.get("device_map")) or load(*args, **kw)
+    )
+    VideoGenPipeline.from_pretrained(tmp_path)
+    assert sorted(map(str, devices)) == ["None", "meta"]  # its weights are read once
     edit_weights(tmp_path / "vae", lambda weights: weights["decoder.conv_out.bias"].fill_(float("nan")))
     with pytest.raises(ValueError, match=r"decoder.conv_out.bias of AutoencoderKL .* is NaN"):
         VideoGenPipeline.from_pretrained(tmp_path)

@@ -42,9 +42,16 @@ from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.io.records import read_json
 from vgen.models.convert import check_wan, from_wan_index, with_same_weights
-from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
+from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
-from vgen.models.loading import check_finite, check_not_pickled, check_variant, parse_dtype, stored_dtypes
+from vgen.models.loading import (
+    check_finite,
+    check_not_pickled,
+    check_variant,
+    load_strictly,
+    parse_dtype,
+    stored_dtypes,
+)
 from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import check_text_encoder, encode_texts, warn_unknown_words
@@ -227,11 +234,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_variant(folder, loaded, kwargs["variant"])
         if "text_encoder" in loaded:
             check_text_encoder(folder / "text_encoder", loaded["text_encoder"], kwargs.get("variant"))
-        if loaded.get("vae") == "AutoencoderKL":
-            load_vae(folder, variant=kwargs.get("variant"))  # diffusers' pipelines do not load it strictly
+        foreign = [name for name in ("text_encoder", "vae") if loaded.get(name) not in (None, "CausalVideoVAE")]
+        if loaded.get("vae") == "AutoencoderKL":  # compares keys only, which diffusers' pipelines do not
+            load = AutoencoderKL.from_pretrained
+            load_strictly(load, "AutoencoderKL", folder / "vae", device_map="meta", variant=kwargs.get("variant"))
         pipe = super().from_pretrained(str(folder), **kwargs)
-        if "text_encoder" in loaded:
-            check_finite(pipe.text_encoder, f"text_encoder in {folder}")
+        for name in foreign:
+            check_finite(getattr(pipe, name), f"{loaded[name]} in {folder / name}")
         if "scheduler" in kwargs:
             trained = getattr(diffusers, index["scheduler"][1])
             pipe._prediction_type = prediction_type(trained.from_pretrained(folder / "scheduler"))

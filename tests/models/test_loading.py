@@ -1,11 +1,15 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
 from vgen.models.image_vae import load_vae
+from vgen.models.prompts import check_text_encoder, load_text_encoder
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -62,6 +66,78 @@ def test_a_config_with_more_layers_than_the_weights_is_an_error(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | MORE[folder.name]))
     with pytest.raises(ValueError, match="do not match its config|expected shape"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [20_000, 10**9])
+def test_a_config_of_a_much_larger_network_than_its_weights_is_an_error_at_once(folder, value):
+    config, (name, before) = json.loads((folder / "config.json").read_text()), *MORE[folder.name].items()
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    assert before < 20_000
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=rf"{folder / 'config.json'} describes a much larger .* {name}={value}$"):
+        load(folder)
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_huge_sizes_in_a_config_allocate_nothing(folder, low_cpu_mem_usage, monkeypatch):
+    """Also sizes of buffers, of which no weight tells, and those in lists."""
+    config = json.loads((folder / "config.json").read_text())
+    allocated = []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, make=torch.empty, **options: allocated.append(size) or make(*size)
+    )
+    for name, value in config.items():
+        huge = [10**10, *value[1:]] if isinstance(value, list) and value and type(value[0]) is int else 10**10
+        if type(value) is int or isinstance(huge, list):
+            (folder / "config.json").write_text(json.dumps(config | {name: huge}))
+            with pytest.raises(ValueError, match=rf"{folder / 'config.json'} .*: check {name}=10000000000$"):
+                load(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not allocated
+
+
+def test_networks_of_other_threads_do_not_count(folder):
+    """Only the thread that loads is stopped."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(MORE[folder.name], 20_000)))
+    done, errors = threading.Event(), []
+
+    def make():
+        while not done.is_set():
+            try:
+                torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(500)])
+            except ValueError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    with pytest.raises(ValueError, match="much larger"):
+        load(folder)
+    done.set()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_layers", 20_000), ("d_ff", 10**9), ("vocab_size", 10**9)])
+def test_a_config_of_a_much_larger_text_encoder_is_an_error_at_once(tmp_path, name, value):
+    sizes = {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "text_encoder")
+    path = tmp_path / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    for check in (
+        lambda: load_text_encoder(tmp_path),
+        lambda: check_text_encoder(path.parent, "T5EncoderModel", None),
+    ):
+        with pytest.raises(ValueError, match=rf"{path} describes a much larger network .* {name}={value}$"):
+            check()
+
+
+def test_errors_of_networks_name_their_folder(folder):
+    config = json.loads((folder / "config.json").read_text())
+    wrong = {"vae": {"in_channels": 300}, "transformer": {"ffn_dim": 300}, "unet": {"norm_num_groups": 300}}
+    (folder / "config.json").write_text(json.dumps(config | wrong[folder.name]))
+    with pytest.raises(ValueError, match=f"^{folder}: "):
         load(folder)
 
 

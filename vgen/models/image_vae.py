@@ -85,12 +85,11 @@ class PerFrameVAE:
         return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
 
 
-def load_vae(source: str | Path, variant: str | None = None) -> CausalVideoVAE | AutoencoderKL:
+def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
     """Loads a VAE of the class that its config names.
 
     Args:
         source: A folder or Hub id of a VAE, or of a pipeline with a `vae` subfolder.
-        variant: Name of the variant of the weights, such as `fp16`.
 
     Raises:
         ValueError: The weights are pickled, or do not match the config.
@@ -101,7 +100,6 @@ def load_vae(source: str | Path, variant: str | None = None) -> CausalVideoVAE |
     except OSError:
         options = {"subfolder": "vae"}
         config = CausalVideoVAE.load_config(str(source), **options)
-    options["variant"] = variant
     if config["_class_name"] == "AutoencoderKL":
         return load_strictly(AutoencoderKL.from_pretrained, "AutoencoderKL", source, **options)
     return CausalVideoVAE.from_pretrained(source, **options)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vgen.io.errors import loading
+from vgen.io.errors import loading, one_line
 from vgen.io.records import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,8 +69,8 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
         kwargs: Further arguments of `load`.
 
     Raises:
-        ValueError: The weights are pickled, keys are missing or unexpected (the error names them), or a weight is NaN
-            or infinite.
+        ValueError: The weights are pickled, keys are missing or unexpected (the error names them), a weight is NaN or
+            infinite, or the config describes a network that is much larger than the files of weights.
     """
     folder = Path(str(source)) / (kwargs.get("subfolder") or "")
     check_not_pickled(folder)
@@ -77,16 +81,71 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
         raise ValueError(
             f"use_safetensors must be True, because pickles can run code, got {kwargs['use_safetensors']!r}"
         )
-    if (folder / "config.json").is_file():
-        read_json(folder / "config.json")
-    with loading(folder):
-        model, info = load(source, output_loading_info=True, **kwargs)
+    config = folder / "config.json"
+    settings = read_json(config) if config.is_file() else {}
+    files = _weight_files(folder, kwargs.get("variant"))
+    try:
+        with loading(folder), _bounded(settings, config, files) if files else nullcontext():
+            model, info = load(source, output_loading_info=True, **kwargs)
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {one_line(str(error))}") from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
     if problems:
         details = "; ".join(f"{kind.replace('_', ' ')}: {shorten(keys)}" for kind, keys in problems.items())
         raise ValueError(f"the weights of {name} in {folder} do not match its config: {details}")
     check_finite(model, f"{name} in {folder}")
     return (model, info) if wants_info else model
+
+
+@contextmanager
+def _bounded(settings: dict[str, Any], config: Path, files: Iterable[Path]) -> Iterator[None]:
+    """Stops the construction of a network that is much larger than its files, which could take all time and memory.
+
+    Args:
+        settings: The content of the config.
+        config: Path of the config.
+        files: The files of weights. They may hold several weights in one number (quantized ones), or one for several
+            layers (tied ones).
+
+    Raises:
+        ValueError: The config describes such a network. The error names the largest setting.
+    """
+    counts = [math.prod(shape) for file in files for _, shape in _stored(file)]
+    most_tensors, most_numbers = 2 * len(counts) + 100, 16 * sum(counts) + 2**24
+    largest, name = max(_integers(settings), default=(0, ""))
+    error = ValueError(
+        f"{config} describes a much larger network than the {sum(counts)} numbers in {len(counts)} tensors that are "
+        f"stored next to it: check {name}={largest}"
+    )
+    if largest > most_numbers:
+        raise error
+    thread, tensors = threading.get_ident(), itertools.count(1)
+
+    def check(module: nn.Module, name: str, weight: Tensor | None) -> None:
+        if weight is None or threading.get_ident() != thread:
+            return
+        if weight.numel() > most_numbers or next(tensors) > most_tensors:
+            raise error
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _integers(value: Any, name: str = "") -> Iterator[tuple[int, str]]:
+    """All integers in a JSON value, each with the name of its setting."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _integers(part, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _integers(part, name)
+    elif type(value) is int:
+        yield value, name
 
 
 def check_finite(network: nn.Module, name: str) -> None:
@@ -146,14 +205,20 @@ def stored_dtypes(folder: Path, components: Iterable[str], variant: str | None =
     for name in components:
         sizes: Counter[str] = Counter()
         for path in _weight_files(folder / name, variant):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    weight = file.get_slice(key)
-                    sizes[weight.get_dtype()] += math.prod(weight.get_shape())
+            for dtype, shape in _stored(path):
+                sizes[dtype] += math.prod(shape)
         dtypes = {kind: _DTYPES[kind] for kind in sizes if kind in _DTYPES}
         if dtypes:
             found[name] = dtypes[max(dtypes, key=lambda kind: sizes[kind])]
     return found
+
+
+def _stored(path: Path) -> Iterator[tuple[str, list[int]]]:
+    """The data type and the shape of each tensor in a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            part = file.get_slice(key)
+            yield part.get_dtype(), part.get_shape()
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
