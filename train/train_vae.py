@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from diffusers.utils import logging
 from torch import Tensor
 
-from vgen.data.video_io import write_video
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.io.pixels import to_frames
@@ -174,7 +173,7 @@ def main(config: VAEConfig) -> None:
                 scores, pairs = score(vae, fresh, config, accelerator)
             run.report(scores)
             if pairs is not None:
-                write_video(pairs, config.output_dir / "samples.mp4", frame_rate=8.0, overwrite=True)
+                run.save_samples(pairs, 8.0)
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld
-from vgen.data.video_io import write_video
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
@@ -206,8 +205,7 @@ def main(config: VDMConfig) -> None:
             with run.average:
                 scores, shown = score(pipe, config, accelerator)
             run.report({f"adherence/{name}": value for name, value in scores.items()})
-            if accelerator.is_main_process:
-                write_video(shown, config.output_dir / "samples.mp4", frame_rate=config.frame_rate, overwrite=True)
+            run.save_samples(shown, config.frame_rate)
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:

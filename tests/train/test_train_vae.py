@@ -194,3 +194,12 @@ def test_a_batch_that_does_not_divide_is_rejected(tmp_path):
 def test_a_wrong_setting_is_named(tmp_path, option, value, message):
     done = train_vae(tmp_path / "run", check=False, **{option: value})
     assert done.returncode != 0 and message in done.stderr
+
+
+def test_a_run_goes_on_without_logs_and_samples(tmp_path, caplog):
+    (tmp_path / "logs").write_text("in the way")
+    (tmp_path / "samples.mp4").mkdir()
+    train_vae(tmp_path, **{"--max_steps": 2, "--sample_every": 1})
+    assert (tmp_path / "vae/config.json").is_file() and (tmp_path / "checkpoint-2").is_dir()
+    for name, place in (("logs", tmp_path / "logs"), ("samples", tmp_path / "samples.mp4")):
+        assert any(f"training goes on without {name}" in text and str(place) in text for text in caplog.messages)

@@ -19,17 +19,19 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
     parse_flag_from_env,
     set_seed,
 )
+from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from vgen.checks import check_literals
+from vgen.data.video_writer import write_video
 from vgen.io.atomic import write_text
+from vgen.io.errors import describe
 from vgen.io.settings import parse_settings
 from vgen.processes import (
     check_shared_folder,
@@ -41,6 +43,7 @@ from vgen.processes import (
     warn_if_emulated,
 )
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
+from vgen.training.logs import Logs
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
@@ -140,6 +143,7 @@ class RunConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
+logger = logging.get_logger(__name__)
 PROCESS_TIMEOUT = timedelta(hours=1)
 """How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
@@ -174,8 +178,6 @@ def start(config: RunConfig) -> Accelerator:
         cpu=on_cpus() and not zero_on_cpus,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
         mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     check_world_size(accelerator.num_processes)
     _shard_on_cpus(accelerator)
@@ -445,7 +447,7 @@ class Run:
         for schedule, groups in zip(self.schedules, configured, strict=True):
             _override_hyperparameters(schedule, groups)
         # steps that an interrupted run logged after its last checkpoint are logged again
-        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self._logs = Logs(config.output_dir / "logs", self.step + 1)
         self._throughput = Throughput(accelerator.device)
         self._saved, self._asked_to_stop, self.stopped = self.step, False, False
         self.network.train()
@@ -533,7 +535,8 @@ class Run:
         processes = self.accelerator.num_processes
         for name, value in self._throughput.take().items():  # all processes do the same amount of work
             rest[f"throughput/{name}"] = value if name == "flops_utilization" else value * processes
-        self.accelerator.log(values | rest, step=self.step)
+        if self.accelerator.is_main_process:
+            self._logs.write(values | rest, self.step)
         summary = {name: f"{value:.4f}" for name, value in values.items()}
         summary["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
         summary["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
@@ -553,9 +556,18 @@ class Run:
         """Writes scores to the logs and to the terminal, in the main process."""
         self._throughput.restart()
         if self.accelerator.is_main_process:
-            self.accelerator.log(scores, step=self.step)
+            self._logs.write(scores, self.step)
             summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self._bar.write(f"step {self.step}: {summary}")
+
+    def save_samples(self, frames: Any, frame_rate: float) -> None:
+        """Writes frames, as in `write_video`, to `samples.mp4`. A run goes on if that fails."""
+        path = self.config.output_dir / "samples.mp4"
+        if self.accelerator.is_main_process:
+            try:
+                write_video(frames, path, frame_rate=frame_rate, overwrite=True)
+            except OSError as error:
+                logger.warning(f"{describe(error)}; training goes on without samples")
 
     def save(self) -> None:
         """Writes a checkpoint, every `save_every` steps and after the last one."""
@@ -564,8 +576,6 @@ class Run:
 
     def _save(self) -> None:
         self._check_finite()
-        if self.accelerator.is_main_process:  # so that a killed run loses no logs before its checkpoint
-            self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
         save_checkpoint(
             self.accelerator,
             self.config.output_dir,
