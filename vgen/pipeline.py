@@ -234,9 +234,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_variant(folder, loaded, kwargs["variant"])
         if "text_encoder" in loaded:
             check_text_encoder(folder / "text_encoder", loaded["text_encoder"], kwargs.get("variant"))
+        # networks of other libraries, which do not check their weights
         foreign = [name for name in ("text_encoder", "vae") if loaded.get(name) not in (None, "CausalVideoVAE")]
-        if loaded.get("vae") == "AutoencoderKL":  # compares keys only, which diffusers' pipelines do not
-            load = AutoencoderKL.from_pretrained
+        if loaded.get("vae") == "AutoencoderKL":
+            load = AutoencoderKL.from_pretrained  # here without reading weights
             load_strictly(load, "AutoencoderKL", folder / "vae", device_map="meta", variant=kwargs.get("variant"))
         pipe = super().from_pretrained(str(folder), **kwargs)
         for name in foreign:

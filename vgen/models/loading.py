@@ -103,11 +103,12 @@ def load_strictly(load: Callable, name: str, source: Any, **kwargs: Any) -> Any:
 def _bounded(settings: dict[str, Any], config: Path, files: Iterable[Path]) -> Iterator[None]:
     """Stops the construction of a network that is much larger than its files, which could take all time and memory.
 
+    A network may be somewhat larger: one stored number may hold several quantized weights, and layers may be tied.
+
     Args:
         settings: The content of the config.
         config: Path of the config.
-        files: The files of weights. They may hold several weights in one number (quantized ones), or one for several
-            layers (tied ones).
+        files: The files of weights.
 
     Raises:
         ValueError: The config describes such a network. The error names the largest setting.
