@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import random
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,6 +164,10 @@ def main(config: EncodeConfig) -> None:
     check_choice("engine", config.engine, Engine)
     with locked_output_dir(as_path(config.output_dir)):
         encode_all(config)
+    if this_process().is_main_process:
+        options = {"latents_dir": config.output_dir, "vae": config.vae}
+        words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+        print(f"wrote {config.output_dir}; next: accelerate launch train/train_vdm.py {words} --text_encoder ...")
 
 
 def encode_all(config: EncodeConfig) -> None:

@@ -3,6 +3,7 @@
 accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --output_dir runs/evaluation
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from vgen.tasks.evaluation import EvaluationConfig, evaluate
 def main(config: EvaluationConfig) -> int:
     """Writes `results.json` and `report.html`; returns the number of clips that failed."""
     results = evaluate(config)
-    return results["missing"] if results else 0
+    if results is None:
+        return 0
+    path = Path(config.output_dir) / "results.json"
+    print(f"wrote {path} and report.html; next: vgen compare {shlex.quote(str(path))} ANOTHER/results.json")
+    return results["missing"]
 
 
 if __name__ == "__main__":

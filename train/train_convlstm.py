@@ -99,7 +99,7 @@ def main(config: ConvLSTMConfig) -> None:
         with atomic_directory(config.output_dir / "convlstm") as folder:
             result.to(torch.float16).save_pretrained(folder)
 
-    run.end(save_result)
+    run.end(save_result, "convlstm", "vgen evaluate --task prediction --convlstm {} -o runs/evaluation")
 
 
 def open_source(config: ConvLSTMConfig, seed: int) -> ClipSource:

@@ -82,7 +82,7 @@ def main(config: TextEncoderConfig) -> None:
             with atomic_directory(config.output_dir / name) as folder:
                 part.save_pretrained(folder)
 
-    run.end(save_result)
+    run.end(save_result, "", "accelerate launch train/train_vdm.py --text_encoder {} --vae ... --latents_dir ...")
 
 
 @torch.no_grad()

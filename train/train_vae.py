@@ -183,7 +183,7 @@ def main(config: VAEConfig) -> None:
         with atomic_directory(config.output_dir / "vae") as folder:
             result.save_pretrained(folder)
 
-    run.end(save_result)
+    run.end(save_result, "vae", "accelerate launch pipelines/encode_latents.py --vae {} --output_dir ...")
 
 
 def batch_stats(

@@ -217,7 +217,10 @@ def main(config: VDMConfig) -> None:
         with atomic_directory(config.output_dir / "pipeline") as folder:
             pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
 
-    run.end(save_result)
+    if config.train_only == "lora":
+        run.end(save_result, "lora", f"vgen generate PROMPT --model {config.init} --lora {{}} -o video.mp4")
+    else:
+        run.end(save_result, "pipeline", "vgen generate PROMPT --model {} -o video.mp4")
 
 
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:

@@ -227,7 +227,8 @@ def run_jobs(jobs: Sequence[Job], config: EngineOptions, output_dir: str | Path,
         if process.is_main_process:
             merge_manifests(folder, lines)
     if process.is_main_process:
-        print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed: {folder / MANIFEST}")
+        advice = "; the same command tries them again" if failed else ""
+        print(f"{len(jobs) - failed} of {len(jobs)} done, {failed} failed{advice}: {folder / MANIFEST}")
     return failed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -10,8 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -19,6 +22,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    ProjectConfiguration,
     parse_flag_from_env,
     set_seed,
 )
@@ -43,7 +47,7 @@ from vgen.processes import (
     warn_if_emulated,
 )
 from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
-from vgen.training.logs import Logs
+from vgen.training.logs import Logs, track_video, tracker_names
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
@@ -104,6 +108,8 @@ class RunConfig:
     """Number of checkpoints to keep."""
     sample_every: int = 500
     """Steps between two evaluations with scores and samples."""
+    log_with: str | None = None
+    """Trackers of accelerate that get the logs and samples too, such as `wandb`, separated by commas."""
     dry_run: bool = False
     """Whether to only print the resolved settings."""
 
@@ -139,6 +145,7 @@ class RunConfig:
             )
         if self.muon_kernels and self.optimizer != "muon":
             raise ValueError(f"muon_kernels needs optimizer=muon, got optimizer={self.optimizer}")
+        tracker_names(self.log_with)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -147,8 +154,13 @@ logger = logging.get_logger(__name__)
 PROCESS_TIMEOUT = timedelta(hours=1)
 """How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
-NOT_IN_RESULTS = ("output_dir", "log_every", "save_every", "keep_last", "sample_every", "dry_run", "num_workers")
+NOT_IN_RESULTS = (
+    "output_dir", "log_every", "log_with", "save_every", "keep_last", "sample_every", "dry_run", "num_workers"
+)  # fmt: skip
 """Settings that do not affect a run's weights."""
+
+_PLAIN = (bool, int, float, str, NoneType)
+"""Types of settings that every tracker stores."""
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -178,6 +190,8 @@ def start(config: RunConfig) -> Accelerator:
         cpu=on_cpus() and not zero_on_cpus,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
         mixed_precision=config.mixed_precision,
+        log_with=tracker_names(config.log_with) or None,
+        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     check_world_size(accelerator.num_processes)
     _shard_on_cpus(accelerator)
@@ -448,6 +462,8 @@ class Run:
             _override_hyperparameters(schedule, groups)
         # steps that an interrupted run logged after its last checkpoint are logged again
         self._logs = Logs(config.output_dir / "logs", self.step + 1)
+        settings = {name: value if type(value) in _PLAIN else str(value) for name, value in vars(config).items()}
+        accelerator.init_trackers("vgen", settings, {"wandb": {"name": config.output_dir.name}})
         self._throughput = Throughput(accelerator.device)
         self._saved, self._asked_to_stop, self.stopped = self.step, False, False
         self.network.train()
@@ -537,6 +553,7 @@ class Run:
             rest[f"throughput/{name}"] = value if name == "flops_utilization" else value * processes
         if self.accelerator.is_main_process:
             self._logs.write(values | rest, self.step)
+            self.accelerator.log(values | rest, step=self.step)
         summary = {name: f"{value:.4f}" for name, value in values.items()}
         summary["clips/s"] = f"{rest['throughput/clips_per_second']:.1f}"
         summary["tokens/s"] = f"{rest['throughput/tokens_per_second']:.0f}"
@@ -557,15 +574,19 @@ class Run:
         self._throughput.restart()
         if self.accelerator.is_main_process:
             self._logs.write(scores, self.step)
+            self.accelerator.log(scores, step=self.step)
             summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self._bar.write(f"step {self.step}: {summary}")
 
-    def save_samples(self, frames: Any, frame_rate: float) -> None:
-        """Writes frames, as in `write_video`, to `samples.mp4`. A run goes on if that fails."""
+    def save_samples(self, frames: np.ndarray, frame_rate: float) -> None:
+        """Writes frames, uint8 `(f, h, w, 3)`, to `samples.mp4` and to the logs. A run goes on if that fails."""
         path = self.config.output_dir / "samples.mp4"
         if self.accelerator.is_main_process:
             try:
                 write_video(frames, path, frame_rate=frame_rate, overwrite=True)
+                self._logs.write_video("samples", frames, frame_rate, self.step)
+                for tracker in self.accelerator.trackers:
+                    track_video(tracker, "samples", path, frames, self.step)
             except OSError as error:
                 logger.warning(f"{describe(error)}; training goes on without samples")
 
@@ -587,10 +608,13 @@ class Run:
         )
         self._saved = self.step
 
-    def end(self, save_result: Callable[[dict[str, Tensor] | None], None]) -> None:
+    def end(self, save_result: Callable[[dict[str, Tensor] | None], None], result: str, next_command: str) -> None:
         """Saves the result in the main process, with the averaged weights, after all processes have finished.
 
-        `save_result` receives the gathered weights of a sharded network, and otherwise `None`.
+        Args:
+            save_result: Receives the gathered weights of a sharded network, and otherwise `None`.
+            result: Name of the result in `output_dir`, for the last line.
+            next_command: A command that uses the result; `{}` stands for its path.
         """
         self.accelerator.wait_for_everyone()
         if self.stopped:
@@ -600,6 +624,8 @@ class Run:
                 weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
                 if self.accelerator.is_main_process:
                     save_result(weights)
+            path = self.config.output_dir / result
+            self.accelerator.print(f"wrote {path}; next: {next_command.format(shlex.quote(str(path)))}")
         if self.accelerator.num_processes > 1:
             drain_gloo_threads()
         self.accelerator.end_training()
