@@ -608,7 +608,9 @@ class Run:
         )
         self._saved = self.step
 
-    def end(self, save_result: Callable[[dict[str, Tensor] | None], None], result: str, next_command: str) -> None:
+    def end(
+        self, save_result: Callable[[dict[str, Tensor] | None], None], result: str = "", next_command: str = ""
+    ) -> None:
         """Saves the result in the main process, with the averaged weights, after all processes have finished.
 
         Args:
@@ -625,7 +627,8 @@ class Run:
                 if self.accelerator.is_main_process:
                     save_result(weights)
             path = self.config.output_dir / result
-            self.accelerator.print(f"wrote {path}; next: {next_command.format(shlex.quote(str(path)))}")
+            advice = f"; next: {next_command.format(shlex.quote(str(path)))}" if next_command else ""
+            self.accelerator.print(f"wrote {path}{advice}")
         if self.accelerator.num_processes > 1:
             drain_gloo_threads()
         self.accelerator.end_training()
