@@ -379,6 +379,27 @@ def test_without_a_denoiser_prompts_are_encoded_and_nothing_else(pipe, tmp_path)
             call(prompt=PROMPT, **({"size": (16, 16)} if call == text.interpolator else {}))
 
 
+def test_prompts_are_encoded_without_a_scheduler(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    none = {"scheduler": None, "vae": None, denoiser_name(pipe): None}
+    text = VideoGenPipeline(**pipe.components | none, max_sequence_length=8)
+    loaded = VideoGenPipeline.from_pretrained(tmp_path, **none)
+    for one in (text, loaded):
+        for actual, expected in zip(one.encode_prompt(PROMPT), pipe.encode_prompt(PROMPT), strict=True):
+            assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_a_scheduler_may_be_given_later(pipe, monkeypatch):
+    logged, expected = [], latents(pipe)
+    monkeypatch.setattr("vgen.pipeline.logger.warning", logged.append)
+    late = VideoGenPipeline(**pipe.components | {"scheduler": None})
+    late.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="no scheduler"):
+        latents(late)
+    late.scheduler = pipe.scheduler
+    assert torch.equal(latents(late), expected) and not logged
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 def test_sharded_weights_load(pipe, tmp_path, monkeypatch, parallel):
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", parallel)
@@ -498,7 +519,9 @@ def test_a_callback_can_change_the_guidance(pipe, randomize):
         return {}
 
     weak = latents(pipe, guidance_scale=9.0, num_inference_steps=4, callback_on_step_end=stop_guiding)
+    assert pipe.guidance_scale == 1.0
     assert not torch.allclose(weak, latents(pipe, guidance_scale=9.0, num_inference_steps=4), atol=1e-2)
+    assert pipe.guidance_scale == 9.0
     with pytest.raises(ValueError, match="not both"):
         latents(pipe, guidance_scale=9.0, guider=ClassifierFreeGuidance())
 

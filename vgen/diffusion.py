@@ -129,7 +129,11 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What a network must predict for a scheduler: `flow`, or the `prediction_type` of its config."""
+    """What a network must predict for a scheduler: `flow`, or the `prediction_type` of its config.
+
+    Raises:
+        ValueError: The scheduler is `None`.
+    """
     return "flow" if is_flow(scheduler) else _settings(scheduler).get("prediction_type", "epsilon")
 
 
@@ -139,7 +143,7 @@ def check_scheduler(scheduler: Any) -> None:
     They often do not after `from_config` with the config of a scheduler of another kind, whose settings are ignored.
 
     Raises:
-        ValueError: Samples would be noise. The error names the scheduler and the settings.
+        ValueError: Samples would be noise: the error names the scheduler and the settings. Or there is no scheduler.
     """
     name, settings, advice = type(scheduler).__name__, _settings(scheduler), ""
     ignored = {key: value for key, value in scheduler.config.items() if key not in settings and key[0] != "_"}
@@ -167,6 +171,8 @@ def check_scheduler(scheduler: Any) -> None:
 
 def _settings(scheduler: Any) -> dict[str, Any]:
     """The settings that a scheduler uses. Its config also has those of the config that it was made from."""
+    if scheduler is None:
+        raise ValueError("this pipeline has no scheduler, which generating videos needs: set pipe.scheduler")
     names = type(scheduler)._get_init_keys(type(scheduler))
     return {name: value for name, value in scheduler.config.items() if name in names}
 

@@ -118,7 +118,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     Defaults that are `None` are those of the pipeline whose `components` the denoiser comes from, or those of Wan 2.1.
 
     Args:
-        scheduler: Any diffusers scheduler that fits the denoiser's training.
+        scheduler: Any diffusers scheduler that fits the denoiser's training; `None` to encode prompts only.
         vae: Encodes clips to latents and decodes them. A 2D VAE works frame by frame, and diffusers'
             `AutoencoderKLWan` is converted. Without a VAE, the denoiser works on pixels.
         transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
@@ -142,7 +142,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     def __init__(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None,
         vae: CausalVideoVAE | AutoencoderKL | AutoencoderKLWan | None = None,
         transformer: SpacetimeTransformer | WanTransformer3DModel | None = None,
         text_encoder: PreTrainedModel | None = None,
@@ -187,7 +187,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             tokenizer=tokenizer,
         )
         self.register_to_config(**copy.deepcopy(defaults))
-        self._prediction_type = prediction_type(scheduler)
+        self._prediction_type = None if scheduler is None else prediction_type(scheduler)
         vae = self.video_vae
         self.vae_scale_factor_temporal = 1 if vae is None else vae.temporal_compression_ratio
         self.vae_scale_factor_spatial = 1 if vae is None else vae.spatial_compression_ratio
@@ -1053,10 +1053,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Creates a sampler with this pipeline's networks and its own copy of the scheduler.
 
         Raises:
-            ValueError: The settings of the scheduler contradict each other.
+            ValueError: There is no scheduler, or its settings contradict each other.
         """
         check_scheduler(self.scheduler)
-        if (kind := prediction_type(self.scheduler)) != self._prediction_type:
+        kind = prediction_type(self.scheduler)
+        if self._prediction_type not in (None, kind):
             logger.warning(
                 f"{type(self.scheduler).__name__} has the prediction type {kind!r}, but the checkpoint's has "
                 f"{self._prediction_type!r}: the video may be noise"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.warm import warm_python
-from vgen.io.errors import describe, one_line_errors
+from vgen.io.errors import describe, loading, one_line_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,11 @@ def test_an_expected_error_is_one_line_and_status_two(capsys, error, line):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(AssertionError), one_line_errors():
         raise AssertionError
+
+
+def test_an_error_while_loading_names_what_was_loaded_and_blames_nothing():
+    with pytest.raises(ValueError, match="^could not load a/vae: RuntimeError: no accelerator$"), loading("a/vae"):
+        raise RuntimeError("no\n accelerator")
 
 
 WRITE = """

@@ -34,20 +34,20 @@ def printable(text: str) -> str:
 
 @contextmanager
 def loading(source: object) -> Iterator[None]:
-    """Makes errors of libraries that load malformed files name what was loaded.
+    """Makes errors of libraries that load files name what was loaded.
 
     Args:
         source: What is loaded, for the message.
 
     Raises:
-        ValueError: It is malformed, for example because a config has a wrong type or a tokenizer is broken.
+        ValueError: It could not be loaded, for example because a config has a wrong type or memory is full.
     """
     try:
         yield
     except EXPECTED:
         raise
     except Exception as error:
-        raise ValueError(f"{source} is malformed: {type(error).__name__}: {one_line(str(error))}") from error
+        raise ValueError(f"could not load {source}: {type(error).__name__}: {one_line(str(error))}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from vgen.checks import check_choice, check_type, shown
-from vgen.sampling.conditions import Conditions
+from vgen.sampling.conditions import Conditions, Guidance
 from vgen.sampling.sampler import OnStep, Sampler, running_sampler
 
 Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
@@ -92,13 +92,18 @@ class RunningCallMixin:
         return sampler
 
     @property
+    def _guidance(self) -> Guidance:
+        running = running_sampler.get()
+        return self._call.last_guidance if running is None else running.guidance
+
+    @property
     def guidance_scale(self) -> float:
         """Weight of classifier-free guidance in the running call."""
-        return self._call.guidance.scale
+        return self._guidance.scale
 
     @property
     def _guidance_scale(self) -> float:
-        return self._call.guidance.scale
+        return self._guidance.scale
 
     @_guidance_scale.setter
     def _guidance_scale(self, scale: float) -> None:
@@ -107,7 +112,7 @@ class RunningCallMixin:
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call uses guidance and therefore negative prompts."""
-        return self._call.guidance.needs_negative
+        return self._guidance.needs_negative
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:

@@ -104,6 +104,8 @@ class Sampler:
         self.device = device
         guidance = guidance or Guidance()
         self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
+        self.last_guidance = self.guidance
+        """How predictions of the last call were guided at its end."""
         compression = 1 if vae is None else vae.temporal_compression_ratio
         self.grid = LatentGrid(compression, denoiser.patch_size[0])
         self.siblings = set() if siblings is None else siblings
@@ -162,7 +164,7 @@ class Sampler:
         finally:
             self.current_timestep, self.interrupt = None, False
             self._prompts = None  # before the next call, adapters may change
-            self.guidance = guidance  # callbacks change that of this call, and not of later chunks
+            self.last_guidance, self.guidance = self.guidance, guidance  # a callback changes it for this call only
             running_sampler.reset(token)
 
     def forget_prompts(self) -> None:
