@@ -1,5 +1,7 @@
 """Step caches of diffusers: with thresholds that skip nothing they change nothing, with others they save work."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,23 @@ def test_a_cache_that_skips_nothing_changes_nothing_and_one_that_skips_saves_wor
     assert torch.equal(again, cached)
     pipe.transformer.disable_cache()
     assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_skips_gives_the_predictions_of_diffusers(name, make_transformer):
+    network = make_transformer(num_layers=LAYERS)
+    steps, noise = SimpleNamespace(), torch.randn(STEPS, 2, 3, 2, 4, 4, generator=seeded())
+    prompt = torch.randn(2, 6, 5, generator=seeded(1))
+    predictions = []
+    for one in (network, network.to_diffusers()):
+        one.enable_cache(CACHES[name][1](steps))
+        for latents, level in zip(noise, torch.linspace(900, 100, STEPS), strict=True):
+            steps.current_timestep = level
+            with torch.no_grad(), one.cache_context("cond_uncond"):
+                inputs = {"hidden_states": latents, "timestep": level.expand(2), "encoder_hidden_states": prompt}
+                predictions.append(one(**inputs).sample)
+    ours, theirs = torch.stack(predictions).chunk(2)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["rollout", "interpolation"])

@@ -112,27 +112,26 @@ class _ModulatedNorm(torch.autograd.Function):
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`x + y * gate` in the data type of `x`, for tokens `(b, n, d)` and gates `(b, m, 1, d)` in float32.
 
-    Without gradients it may be written to `y`.
+    It is not written to `y`, the output of a module: step caches and forward hooks keep those.
     """
     if _is_traced():
         gated = (wide(y).unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
         return (wide(x) + gated).type_as(x)
     if torch.is_grad_enabled():
         return _GatedSum.apply(x, y, gate)  # type: ignore[no-untyped-call]
-    return _gated_sum(x, y, gate, wide(y))
+    return _gated_sum(x, y, gate)
 
 
-def _gated_sum(x: Tensor, y: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:
+def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     base, values = (wide(part).unflatten(1, (gate.shape[1], -1)) for part in (x, y))
-    out = None if out is None else out.view_as(values)
-    return torch.addcmul(base, values, gate, out=out).flatten(1, 2).type_as(x)
+    return torch.addcmul(base, values, gate).flatten(1, 2).type_as(x)
 
 
 class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(y, gate)
-        return _gated_sum(x, y, gate, None)
+        return _gated_sum(x, y, gate)
 
     @staticmethod
     @once_differentiable
