@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 
 from .test_pipeline import PROMPT, make_pipeline, seeded
@@ -450,6 +452,42 @@ def test_layers_of_a_text_encoder_are_saved_with_those_of_a_transformer(tmp_path
     assert apart(latents(pipe), latents(loaded)) < 1e-5 < apart(latents(pipe), latents(make_pipeline()))
     with pytest.raises(ValueError, match="pass at least one of transformer_lora_layers"):
         VideoGenPipeline.save_lora_weights(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_pipeline_with_adapters_is_not_saved_in_a_form_that_does_not_load(part, tmp_path, hub):
+    pipe = make_pipeline()
+    targets = TARGETS if part == "transformer" else ["q", "v"]
+    network = getattr(pipe, part)
+    network.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
+    saves = [lambda: pipe.save_pretrained(tmp_path / "pipe"), lambda: pipe.push_to_hub("someone/pipe")]
+    saves += [lambda: network.save_pretrained(tmp_path / "network")] if part == "transformer" else []
+    for save in saves:
+        with pytest.raises(ValueError, match=f"({part}|{type(network).__name__}) has LoRA layers"):
+            save()
+    assert not list(tmp_path.iterdir()) and not hub
+    changed = latents(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded = VideoGenPipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    assert apart(latents(loaded), changed) < 1e-4
+
+
+SCALES = [0.5, {"mid": 2.0}, {"down": 0.5, "up": {"block_1": [1.0, 3.0]}}, {"up": {"block_1": 2.0}, "mid": 0.0}]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_adapters_of_a_unet_are_scaled_by_block_as_in_diffusers(scale, stable_diffusion):
+    source = UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet")
+    scales = []
+    for unet in (source, UNet3D.from_unet2d(source)):
+        unet.add_adapter(LoraConfig(r=2, target_modules=TARGETS), "style")
+        unet.set_adapters("style", scale)
+        layers = {name: module.scaling for name, module in unet.named_modules() if hasattr(module, "scaling")}
+        scales.append({name: one["style"] for name, one in layers.items() if "temporal" not in name})
+    assert scales[0] == scales[1] and len(scales[0]) > 8
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import (
     check_finite,
+    check_no_adapters,
     check_not_pickled,
     check_variant,
     load_strictly,
@@ -217,6 +218,22 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         folder = source if isinstance(source, Path) else cls._download(source, **kwargs)
         with loading(folder):
             return cls._from_folder(folder, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves all components and defaults as diffusers does.
+
+        Args:
+            save_directory: Folder to write to.
+            args: Further arguments of diffusers' method.
+            kwargs: The same by name.
+
+        Raises:
+            ValueError: A component has LoRA layers.
+        """
+        for name, component in self.components.items():
+            if isinstance(component, nn.Module):
+                check_no_adapters(component, name)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _from_folder(cls, folder: Path, **kwargs: Any) -> VideoGenPipeline:

@@ -28,7 +28,7 @@ NO_PARALLELISM = (
 
 
 class StrictLoading:
-    """Rejects pickled weights, weights that do not match the config, and model parallelism.
+    """Rejects pickled weights, weights that do not match the config, saving with LoRA layers, and model parallelism.
 
     A mixin that must precede diffusers' `ModelMixin` in the list of base classes.
     """
@@ -49,6 +49,20 @@ class StrictLoading:
             raise ValueError(NO_PARALLELISM)
         load = super().from_pretrained  # type: ignore[misc]
         return load_strictly(load, cls.__name__, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves a network as diffusers does.
+
+        Args:
+            save_directory: Folder to write to.
+            args: Further arguments of diffusers' method.
+            kwargs: The same by name.
+
+        Raises:
+            ValueError: The network has LoRA layers.
+        """
+        check_no_adapters(self, type(self).__name__)  # type: ignore[arg-type]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """Not supported.
@@ -147,6 +161,19 @@ def _integers(value: Any, name: str = "") -> Iterator[tuple[int, str]]:
             yield from _integers(part, name)
     elif type(value) is int:
         yield value, name
+
+
+def check_no_adapters(network: nn.Module, name: str) -> None:
+    """Checks that the weights of a network have the names that its class expects, and not those of LoRA layers.
+
+    Raises:
+        ValueError: It has LoRA layers. The error names the methods to call.
+    """
+    if any(part.endswith(".base_layer") for part, _ in network.named_modules()):
+        raise ValueError(
+            f"{name} has LoRA layers, which cannot be saved in it: call unload_lora_weights() on the pipeline (after "
+            "fuse_lora() to keep their effect); save_lora_weights() saves them on their own"
+        )
 
 
 def check_finite(network: nn.Module, name: str) -> None:

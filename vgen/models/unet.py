@@ -22,6 +22,8 @@ from diffusers.hooks._helpers import (
     _skip_attention___ret___hidden_states,
 )
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention
@@ -104,6 +106,8 @@ class SpatialAttnProcessor(DispatchedAttnProcessor):
 AttentionProcessorRegistry.register(
     SpatialAttnProcessor, AttentionProcessorMetadata(_skip_attention___ret___hidden_states)
 )
+# adapters are scaled block by block under the names that the 2D U-Net's blocks have
+_SET_ADAPTER_SCALE_FN_MAPPING["UNet3D"] = _maybe_expand_lora_scales
 
 
 @dataclass
