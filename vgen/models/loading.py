@@ -8,10 +8,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -50,6 +52,7 @@ class StrictLoading:
         load = super().from_pretrained  # type: ignore[misc]
         return load_strictly(load, cls.__name__, pretrained_model_name_or_path, **kwargs)
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look up which arguments it has
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Saves a network as diffusers does.
 
