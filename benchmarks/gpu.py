@@ -41,10 +41,11 @@ from vae import build as build_vae
 
 from vgen.diffusion import make_scheduler
 from vgen.hub import find_checkpoint
+from vgen.machine import matrix_peak
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
-from vgen.training.throughput import BACKWARD, matrix_peak
+from vgen.training.throughput import BACKWARD
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIME_LIMIT = 300

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vgen.training.throughput import matrix_peak
+from vgen.machine import matrix_peak
 
 
 def machine() -> dict[str, Any]:

@@ -73,12 +73,8 @@ for number, start in enumerate(np.arange(0, held_out - 2, 4)):
 
 # 2. validate, 3. the VAE, 4. latents, 5. the denoiser
 shipped = Path(vgen.__file__).parent / "checkpoints/shapes-64"
-precision = "bf16" if torch.accelerator.is_available() else "no"  # many CPUs are slow in half precision
-launch = ("accelerate.commands.launch", "--num_processes=1", f"--mixed_precision={precision}")
-fine = (
-    "--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine",
-    f"--mixed_precision={precision}",
-)  # fmt: skip
+launch = ("accelerate.commands.launch", "--num_processes=1", "--mixed_precision=no")  # the scripts choose their own
+fine = ("--warmup_steps=20", "--save_every=200", "--sample_every=100000", "--lr_schedule=cosine")
 flips = '{"flip": 0.5, "crop": 0.7}'
 run("vgen.cli", "data", "validate", clips, "--bucket", "17x64x64", "--frame-rate", RATE, "--hop", args.hop)
 run(
@@ -90,7 +86,6 @@ run(
 run(
     *launch, "pipelines/encode_latents.py", "--vae", output / "vae/vae", "--data", clips, "--hop", args.hop,
     "--augment", flips, "--repeats", args.repeats, "--output_dir", output / "latents",
-    f"--mixed_precision={precision}",
 )  # fmt: skip
 run(
     *launch, "train/train_vdm.py", "--init", shipped, "--vae", output / "vae/vae", "--latents_dir", output / "latents",

@@ -46,13 +46,15 @@ from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.sources import VideoStream, open_clips
 from vgen.io.errors import one_line_errors
 from vgen.io.fingerprint import encoder_digest, weights_digest
+from vgen.io.records import read_json
 from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
+from vgen.machine import fast_precision, warn_if_slow
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import CutCaptions, embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
-from vgen.processes import locked_output_dir, this_process, warn_if_emulated
+from vgen.processes import locked_output_dir, this_process
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
@@ -126,9 +128,9 @@ class EncodeConfig(EngineOptions):
     """Height of clips in pixels."""
     width: int = 64
     """Width of clips in pixels."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Precision of the encoder: `no` (float32) or `bf16`. `no` is much faster on CPUs without instructions for
-    bfloat16."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Precision of the encoder: `no` (float32) or `bf16`. `auto` is the faster one on this machine, or that of the
+    shards that the folder has."""
     batch_size: int = 16
     """Clips that are encoded at once."""
     shard_size: int = 2000
@@ -237,7 +239,9 @@ class Encoder:
 
     def __init__(self, config: EncodeConfig):
         self.device = this_process().device
-        warn_if_emulated(self.device, config.mixed_precision, "--mixed_precision no")
+        if config.mixed_precision == "auto":
+            config = replace(config, mixed_precision=self.resolve_precision(config))
+        warn_if_slow(self.device, config.mixed_precision, "--mixed_precision no")
         vae = load_vae(config.vae).to(self.device).eval()
         self.codec = as_video_vae(vae)
         if config.compile:
@@ -253,6 +257,14 @@ class Encoder:
             length = None if isinstance(clips, StreamClips) else len(clips)
             self.sources.append(Source(part, shard_settings(part, vae, self.text, clips), length))
             self.clips.append(clips)
+
+    def resolve_precision(self, config: EncodeConfig) -> Literal["no", "bf16"]:
+        """The precision that `auto` stands for: that of the folder's shards, or else the faster one."""
+        for part, _ in in_buckets(config):
+            path = as_path(part.output_dir) / "settings.json"
+            if path.exists():
+                return read_json(path)["mixed_precision"]
+        return fast_precision(self.device)
 
     @torch.no_grad()
     def encode(self, shard: ShardRange) -> None:

@@ -21,6 +21,7 @@ SCRIPTS = [
 LAYERS = [
     ["checks", "io"],
     ["processes"],
+    ["machine"],
     ["temporal"],
     ["models", "diffusion", "data"],
     ["sampling", "training", "metrics", "recognition"],

@@ -18,6 +18,7 @@ from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
 from vgen.io.errors import one_line_errors, printable
 from vgen.io.flags import FLAGS
+from vgen.io.spinning import stop_spinning
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint
@@ -197,7 +198,7 @@ def predict(
         from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
-            _load(model, device, loading), clip, output, prompt, seed=seed, written=written, overwrite=overwrite,
+            _load(model, device, loading, streams=True), clip, output, prompt, seed=seed, written=written, overwrite=overwrite,
             with_input=with_input, num_frames=num_frames, **options,
         )  # fmt: skip
 
@@ -271,7 +272,7 @@ def rollout(
             raise ValueError("--with-input needs --video")
         from vgen.tasks.video_files import predict_file, rollout_file
 
-        pipe = _load(model, device, loading)
+        pipe = _load(model, device, loading, streams=True)
         settings: dict[str, Any] = {
             "seed": seed,
             "written": written,
@@ -437,7 +438,7 @@ def anomaly(
         from vgen.tasks.video_files import read_fitted
 
         check_installed()
-        pipe = _load(model, device)
+        pipe = _load(model, device, streams=True)
         pipe.set_progress_bar_config(disable=True)
         frames, rate = read_fitted(pipe, video)
         result = find_anomalies(
@@ -515,6 +516,7 @@ def validate(
 def main() -> None:
     """Entry point of the command."""
     bound_memory()
+    stop_spinning()
     app()
 
 
@@ -598,8 +600,8 @@ def _print_tables(results: dict[str, Any]) -> None:
                 typer.echo(f"{task}, {method}: {one}")
 
 
-def _load(model: str, device: str | None, options: LoadOptions | None = None) -> Any:
-    """Loads a pipeline onto a device."""
+def _load(model: str, device: str | None, options: LoadOptions | None = None, *, streams: bool = False) -> Any:
+    """Loads a pipeline onto a device, for videos that are made chunk by chunk if it `streams`."""
     import torch
 
     if device is None:
@@ -608,7 +610,7 @@ def _load(model: str, device: str | None, options: LoadOptions | None = None) ->
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
-    return load_checkpoint(model, options or LoadOptions(), device)
+    return load_checkpoint(model, options or LoadOptions(), device, streams=streams)
 
 
 if __name__ == "__main__":

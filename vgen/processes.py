@@ -14,12 +14,9 @@ from uuid import uuid4
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from diffusers.utils import logging
 
 from vgen.io.atomic import locked
 from vgen.io.remote import is_url
-
-logger = logging.get_logger(__name__)
 
 
 def on_cpus() -> bool:
@@ -33,19 +30,6 @@ def has_bfloat16(device: torch.device) -> bool:
         return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except AttributeError:  # a build without oneDNN
         return False
-
-
-def warn_if_emulated(device: torch.device, precision: str, setting: str) -> None:
-    """Warns if a precision is much slower than float32 on this device; of several processes, the first one does.
-
-    Args:
-        device: The device of the networks.
-        precision: The requested precision: `bf16` and `bfloat16` may be emulated.
-        setting: The option that avoids it.
-    """
-    slow = precision in ("bf16", "bfloat16") and not has_bfloat16(device)
-    if slow and rank_and_world_size()[0] == 0:
-        logger.warning(f"this processor emulates bfloat16, which is many times slower than float32: pass {setting}")
 
 
 def this_process(**options: Any) -> PartialState:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.utils import logging
+
+from vgen.processes import rank_and_world_size
+
+logger = logging.get_logger(__name__)
 
 
 def compile_blocks(network: Any) -> None:
-    """Compiles the repeated blocks of a diffusers model, separately for each input shape."""
+    """Compiles the repeated blocks of a diffusers model, separately for each input shape; the first process says so."""
+    if rank_and_world_size()[0] == 0:
+        logger.warning(
+            f"{type(network).__name__} is compiled in its first calls, usually in one to two minutes for each input shape"
+        )
     torch._dynamo.config.recompile_limit = 64
     network.compile_repeated_blocks(dynamic=False)
 

@@ -37,7 +37,7 @@ from vgen.io.records import read_json
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import locked_output_dir, this_process
-from vgen.sampling.options import DenoisingOptions
+from vgen.sampling.options import DenoisingOptions, RolloutOptions
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.loading import LoadOptions, load_checkpoint
 
@@ -98,7 +98,8 @@ def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> Vi
         ValueError: As in `load_checkpoint`.
     """
     bound_memory()
-    pipe = load_checkpoint(config.model, config, device or this_process(timeout=BARRIER_TIMEOUT).device)
+    device = device or this_process(timeout=BARRIER_TIMEOUT).device
+    pipe = load_checkpoint(config.model, config, device, streams=isinstance(config, RolloutOptions))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -113,7 +114,8 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
     """
     skipped = ("output_dir", "model", "lora", "seed", *ENGINE_OPTIONS, *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
-    return settings | {"model": pipe.fingerprint(), "defaults": pipe.defaults}
+    dtype = str(pipe.dtype).removeprefix("torch.")  # on another machine, `auto` may mean another one
+    return settings | {"dtype": dtype, "model": pipe.fingerprint(), "defaults": pipe.defaults}
 
 
 def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:

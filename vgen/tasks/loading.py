@@ -15,7 +15,7 @@ from vgen.checks import check_choice
 if TYPE_CHECKING:
     from vgen.pipeline import VideoGenPipeline
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 Scheduler = Literal["euler", "ddim", "dpmsolver++", "unipc"]
 
 
@@ -24,7 +24,8 @@ class LoadOptions:
     """How a checkpoint is loaded."""
 
     dtype: DType = "float32"
-    """Data type of the weights."""
+    """Data type of the weights: `float32`, which makes the same video on every machine, `bfloat16`, `float16`, or
+    `auto`, the faster of `float32` and `bfloat16` on this machine."""
     scheduler: Scheduler | None = None
     """Scheduler to use instead of the checkpoint's: `euler`, `dpmsolver++` or `unipc` for flow matching; `ddim`,
     `dpmsolver++` or `unipc` for other checkpoints."""
@@ -66,13 +67,14 @@ def parse_adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def load_checkpoint(model: str, options: LoadOptions, device: Any) -> VideoGenPipeline:
-    """Loads a pipeline onto a device.
+def load_checkpoint(model: str, options: LoadOptions, device: Any, *, streams: bool = False) -> VideoGenPipeline:
+    """Loads a pipeline onto a device. On a CPU, it also chooses the number of threads of this process.
 
     Args:
         model: A packaged checkpoint, a folder, or a Hub id.
         options: How to load it.
         device: Device of the networks.
+        streams: Whether it will make videos chunk by chunk, so that forward passes are small.
 
     Raises:
         ValueError: The scheduler does not fit the checkpoint, or as in `VideoGenPipeline.from_pretrained`.
@@ -83,14 +85,17 @@ def load_checkpoint(model: str, options: LoadOptions, device: Any) -> VideoGenPi
     from transformers.utils import logging as transformers_logging
 
     from vgen.diffusion import change_scheduler
+    from vgen.machine import fast_precision, limit_threads, warn_if_slow
     from vgen.models.compilation import compile_blocks
     from vgen.pipeline import VideoGenPipeline
-    from vgen.processes import warn_if_emulated
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipe = VideoGenPipeline.from_pretrained(model, dtype=getattr(torch, options.dtype)).to(device)
-    warn_if_emulated(pipe.device, options.dtype, "--dtype float32")
+    name: str = options.dtype
+    if name == "auto":
+        name = "bfloat16" if fast_precision(torch.device(device)) == "bf16" else "float32"
+    pipe = VideoGenPipeline.from_pretrained(model, dtype=getattr(torch, name)).to(device)
+    warn_if_slow(pipe.device, name, "--dtype float32")
     if options.scheduler is not None:
         pipe.scheduler = change_scheduler(pipe.scheduler, options.scheduler)
     weights = {}
@@ -102,4 +107,25 @@ def load_checkpoint(model: str, options: LoadOptions, device: Any) -> VideoGenPi
         pipe.set_adapters(list(weights), list(weights.values()))
     if options.compile:
         compile_blocks(pipe.denoiser)
+    if pipe.device.type == "cpu":
+        limit_threads(operations(pipe, streams=streams))
     return pipe
+
+
+def operations(pipe: VideoGenPipeline, *, streams: bool) -> float:
+    """Approximate floating-point operations of the denoiser's forward pass for one video of the default size.
+
+    Each token takes two for each weight, with guidance twice.
+
+    Args:
+        pipe: The pipeline.
+        streams: Whether a forward pass has one chunk of a rollout instead of the whole video.
+    """
+    config, denoiser = pipe.config, pipe.denoiser
+    p_t, p_h, p_w = denoiser.patch_size
+    frames = pipe.grid.num_latents(config.num_frames) // p_t
+    if streams:
+        frames = min(frames, config.rollout_defaults.get("chunk_size", denoiser.config.chunk_size))
+    unit = pipe.vae_scale_factor_spatial
+    tokens = frames * (config.height // (unit * p_h)) * (config.width // (unit * p_w))
+    return 4.0 * tokens * sum(weight.numel() for weight in denoiser.parameters())

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import NoneType
@@ -37,19 +37,22 @@ from vgen.data.video_writer import write_video
 from vgen.io.atomic import write_text
 from vgen.io.errors import describe
 from vgen.io.settings import parse_settings
+from vgen.machine import fast_precision, warn_if_slow
 from vgen.processes import (
     check_shared_folder,
     check_world_size,
     drain_gloo_threads,
+    from_main_process,
     locked_output_dir,
     on_cpus,
     on_several_machines,
-    warn_if_emulated,
 )
-from vgen.training.checkpoint import EMAWeights, NoEMA, resume, save_checkpoint
+from vgen.training.checkpoint import EMAWeights, NoEMA, checkpoints, resume, save_checkpoint
 from vgen.training.logs import Logs, track_video, tracker_names
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -73,8 +76,9 @@ class RunConfig:
     CPU, and otherwise one worker for each spare core, up to 4. Results do not depend on it."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass, to save memory."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Precision of the forward pass: `no` (float32), `bf16` or `fp16`."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass: `no` (float32), `bf16` or `fp16`. `auto` is the faster of `no` and `bf16` on this
+    machine; a resumed run keeps its precision."""
     tf32: bool = True
     """Whether float32 matrix products use TF32 on GPUs that have it: faster, with 10 bits of mantissa."""
     compile: bool = False
@@ -182,14 +186,16 @@ def start(config: RunConfig) -> Accelerator:
     """Creates the accelerator of a run.
 
     Raises:
-        ValueError: The launch is not supported, or the machines of the run do not share `output_dir`.
+        ValueError: The launch is not supported, the machines of the run do not share `output_dir`, or `auto` means
+            different precisions on them.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     zero_on_cpus = _wants_zero_on_cpus()
+    precision = resolve_precision(config)
     accelerator = Accelerator(
         cpu=on_cpus() and not zero_on_cpus,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if zero_on_cpus else None, timeout=PROCESS_TIMEOUT)],
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision,
         log_with=tracker_names(config.log_with) or None,
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
@@ -204,8 +210,29 @@ def start(config: RunConfig) -> Accelerator:
     set_seed(config.seed)
     if on_several_machines():
         check_shared_folder(config.output_dir)
-    warn_if_emulated(accelerator.device, config.mixed_precision, "--mixed_precision no")
+    if precision != (first := from_main_process(precision)):
+        raise ValueError(
+            f"mixed_precision=auto means {first} on the first machine and {precision} on another: pass "
+            "--mixed_precision no or bf16"
+        )
+    warn_if_slow(accelerator.device, precision, "--mixed_precision no")
     return accelerator
+
+
+def resolve_precision(config: RunConfig) -> Literal["no", "bf16", "fp16"]:
+    """The precision that `auto` stands for: that of the run's checkpoints, or else the faster one on this machine."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    device = torch.device("cpu") if on_cpus() else torch.accelerator.current_accelerator()
+    assert device is not None
+    fast = fast_precision(device)
+    path = config.output_dir / "config.yaml"
+    if not (checkpoints(config.output_dir) and path.exists()):
+        return fast
+    began = yaml.safe_load(path.read_text()).get("mixed_precision", fast)
+    if began != fast:
+        logger.warning(f"the run keeps mixed_precision={began}, with which it began; {fast} is faster on this machine")
+    return began
 
 
 def _wants_zero_on_cpus() -> bool:
@@ -425,6 +452,8 @@ class Run:
         data: str | None = None,
         has_unused_weights: bool = False,
     ):
+        if config.mixed_precision == "auto":
+            config = replace(config, mixed_precision=accelerator.mixed_precision)
         self.config, self.accelerator, self._name_batch = config, accelerator, name_batch
         self._lock = ExitStack()
         self._lock.enter_context(locked_output_dir(config.output_dir))

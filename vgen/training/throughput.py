@@ -7,17 +7,16 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
-from vgen.processes import has_bfloat16
+from vgen.machine import matrix_peak
 
 BACKWARD = 2
 """Operations of a backward pass, relative to a forward pass."""
 
 
 class Throughput:
-    """Measures clips and tokens per second, and the fraction of the peak FLOPS, which is measured at the start.
+    """Measures clips and tokens per second, and the fraction of the peak FLOPS, measured before the first report.
 
     The peak is that of matrix products in float32 or bfloat16, whichever is faster, whatever precision is used.
 
@@ -27,8 +26,7 @@ class Throughput:
 
     def __init__(self, device: torch.device):
         self._flops: dict[Hashable, int] = {}
-        dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
-        self._peak = max(matrix_peak(device, dtype) for dtype in dtypes)
+        self._device = device
         self.restart()
 
     def restart(self) -> None:
@@ -56,10 +54,11 @@ class Throughput:
     def take(self) -> dict[str, float]:
         """Clips and tokens per second and the fraction of the peak since the last call; resets the counters."""
         seconds = time.perf_counter() - self._begin
+        peak = max(matrix_peak(self._device, dtype) for dtype in (torch.float32, torch.bfloat16))
         found = {
             "clips_per_second": self._clips / seconds,
             "tokens_per_second": self._tokens / seconds,
-            "flops_utilization": self._operations / seconds / self._peak,
+            "flops_utilization": self._operations / seconds / peak,
         }
         self.restart()
         return found
@@ -90,28 +89,3 @@ def _convolution_flops(input_shape: Any, weight_shape: Any, *_: Any, out_shape: 
 def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
     """Operations of PyTorch's attention for CPUs."""
     return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak operations per second of square matrix products, the maximum over increasing sizes."""
-    best, size, seconds = 0.0, 256, 0.0
-    generator = torch.Generator(device).manual_seed(0)
-    while size <= 8192 and seconds < 0.02:
-        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-        seconds = min(_time_product(a, b) for _ in range(5))
-        best = max(best, 2 * size**3 / seconds)
-        size *= 2
-    return best
-
-
-def _time_product(a: Tensor, b: Tensor) -> float:
-    _wait(a.device)
-    begin = time.perf_counter()
-    a @ b
-    _wait(a.device)
-    return time.perf_counter() - begin
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,0 +1,24 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHOW = """
+import os, sys
+from unittest import mock
+import vgen.cli
+with mock.patch("vgen.cli.app", lambda: print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"))):
+    vgen.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"KMP_BLOCKTIME": "1"}, "None")],
+)
+def test_the_command_stops_spinning_before_it_imports_torch_unless_the_user_chose(chosen, expected):
+    own = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in own} | chosen
+    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", expected]

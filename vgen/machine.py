@@ -1,0 +1,99 @@
+"""What this machine computes fast: its precision, its peak FLOPS and its number of threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from accelerate.utils import is_bf16_available
+from diffusers.utils import logging
+from torch import Tensor
+
+from vgen.processes import rank_and_world_size
+
+logger = logging.get_logger(__name__)
+
+OPERATIONS_PER_THREAD = 1e9
+"""Floating-point operations of a forward pass that are worth another thread."""
+
+_SECONDS = 0.08
+_BLOCK = 256
+_HALF = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+_ALL_THREADS = torch.get_num_threads()
+
+
+@lru_cache
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak operations per second of square matrix products, the maximum over increasing sizes.
+
+    It takes about a tenth of a second on the first call, and none later.
+    """
+    block = torch.randn(_BLOCK, _BLOCK, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    _time_product(block)  # libraries start
+    best, size, deadline = 0.0, _BLOCK, time.perf_counter() + _SECONDS
+    while True:
+        a = block.repeat(size // _BLOCK, size // _BLOCK)
+        seconds = min(_time_product(a) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        size *= 2
+        if size > 8192 or time.perf_counter() + 3 * 8 * seconds > deadline:  # the next size takes 8 times as long
+            return best
+
+
+def _time_product(a: Tensor) -> float:
+    _wait(a.device)
+    begin = time.perf_counter()
+    a @ a
+    _wait(a.device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def fast_precision(device: torch.device) -> Literal["no", "bf16"]:
+    """The faster of float32 (`no`) and bfloat16 on a device: measured, except on CUDA devices, which report it."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if not is_bf16_available():
+        return "no"
+    return "bf16" if matrix_peak(device, torch.bfloat16) > matrix_peak(device, torch.float32) else "no"
+
+
+def warn_if_slow(device: torch.device, precision: str, setting: str) -> None:
+    """Warns if a half precision is slower than float32 on this processor; of several processes, the first one does.
+
+    Args:
+        device: The device of the networks.
+        precision: The requested precision: `bf16`, `fp16`, or the name of a data type.
+        setting: The option that avoids it.
+    """
+    if device.type != "cpu" or precision not in _HALF or rank_and_world_size()[0] != 0:
+        return
+    dtype = _HALF[precision]
+    ratio = matrix_peak(device, torch.float32) / matrix_peak(device, dtype)
+    if ratio > 1:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(f"{name} is {ratio:.1f} times slower than float32 on this processor: pass {setting}")
+
+
+def limit_threads(operations: float) -> int:
+    """Chooses PyTorch's number of threads in this process: as many as have enough work, at most one for each core.
+
+    Threads wait for each other at every layer. In a small network, this takes longer than what they save, and much
+    longer if other programs use the cores. `OMP_NUM_THREADS` and `MKL_NUM_THREADS` take precedence.
+
+    Args:
+        operations: Floating-point operations of a forward pass.
+
+    Returns:
+        The number of threads.
+    """
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(max(1, min(_ALL_THREADS, round(operations / OPERATIONS_PER_THREAD))))
+    return torch.get_num_threads()
