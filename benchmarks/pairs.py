@@ -4,7 +4,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -17,21 +16,17 @@ from typing import Any
 
 import torch
 
-from vgen.machine import matrix_peak
+from vgen.machine import matrix_peak, processor
 
 
 def machine() -> dict[str, Any]:
     """What numbers depend on: the processor, the GPU, versions, and the speed of square matrix products."""
-    fields = {}
-    if Path("/proc/cpuinfo").exists():
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
-    flags = fields.get("flags", "").split()
+    cpu = processor()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return {
-        "processor": fields.get("model name") or platform.processor(),
-        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+        "processor": cpu["name"],
+        "instructions": cpu["instructions"],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),

@@ -456,6 +456,32 @@ def anomaly(
         typer.echo(f"wrote {output}")
 
 
+@app.command()
+def doctor(
+    benchmark: Annotated[
+        bool, typer.Option(help="Measure how fast vgen/shapes-64 generates, in a few seconds.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what this machine computes fast, what is free, and which packages are missing for which extra."""
+    import json
+
+    with one_line_errors():
+        from rich.markup import escape
+        from rich.table import Table
+
+        from vgen.tasks.doctor import as_rows, examine
+
+        found = examine(benchmark=benchmark)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(show_header=False, title="vgen doctor")
+    for row in as_rows(found):
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
 @data_app.command()
 def validate(
     folder: Annotated[Path, typer.Argument(help="Folder of videos with captions, as for training.")],

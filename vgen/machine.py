@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import is_bf16_available
@@ -23,6 +25,20 @@ _SECONDS = 0.08
 _BLOCK = 256
 _HALF = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _ALL_THREADS = torch.get_num_threads()
+
+
+def processor() -> dict[str, Any]:
+    """The processor: its name, its number of logical cores, and the instructions that decide what is fast."""
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+    flags = fields.get("flags", "").split()
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+    }
 
 
 @lru_cache

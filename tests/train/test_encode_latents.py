@@ -39,6 +39,20 @@ def test_latents_are_normalized_and_the_same_command_resumes(vae_run, latents_di
     assert rejected.returncode != 0 and "different settings (seed)" in rejected.stderr
 
 
+@pytest.mark.parametrize("fast", ["no", "bf16"])
+def test_the_faster_precision_is_used_and_kept_when_the_command_resumes(vae_run, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("vgen.machine.fast_precision", lambda device: fast)
+    chosen = {"--num_clips": 4, "--shard_size": 2}
+    encode(vae_run, tmp_path / "auto", **chosen, **{"--mixed_precision": "auto"})
+    encode(vae_run, tmp_path / "requested", **chosen, **{"--mixed_precision": fast})
+    automatic, requested = LatentSet(tmp_path / "auto"), LatentSet(tmp_path / "requested")
+    assert torch.equal(latents_of(automatic), latents_of(requested))
+    sorted((tmp_path / "auto").glob("*.safetensors"))[1].unlink()
+    monkeypatch.setattr("vgen.machine.fast_precision", lambda device: "no" if fast == "bf16" else "bf16")
+    encode(vae_run, tmp_path / "auto", **chosen, **{"--mixed_precision": "auto"})
+    assert torch.equal(latents_of(LatentSet(tmp_path / "auto")), latents_of(requested))
+
+
 def test_a_folder_of_videos_is_encoded_and_trained_on(vae_run, text_run, tmp_path, caplog):
     videos = tmp_path / "videos"
     videos.mkdir()

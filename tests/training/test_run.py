@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vgen.training.run import RunConfig, make_optimizers
+from vgen.training.run import RunConfig, config_text, make_optimizers, resolve_precision
 
 
 def take_a_step(network, tmp_path, **settings):
@@ -53,3 +53,19 @@ def test_every_trainable_weight_is_updated_once(optimizer, kernels, tmp_path):
 def test_unsupported_optimizer_settings_are_rejected(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(output_dir=tmp_path, **settings).check()
+
+
+@pytest.mark.parametrize(("began", "fast"), [("bf16", "no"), ("no", "bf16"), ("bf16", "bf16")])
+def test_a_resumed_run_keeps_the_precision_with_which_it_began(tmp_path, monkeypatch, caplog, began, fast):
+    monkeypatch.setattr("vgen.training.run.fast_precision", lambda device: fast)
+    config = RunConfig(output_dir=tmp_path)
+    (tmp_path / "config.yaml").write_text(config_text(RunConfig(output_dir=tmp_path, mixed_precision=began)))
+    assert resolve_precision(config) == fast  # there is no checkpoint to resume
+    (tmp_path / "checkpoint-3").mkdir()
+    assert resolve_precision(config) == began
+    expected = f"the run keeps mixed_precision={began}, with which it began; {fast} is faster on this machine"
+    assert caplog.messages == ([] if began == fast else [expected])
+
+
+def test_a_requested_precision_is_used_wherever_it_resumes(tmp_path):
+    assert resolve_precision(RunConfig(output_dir=tmp_path, mixed_precision="fp16")) == "fp16"
