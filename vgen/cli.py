@@ -198,8 +198,8 @@ def predict(
         from vgen.tasks.video_files import predict_file
 
         done |= predict_file(
-            _load(model, device, loading, streams=True), clip, output, prompt, seed=seed, written=written, overwrite=overwrite,
-            with_input=with_input, num_frames=num_frames, **options,
+            _load(model, device, loading, streams=True), clip, output, prompt, seed=seed, written=written,
+            overwrite=overwrite, with_input=with_input, num_frames=num_frames, **options,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import struct
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
