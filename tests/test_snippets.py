@@ -69,6 +69,7 @@ SMALL = {
     "vgen evaluate": "--steps 1 --num-clips 2",
     "vgen compare": "",
     "vgen data": "",
+    "vgen doctor": "--no-benchmark",
     "pipelines/encode_latents.py": "--num_clips 4 --height 64 --width 64 --mixed_precision no",
     "pipelines/evaluate.py": "--num_inference_steps 1 --num_clips 2 --dtype float32",
     "pipelines/text_to_video.py": "--num_inference_steps 1 --model tiny",

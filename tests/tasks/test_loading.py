@@ -18,7 +18,9 @@ from vgen.cli import app
 from vgen.data.video_io import read_video, write_video
 from vgen.diffusion import change_scheduler, make_scheduler
 from vgen.pipeline import VideoGenPipeline
-from vgen.tasks.loading import LoadOptions, load_checkpoint, parse_adapter
+from vgen.tasks.jobs import JobConfig, run_settings
+from vgen.tasks.loading import LoadOptions, load_checkpoint, operations, parse_adapter
+from vgen.training.throughput import count_flops
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moves right"
@@ -145,6 +147,26 @@ def test_every_command_that_generates_writes_444(model, inputs, monkeypatch, com
 def pixel_format(path):
     with av.open(str(path)) as container:
         return container.streams.video[0].pix_fmt
+
+
+@pytest.mark.parametrize("name", ["vgen/shapes-64", "vgen/shapes-64-unet"])
+def test_the_operations_of_a_forward_pass_are_those_that_pytorch_counts(name):
+    pipe = load_checkpoint(name, LoadOptions(), "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    counted = count_flops(
+        lambda: pipe("a red circle moves right", num_inference_steps=1, output_type="latent", guidance_scale=2.0)
+    )
+    assert counted / 3 < operations(pipe, streams=False) < 3 * counted
+    assert operations(pipe, streams=True) < operations(pipe, streams=False)
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_dtype_auto_is_the_faster_one_and_recorded_in_jobs(model, monkeypatch, fast, dtype):
+    monkeypatch.setattr("vgen.machine.fast_precision", lambda device: fast)
+    config = JobConfig(output_dir="runs", model=model, dtype="auto")
+    pipe = load_checkpoint(model, config, "cpu")
+    assert pipe.dtype == pipe.vae.dtype == dtype
+    assert run_settings(config, pipe)["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_a_compiled_denoiser_gives_the_same_video(model, adapters, inputs, monkeypatch):

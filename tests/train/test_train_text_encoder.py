@@ -1,6 +1,7 @@
 """Training of the text encoder."""
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from vgen.data.captions import parse_caption
@@ -35,3 +36,15 @@ def test_a_text_encoder_learns_the_attributes_of_its_captions(text_run):
             assert values == [
                 one.color, one.shape, one.motion, one.size, one.speed, scene.background, len(scene.objects)
             ]  # fmt: skip
+
+
+def test_an_automatic_precision_is_recorded_and_kept_by_a_resumed_run(tmp_path, monkeypatch, caplog):
+    for steps, fast in ((2, "bf16"), (4, "no")):
+        monkeypatch.setattr("vgen.training.run.fast_precision", lambda device, fast=fast: fast)
+        options = {"--mixed_precision": "auto", "--max_steps": steps, "--lr_schedule": "constant"}
+        done = train_text_encoder(tmp_path, **options)
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mixed_precision"] == "bf16"
+    assert "after 2 steps" in done.stdout
+    expected = "the run keeps mixed_precision=bf16, with which it began; no is faster on this machine"
+    assert caplog.messages.count(expected) == 1
+    assert not any("not resumed exactly" in text and "mixed_precision" in text for text in caplog.messages)

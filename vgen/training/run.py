@@ -52,8 +52,6 @@ from vgen.training.logs import Logs, track_video, tracker_names
 from vgen.training.muon import KernelMuon
 from vgen.training.throughput import Throughput
 
-logger = logging.get_logger(__name__)
-
 
 @dataclass(kw_only=True)
 class RunConfig:
