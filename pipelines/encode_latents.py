@@ -262,8 +262,8 @@ class Encoder:
         """The precision that `auto` stands for: that of the folder's shards, or else the faster one."""
         for part, _ in in_buckets(config):
             path = as_path(part.output_dir) / "settings.json"
-            if path.exists():
-                return read_json(path)["mixed_precision"]
+            if path.exists() and (kept := read_json(path).get("mixed_precision")):
+                return kept
         return fast_precision(self.device)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ OPERATIONS_PER_THREAD = 1e9
 
 _SECONDS = 0.08
 _BLOCK = 256
+_SLOW = 1.2  # smaller differences may be noise
 _HALF = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _ALL_THREADS = torch.get_num_threads()
 
@@ -82,7 +83,7 @@ def fast_precision(device: torch.device) -> Literal["no", "bf16"]:
 
 
 def warn_if_slow(device: torch.device, precision: str, setting: str) -> None:
-    """Warns if a half precision is slower than float32 on this processor; of several processes, the first one does.
+    """Warns if a half precision is clearly slower than float32 on this processor; only the first process does.
 
     Args:
         device: The device of the networks.
@@ -93,9 +94,9 @@ def warn_if_slow(device: torch.device, precision: str, setting: str) -> None:
         return
     dtype = _HALF[precision]
     ratio = matrix_peak(device, torch.float32) / matrix_peak(device, dtype)
-    if ratio > 1:
+    if ratio > _SLOW:
         name = str(dtype).removeprefix("torch.")
-        logger.warning(f"{name} is {ratio:.1f} times slower than float32 on this processor: pass {setting}")
+        logger.warning(f"{name} takes {ratio:.1f} times as long as float32 on this processor: pass {setting}")
 
 
 def limit_threads(operations: float) -> int:

@@ -114,8 +114,9 @@ def run_settings(config: ModelConfig, pipe: VideoGenPipeline, *inputs: str) -> d
     """
     skipped = ("output_dir", "model", "lora", "seed", *ENGINE_OPTIONS, *inputs)
     settings = {name: value for name, value in vars(config).items() if name not in skipped}
-    dtype = str(pipe.dtype).removeprefix("torch.")  # on another machine, `auto` may mean another one
-    return settings | {"dtype": dtype, "model": pipe.fingerprint(), "defaults": pipe.defaults}
+    if config.dtype == "auto":  # on another machine, it may mean another one
+        settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
+    return settings | {"model": pipe.fingerprint(), "defaults": pipe.defaults}
 
 
 def prompt_jobs(path: str | Path, config: JobConfig, *, schedules: bool = False) -> list[Job]:
