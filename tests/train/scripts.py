@@ -53,7 +53,8 @@ def launch(script, *arguments, check=True, processes=1, fresh=False, cold=False,
     else:
         done = launch_here(command)
     assert not check or done.returncode == 0, done.stderr[-3000:]
-    if check and str(script).startswith(("train/", "pipelines/encode_latents")) and "--dry_run" not in options:
+    is_dry = "--dry_run" in (*arguments, *options)
+    if check and str(script).startswith(("train/", "pipelines/encode_latents")) and not is_dry:
         last = done.stdout.splitlines()[-1]
         assert last.startswith("stopped after ") or (last.startswith("wrote ") and "; next: " in last), done.stdout
     return done
