@@ -54,7 +54,7 @@ from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import CutCaptions, embed, load_text_encoder, tokenize
 from vgen.models.vae import CausalVideoVAE
-from vgen.processes import locked_output_dir, this_process
+from vgen.processes import from_main_process, locked_output_dir, this_process
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
@@ -240,7 +240,7 @@ class Encoder:
     def __init__(self, config: EncodeConfig):
         self.device = this_process().device
         if config.mixed_precision == "auto":
-            config = replace(config, mixed_precision=self.resolve_precision(config))
+            config = replace(config, mixed_precision=from_main_process(self.resolve_precision(config)))
         warn_if_slow(self.device, config.mixed_precision, "--mixed_precision no")
         vae = load_vae(config.vae).to(self.device).eval()
         self.codec = as_video_vae(vae)
