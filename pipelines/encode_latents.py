@@ -25,7 +25,6 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from vgen.checks import check_choice
 from vgen.data.augment import Augmentation
@@ -52,7 +51,7 @@ from vgen.io.settings import parse_settings
 from vgen.machine import fast_precision, warn_if_slow
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
-from vgen.models.prompts import CutCaptions, embed, load_text_encoder, tokenize
+from vgen.models.prompts import CutCaptions, embed, load_text_encoder, load_tokenizer, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import from_main_process, locked_output_dir, this_process
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
@@ -401,7 +400,7 @@ class TextEncoder:
     def __init__(self, config: EncodeConfig, device: torch.device):
         assert config.text_encoder is not None
         self.network = load_text_encoder(config.text_encoder).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer")
+        self.tokenizer = load_tokenizer(config.text_encoder)
         self.config = config
         self.cut = CutCaptions(self.tokenizer, config.max_sequence_length)
 

@@ -15,6 +15,7 @@ from vgen.io.settings import parse_settings
 from vgen.sampling.options import InterpolationOptions
 from vgen.tasks.engine import Worker
 from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.tasks.loading import metadata_of
 from vgen.tasks.video_files import interpolate_file
 
 
@@ -47,6 +48,7 @@ def load(config: InterpolateConfig) -> Worker:
                 prompt=config.prompt,
                 seed=job.inputs["seed"],
                 written=config,
+                metadata=metadata_of(config.model, config),
                 overwrite=True,
                 **InterpolationOptions.of(config).given(),
             )

@@ -15,6 +15,7 @@ from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.engine import Worker
 from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, run_jobs, run_settings, video_jobs
+from vgen.tasks.loading import metadata_of
 from vgen.tasks.video_files import predict_file
 
 
@@ -52,6 +53,7 @@ def load(config: PredictConfig) -> Worker:
                 seed=job.inputs["seed"],
                 with_input=config.with_input,
                 written=config,
+                metadata=metadata_of(config.model, config),
                 overwrite=True,
                 num_frames=config.num_frames,
                 **RolloutOptions.of(config).given(),

@@ -16,6 +16,7 @@ from vgen.io.settings import parse_settings
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.engine import Worker
 from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.loading import metadata_of
 from vgen.tasks.video_files import rollout_in_segments
 
 
@@ -62,6 +63,7 @@ def load(config: RolloutConfig) -> Worker:
             seed=job.inputs["seed"],
             segment_frames=config.segment_frames,
             written=config,
+            metadata=metadata_of(config.model, config),
             num_frames=config.num_frames,
             **RolloutOptions.of(config).given(),
         )

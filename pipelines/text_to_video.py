@@ -13,6 +13,7 @@ from vgen.io.errors import one_line_errors
 from vgen.io.settings import parse_settings
 from vgen.tasks.engine import Worker
 from vgen.tasks.jobs import Job, JobConfig, job_worker, load_pipeline, prompt_jobs, run_jobs, run_settings
+from vgen.tasks.loading import metadata_of
 from vgen.tasks.video_files import generate_file
 from vgen.temporal.attention import GroupMode
 
@@ -53,6 +54,7 @@ def load(config: TextToVideoConfig) -> Worker:
             path,
             seed=job.inputs["seed"],
             written=config,
+            metadata=metadata_of(config.model, config),
             overwrite=True,
             negative_prompt=config.negative_prompt,
             num_frames=config.num_frames,

@@ -19,13 +19,12 @@ SCRIPTS = [
 
 # layers from the bottom up; a module may import its own layer's package and lower layers
 LAYERS = [
-    ["checks", "io"],
+    ["checks", "hub", "io"],
     ["processes"],
     ["machine"],
     ["temporal"],
     ["models", "diffusion", "data"],
     ["sampling", "training", "metrics", "recognition"],
-    ["hub"],
     ["pipeline"],
     ["tasks"],
     ["serve"],

@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.data.test_video_io import encode, moving_pattern
 from tests.test_pipeline import make_pipeline
+from vgen import __version__
 from vgen.cli import EvaluationTask, app, main
-from vgen.data.video_io import read_video, write_video
+from vgen.data.video_io import read_video, video_info, write_video
+from vgen.hub import packaged_checkpoints
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks import evaluation
 
@@ -41,7 +44,9 @@ def test_generate_writes_every_format(model, tmp_path, name):
     done = run("generate", PROMPT, "-o", tmp_path / name, "--model", model)
     assert done.exit_code == 0, done.output
     frames, _ = read_video(tmp_path / name)
-    assert frames.shape == (9, 16, 16, 3)
+    enlarged = name.endswith((".mp4", ".gif"))
+    assert frames.shape == ((9, 256, 256, 3) if enlarged else (9, 16, 16, 3))
+    assert ("9 frames, enlarged 16 times (--scale 1 keeps 16x16)" in done.stdout) == enlarged
 
 
 def test_the_same_seed_gives_the_same_file(model, tmp_path):
@@ -53,6 +58,7 @@ def test_the_same_seed_gives_the_same_file(model, tmp_path):
 
 def test_options_reach_the_pipeline(model, tmp_path):
     arguments = ("--num-frames", 5, "--height", 24, "--width", 8, "--steps", 1, "--guidance", 1, "--fps", 4)
+    arguments += ("--scale", 1)
     done = run("generate", PROMPT, "-o", tmp_path / "v.mp4", "--model", model, "--groups", "causal", *arguments)
     assert done.exit_code == 0, done.output
     frames, rate = read_video(tmp_path / "v.mp4")
@@ -137,6 +143,57 @@ def test_rollout_options_set_the_context(able, tmp_path):
     assert np.array_equal(written, with_options) and not np.array_equal(with_options, without)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_enlarged_videos_are_continued_at_their_own_size(able, tmp_path, suffix):
+    clip = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    write_video(clip, tmp_path / "clip")
+    enlarged = tmp_path / f"enlarged{suffix}"
+    write_video(clip, enlarged, scale=16)
+    for name in ("clip", enlarged.name):
+        options = ("--num-frames", 4, "--model", able, "--with-input", "--steps", 1)
+        done = run("predict", tmp_path / name, "-o", tmp_path / f"{name}-out.mp4", *options)
+        assert done.exit_code == 0 and done.stderr == "", done.output
+        assert "enlarged 16 times" in done.stdout
+    outputs = [read_video(tmp_path / f"{name}-out.mp4")[0].astype(int) for name in ("clip", enlarged.name)]
+    assert outputs[0].shape == outputs[1].shape == (10, 256, 256, 3)
+    assert np.abs(outputs[0] - outputs[1]).mean() < (2 if suffix == ".mp4" else 4)
+
+
+def test_the_file_tells_how_it_was_made_and_info_prints_it(able, tmp_path, clip):
+    runs = {
+        "a.mp4": ("generate", PROMPT, "--num-frames", 5, "--seed", 7, "--steps", 3, "--dtype", "float32"),
+        "b.gif": ("predict", tmp_path / "clip", "--num-frames", 4, "--seed", 8, "--steps", 1, "--sink", 0),
+        "c": ("interpolate", tmp_path / "clip", "--factor", 3, "--seed", 9, "--steps", 1),
+        "d.mp4": ("rollout", PROMPT, "--num-frames", 4, "--at", "2=a blue square", "--steps", 1),
+    }
+    expected = {
+        "a.mp4": {"task": "generation", "prompt": PROMPT, "num_frames": 5, "seed": 7, "num_inference_steps": 3,
+                  "guidance_scale": 3.0, "height": 16},
+        "b.gif": {"task": "prediction", "video": "clip", "seed": 8, "sink": 0, "window": 2, "guidance_scale": 1.0},
+        "c": {"task": "interpolation", "factor": 3, "frame_rate": 4.0},
+        "d.mp4": {"task": "rollout", "prompt": {"0": PROMPT, "2": "a blue square"}, "num_frames": 4},
+    }  # fmt: skip
+    for name, words in runs.items():
+        done = run(*words, "-o", tmp_path / name, "--model", able)
+        assert done.exit_code == 0, done.output
+        stored = video_info(tmp_path / name).metadata
+        assert stored["model"] == able and stored["vgen"] == __version__
+        assert {key: stored[key] for key in expected[name]} == expected[name]
+        told = run("info", tmp_path / name)
+        assert told.exit_code == 0, told.output
+        for word in (*expected[name], __version__, "frames"):
+            assert str(word) in told.stdout
+
+
+def test_info_of_a_video_of_another_program(tmp_path):
+    encode(tmp_path / "video.mkv", moving_pattern(17, 32, 32), rate=25)
+    done = run("info", tmp_path / "video.mkv")
+    assert done.exit_code == 0 and "17 frames" in done.stdout and "not stored" in done.stdout
+    assert run("info", tmp_path / "nosuch.mp4").exit_code == 2
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    assert run("info", tmp_path / "broken.mp4").exit_code == 2
+
+
 def test_animate_begins_with_the_image(able, tmp_path, clip):
     Image.fromarray(clip[0, :16, :16]).save(tmp_path / "first.png")
     done = run("animate", tmp_path / "first.png", PROMPT, "-o", tmp_path / "video", "--model", able)
@@ -209,19 +266,37 @@ def test_anomaly_plots_and_prints_every_score(able, tmp_path, clip):
         assert plot.width > 300
 
 
-def test_info_shows_defaults_capabilities_and_sizes(model):
+def test_info_shows_and_explains_defaults_capabilities_and_sizes(model):
     done = run("info", model)
     assert done.exit_code == 0
-    for word in ("num_frames 9", "full, causal, chunk", "CausalVideoVAE", "M parameters"):
-        assert word in done.output
-    assert "of rollouts" not in done.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    rows = {name: (value, meaning) for name, value, meaning in rows}
+    assert rows["num_frames"][0] == "9" and rows["group_modes"][0] == "full, causal, chunk"
+    assert rows["vae"][0].startswith("CausalVideoVAE, 0.") and rows["vae"][0].endswith("M parameters")
+    assert "rollout_defaults" not in rows
+    assert all(meaning and len(meaning) < 120 for _, meaning in rows.values())
 
 
 def test_info_shows_rollout_defaults(tmp_path):
     pipe = make_pipeline()
     pipe.register_to_config(rollout_defaults={"history_noise": 0.25})
     pipe.save_pretrained(tmp_path)
-    assert "history_noise 0.25" in run("info", str(tmp_path)).output
+    assert '{"history_noise": 0.25}' in run("info", str(tmp_path)).output
+
+
+def test_models_lists_what_ships():
+    done = run("models")
+    assert done.exit_code == 0, done.output
+    for name in packaged_checkpoints():
+        [line] = [line for line in done.stdout.splitlines() if f" {name} " in line]
+        for word in ("text to video", "interpolation", "64x64, 8 fps", "17, at most 33", "colored shapes", " MB"):
+            assert word in line
+
+
+@pytest.mark.parametrize("words", [[], ["generate"], ["models"], ["data"], ["data", "validate"]])
+def test_help_has_a_short_flag(words):
+    done = run(*words, "-h")
+    assert done.exit_code == 0 and "Usage:" in done.stdout
 
 
 def test_a_folder_of_videos_is_validated(tmp_path):

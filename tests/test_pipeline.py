@@ -2,9 +2,12 @@
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,11 +17,15 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from PIL import Image
 
 from tests.warm import warm_python
 from vgen import InterpolationOptions, RolloutOptions, load_rollout
+from vgen.data.shapes import ShapesWorld, render
 from vgen.hub import find_checkpoint
-from vgen.models.prompts import make_text_encoder, make_word_tokenizer, tokenize
+from vgen.io.pixels import to_frames
+from vgen.models.image_vae import load_vae
+from vgen.models.prompts import load_text_encoder, make_text_encoder, make_word_tokenizer, tokenize
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -59,6 +66,14 @@ def make_pipeline(vae=True, seed=0, **transformer):
 @pytest.fixture
 def pipe():
     return make_pipeline()
+
+
+@contextmanager
+def propagated_logs():
+    """Lets pytest see the warnings of diffusers' loggers."""
+    diffusers.utils.logging.enable_propagation()
+    yield
+    diffusers.utils.logging.disable_propagation()
 
 
 def seeded(seed=0):
@@ -295,25 +310,92 @@ def test_mistakes_are_rejected_with_the_nearest_valid_value(pipe, arguments, mes
 
 
 def test_unknown_words_warn_and_known_ones_do_not(pipe, caplog):
-    import diffusers
-
-    diffusers.utils.logging.enable_propagation()
-    pipe("a red Circle, moves right!")
-    assert "not trained with" not in caplog.text
-    pipe("a zebra moves")
+    with propagated_logs():
+        pipe("a red Circle, moves right!")
+        assert "not trained with" not in caplog.text
+        pipe("a zebra moves")
     assert "not trained with: zebra; the nearest known words: " in caplog.text
-    diffusers.utils.logging.disable_propagation()
+
+
+@pytest.fixture
+def shapes():
+    pipe = VideoGenPipeline.from_pretrained("vgen/shapes-64")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["shapes", "noise", "photograph"])
+def test_frames_unlike_the_training_data_give_one_warning(shapes, caplog, kind):
+    """The photograph is a smooth one, which is the hardest to tell from plain shapes."""
+    rng = np.random.default_rng(0)
+    world = ShapesWorld(split="all", seed=5)
+    clip = {
+        "shapes": to_frames(render([world.scene(0)], num_frames=5))[0],
+        "noise": rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8),
+        "photograph": np.stack([np.asarray(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC))] * 5),
+    }[kind]  # fmt: skip
+    quick = {"num_inference_steps": 1, "generator": seeded()}
+    uses = [
+        lambda: shapes(PROMPT, image=clip[0], num_frames=5, **quick),
+        lambda: shapes.predict(clip, num_frames=4, **quick),
+        lambda: shapes.interpolate(clip, factor=2, **quick),
+        lambda: shapes(PROMPT, num_frames=5, **quick),
+    ]
+    with propagated_logs():
+        for use in uses:
+            caplog.clear()
+            use()
+            warned = sum("Expect nonsense" in message for message in caplog.messages)
+            assert warned == (kind != "shapes" and use is not uses[-1])
+    if kind != "shapes":
+        shapes.vae.register_to_config(training_psnr=None)
+        caplog.clear()
+        with propagated_logs():
+            uses[0]()
+        assert not caplog.messages
+
+
+def test_sizes_outside_training_warn_once(caplog):
+    pipe = make_pipeline(trained_token_frames=5)
+    with propagated_logs():
+        pipe(PROMPT, num_inference_steps=1)
+        assert "often look wrong" not in caplog.text
+        for _ in range(2):
+            pipe(PROMPT, num_inference_steps=1, height=24, width=40)
+    assert caplog.text.count("40x24 is not the size that this checkpoint makes by default, 16x16") == 1
 
 
 def test_a_missing_model_names_the_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("vgen/nothing", "./nothing", "/nothing/here", "nothing"):
+    for name in ("vgen/nothing", "nothing"):
         with pytest.raises(ValueError, match="neither a packaged checkpoint .* nor a folder in"):
             find_checkpoint(name)
-    assert find_checkpoint("someone/model") == "someone/model"
+    assert find_checkpoint("someone/model") == find_checkpoint("runs/mine").replace("runs/mine", "someone/model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="model_index.json"):
         find_checkpoint("empty")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "../nothing", "/nothing/here", "~/nothing", "runs/try/pipeline",
+                                  "runs/mine", "nothing/", "other\\folder\\mine"])  # fmt: skip
+def test_a_path_that_does_not_exist_is_a_missing_folder_and_no_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for load in (find_checkpoint, load_vae, load_text_encoder):
+        with pytest.raises(ValueError, match=re.escape(f"no such folder: {name} (in {tmp_path}")):
+            load(name)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.safetensors is a file, expected the folder of a pipeline"):
+        find_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_components_of_packaged_checkpoints_load_by_name():
+    assert load_vae("vgen/shapes-64").config.z_dim == 8
+    assert load_text_encoder("vgen/shapes-64").config.d_model == 128
 
 
 def test_pickled_weights_are_rejected_by_name(pipe, tmp_path):

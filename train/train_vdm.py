@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld
@@ -27,7 +26,7 @@ from vgen.io.pixels import from_pt, to_uint8
 from vgen.metrics.prompt import adherence
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
-from vgen.models.prompts import CutCaptions, load_text_encoder
+from vgen.models.prompts import CutCaptions, load_text_encoder, load_tokenizer
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
@@ -256,7 +255,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         vae=vae,
         **{config.denoiser: denoiser},
         text_encoder=text_encoder,
-        tokenizer=AutoTokenizer.from_pretrained(config.text_encoder, subfolder="tokenizer"),
+        tokenizer=load_tokenizer(config.text_encoder),
         max_sequence_length=config.max_sequence_length,
         frame_rate=config.frame_rate,
         **config.defaults,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from vgen.checks import check_integer
-from vgen.data.formats import OutputOptions, check_output_options, check_video_input, check_video_output
+from vgen.data.formats import OutputOptions, check_output_options, check_video_input, check_video_output, is_video
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
 from vgen.io.errors import one_line_errors, printable
@@ -21,7 +21,7 @@ from vgen.io.flags import FLAGS
 from vgen.io.spinning import stop_spinning
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
-from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint
+from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint, metadata_of
 
 DEFAULT_MODEL = "vgen/shapes-64"
 OptionsT = TypeVar("OptionsT")
@@ -29,7 +29,7 @@ OptionsT = TypeVar("OptionsT")
 app = typer.Typer(
     help="Video diffusion that is causal in time.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -129,6 +129,7 @@ def generate(
 
         done |= generate_file(
             _load(model, device, loading), prompt, output, seed=seed, written=written, overwrite=overwrite,
+            metadata=metadata_of(model, loading),
             negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames, groups=groups,
             num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
@@ -160,6 +161,7 @@ def animate(
 
         done |= generate_file(
             _load(model, device, loading), prompt, output, seed=seed, written=written, overwrite=overwrite,
+            metadata=metadata_of(model, loading),
             image=image, negative_prompt=negative_prompt, num_frames=num_frames, num_inference_steps=steps,
             guidance_scale=guidance,
         )  # fmt: skip
@@ -199,7 +201,8 @@ def predict(
 
         done |= predict_file(
             _load(model, device, loading, streams=True), clip, output, prompt, seed=seed, written=written,
-            overwrite=overwrite, with_input=with_input, num_frames=num_frames, **options,
+            overwrite=overwrite, metadata=metadata_of(model, loading), with_input=with_input,
+            num_frames=num_frames, **options,
         )  # fmt: skip
 
 
@@ -225,7 +228,7 @@ def interpolate(
 
         done |= interpolate_file(
             _load(model, device, loading), clip, output, prompt=prompt, seed=seed, written=written,
-            overwrite=overwrite, **options,
+            overwrite=overwrite, metadata=metadata_of(model, loading), **options,
         )  # fmt: skip
 
 
@@ -277,6 +280,7 @@ def rollout(
             "seed": seed,
             "written": written,
             "overwrite": overwrite,
+            "metadata": metadata_of(model, loading),
             "num_frames": num_frames,
         } | options
         if video is None:
@@ -286,33 +290,39 @@ def rollout(
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="A packaged checkpoint, a folder, or a Hub id.")]) -> None:
-    """Show the components, defaults and supported tasks of a checkpoint."""
+def models() -> None:
+    """List the checkpoints that ship with the package, and other sources of weights."""
     with one_line_errors():
-        from rich.console import Console
-        from rich.table import Table
+        from vgen.tasks.information import describe_packaged
 
-        find_checkpoint(model)
-        pipe = _load(model, "cpu")
-        table = Table(show_header=False, title=model)
-        defaults = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
-        table.add_row("defaults", ", ".join(f"{name} {pipe.config[name]}" for name in defaults))
-        rollout_defaults = pipe.config.rollout_defaults
-        if rollout_defaults:
-            values = ", ".join(f"{name} {value}" for name, value in rollout_defaults.items())
-            table.add_row("defaults of rollouts", values)
-        capabilities = ("tasks", "group_modes", "trained_token_frames", "chunk_size", "window", "sink")
-        for name in capabilities:
-            value = pipe.denoiser.config[name]
-            table.add_row(name, ", ".join(value) if isinstance(value, (list, tuple)) else str(value))
-        for name, component in pipe.components.items():
-            if component is None:
-                continue
-            size = ""
-            if hasattr(component, "parameters"):
-                size = f", {sum(p.numel() for p in component.parameters()) / 1e6:.2f}M parameters"
-            table.add_row(name, f"{type(component).__name__}{size}")
-        Console().print(table)
+        table = _table("name", "tasks", "trained on", "files", "videos", "frames")
+        for row in describe_packaged():
+            table.add_row(*row)
+        _console().print(table)
+    typer.echo(
+        "--model also takes a folder or a Hub id of a vgen pipeline or of Wan 2.1 text to video (diffusers' layout)."
+    )
+    typer.echo("vgen info NAME shows the defaults of a checkpoint and what they mean.")
+
+
+@app.command()
+def info(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL|VIDEO", help="A packaged checkpoint, a folder, a Hub id, or a video.")
+    ],
+) -> None:
+    """Show what a checkpoint consists of and can do, or what a video was made from."""
+    with one_line_errors():
+        path = Path(source)
+        if is_video(path) and not (path / "model_index.json").is_file():
+            from vgen.tasks.information import describe_video
+
+            _print_rows(describe_video(path), source)
+            return
+        find_checkpoint(source)
+        from vgen.tasks.information import describe_pipeline
+
+        _print_rows(describe_pipeline(_load(source, "cpu")), source)
 
 
 @app.command()
@@ -585,7 +595,10 @@ def _writing(
         yield entries
     if "fit" in entries:
         typer.echo(entries["fit"], err=True)
-    typer.echo(printable(f"wrote {output}: {entries['num_frames']} frames"))
+    done = f"wrote {output}: {entries['num_frames']} frames"
+    if "scale" in entries:
+        done += f", enlarged {entries['scale']} times (--scale 1 keeps {entries['content_size']})"
+    typer.echo(printable(done))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -608,6 +621,17 @@ def _table(*columns: str, title: str | None = None) -> Any:
     from rich.table import Table
 
     return Table(*columns, title=title)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
+    """Prints a table without a header."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, title=escape(printable(title)))
+    for row in rows:
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    _console().print(table)
 
 
 def _print_tables(results: dict[str, Any]) -> None:

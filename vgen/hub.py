@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 CHECKPOINTS = Path(str(resources.files("vgen"))) / "checkpoints"
 PREFIX = "vgen/"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def find_checkpoint(name: str | Path) -> Path | str:
@@ -22,18 +24,35 @@ def find_checkpoint(name: str | Path) -> Path | str:
     Raises:
         ValueError: There is no such checkpoint, or the folder contains no pipeline.
     """
+    source = locate(name)
+    if isinstance(source, Path) and not (source / "model_index.json").is_file():
+        if source.is_file():
+            raise ValueError(f"{source} is a file, expected the folder of a pipeline")
+        raise ValueError(f"{source} contains no pipeline: it has no model_index.json")
+    return source
+
+
+def locate(name: str | Path) -> Path | str:
+    """Resolves a name to a packaged checkpoint or another path that exists, or to a Hub id, without its content.
+
+    Raises:
+        ValueError: There is none.
+    """
     text = str(name)
     packaged = find_packaged(text)
     if packaged is not None and (packaged / "model_index.json").is_file():
         return packaged
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} contains no pipeline: it has no model_index.json")
-        return folder
-    if text.count("/") != 1 or text.startswith((PREFIX, ".", "/", "~")):
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if text.startswith(PREFIX) or not is_hub_id(text):
         raise ValueError(not_found(text))
     return text
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no existing path is one of the Hub, `owner/name`: no folder `owner` exists here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
 
 
 def find_packaged(name: str) -> Path | None:
@@ -50,6 +69,8 @@ def packaged_checkpoints() -> list[str]:
 def not_found(name: str) -> str:
     """Error message for a checkpoint that does not exist."""
     packaged = ", ".join(packaged_checkpoints()) or "none"
+    if not name.startswith(PREFIX) and not is_hub_id(name) and re.search(r"[/\\]", name):
+        return f"no such folder: {name} (in {Path.cwd()}; packaged checkpoints: {packaged})"
     return f"no model {name!r}: it is neither a packaged checkpoint ({packaged}) nor a folder in {Path.cwd()}"
 
 

@@ -71,6 +71,7 @@ from vgen.sampling.known_frames import (
     encode_clip,
     encode_known_frames,
     lay_out,
+    warn_unlike_training,
 )
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, accepts
 from vgen.sampling.prompts import PromptSchedule, check_prompts, fill_empty_prompts, has_prompt, is_single
@@ -514,6 +515,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 f"num_frames={num_frames} is longer than the clips that this checkpoint was trained with, which have "
                 f"up to {longest} frames ({trained} token frames): use rollout for longer videos"
             )
+        self._warn_untrained_size(height, width)
         sampler = self.sampler(guidance)
         known = self._encode_given(given, num_frames, num_videos_per_prompt)
         positive, negative = self.encode_prompt(
@@ -698,6 +700,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 sampler.device,
                 self.denoiser.dtype,
             )
+        self._warn_untrained_size(*size)
+        if video is not None:
+            clips = iter(clips)
+            first = next(clips)
+            warn_unlike_training(self.video_vae, first[:, :, 0].to(sampler.device))
+            clips = itertools.chain([first], clips)
         if interval == 1:
             rollout = Rollout(sampler, state, hooks, output_type)
             rollout.take(clips)
@@ -884,6 +892,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length=max_sequence_length,
             attention_kwargs=attention_kwargs,
         )
+        self._warn_untrained_size(*size)
         positive, negative = self.encode_prompt(
             fill_empty_prompts(prompt, ""),
             options.negative_prompt,
@@ -1142,6 +1151,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Arithmetic of pixel frames, latents and token frames."""
         return LatentGrid(self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
 
+    def _warn_untrained_size(self, height: int, width: int) -> None:
+        """Warns, once, of a size other than the default of a checkpoint that records what it was trained on."""
+        size = self.config.height, self.config.width
+        if self.denoiser.config.trained_token_frames is not None and (height, width) != size:
+            logger.warning_once(
+                f"{width}x{height} is not the size that this checkpoint makes by default, {size[1]}x{size[0]}: videos "
+                "of a size that it was not trained on often look wrong"
+            )
+
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
         """Checks that at most one kind of guidance is requested.
 
@@ -1181,6 +1199,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         pixels = {
             index: one.to(device).repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()
         }
+        if given:
+            warn_unlike_training(self.video_vae, given[min(given)].to(device))
         return encode_known_frames(pixels, num_frames, self.grid, self.video_vae)
 
 

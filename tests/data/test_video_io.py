@@ -755,3 +755,74 @@ def test_images_that_start_programs_are_not_opened(tmp_path):
         assert image.format == "EPS"  # which Pillow would read with Ghostscript
     with pytest.raises(ValueError, match=r"0\.png is not an image"):
         read_video(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_enlarged_video_is_sharp_and_tells_its_scale(tmp_path, suffix):
+    frames, path = moving_pattern(5, 22, 33), tmp_path / f"video{suffix}"
+    write_video(frames, path, scale=3)
+    info = video_info(path)
+    height, width = (66, 100) if suffix == ".mp4" else (66, 99)  # an mp4 has even sizes
+    assert (info.height, info.width) == (height, width)
+    expected = np.stack([np.kron(frame, np.ones((3, 3, 1), np.uint8)) for frame in frames])
+    read = read_video(path)[0][:, :66, :99]
+    assert mean_error(read, expected) < 2 and (suffix == ".mp4" or np.array_equal(read, expected))
+    stored = suffix != ".webp"
+    assert (info.scale, info.content_size) == ((3, (22, 33)) if stored else (1, (height, width)))
+
+
+def test_small_videos_are_enlarged_to_a_size_that_players_show_well(tmp_path):
+    for name, size, expected in (
+        ("a.mp4", (48, 64), (192, 256)), ("b.gif", (100, 60), (300, 180)), ("c.mp4", (256, 20), (256, 20)),
+        ("d.webp", (48, 64), (48, 64)), ("e", (8, 8), (8, 8)),
+    ):  # fmt: skip
+        write_video(moving_pattern(2, *size), tmp_path / name, scale=None)
+        info = video_info(tmp_path / name)
+        assert (info.height, info.width) == expected and info.content_size == size
+    write_video(moving_pattern(2, 48, 64), tmp_path / "plain.mp4")
+    assert video_info(tmp_path / "plain.mp4").width == 64
+    with pytest.raises(ValueError, match="scale must be an integer of at least 1"):
+        VideoWriter(tmp_path / "f.mp4", scale=0)
+
+
+def test_a_scale_is_not_believed_after_the_video_was_resized(tmp_path):
+    write_video(moving_pattern(5, 32, 32), tmp_path / "video.mp4", scale=4)
+    with av.open(str(tmp_path / "video.mp4")) as source:
+        comment = source.metadata["comment"]
+    for index, text in enumerate((comment, "a comment of mine", "[1]", '{"scale": 4, "content_size": [16, 16]}',
+                                  '{"vgen": "1", "scale": "4", "content_size": 3}', "[" * 100_000)):  # fmt: skip
+        path = encode(tmp_path / f"{index}.mp4", moving_pattern(5, 64, 64))
+        with av.open(str(path)) as source, av.open(str(tmp_path / f"tagged-{index}.mp4"), "w") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            target.metadata["comment"] = text
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        info = video_info(tmp_path / f"tagged-{index}.mp4")
+        assert (info.scale, info.content_size) == (1, (64, 64))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ""])
+def test_metadata_of_any_length_and_script_are_read_back(tmp_path, suffix):
+    metadata = {
+        "prompt": 'ein roter Kreis, \u8d64\u3044\u5186 "quoted"\n' * 40,
+        "seed": 2**63 - 1,
+        "options": {"a": [1.5, None]},
+    }
+    write_video(moving_pattern(), tmp_path / f"video{suffix}", metadata=metadata)
+    info = video_info(tmp_path / f"video{suffix}")
+    assert info.metadata.pop("vgen") and info.metadata == metadata
+    if suffix == ".gif":
+        assert np.array_equal(read_video(tmp_path / "video.gif")[0], moving_pattern())
+
+
+def test_joined_videos_keep_the_metadata_that_they_share(tmp_path):
+    for index, seed in enumerate((1, 1, 2)):
+        write_video(moving_pattern(), tmp_path / f"{index}.mp4", scale=2, metadata={"seed": seed})
+    paths = [tmp_path / f"{index}.mp4" for index in range(3)]
+    join_videos(paths[:2], tmp_path / "same.mp4")
+    join_videos(paths, tmp_path / "mixed.mp4")
+    same = video_info(tmp_path / "same.mp4")
+    assert same.metadata["seed"] == 1 and same.scale == 2 and same.num_frames == 24
+    assert video_info(tmp_path / "mixed.mp4").metadata == {}

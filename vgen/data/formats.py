@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from vgen.checks import check_choice, check_number
+from vgen.checks import check_choice, check_integer, check_number
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Frames of a folder."""
@@ -45,11 +45,21 @@ class OutputOptions:
     pixel_format: PixelFormat = "yuv420p"
     """Pixel format of an mp4: `yuv420p`, which every player supports, or `yuv444p`, which keeps all color detail and
     odd sizes."""
+    scale: int | None = None
+    """Factor by which the frames of the file are enlarged, with sharp edges. By default, mp4 and gif files below 256
+    pixels are enlarged, because players blur them."""
 
 
 def is_ignored(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or was put there by a system, and so is no part of the data."""
     return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def is_video(path: Path) -> bool:
+    """Whether a path has the suffix of a video or is a folder of frames."""
+    if path.is_dir():
+        return any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in path.iterdir())
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def check_video_input(path: Path) -> None:
@@ -98,6 +108,8 @@ def check_output_options(options: OutputOptions, suffix: str) -> None:
     """
     if options.fps is not None:
         check_number("fps", options.fps, above=0)
+    if options.scale is not None:
+        check_integer("scale", options.scale, minimum=1)
     check_pixel_format(options.pixel_format, suffix)
 
 

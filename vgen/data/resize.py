@@ -1,4 +1,4 @@
-"""Resizing of frames of any size to the size of a model, and of its output back."""
+"""Resizing of frames of any size to the size of a model and of its output back, and enlargement for players."""
 
 from __future__ import annotations
 
@@ -64,3 +64,20 @@ def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return frames
     images = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
     return np.stack([np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS)) for image in images])
+
+
+def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Repeats each pixel of frames `(..., h, w, c)` in `scale` rows and columns."""
+    return frames if scale == 1 else frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def shrink(frame: np.ndarray, scale: int, size: tuple[int, int]) -> np.ndarray:
+    """Reverts `enlarge` for a frame `(h, w, 3)`: means of squares, which also average the errors of compression.
+
+    Args:
+        frame: uint8. It may have rows and columns in excess at the end.
+        scale: The factor of `enlarge`.
+        size: Height and width to return, in pixels.
+    """
+    height, width = (side * scale for side in size)
+    return np.asarray(Image.fromarray(frame).reduce(scale, (0, 0, width, height)))

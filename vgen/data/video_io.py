@@ -10,12 +10,13 @@ video (PQ, HLG) raises an error.
 
 import contextlib
 import itertools
+import json
 import math
 import os
 import re
 import struct
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,6 +32,7 @@ from vgen.data.formats import ANIMATION_SUFFIXES, CONTAINERS, IMAGE_SUFFIXES, ch
 from vgen.data.memory_file import MemoryFile
 from vgen.data.video_writer import (
     DEFAULT_FRAME_RATE,
+    METADATA_KEY,
     VideoWriter,
     check_frame_rate,
     join_videos,
@@ -92,6 +94,27 @@ class VideoInfo:
     """Width of a pixel of the upright frames divided by its height; 1 for square pixels."""
     damage: str | None
     """A line that describes the damage of the file; `None` if reading its packets shows none."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What `VideoWriter` stored: how the video was made, with which version of `vgen`; empty for other videos."""
+
+    @property
+    def scale(self) -> int:
+        """Factor by which `VideoWriter` enlarged the frames; 1 if it did not, or if they were resized afterwards."""
+        scale, size = self.metadata.get("scale"), self.metadata.get("content_size")
+        if type(scale) is not int or scale < 1 or not isinstance(size, list):
+            return 1
+        padded = [[side * scale + extra for extra in (0, 1)] for side in size if type(side) is int and side > 0]
+        actual = [self.height, self.width]
+        fits = len(size) == len(padded) == 2 and all(side in two for side, two in zip(actual, padded, strict=True))
+        return scale if fits else 1
+
+    @property
+    def content_size(self) -> tuple[int, int]:
+        """Height and width in pixels before `VideoWriter` enlarged the frames."""
+        if self.scale == 1:
+            return self.height, self.width
+        height, width = self.metadata["content_size"]
+        return height, width
 
 
 def video_info(path: str | os.PathLike) -> VideoInfo:
@@ -270,6 +293,15 @@ def _source(path: Path, frame_rate: float | None = None) -> "_VideoFile | _Anima
     return _Animation(path) if path.suffix.lower() in ANIMATION_SUFFIXES else _VideoFile(path)
 
 
+def _metadata(text: str | bytes | None) -> dict[str, Any]:
+    """Parses what `VideoWriter` stored; a text of another program gives nothing."""
+    try:
+        entries = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return {}
+    return entries if isinstance(entries, dict) and "vgen" in entries else {}
+
+
 def _properties(codec: str, num_frames: int, duration: float, damage: list[str]) -> dict[str, Any]:
     """Properties for `VideoInfo`; the mean frame rate follows from the others."""
     rate, first = num_frames / duration, damage[0] if damage else None
@@ -308,6 +340,7 @@ class _VideoFile:
         shown, first, damage = [], None, []
         with self._opened() as (container, stream):
             codec, clock, rate = stream.codec_context.name, float(stream.time_base), float(stream.average_rate or 0)
+            metadata = _metadata(container.metadata.get(METADATA_KEY))
             timed = _shows_every_packet(container, stream)
             has_gaps = container.format.name.split(",")[0] not in ("matroska", "mov")  # whose structure is checked
             try:
@@ -333,7 +366,8 @@ class _VideoFile:
             damage.append(self._damage(problem))
         end = times[-1] + duration
         exact = rate and abs(len(times) / rate - end) < _ROUNDING  # the mean of rounded times is less accurate
-        return _properties(codec, len(times), end, damage) | ({"frame_rate": rate} if exact else {})
+        found = _properties(codec, len(times), end, damage) | {"metadata": metadata}
+        return found | ({"frame_rate": rate} if exact else {})
 
     def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:
         time = duration = 0.0
@@ -494,7 +528,9 @@ class _Animation:
         num_frames, end = 0, 0.0
         for frame in self.frames(0.0, damage.append):
             num_frames, end = num_frames + 1, frame.time + frame.duration
-        return _properties(self._path.suffix.lower()[1:], num_frames, end, damage)
+        with self._path.open("rb") as file, opened_image(file, self._path) as image:
+            metadata = _metadata(image.info.get(METADATA_KEY))
+        return _properties(self._path.suffix.lower()[1:], num_frames, end, damage) | {"metadata": metadata}
 
     def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:
         time, path = 0.0, self._path
@@ -530,11 +566,13 @@ class _ImageFolder:
             raise ValueError(f"the folder {path} has no {', '.join(IMAGE_SUFFIXES)} frames")
         with opened_image(self._images[0], self._images[0]) as image:
             self._stored_rate = float(image.info.get("frame_rate", 0))
+            self._metadata = _metadata(image.info.get(METADATA_KEY))
         self._frame_rate = self._stored_rate or frame_rate or DEFAULT_FRAME_RATE
 
     def properties(self) -> dict[str, Any]:
         num_frames = len(self._images)
         found = _properties(self._images[0].suffix.lower()[1:], num_frames, num_frames / self._frame_rate, [])
+        found["metadata"] = self._metadata
         return found if self._stored_rate else found | {"frame_rate": None, "duration": None}
 
     def frames(self, start: float, on_damage: OnDamage | None = None) -> Generator[_Frame, None, None]:

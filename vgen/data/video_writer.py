@@ -5,10 +5,12 @@ frames are written by Pillow.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,18 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vgen import __version__
 from vgen.checks import check_integer, check_number
 from vgen.data.formats import PixelFormat, check_pixel_format, check_video_output
+from vgen.data.resize import enlarge
 from vgen.io.atomic import move_into_place, workspace_for
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
+MIN_SHOWN_SIZE = 256
+"""Pixels on the longer side below which `scale=None` enlarges a video, because players blur tiny ones."""
+METADATA_KEY = "comment"
+"""Where files store their metadata: a tag of an mp4, a comment of a gif, a text of a png."""
 
 logger = logging.getLogger(__name__)
 _MAX_GIF_RATE = 50.0  # browsers play faster gifs more slowly
@@ -48,6 +56,8 @@ def write_video(
     crf: int | None = None,
     pixel_format: PixelFormat = "yuv420p",
     overwrite: bool = False,
+    scale: int | None = 1,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a video atomically. The arguments and errors are those of `VideoWriter`.
 
@@ -58,14 +68,19 @@ def write_video(
         crf: As in `VideoWriter`.
         pixel_format: As in `VideoWriter`.
         overwrite: As in `VideoWriter`.
+        scale: As in `VideoWriter`.
+        metadata: As in `VideoWriter`.
     """
-    with VideoWriter(path, frame_rate, crf=crf, pixel_format=pixel_format, overwrite=overwrite) as writer:
+    options: dict[str, Any] = {"pixel_format": pixel_format, "overwrite": overwrite, "metadata": metadata}
+    with VideoWriter(path, frame_rate, crf=crf, scale=scale, **options) as writer:
         for chunk in frames:
             writer.append(chunk)
 
 
 def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Concatenates mp4 files without encoding their frames again. The output is written atomically.
+
+    It has the metadata of the files, if it is the same in all of them.
 
     Args:
         paths: Files, in order, that `VideoWriter` wrote with the same settings and frame size.
@@ -83,6 +98,8 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
     with workspace_for(output) as folder:
         partial = Path(folder, output.name)
         with av.open(f"file:{partial}", "w", options={"movflags": "faststart"}) as target:
+            if len(stored := set(map(_stored_text, paths))) == 1:
+                target.metadata[METADATA_KEY] = stored.pop()
             stream, expected, num_frames = None, None, 0
             delay = max(map(_decoding_delay, paths))
             for path in paths:
@@ -104,6 +121,11 @@ def join_videos(paths: Sequence[str | os.PathLike], output: str | os.PathLike, *
                     num_frames += len(packets)
         check_video_output(output, overwrite)
         move_into_place(partial, output, Path(folder))
+
+
+def _stored_text(path: str | os.PathLike) -> str:
+    with av.open(f"file:{path}") as source:
+        return source.metadata.get(METADATA_KEY, "")
 
 
 def _decoding_delay(path: str | os.PathLike) -> int:
@@ -133,6 +155,10 @@ class VideoWriter:
         pixel_format: Pixel format of an mp4. `yuv444p` keeps odd sizes and all color detail; few players support it.
         overwrite: Whether to replace an existing video, which stays until the new one is complete. A folder is
             replaced only if it contains nothing but frames.
+        scale: Factor by which frames are enlarged, with sharp edges: each pixel becomes a square. `None` enlarges mp4
+            and gif files to at least `MIN_SHOWN_SIZE` pixels on the longer side. The attribute `scale` is the factor.
+        metadata: Entries to store as JSON, together with the version of vgen and the scale, for `video_info`. A webp
+            stores none.
 
     Raises:
         FileExistsError: `path` exists and cannot be replaced.
@@ -148,11 +174,15 @@ class VideoWriter:
         crf: int | None = None,
         pixel_format: PixelFormat = "yuv420p",
         overwrite: bool = False,
+        scale: int | None = 1,
+        metadata: Mapping[str, Any] | None = None,
     ):
         self.path = Path(path)
         check_frame_rate(frame_rate)
         self.frame_rate = float(frame_rate)
         self.num_frames = 0
+        self.scale = scale
+        self._metadata = dict(metadata or {})
         self._crf = crf
         self._pixel_format = pixel_format
         self._overwrite = overwrite
@@ -164,6 +194,11 @@ class VideoWriter:
         self._sink: _EncodedFile | _ImageFolder | None = None
         self._frame_shape: tuple[int, ...] | None = None
         self._closed = False
+
+    @property
+    def content_size(self) -> tuple[int, int] | None:
+        """Height and width of the frames before they are enlarged; `None` before the first one."""
+        return None if self._frame_shape is None else (self._frame_shape[0], self._frame_shape[1])
 
     def append(self, frames: np.ndarray) -> None:
         """Adds a frame `(h, w, 3)` or a chunk of frames `(f, h, w, 3)`, uint8.
@@ -178,8 +213,10 @@ class VideoWriter:
             with self._discarding_on_error():
                 if self._sink is None:
                     self._frame_shape = frame.shape
+                    self.scale = self._default_scale(frame.shape) if self.scale is None else self.scale
                     self._sink = self._open_sink(frame.shape)
-                self._sink.append(np.ascontiguousarray(frame))
+                assert self.scale is not None
+                self._sink.append(np.ascontiguousarray(enlarge(frame, self.scale)))
                 self.num_frames += 1
 
     def close(self) -> None:
@@ -226,6 +263,8 @@ class VideoWriter:
             raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
         if self._crf is not None:
             check_integer("crf", self._crf, 0, 51)
+        if self.scale is not None:
+            check_integer("scale", self.scale, 1)
         check_pixel_format(self._pixel_format, suffix)
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
@@ -238,18 +277,29 @@ class VideoWriter:
             raise ValueError(f"all frames of {self.path} must be {self._frame_shape}, got {frames.shape[-3:]}")
         return frames if frames.ndim == 4 else frames[None]
 
+    def _default_scale(self, shape: tuple[int, ...]) -> int:
+        return math.ceil(MIN_SHOWN_SIZE / max(shape)) if self.path.suffix.lower() in (".mp4", ".gif") else 1
+
+    def _stored_text(self, shape: tuple[int, ...]) -> str | None:
+        """The text of the metadata. The size of the content tells whether the file was resized later."""
+        enlarged = {} if self.scale == 1 else {"scale": self.scale, "content_size": shape[:2]}
+        entries = self._metadata | enlarged
+        return json.dumps({"vgen": __version__} | entries) if entries else None
+
     def _open_sink(self, shape: tuple[int, ...]) -> "_EncodedFile | _ImageFolder":
+        assert self.scale is not None
+        text = self._stored_text(shape)
         if self.path.suffix == "":
-            return _ImageFolder(self._partial, self.frame_rate)
-        height, width, _ = shape
+            return _ImageFolder(self._partial, self.frame_rate, text)
+        exact = height, width = shape[0] * self.scale, shape[1] * self.scale
         if self.path.suffix.lower() == ".mp4" and self._pixel_format == "yuv420p" and (height % 2 or width % 2):
             height, width = height + height % 2, width + width % 2
             logger.warning(
-                f"{self.path}: {shape[1]}x{shape[0]} is written as {width}x{height}, because yuv420p needs even sizes "
+                f"{self.path}: {exact[1]}x{exact[0]} is written as {width}x{height}, because yuv420p needs even sizes "
                 "(pixel_format yuv444p does not)"
             )
         crf = DEFAULT_CRF if self._crf is None else self._crf
-        return _EncodedFile(self._partial, self.frame_rate, (height, width), crf, self._pixel_format)
+        return _EncodedFile(self._partial, self.frame_rate, (height, width), crf, self._pixel_format, text)
 
     @contextlib.contextmanager
     def _discarding_on_error(self) -> Iterator[None]:
@@ -274,7 +324,9 @@ class VideoWriter:
 class _EncodedFile:
     """A video file, encoded by FFmpeg."""
 
-    def __init__(self, path: Path, frame_rate: float, size: tuple[int, int], crf: int, chroma: PixelFormat):
+    def __init__(
+        self, path: Path, frame_rate: float, size: tuple[int, int], crf: int, chroma: PixelFormat, text: str | None
+    ):
         height, width = size
         # The conversion from RGB uses the BT.601 matrix. Tagging it makes every player invert that matrix.
         color = {
@@ -294,6 +346,9 @@ class _EncodedFile:
         }[path.suffix.lower()]
         rate = Fraction(frame_rate).limit_denominator(10000)
         self._container = av.open(f"file:{path}", "w", options=container_options)
+        self._path, self._comment = path, text if path.suffix.lower() == ".gif" else None
+        if text is not None:
+            self._container.metadata[METADATA_KEY] = text
         stream = self._container.add_stream(codec, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
@@ -325,16 +380,33 @@ class _EncodedFile:
             self._container.mux(self._stream.encode(None))
         finally:
             self._container.close()
+        if self._comment is not None:
+            _insert_gif_comment(self._path, self._comment.encode())
+
+
+def _insert_gif_comment(path: Path, comment: bytes) -> None:
+    """Stores a comment in a gif, which FFmpeg does not: an extension block after the header and its colors."""
+    blocks = (comment[begin : begin + 255] for begin in range(0, len(comment), 255))
+    extension = b"\x21\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\x00"
+    commented = path.with_suffix(".commented")
+    with path.open("rb") as source, commented.open("wb") as target:
+        header = source.read(13)
+        num_colors = 2 << (header[10] & 7) if header[10] & 0x80 else 0
+        target.write(header + source.read(3 * num_colors) + extension)
+        shutil.copyfileobj(source, target)
+    commented.replace(path)
 
 
 class _ImageFolder:
-    """A folder of numbered png files that store the frame rate as text."""
+    """A folder of numbered png files that store the frame rate and the metadata as text."""
 
-    def __init__(self, path: Path, frame_rate: float):
+    def __init__(self, path: Path, frame_rate: float, text: str | None):
         path.mkdir()
         self._path = path
         self._text = PngInfo()
         self._text.add_text("frame_rate", repr(frame_rate))
+        if text is not None:
+            self._text.add_text(METADATA_KEY, text)
         self._num_frames = 0
 
     def append(self, frame: np.ndarray) -> None:

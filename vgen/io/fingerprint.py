@@ -11,6 +11,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+_NOTES = ("training_data", "training_psnr")  # settings of a network for messages only
+
 
 def digest_json(value: Any) -> str:
     """SHA-256 of a JSON-serializable value; other values count as strings."""
@@ -131,6 +133,6 @@ def fingerprint_components(
         if network is not None:
             config = {"class": type(network).__name__}
             if isinstance(network.config, dict):  # diffusers'; transformers' also holds versions and precision
-                config |= {key: value for key, value in network.config.items() if key[:1] != "_"}
+                config |= {key: value for key, value in network.config.items() if key[:1] != "_" and key not in _NOTES}
             marks[name] = [digest_json(config), fingerprint_weights(network)]
     return marks

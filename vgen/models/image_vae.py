@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from einops import rearrange
 from torch import Tensor
 
+from vgen.hub import locate
 from vgen.models.loading import load_strictly
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import TemporalState
@@ -89,11 +90,12 @@ def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
     """Loads a VAE of the class that its config names.
 
     Args:
-        source: A folder or Hub id of a VAE, or of a pipeline with a `vae` subfolder.
+        source: A folder or Hub id of a VAE, or of a pipeline with a `vae` subfolder, or a packaged checkpoint.
 
     Raises:
-        ValueError: The weights are pickled, or do not match the config.
+        ValueError: There is no such folder, the weights are pickled, or do not match the config.
     """
+    source = locate(source)
     options: dict[str, Any] = {}
     try:
         config = CausalVideoVAE.load_config(str(source))

@@ -15,8 +15,16 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForTextEncoding, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
+from vgen.hub import locate
 from vgen.models.loading import load_strictly
 from vgen.models.locks import lock_of
 
@@ -27,13 +35,25 @@ def load_text_encoder(source: str) -> Any:
     """Loads the text encoder of a pipeline in float32.
 
     Args:
-        source: A folder or Hub id with a subfolder `text_encoder`.
+        source: A folder or Hub id with a subfolder `text_encoder`, or a packaged checkpoint.
 
     Raises:
-        ValueError: The weights are pickled, do not match the config, or are NaN or infinite.
+        ValueError: There is no such folder, the weights are pickled, do not match the config, or are NaN or infinite.
     """
     load = AutoModelForTextEncoding.from_pretrained
-    return load_strictly(load, "the text encoder", source, subfolder="text_encoder", dtype=torch.float32)
+    return load_strictly(load, "the text encoder", locate(source), subfolder="text_encoder", dtype=torch.float32)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Loads the tokenizer of a pipeline.
+
+    Args:
+        source: A folder or Hub id with a subfolder `tokenizer`, or a packaged checkpoint.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    return AutoTokenizer.from_pretrained(locate(source), subfolder="tokenizer")
 
 
 def check_text_encoder(folder: Path, class_name: str, variant: str | None) -> None:

@@ -301,6 +301,8 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             `None` means 1.
         scale_factor_temporal: Temporal compression `s`; must match `temperal_downsample`. `None` derives it.
         scale_factor_spatial: Height and width in pixels of one latent; must match the levels. `None` derives it.
+        training_data: What the training videos show, in a few words; for messages only.
+        training_psnr: Mean PSNR in dB of reconstructed new clips of the training data; for messages only.
 
     Raises:
         ValueError: The layout is unsupported, or the settings contradict one another.
@@ -333,6 +335,8 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         patch_size: int | None = None,
         scale_factor_temporal: int | None = None,
         scale_factor_spatial: int | None = None,
+        training_data: str | None = None,
+        training_psnr: float | None = None,
     ) -> None:
         super().__init__()
         temporal = 2 ** sum(map(bool, temperal_downsample))

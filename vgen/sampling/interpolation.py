@@ -18,7 +18,14 @@ from torch import Tensor
 from vgen.io.records import read_json
 from vgen.models.denoiser import pack_keyframes
 from vgen.sampling.conditions import Conditions
-from vgen.sampling.known_frames import KnownFrameLayout, KnownFrames, encode_clip, encode_slots, lay_out
+from vgen.sampling.known_frames import (
+    KnownFrameLayout,
+    KnownFrames,
+    encode_clip,
+    encode_slots,
+    lay_out,
+    warn_unlike_training,
+)
 from vgen.sampling.options import InterpolationOptions
 from vgen.sampling.sampler import Generators, Sampler, draw_noise
 from vgen.temporal.attention import make_groups, widest_mode
@@ -190,6 +197,7 @@ class Interpolator:
 
     def _begin(self, frame: Tensor) -> Tensor:
         clip = frame.unsqueeze(2)
+        warn_unlike_training(self.sampler.vae, frame)
         self.state.finished[0] = encode_clip(self.sampler.vae, clip)
         decoded = self.sampler.decode(self.state.finished[0], self.state.decoder).float()
         self.state.num_made = 1

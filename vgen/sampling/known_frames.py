@@ -6,11 +6,13 @@ frames `s*(k-1)+1 .. s*k`, and its slot j is for frame `s*(k-1) + 1 + j`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.checks import check_integer
@@ -20,6 +22,11 @@ from vgen.models.image_vae import PerFrameVAE
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.grid import LatentGrid
 from vgen.temporal.state import TemporalState
+
+logger = logging.get_logger(__name__)
+UNLIKE_TRAINING = 10.0
+"""Decibels by which the VAE's PSNR on given frames is below that on its training data before a warning: measured
+with `vgen/shapes-64`, single frames of its world are at most 6 below, natural video and noise 22 and more."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,32 @@ def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: T
         return clip
     posterior = vae.encode(clip.to(vae.dtype), state=state).latent_dist
     return vae.normalize(posterior.mode().float())
+
+
+@torch.no_grad()
+def warn_unlike_training(vae: CausalVideoVAE | PerFrameVAE | None, frame: Tensor) -> None:
+    """Logs a warning if a VAE reconstructs a given frame much worse than the videos that it was trained on.
+
+    Does nothing if the VAE's config has no `training_psnr`.
+
+    Args:
+        vae: The VAE.
+        frame: Pixels `(b, 3, h, w)` in [-1, 1], on the device where the VAE computes.
+    """
+    expected = getattr(vae, "config", {}).get("training_psnr")
+    if vae is None or expected is None:
+        return
+    clip = frame.unsqueeze(2)
+    decoded = vae.decode(vae.encode(clip.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
+    errors = (decoded - clip.float()).square().flatten(1).mean(1)
+    found = -10 * math.log10(errors.max().item() / 4 + 1e-10)  # pixels span 2
+    if found < expected - UNLIKE_TRAINING:
+        data = getattr(vae, "config", {}).get("training_data") or "other videos"
+        logger.warning(
+            f"the given frames do not look like what this checkpoint was trained on ({data}): its VAE reconstructs "
+            f"them with {found:.0f} dB instead of {expected:.0f}. Expect nonsense; docs/your_videos.md explains how "
+            "to train a checkpoint on your own videos"
+        )
 
 
 def encode_slots(

@@ -145,11 +145,15 @@ class RolloutOptions(SamplingOptions):
         Raises:
             ValueError: An option has the wrong type, is out of range, or exceeds what the denoiser was trained for.
         """
-        own = {"history_noise": 0.0, "history_guidance_scale": 1.0, "keyframe_interval": 1}
-        options = self._filled({**own, **denoiser, **pipeline, **pipeline["rollout_defaults"]}, prompted)
+        options = self.filled(pipeline, denoiser, prompted=prompted)
         options.check()
         options.check_denoiser(denoiser)
         return options
+
+    def filled(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
+        """The same options with every default filled in, unchecked; arguments as in `resolve`."""
+        own = {"history_noise": 0.0, "history_guidance_scale": 1.0, "keyframe_interval": 1}
+        return self._filled({**own, **denoiser, **pipeline, **pipeline["rollout_defaults"]}, prompted)
 
     def _checks(self) -> dict[str, Callable[[str, Any], None]]:
         return super()._checks() | {

@@ -89,6 +89,9 @@ class JobConfig(OutputOptions, ModelConfig):
 
     suffix: OutputSuffix = ".mp4"
     """Suffix of the videos: `.mp4`, `.gif`, `.webp`, or empty for folders of frames."""
+    scale: int | None = 1
+    """Factor by which the frames of the files are enlarged, with sharp edges; `null` enlarges as the `vgen` command
+    does."""
 
 
 def load_pipeline(config: ModelConfig, device: torch.device | None = None) -> VideoGenPipeline:

@@ -5,12 +5,13 @@ torch is imported when a checkpoint is loaded, so that wrong options are reporte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vgen.checks import check_choice
+from vgen.hub import is_hub_id
 
 if TYPE_CHECKING:
     from vgen.pipeline import VideoGenPipeline
@@ -49,11 +50,20 @@ def check_loading(options: LoadOptions) -> None:
         check_choice("scheduler", options.scheduler, Scheduler)
     for text in options.lora:
         source, _ = parse_adapter(text)
-        is_hub_id = source.count("/") == 1 and source[0] not in "./~" and not source.endswith(".safetensors")
-        if not Path(source).exists() and not is_hub_id:
+        if not Path(source).exists() and (source.endswith(".safetensors") or not is_hub_id(source)):
             raise FileNotFoundError(f"no such LoRA adapter: {source}")
     if options.lora and find_spec("peft") is None:
         raise ImportError("LoRA adapters need peft: pip install vgen[lora]")
+
+
+def metadata_of(model: str, options: LoadOptions) -> dict[str, Any]:
+    """The checkpoint and the options that differ from the defaults, for the metadata of videos."""
+    changed = {
+        name: getattr(options, name)
+        for name, default in asdict(LoadOptions()).items()
+        if getattr(options, name) != default
+    }
+    return {"model": model} | changed
 
 
 def parse_adapter(text: str) -> tuple[str, float]:

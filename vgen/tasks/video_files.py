@@ -2,8 +2,10 @@
 
 Inputs are cropped and resized to the checkpoint's size, and outputs are resized back to the size of the crop. Videos
 are streamed, so memory does not grow with their length. The exception is the input of a prediction with a
-`keyframe_interval`, which is held in memory. Every function returns entries for a job's manifest: `num_frames`, and
-`fit` if frames were cropped or resized.
+`keyframe_interval`, which is held in memory. Every function returns entries for a job's manifest: `num_frames`,
+`scale` and `content_size` if the file is enlarged, and `fit` if frames were cropped or resized.
+
+Files that were enlarged when they were written are read at their original size. Files store what they were made from.
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ import torch
 from diffusers.utils import logging
 
 from vgen.data.formats import OutputOptions
-from vgen.data.resize import Fit
+from vgen.data.resize import Fit, shrink
 from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
 from vgen.io.atomic import remove_directory
 from vgen.io.images import read_image
 from vgen.io.pixels import to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline, load_rollout
+from vgen.sampling.options import InterpolationOptions, RolloutOptions
+from vgen.sampling.prompts import has_prompt
 from vgen.sampling.rollout import is_saved
 
 logger = logging.get_logger(__name__)
 
+_DEFAULTS = ("height", "width", "num_frames", "frame_rate", "num_inference_steps", "guidance_scale")
 FRAMES_PER_SLICE = 16
 """Frames of an input video that are converted at once."""
 
@@ -43,6 +48,7 @@ def generate_file(
     image: Path | None = None,
     written: OutputOptions | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates a video from a prompt and optionally a first frame.
@@ -55,6 +61,7 @@ def generate_file(
         image: Image file with the first frame.
         written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
+        metadata: Entries that the file stores besides its inputs and settings, such as the name of the checkpoint.
         options: Further arguments of `VideoGenPipeline.__call__`.
 
     Raises:
@@ -66,7 +73,10 @@ def generate_file(
         fit = Fit(first.shape[1:3], (pipe.config.height, pipe.config.width))
         options = options | {"image": fit.to_target(first)[0]}
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    with _writer(output, rate, written, overwrite) as writer:
+    given = {name: value for name, value in options.items() if isinstance(value, (str, int, float))}
+    settings = {name: pipe.config[name] for name in _DEFAULTS} | given
+    entries = {"task": "generation", "prompt": prompt, "image": _name_of(image), "seed": seed} | settings
+    with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
         latents = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).frames
         slices = (frames[0] for frames in pipe.decode_stream(latents))
         if fit is not None:
@@ -88,6 +98,7 @@ def predict_file(
     with_input: bool = False,
     written: OutputOptions | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Continues a video.
@@ -101,13 +112,23 @@ def predict_file(
         with_input: Whether to write the input frames before the new ones.
         written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
+        metadata: Entries that the file stores besides its inputs and settings, such as the name of the checkpoint.
         options: Further arguments of `VideoGenPipeline.rollout`.
 
     Raises:
         ValueError: The video cannot be read, or as in `VideoGenPipeline.rollout`.
     """
     fit, frames, rate = _open(pipe, video)
-    with _writer(output, rate, written, overwrite) as writer:
+    options["frame_rate"] = options.get("frame_rate") or rate
+    entries = {
+        "task": "prediction",
+        "prompt": prompt,
+        "video": _name_of(video),
+        "with_input": with_input,
+        "seed": seed,
+    }
+    entries |= _rollout_settings(pipe, prompt, options)
+    with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
 
         def given() -> Iterator[np.ndarray]:
             for frame in frames:
@@ -116,7 +137,6 @@ def predict_file(
                 yield fit.to_target(frame[None])[0]
 
         generator = torch.Generator().manual_seed(seed)
-        options["frame_rate"] = options.get("frame_rate") or rate
         for chunk in pipe.rollout(prompt, given(), generator=generator, **options):
             writer.append(fit.back(chunk))
     return _manifest_entries(writer, fit)
@@ -149,6 +169,7 @@ def interpolate_file(
     seed: int = 0,
     written: OutputOptions | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates the frames between those of a video: slow motion, unless `written` sets another frame rate.
@@ -162,6 +183,7 @@ def interpolate_file(
         seed: Seed of the noise.
         written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
+        metadata: Entries that the file stores besides its inputs and settings, such as the name of the checkpoint.
         options: Further arguments of `VideoGenPipeline.interpolator`.
 
     Raises:
@@ -171,7 +193,9 @@ def interpolate_file(
     generator = torch.Generator().manual_seed(seed)
     options["frame_rate"] = options.get("frame_rate") or rate
     interpolator = pipe.interpolator(factor, prompt, size=fit.target, generator=generator, **options)
-    with _writer(output, rate, written, overwrite) as writer:
+    settings = InterpolationOptions(factor=factor, **options).resolve(pipe.config, prompted=prompt is not None)
+    entries = {"task": "interpolation", "prompt": prompt, "video": _name_of(video), "seed": seed} | settings.to_json()
+    with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
         for clip in interpolator.stream(_clips(fit, frames)):
             writer.append(fit.back(to_frames(clip)[0]))
     return _manifest_entries(writer, fit)
@@ -185,12 +209,14 @@ def rollout_file(
     seed: int = 0,
     written: OutputOptions | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates a video of any length without input frames; arguments as in `predict_file`."""
     rate = options.get("frame_rate") or pipe.config.frame_rate
     chunks = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
-    with _writer(output, rate, written, overwrite) as writer:
+    entries = {"task": "rollout", "prompt": prompt, "seed": seed} | _rollout_settings(pipe, prompt, options)
+    with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
         for chunk in chunks:
             writer.append(chunk)
     return _manifest_entries(writer, None)
@@ -205,6 +231,7 @@ def rollout_in_segments(
     seed: int = 0,
     segment_frames: int = 256,
     written: OutputOptions | None = None,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generates a long video in segments and saves the rollout's state after each.
@@ -220,6 +247,7 @@ def rollout_in_segments(
         seed: Seed of the noise.
         segment_frames: Minimum number of frames per segment.
         written: How the file is written; `None` uses the defaults.
+        metadata: As in `generate_file`.
         options: Further arguments of `VideoGenPipeline.rollout`. `num_frames` is required.
 
     Raises:
@@ -236,15 +264,17 @@ def rollout_in_segments(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         rollout = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
+    entries = {"task": "rollout", "prompt": prompt, "seed": seed} | _rollout_settings(pipe, prompt, options)
     while rollout.frames_done < options["num_frames"]:
         path = work / f"{rollout.frames_done:09d}.mp4"
-        with _writer(path, rate, written) as writer:
+        with _writer(path, rate, written, {**(metadata or {}), **entries}) as writer:
             while writer.num_frames < segment_frames and (chunk := next(rollout, None)) is not None:
                 writer.append(chunk)
         rollout.save(work / "state")
     join_videos(sorted(work.glob("*.mp4")), output, overwrite=True)
     remove_directory(work)
-    return {"num_frames": rollout.frames_done}
+    info = video_info(output)
+    return {"num_frames": rollout.frames_done} | _enlargement(info.scale, info.content_size)
 
 
 def _has_segments(work: Path, num_frames: int) -> bool:
@@ -261,22 +291,45 @@ def _has_segments(work: Path, num_frames: int) -> bool:
 def _open(pipe: VideoGenPipeline, video: Path) -> tuple[Fit, Iterator[np.ndarray], float]:
     """Opens a video: the crop and resize to the checkpoint's size, the frames, and the frames per second.
 
-    A variable frame rate is resampled to its mean, so that time passes as in the file. Damage is warned about.
+    A variable frame rate is resampled to its mean, so that time passes as in the file. Damage is warned about. What
+    was enlarged when it was written is read at its original size.
     """
     info = video_info(video)
     rate = info.frame_rate or DEFAULT_FRAME_RATE
     if info.damage is not None:
         logger.warning(info.damage)
     frames = iter_video(video, frame_rate=rate, on_damage=logger.warning if info.damage is None else lambda _: None)
-    size = info.height, info.width
+    size = info.content_size
+    if info.scale > 1:
+        frames = (shrink(frame, info.scale, size) for frame in frames)
     return Fit(size, (pipe.config.height, pipe.config.width), info.pixel_aspect_ratio), frames, rate
 
 
-def _writer(path: Path, rate: float, written: OutputOptions | None, overwrite: bool = False) -> VideoWriter:
-    """The writer of a file with these options, by default at a rate in frames per second."""
-    options = written or OutputOptions()
-    frame_rate = rate if options.fps is None else options.fps
-    return VideoWriter(path, frame_rate, pixel_format=options.pixel_format, overwrite=overwrite)
+def _writer(
+    path: Path, rate: float, written: OutputOptions | None, entries: Mapping[str, Any], overwrite: bool = False
+) -> VideoWriter:
+    """The writer of a file with these options, by default at a rate in frames per second and at its own size."""
+    options = written or OutputOptions(scale=1)
+    return VideoWriter(
+        path,
+        rate if options.fps is None else options.fps,
+        pixel_format=options.pixel_format,
+        overwrite=overwrite,
+        scale=options.scale,
+        metadata={name: value for name, value in entries.items() if value is not None},
+    )
+
+
+def _rollout_settings(pipe: VideoGenPipeline, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a rollout for the metadata, with the checkpoint's defaults."""
+    own = {name: value for name, value in options.items() if name in RolloutOptions.names()}
+    filled = RolloutOptions(**own).filled(pipe.config, pipe.denoiser.config, prompted=has_prompt(prompt))
+    return {"num_frames": options.get("num_frames")} | filled.to_json()
+
+
+def _name_of(path: Path | None) -> str | None:
+    """The name of an input for the metadata, without its folder, because videos are passed on."""
+    return None if path is None else path.name
 
 
 def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
@@ -285,5 +338,10 @@ def _clips(fit: Fit, frames: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
 
 
 def _manifest_entries(writer: VideoWriter, fit: Fit | None) -> dict[str, Any]:
-    entries: dict[str, Any] = {"num_frames": writer.num_frames}
+    assert writer.scale is not None and writer.content_size is not None
+    entries = {"num_frames": writer.num_frames} | _enlargement(writer.scale, writer.content_size)
     return entries if fit is None or fit.source == fit.output == fit.target else entries | {"fit": str(fit)}
+
+
+def _enlargement(scale: int, size: tuple[int, int]) -> dict[str, Any]:
+    return {} if scale == 1 else {"scale": scale, "content_size": f"{size[1]}x{size[0]}"}
