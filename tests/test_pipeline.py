@@ -1,10 +1,12 @@
 """Properties of VideoGenPipeline on tiny random weights."""
 
 import inspect
+import io
 import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from contextlib import contextmanager
 
 import diffusers
@@ -315,6 +317,29 @@ def test_unknown_words_warn_and_known_ones_do_not(pipe, caplog):
         assert "not trained with" not in caplog.text
         pipe("a zebra moves")
     assert "not trained with: zebra; the nearest known words: " in caplog.text
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
+def test_notebooks_show_every_video_of_an_output(pipe, output_type):
+    output = pipe([PROMPT, PROMPT], generator=seeded(), num_inference_steps=1, output_type=output_type)
+    expected = pipe([PROMPT, PROMPT], generator=seeded(), num_inference_steps=1).frames
+    contents = re.findall('<img src="data:image/webp;base64,([^"]*)" width="256" height="256"', output._repr_html_())
+    assert len(contents) == 2
+    for content, frames in zip(contents, expected, strict=True):
+        with Image.open(io.BytesIO(b64decode(content))) as image:
+            shown = []
+            for index in range(image.n_frames):
+                image.seek(index)
+                image.load()
+                shown += [np.asarray(image.convert("RGB"))] * (
+                    image.info["duration"] // 125
+                )  # equal frames are merged
+            assert image.info["loop"] == 0
+        assert np.array_equal(np.stack(shown), np.round(frames * 255))
+
+
+def test_notebooks_show_no_latents(pipe):
+    assert pipe(PROMPT, num_inference_steps=1, output_type="latent")._repr_html_() is None
 
 
 @pytest.fixture

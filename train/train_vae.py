@@ -48,6 +48,7 @@ from vgen.training.sources import (
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 logger = logging.get_logger(__name__)
+TRAINING_DATA = "colored shapes that move on a plain background"  # ShapesWorld
 
 
 @dataclass(kw_only=True)
@@ -180,6 +181,7 @@ def main(config: VAEConfig) -> None:
         result = vae if weights is None else copy_of(vae, weights).to(accelerator.device)
         if not config.freeze_encoder:
             calibrate(result, source, config, accelerator.device)
+        describe_training(result, source, config, accelerator.device)
         with atomic_directory(config.output_dir / "vae") as folder:
             result.save_pretrained(folder)
 
@@ -234,6 +236,18 @@ def calibrate(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device
         clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
         latents.append(vae.encode(clip).latent_dist.mode())
     vae.calibrate(torch.cat(latents))
+
+
+@torch.no_grad()
+def describe_training(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device) -> None:
+    """Stores how well the VAE reconstructs its training data, for warnings about videos that it cannot reconstruct."""
+    vae.eval()
+    values = []
+    for begin in range(0, config.num_score_clips, 8):
+        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
+        values.append(psnr(vae.decode(vae.encode(clip).latent_dist.mode()).sample, clip))
+    data = TRAINING_DATA if config.data is None else None
+    vae.register_to_config(training_psnr=round(torch.cat(values).mean().item(), 2), training_data=data)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from vgen.models.prompts import CutCaptions, load_text_encoder, load_tokenizer
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
+from vgen.processes import this_process
 from vgen.temporal.attention import widest_mode
 from vgen.training.feed import Feed
 from vgen.training.objective import (
@@ -227,19 +228,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     if config.init:
         instead = {"vae": load_vae(config.vae)} if config.vae else {}
         pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
-        for name, wanted, found in (
-            ("prediction", config.prediction, prediction_of(pipe.scheduler)),
-            ("level_shift", config.level_shift, shift_of(pipe.scheduler)),
-            (
-                "zero_terminal_snr",
-                config.zero_terminal_snr,
-                pipe.scheduler.config.get("rescale_betas_zero_snr", False),
-            ),
-            ("max_sequence_length", config.max_sequence_length, pipe.config.max_sequence_length),
-            ("frame_rate", config.frame_rate, pipe.config.frame_rate),
-        ):
-            if wanted != found:
-                raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {found}: set {name}={found}")
+        take_settings(config, pipe)
         return pipe
     assert config.vae and config.text_encoder  # config.check
     vae = load_vae(config.vae)
@@ -260,6 +249,29 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def take_settings(config: VDMConfig, pipe: VideoGenPipeline) -> None:
+    """Replaces settings that have their defaults by those of the pipeline in `--init`, and prints which ones.
+
+    Raises:
+        ValueError: A setting is neither the default nor that of the pipeline.
+    """
+    found = {
+        "prediction": prediction_of(pipe.scheduler),
+        "level_shift": shift_of(pipe.scheduler),
+        "zero_terminal_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False),
+        "max_sequence_length": pipe.config.max_sequence_length,
+        "frame_rate": pipe.config.frame_rate,
+    }
+    taken = {name: value for name, value in found.items() if getattr(config, name) != value}
+    for name, value in taken.items():
+        wanted = getattr(config, name)
+        if wanted != getattr(VDMConfig, name):
+            raise ValueError(f"{name}={wanted}, but the pipeline in {config.init} has {value}: set {name}={value}")
+        setattr(config, name, value)
+    if taken and this_process().is_main_process:
+        print(f"settings of {config.init}: {', '.join(f'{name}={value}' for name, value in taken.items())}")
 
 
 def use_whole(pipe: VideoGenPipeline, weights: dict[str, Tensor]) -> None:

@@ -40,6 +40,7 @@ from vgen.hub import find_checkpoint, not_found
 from vgen.io.errors import loading
 from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
+from vgen.io.preview import animations_html
 from vgen.io.records import read_json
 from vgen.models.convert import check_wan, from_wan_index, with_same_weights
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
@@ -112,6 +113,12 @@ class VideoGenPipelineOutput(BaseOutput):
     """Videos: a list of lists of images, an array `(b, f, h, w, c)` in [0, 1], or a tensor `(b, f, c, h, w)`."""
 
     frames: Any
+
+    def _repr_html_(self) -> str | None:
+        """The videos as animations, which notebooks show; `None` for latents."""
+        if isinstance(self.frames, Tensor) and (self.frames.shape[2] != 3 or self.frames.aminmax().min < 0):
+            return None
+        return animations_html(self.frames)
 
 
 class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):

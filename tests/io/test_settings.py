@@ -43,6 +43,26 @@ def test_a_malformed_recipe_is_an_error_of_the_command(tmp_path, capsys, kind):
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words", "parts"),
+    [
+        ("numbr: 3", [], ["numbr", "did you mean number?"]),
+        ("text: a", ["--txet", "3"], ["--txet", "did you mean text?"]),
+        ("text: a", ["--augmnt.crop=3"], ["--augmnt", "did you mean augment?"]),
+        ("text: a", ["--zzz", "3"], ["--zzz"]),
+        ("number: many", [], ["number", "many"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_nearest_setting(tmp_path, capsys, recipe, words, parts):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(SystemExit) as stopped:
+        parse_settings(Settings, "", ["--config", str(path), *words])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert all(part in error for part in parts) and ("did you mean" in error) == ("mean" in parts[-1])
+
+
 def test_values_of_the_command_line_are_bounded_too(capsys):
     for value in ("{a: &a [1], b: [*a, *a]}", "[" * 20_000):
         with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from tests.test_lora import write_adapter
 from tests.test_pipeline import make_pipeline
 from tests.warm import warm_python
 from vgen.cli import app
-from vgen.data.video_io import read_video, write_video
+from vgen.data.video_io import read_video, video_info, write_video
 from vgen.diffusion import change_scheduler, make_scheduler
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks.jobs import JobConfig, run_settings
@@ -208,14 +208,19 @@ def test_jobs_have_the_options_of_the_command(model, adapters, inputs, monkeypat
     monkeypatch.chdir(inputs)
     options = ["--lora", adapters[0], "--lora", f"{adapters[1]}:0.5", "--scheduler", "unipc", "--steps", 2]
     options += ["--guidance", 2, "--negative", "a blue square", "--dtype", "float32"]
-    words = [*JOBS[job], "--model", model, "--output_dir", "out", "--seed", 0, *options, "--pixel_format", "yuv444p"]
+    words = [*JOBS[job], "--model", model, "--output_dir", "out", "--seed", 0, *options, "--scale", 3]
+    words += ["--pixel_format", "yuv444p"]
     command = [warm_python(), ROOT / "pipelines" / f"{job}.py", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     [video] = (
         path for path in Path("out").iterdir() if path.name[0] != "." and path.suffix not in (".json", ".jsonl")
     )
-    assert pixel_format(video) == "yuv444p"
+    info = video_info(video)
+    assert pixel_format(video) == "yuv444p" and info.width == 48 and info.content_size == (16, 16)
+    assert info.metadata["model"] == model and len(info.metadata["lora"]) == 2
     if job == "text_to_video":
-        run("generate", PROMPT, "--model", model, *options, "--pixel-format", "yuv444p", "-o", "same.mp4")
+        run(
+            "generate", PROMPT, "--model", model, *options, "--pixel-format", "yuv444p", "--scale", 3, "-o", "same.mp4"
+        )
         assert np.array_equal(read_video(video)[0], read_video("same.mp4")[0])

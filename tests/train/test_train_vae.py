@@ -19,6 +19,7 @@ from .scripts import KILLED, ROOT, logged, train_vae, trained_alike
 def test_a_trained_vae_loads_with_the_statistics_of_its_latents(vae_run):
     vae = CausalVideoVAE.from_pretrained(vae_run / "vae")
     assert all(std > 0 and std != 1 for std in vae.config.latents_std)
+    assert 5 < vae.config.training_psnr < 40 and "shapes" in vae.config.training_data
     frames, _ = read_video(vae_run / "samples.mp4")
     assert frames.shape == (5, 32, 8 * 16, 3)
     assert (vae_run / "config.yaml").is_file()

@@ -137,10 +137,10 @@ def test_all_of_a_public_pipeline_is_fine_tuned(wan_folder, tmp_path):
     encode(tmp_path, tmp_path / "latents", **{"--vae": wan_folder, "--num_captions": 1})
     options = {
         "--init": wan_folder, "--latents_dir": tmp_path / "latents", "--output_dir": tmp_path / "run",
-        "--level_shift": 3.0, "--max_sequence_length": 512, "--frame_rate": 16.0, "--batch_size": 4, "--max_steps": 3,
-        "--sample_every": 9, "--optimizer": "adamw",
+        "--batch_size": 4, "--max_steps": 3, "--sample_every": 9, "--optimizer": "adamw",
     }  # fmt: skip
-    launch("train/train_vdm.py", **TINY | options)
+    done = launch("train/train_vdm.py", **TINY | options)
+    assert f"settings of {wan_folder}: level_shift=3.0, max_sequence_length=512, frame_rate=16.0" in done.stdout
     before, after = (VideoGenPipeline.from_pretrained(path) for path in (wan_folder, tmp_path / "run/pipeline"))
     old, new = before.transformer.state_dict(), after.transformer.state_dict()
     moved = {name.split(".")[0] for name in old if (old[name].float() - new[name].float()).abs().max() > 1e-4}

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader, set_parsing_settings
 
+from vgen.io.errors import one_line
 from vgen.io.flags import FLAGS, REPEATABLE
 
 SettingsT = TypeVar("SettingsT")
 MAX_DEPTH = 20
 """How deep lists and mappings of settings may be nested."""
 _load_yaml = get_loader("yaml")
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints one line instead of the usage of all settings, with the nearest setting to an unknown one."""
+        known = [option.removeprefix("--") for option in self._option_string_actions]
+        unknown = re.findall(r"(?:unrecognized arguments: --|Option ')(\w+)", message)
+        nearest = get_close_matches(unknown[0], known, n=1) if unknown else []
+        advice = f": did you mean {nearest[0]}?" if nearest else ""
+        print(f"{self.prog}: {one_line(message)}{advice} (--help lists all settings)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def parse_settings(settings: type[SettingsT], description: str | None, args: list[str] | None = None) -> SettingsT:
@@ -29,7 +43,7 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
     set_loader("yaml", _load_bounded, (yaml.YAMLError,))
     # a script cannot resolve the names in annotations that it inherits
     settings.__init__.__annotations__.update(get_type_hints(settings))
-    parser = ArgumentParser(description=description)
+    parser = _Parser(description=description)
     parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
     names: Any = {field.name for field in fields(settings)}  # type: ignore[arg-type]
     flags = {"dry_run"} & names

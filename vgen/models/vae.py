@@ -302,7 +302,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         scale_factor_temporal: Temporal compression `s`; must match `temperal_downsample`. `None` derives it.
         scale_factor_spatial: Height and width in pixels of one latent; must match the levels. `None` derives it.
         training_data: What the training videos show, in a few words; for messages only.
-        training_psnr: Mean PSNR in dB of reconstructed new clips of the training data; for messages only.
+        training_psnr: Mean PSNR in dB of reconstructed clips of the training data; for messages only.
 
     Raises:
         ValueError: The layout is unsupported, or the settings contradict one another.
