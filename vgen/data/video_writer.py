@@ -278,7 +278,7 @@ class VideoWriter:
         return frames if frames.ndim == 4 else frames[None]
 
     def _default_scale(self, shape: tuple[int, ...]) -> int:
-        return math.ceil(MIN_SHOWN_SIZE / max(shape)) if self.path.suffix.lower() in (".mp4", ".gif") else 1
+        return math.ceil(MIN_SHOWN_SIZE / max(shape[:2])) if self.path.suffix.lower() in (".mp4", ".gif") else 1
 
     def _stored_text(self, shape: tuple[int, ...]) -> str | None:
         """The text of the metadata. The size of the content tells whether the file was resized later."""

@@ -165,6 +165,8 @@ class Interpolator:
             ValueError: There are fewer than two given frames, or they are too far apart.
         """
         for clip in clips:
+            if self.state.num_given == 0:
+                warn_unlike_training(self.sampler.vae, clip[:, :, 0].to(self.sampler.device))
             self.take(clip)
             while (made := self.next()) is not None:
                 yield made
@@ -197,7 +199,6 @@ class Interpolator:
 
     def _begin(self, frame: Tensor) -> Tensor:
         clip = frame.unsqueeze(2)
-        warn_unlike_training(self.sampler.vae, frame)
         self.state.finished[0] = encode_clip(self.sampler.vae, clip)
         decoded = self.sampler.decode(self.state.finished[0], self.state.decoder).float()
         self.state.num_made = 1
