@@ -57,7 +57,7 @@ def describe_video(path: Path) -> list[tuple[str, str]]:
     """
     info = video_info(path)
     rate = "unknown" if info.frame_rate is None else f"{info.frame_rate:g} frames per second"
-    rows = [("video", f"{info.num_frames} frames of {info.width}x{info.height}, {rate}, {info.codec}")]
+    rows = [("file", f"{info.num_frames} frames of {info.width}x{info.height}, {rate}, {info.codec}")]
     if info.scale > 1:
         height, width = info.content_size
         rows.append(("enlarged", f"{info.scale} times, from {width}x{height}"))
