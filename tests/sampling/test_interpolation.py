@@ -69,7 +69,8 @@ def test_windows_continue_from_finished_latents_and_are_decoded_as_one_stream(pi
 
     monkeypatch.setattr(Sampler, "denoise", listen)
     frames = pipe.interpolate(video[:6], 8, PROMPT, generator=seeded(), num_inference_steps=2).frames[0]
-    finished = encode_clip(pipe.vae, to_clip(video[:1])[None])
+    with torch.no_grad():  # with gradients, PyTorch uses other kernels
+        finished = encode_clip(pipe.vae, to_clip(video[:1])[None])
     for leading, generated in windows_seen:
         assert torch.equal(leading[:, :, -1], finished[:, :, -1])
         assert torch.equal(leading[:, :, 0], finished[:, :, 0])

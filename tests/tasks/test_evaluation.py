@@ -211,7 +211,7 @@ def test_the_commands_print_tables_and_differences(model, videos, tmp_path):
         ({"features": "a", "torchscript": "b"}, "cannot be used together"),
         ({"num_feature_frames": 0}, "num_feature_frames must be an integer of at least 1"),
         ({"suite": "folder"}, "data must be set"),
-        ({"dtype": "float64"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float64'"),
+        ({"dtype": "float64"}, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'float64'"),
     ],
 )
 def test_invalid_settings_are_an_error_that_names_them(tmp_path, options, message):
