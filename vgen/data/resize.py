@@ -80,4 +80,4 @@ def shrink(frame: np.ndarray, scale: int, size: tuple[int, int]) -> np.ndarray:
         size: Height and width to return, in pixels.
     """
     height, width = (side * scale for side in size)
-    return np.asarray(Image.fromarray(frame).reduce(scale, (0, 0, width, height)))
+    return np.array(Image.fromarray(frame).reduce(scale, (0, 0, width, height)))
