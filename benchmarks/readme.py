@@ -29,6 +29,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "known_frames_unet": ("benchmarks/known_frames.py", {"model": UNET}),
     "known_frames_prompted_unet": ("benchmarks/known_frames.py", {"model": UNET, "prompted": None}),
     "rollout_unet": ("benchmarks/rollout.py", {"model": UNET, "measures": "defaults", "quality-only": None}),
+    "prompt_change": ("benchmarks/prompt_change.py", {"num-inference-steps": 8}),
     "denoisers": ("benchmarks/denoisers.py", {}),
     "cold_start": ("benchmarks/cold_start.py", {}),
     "cpu": ("benchmarks/cpu.py", {}),
@@ -75,6 +76,7 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
             "shapes": shapes(measured),
             "known frames": known_frames(measured),
             "rollout": rollout(measured["rollout"], measured["rollout_unet"]),
+            "prompt change": prompt_change(measured["prompt_change"]),
             "denoisers": denoisers(measured["denoisers"]),
             "costs": costs(measured),
             "machine": machine(measured["cpu"]["machine"]),
@@ -210,6 +212,26 @@ def rollout(measured: dict[str, Any], unet: dict[str, Any]) -> list[list[str]]:
             slopes = [f"{row[part]:+.4f}" for part in ("brightness", "contrast")]
             cells = [f"{row['prompts']:.0f}", *correct, *slopes, f"{row['seam ratio']:.2f}"]
             rows.append([ROLLOUTS.get(name, name), *cells])
+    return rows
+
+
+PROMPT_CHANGES = {
+    "recompute": "`prompt_change=recompute`",
+    "defaults": "`prompt_change=redraw` (default)",
+    "redraw 0.6": "`prompt_change_strength=0.6`",
+    "cut": "`prompt_change=cut`",
+}
+"""Names in the table of the rows of benchmarks/prompt_change.py."""
+
+
+def prompt_change(measured: dict[str, Any]) -> list[list[str]]:
+    """How often a new prompt is obeyed."""
+    shares = ("color", "shape", "object", "motion", "all", "continues")
+    rows = [["rollout", "changes", *shares, "jump, pixels"]]
+    for name, row in measured.items():
+        cells = [f"{100 * row[part]:.0f}%" if part in row else "" for part in shares]
+        jump = f"{row['jump']:.1f}" if "jump" in row else ""
+        rows.append([PROMPT_CHANGES.get(name, name), f"{row['changes']:.0f}", *cells, jump])
     return rows
 
 

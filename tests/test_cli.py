@@ -103,8 +103,10 @@ def test_rollout_writes_any_number_of_frames_and_changes_the_prompt(able, tmp_pa
     done = run("rollout", *arguments, "-o", tmp_path / "same")
     assert done.exit_code == 0 and done.stderr == ""
     run("rollout", *arguments, "-o", tmp_path / "changed", "--at", "5=a blue square")
-    same, changed = (read_video(tmp_path / name)[0] for name in ("same", "changed"))
+    run("rollout", *arguments, "-o", tmp_path / "cut", "--at", "5=a blue square", "--prompt-change", "cut")
+    same, changed, cut = (read_video(tmp_path / name)[0] for name in ("same", "changed", "cut"))
     assert same.shape == (11, 16, 16, 3) and np.array_equal(same[:5], changed[:5])
+    assert np.array_equal(same[:5], cut[:5]) and not np.array_equal(changed, cut)
 
 
 def test_rollout_continues_a_video_from_coarse_to_fine(able, tmp_path, clip):

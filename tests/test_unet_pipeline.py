@@ -124,10 +124,11 @@ def test_after_a_gap_convolutions_continue_as_in_the_stream_when_all_is_recomput
         if ".attn2.to_out" in name or ("temporal" in name and not (first_conv or last_attention)):
             weight.data.zero_()  # no prompt, and of time one convolution and, after it, one attention
     expected = frames_of(pipe.rollout(PROMPT, num_frames=60, generator=seeded()))
-    again = frames_of(pipe.rollout({0: PROMPT, 25: OTHER, 49: PROMPT}, num_frames=60, generator=seeded()))
+    changing = {"prompt": {0: PROMPT, 25: OTHER, 49: PROMPT}, "num_frames": 60, "prompt_change": "recompute"}
+    again = frames_of(pipe.rollout(generator=seeded(), **changing))
     assert abs(again - expected).max() < 1e-4
     pipe.unet.conv_history = 0
-    without = frames_of(pipe.rollout({0: PROMPT, 25: OTHER, 49: PROMPT}, num_frames=60, generator=seeded()))
+    without = frames_of(pipe.rollout(generator=seeded(), **changing))
     assert abs(without - expected).max() > 1e-3
 
 

@@ -206,16 +206,17 @@ def test_nothing_grows_over_a_thousand_chunks(randomize):
 
 
 def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe):
-    rollout = pipe.rollout({0: PROMPT, 9: OTHER}, num_frames=17, generator=seeded())
+    recompute = {"prompt_change": "recompute"}
+    rollout = pipe.rollout({0: PROMPT, 9: OTHER}, num_frames=17, generator=seeded(), **recompute)
     same = frames_of(pipe.rollout(PROMPT, num_frames=17, generator=seeded()))
     pixels = frames_of(rollout)
     assert np.array_equal(pixels[:9], same[:9]) and not np.array_equal(pixels[9:13], same[9:13])
-    late = frames_of(pipe.rollout({0: PROMPT, 6: OTHER}, num_frames=17, generator=seeded()))
+    late = frames_of(pipe.rollout({0: PROMPT, 6: OTHER}, num_frames=17, generator=seeded(), **recompute))
     assert np.array_equal(late, pixels)  # chunks begin at 0, 1, 5 and 9
     # the sink alone, then what the window holds, as if the video had just begun
     state = TemporalState(2, 1)
     embeds = torch.cat(pipe.encode_prompt(OTHER)[::-1])
-    rollout = pipe.rollout({0: PROMPT, 17: OTHER}, generator=seeded())
+    rollout = pipe.rollout({0: PROMPT, 17: OTHER}, generator=seeded(), **recompute)
     for _ in range(5):
         next(rollout)
     history = list(rollout.state.history)

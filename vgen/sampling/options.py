@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from docstring_parser import parse_from_object
 from typing_extensions import Self
 
-from vgen.checks import check_integer, check_number, check_type
+from vgen.checks import check_choice, check_integer, check_number, check_type
+
+PromptChange = Literal["recompute", "redraw", "cut"]
+"""What happens to the frames in the KV cache when the prompt of a rollout changes."""
 
 
 @dataclass(kw_only=True)
@@ -133,6 +136,13 @@ class RolloutOptions(SamplingOptions):
     keyframe_interval: int | None = None
     """If 2 or more, coarse to fine: only every N-th frame is rolled out, at a lower frame rate, and the others are
     interpolated, so the KV cache covers a longer time span."""
+    prompt_change: PromptChange | None = None
+    """What happens to the KV cache when the prompt changes. `recompute`: it is computed again with the new prompt.
+    `redraw`: the last token frame is redrawn for the new prompt, and only this frame is kept, so the video continues
+    from it. `cut`: nothing is kept, and a new scene begins."""
+    prompt_change_strength: float | None = None
+    """With `redraw`, the share of the denoising steps that redraw the frame, above 0 and up to 1, rounded up to whole
+    steps. More follow the prompt better; fewer keep more of the frame."""
 
     def resolve(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
         """The same options with every default filled in, and checked.
@@ -152,8 +162,23 @@ class RolloutOptions(SamplingOptions):
 
     def filled(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
         """The same options with every default filled in, unchecked; arguments as in `resolve`."""
-        own = {"history_noise": 0.0, "history_guidance_scale": 1.0, "keyframe_interval": 1}
+        own = {
+            "history_noise": 0.0,
+            "history_guidance_scale": 1.0,
+            "keyframe_interval": 1,
+            "prompt_change": "redraw",
+            "prompt_change_strength": 0.7,
+        }
         return self._filled({**own, **denoiser, **pipeline, **pipeline["rollout_defaults"]}, prompted)
+
+    def check(self, resolved: bool = True) -> None:
+        """Checks all options, as `SamplingOptions.check` does."""
+        super().check(resolved)
+        if self.prompt_change == "cut" and (self.keyframe_interval or 1) > 1:
+            raise ValueError(
+                f"prompt_change='cut' needs keyframe_interval=1, got {self.keyframe_interval}: coarse to fine "
+                "interpolates across the change"
+            )
 
     def _checks(self) -> dict[str, Callable[[str, Any], None]]:
         return super()._checks() | {
@@ -163,6 +188,8 @@ class RolloutOptions(SamplingOptions):
             "keyframe_interval": partial(check_integer, minimum=1),
             "history_noise": partial(check_number, minimum=0, below=1),
             "history_guidance_scale": check_number,
+            "prompt_change": partial(check_choice, choices=PromptChange),
+            "prompt_change_strength": partial(check_number, above=0, maximum=1),
         }
 
     def check_denoiser(self, denoiser: Mapping[str, Any]) -> None:

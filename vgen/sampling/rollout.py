@@ -29,12 +29,12 @@ from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
 from vgen.sampling.options import RolloutOptions
 from vgen.sampling.prompts import PromptSchedule, check_prompts
-from vgen.sampling.sampler import OnStep, Sampler, draw_noise, latent_shape
+from vgen.sampling.sampler import OnStep, Sampler, Start, draw_noise, latent_shape
 from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "vgen.Rollout/3"
+FORMAT = "vgen.Rollout/4"
 LOCK_WAIT = 60.0
 """How long to wait for another process that reads or writes the same saved rollout, in seconds."""
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -275,8 +275,7 @@ class Rollout(VideoStream):
         """Generates the next chunk.
 
         Args:
-            prompt: Prompt from this chunk on, instead of the scheduled one: a string, or a list of one per video. The
-                KV cache is recomputed with it.
+            prompt: Prompt from this chunk on, instead of the scheduled one: a string, or a list of one per video.
             actions: Must be `None` for checkpoints without actions.
 
         Returns:
@@ -287,6 +286,9 @@ class Rollout(VideoStream):
         """
         self._check_step(prompt, actions)
         state = self.state
+        if state.options.prompt_change == "cut" and state.history and isinstance(prompt, list):
+            if 0 < sum(_differ(state.prompt, prompt, index) for index in range(len(prompt))) < len(prompt):
+                raise ValueError("with prompt_change='cut' the prompts of all videos must change at the same time")
         self.sampler.interrupt = False  # an interrupt between two chunks would leave the next one as noise
         if prompt is not None:
             state.schedule.prompts[state.frames_done] = prompt
@@ -315,17 +317,24 @@ class Rollout(VideoStream):
             self.state.save(partial, self.hooks.fingerprint())
 
     def set_prompt(self) -> None:
-        """Encodes the prompt that is due; the KV cache is recomputed if it changes."""
+        """Encodes the prompt that is due; if it changes, the KV cache changes as `prompt_change` says."""
         state = self.state
         due = state.schedule.due(state.frames_done)
         if state.prompt_embeds is not None and due == state.prompt:
             return
-        state.prompt = due
+        before, state.prompt = state.prompt, due
         state.prompt_embeds, state.negative_prompt_embeds = self.hooks.encode(due)
-        if state.history:
-            history, state.history = state.history, []
-            sink = state.options.sink or 0
-            state.denoiser = TemporalState(state.options.window, sink)
+        if not state.history:
+            return
+        history, state.history = state.history, []
+        sink = state.options.sink or 0
+        state.denoiser = TemporalState(state.options.window, sink)
+        if state.options.prompt_change == "cut":
+            state.decoder, state.keyframes, state.num_given = TemporalState(), {}, 0
+        elif state.options.prompt_change == "redraw":
+            changed = [index for index in range(len(state.prompt_embeds)) if _differ(before, due, index)]
+            self._remember([(self._redraw(history[-1][0], changed), state.options.history_noise or 0.0)])
+        else:
             self._remember(history[:sink])
             self._remember(history[sink:])
 
@@ -387,6 +396,32 @@ class Rollout(VideoStream):
             noise, conditions, steps, state.generator, state=state.denoiser, on_step=self.hooks.on_step
         )
 
+    def _redraw(self, latents: Tensor, changed: list[int]) -> Tensor:
+        """A token frame `(b, c, p_t, h, w)`, noised and denoised again in the `changed` videos.
+
+        The denoiser sees no other frame, because it would continue the old object.
+
+        Source: SDEdit, arXiv 2108.01073.
+        """
+        state, steps = self.state, self.state.options.num_inference_steps
+        strength, conditions = state.options.prompt_change_strength, self._conditions
+        assert steps is not None and strength is not None
+        negative = conditions.negative_prompt_embeds
+        conditions = replace(
+            conditions,
+            prompt_embeds=conditions.prompt_embeds[changed],
+            negative_prompt_embeds=None if negative is None else negative[changed],
+        )
+        source = state.generator
+        source = [source[index] for index in changed] if isinstance(source, list) else source
+        noise = draw_noise(latents[changed].shape, source, torch.float32).to(self.sampler.device)
+        done = math.ceil(strength * steps)
+        start = None if done == steps else Start(latents[changed], (done + 0.5) / steps)  # `num_steps` rounds down
+        redrawn = latents.clone()
+        sampler = self.sampler.copy()  # so that an interrupt also reaches the chunk that follows
+        redrawn[changed] = sampler.denoise(noise, conditions, steps, source, start=start).to(latents)
+        return redrawn
+
     @property
     def _run_length(self) -> int:
         """Token frames of the next chunk; the first chunk of a video has one."""
@@ -424,6 +459,12 @@ class Rollout(VideoStream):
             assert window is not None
             surplus = max(0, len(state.history) - sink - self._num_context - window)
             del state.history[sink : sink + surplus]
+
+
+def _differ(before: Any, after: Any, index: int) -> bool:
+    """Whether the prompts of one video differ: strings that apply to all videos, or lists of one per video."""
+    one, other = (prompt[index] if isinstance(prompt, list) else prompt for prompt in (before, after))
+    return one != other
 
 
 def convert_chunk(chunk: Tensor, frame_type: FrameType) -> Any:
