@@ -44,6 +44,7 @@ ALLOWED = {
     "prompts.encode_texts": "token ids and masks are made on the host, once per prompt",
     "pipeline.prepare_latents": "noise is drawn on the host, so that a seed gives the same video on every device",
     "rollout._denoise": "the noise of a chunk",
+    "rollout._redraw": "which videos have a new prompt, once per change",
     "sampler.remember": "the noise of the weak history, once per chunk",
     "sampler._denoise": "the timesteps; the interpolator's noise",
     "vae._statistics": "mean and deviation of the latents are in the config, once per encoded or decoded slice",
@@ -437,7 +438,7 @@ PATHS = {
     ),
     "schedule": (
         lambda pipe: list(pipe.rollout({0: PROMPT, 1: "a blue square"}, generator=seeded(), **STREAM)),
-        CHUNKS,
+        CHUNKS | {"rollout._redraw"},
     ),
     "coarse to fine": (
         lambda pipe: list(pipe.rollout(PROMPT, generator=seeded(), keyframe_interval=2, **STREAM)),

@@ -711,7 +711,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if video is not None:
             clips = iter(clips)
             first = next(clips)
-            warn_unlike_training(self.video_vae, first[:, :, 0].to(sampler.device))
+            warn_unlike_training(self.video_vae, first[:, :, 0], sampler.device)
             clips = itertools.chain([first], clips)
         if interval == 1:
             rollout = Rollout(sampler, state, hooks, output_type)
@@ -1207,7 +1207,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             index: one.to(device).repeat_interleave(num_videos_per_prompt, dim=0) for index, one in given.items()
         }
         if given:
-            warn_unlike_training(self.video_vae, given[min(given)].to(device))
+            warn_unlike_training(self.video_vae, given[min(given)], device)
         return encode_known_frames(pixels, num_frames, self.grid, self.video_vae)
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from vgen.data.video_io import VideoInfo, video_info
 from vgen.io.atomic import atomic_file
@@ -78,7 +78,9 @@ class VideoIndex:
 
 def _is_valid(info: dict[str, Any]) -> bool:
     """Whether the values have the types of the fields of `VideoInfo`, and numbers are positive and finite."""
-    types = get_type_hints(VideoInfo)
+    types = {
+        name: get_origin(one) if get_origin(one) is dict else one for name, one in get_type_hints(VideoInfo).items()
+    }
     return all(
         isinstance(value, get_args(types[name]) or types[name])
         and (not isinstance(value, int | float) or 0 < value < math.inf)

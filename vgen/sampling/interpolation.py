@@ -166,7 +166,7 @@ class Interpolator:
         """
         for clip in clips:
             if self.state.num_given == 0:
-                warn_unlike_training(self.sampler.vae, clip[:, :, 0].to(self.sampler.device))
+                warn_unlike_training(self.sampler.vae, clip[:, :, 0], self.sampler.device)
             self.take(clip)
             while (made := self.next()) is not None:
                 yield made

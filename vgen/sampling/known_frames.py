@@ -156,19 +156,20 @@ def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: T
 
 
 @torch.no_grad()
-def warn_unlike_training(vae: CausalVideoVAE | PerFrameVAE | None, frame: Tensor) -> None:
+def warn_unlike_training(vae: CausalVideoVAE | PerFrameVAE | None, frame: Tensor, device: torch.device) -> None:
     """Logs a warning if a VAE reconstructs a given frame much worse than the videos that it was trained on.
 
     Does nothing if the VAE's config has no `training_psnr`.
 
     Args:
         vae: The VAE.
-        frame: Pixels `(b, 3, h, w)` in [-1, 1], on the device where the VAE computes.
+        frame: Pixels `(b, 3, h, w)` in [-1, 1].
+        device: The device where the VAE computes.
     """
     expected = getattr(vae, "config", {}).get("training_psnr")
     if vae is None or expected is None:
         return
-    clip = frame.unsqueeze(2)
+    clip = frame.unsqueeze(2).to(device)
     decoded = vae.decode(vae.encode(clip.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
     errors = (decoded - clip.float()).square().flatten(1).mean(1)
     found = -10 * math.log10(errors.max().item() / 4 + 1e-10)  # pixels span 2
