@@ -89,8 +89,8 @@ def test_an_inflated_image_pipeline_trains_as_a_video_model(vae_run, text_run, s
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("temporal" in name for name in moved)
     assert pipe("a dog", num_inference_steps=2).frames.shape == (1, 4, 32, 32, 3)
-    rejected = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "flow"})
-    assert rejected.returncode != 0 and "prediction=flow, but the pipeline" in rejected.stderr
+    rejected = train_vdm(runs, tmp_path / "other", check=False, **options | {"--prediction": "v_prediction"})
+    assert rejected.returncode != 0 and "prediction=v_prediction, but the pipeline" in rejected.stderr
     rejected = train_vdm(runs, tmp_path / "other", check=False, **options | {"--zero_terminal_snr": "true"})
     assert rejected.returncode != 0 and "zero_terminal_snr=True, but the pipeline" in rejected.stderr
 
