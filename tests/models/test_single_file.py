@@ -89,6 +89,9 @@ def test_a_vae_has_the_sizes_and_weights_of_the_file(tmp_path):
         assert same(CausalVideoVAE.from_single_file(path, config=given), vae)
     with pytest.raises(ValueError, match="vae.safetensors do not match .* instead of"):
         CausalVideoVAE.from_single_file(path, config=config | {"base_dim": 16})
+    for key in ("encoder.conv_in.weight", "post_quant_conv.weight"):
+        with pytest.raises(ValueError, match=f"missing: {key}"):
+            CausalVideoVAE.from_single_file({name: value for name, value in vae.state_dict().items() if name != key})
 
 
 def test_weights_in_gguf_stay_quantized_and_compute_the_same(wan, tmp_path):

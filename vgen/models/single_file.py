@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,15 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "quant_shape", weight.shape))  # GGUF stores blocks of bytes
 
 
+def _required_shape(weights: Weights, name: str, key: str) -> tuple[int, ...]:
+    if key not in weights:
+        raise ValueError(f"the weights of {name} do not match the network: missing: {key}")
+    return _shape(weights[key])
+
+
 def _transformer_config(weights: Weights, name: str) -> dict[str, Any]:
     """The config of a Transformer, from the shapes of its weights."""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in weights:
-            raise ValueError(f"the weights of {name} do not match the network: missing: {key}")
-        return _shape(weights[key])
-
+    shape = partial(_required_shape, weights, name)
     inner, in_channels, *patch_size = shape("patch_embedding.weight")
     if inner % _HEAD_DIM:
         raise ValueError(
@@ -159,12 +161,8 @@ def _transformer_config(weights: Weights, name: str) -> dict[str, Any]:
 
 def _vae_config(weights: Weights, name: str) -> dict[str, Any]:
     """The config of a VAE, from the shapes of its weights; what they do not tell is as in Wan 2.1."""
-    if not {"encoder.conv_in.weight", "post_quant_conv.weight"} <= weights.keys():
-        raise ValueError(f"the weights of {name} do not match the network: missing: encoder.conv_in.weight")
-    return {
-        "base_dim": _shape(weights["encoder.conv_in.weight"])[0],
-        "z_dim": _shape(weights["post_quant_conv.weight"])[0],
-    }
+    shape = partial(_required_shape, weights, name)
+    return {"base_dim": shape("encoder.conv_in.weight")[0], "z_dim": shape("post_quant_conv.weight")[0]}
 
 
 def _given(original_config: dict[str, Any], checkpoint: Any) -> dict[str, Any]:
