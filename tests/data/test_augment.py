@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from vgen.data.augment import Augmentation, augment
+from vgen.data.augment import Augmentation, _make_steps, augment, draw_offset
 
 pytest.importorskip("kornia")
 
@@ -67,6 +67,8 @@ def test_brightness_changes_by_the_given_fraction(still):
         {"hue": 0.7},
         {"contrast": -0.1},
         {"flip": "1"},
+        {"reverse": 1.1},
+        {"position": -0.5},
         {"hue": float("nan")},
     ],
 )
@@ -76,9 +78,32 @@ def test_settings_out_of_range_raise(settings):
 
 
 def test_missing_kornia_raises_with_the_extra(still, monkeypatch):
-    from vgen.data.augment import _make_steps
-
     _make_steps.cache_clear()
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
     with pytest.raises(ImportError, match=r"pip install vgen\[data\]"):
         augment(still, Augmentation(flip=0.123), 0)
+
+
+@pytest.fixture
+def moving():
+    """Frame i is i everywhere."""
+    return np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(6, 2).repeat(3, 3)
+
+
+def test_a_reversed_clip_shows_its_real_frames_backwards(moving, monkeypatch):
+    _make_steps.cache_clear()
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)  # not needed
+    backwards = augment(moving, Augmentation(reverse=1.0), 0)
+    assert np.array_equal(backwards, moving[::-1])
+    padded = augment(moving, Augmentation(reverse=1.0), 0, num_real=3)
+    assert padded[:, 0, 0, 0].tolist() == [2, 1, 0, 0, 0]  # the padding repeats the last real frame
+    first = [int(one[0, 0, 0, 0]) for one in outcomes(moving, Augmentation(reverse=0.3), 200)]
+    assert set(first) == {0, 4} and 0.2 < first.count(4) / 200 < 0.4
+
+
+def test_crops_are_anywhere_within_the_limit():
+    offsets = np.array([draw_offset(Augmentation(position=0.5), seed) for seed in range(300)])
+    assert 0.25 <= offsets.min() < 0.27 and 0.73 < offsets.max() <= 0.75
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.2
+    assert draw_offset(Augmentation(position=1.0), 7) == draw_offset(Augmentation(position=1.0), 7)
+    assert draw_offset(Augmentation(flip=0.5), 7) == (0.5, 0.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vgen.data import clips
+from vgen.data.augment import Augmentation
 from vgen.data.clips import Bucket, Listed, Sampling, VideoFolder, choose_bucket, list_videos, sort_into_buckets
 from vgen.data.video_io import write_video
 
@@ -446,3 +447,27 @@ def test_names_that_are_no_unicode_are_listed(tmp_path, caplog):
     opened = VideoFolder(tmp_path, Sampling(num_frames=4), 16, 16)
     assert len(opened) == 1 and opened.digest
     assert "udcff .mp4" in caplog.messages[0] and caplog.messages[0].encode()
+
+
+def test_every_part_of_a_wide_video_is_shown_at_a_random_position(tmp_path):
+    columns = np.arange(0, 240, 5, dtype=np.uint8)  # from dark on the left to bright on the right
+    frames = np.broadcast_to(columns[:, None], (10, 16, 48, 3))
+    write_video(frames, tmp_path / "wide.mp4", crf=1)
+    sampling = Sampling(num_frames=10)
+
+    def levels(**settings):
+        folder = VideoFolder(tmp_path, sampling, 16, 16, augmentation=Augmentation(**settings))
+        return np.array([folder.clip(0, epoch).frames.mean(axis=(1, 2, 3)) for epoch in range(40)])
+
+    assert np.ptp(levels()) < 3
+    found = levels(position=1.0)
+    assert np.ptp(found, axis=1).max() < 3  # the same for all frames
+    assert found.min() < 50 and found.max() > 185
+    assert np.array_equal(found, levels(position=1.0))
+
+
+def test_padding_stays_at_the_end_of_a_reversed_clip(tmp_path):
+    write_clip(tmp_path / "short.mp4", num_frames=4)
+    sampling = Sampling(num_frames=6, short="pad")
+    clip = VideoFolder(tmp_path, sampling, 16, 16, augmentation=Augmentation(reverse=1.0)).clip(0)
+    assert shown(clip) == [3, 2, 1, 0, 0, 0] and clip.real.tolist() == [True] * 4 + [False] * 2

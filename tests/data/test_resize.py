@@ -44,3 +44,10 @@ def test_non_square_pixels_become_square():
     frames = np.zeros((2, 480, 720, 3), np.uint8)
     assert fit.crop(frames).shape == fit.back(fit.to_target(frames)).shape == (2, 480, 480, 3)
     assert "720x480 with pixels of aspect ratio 1.185 is resized to 16x16" in str(fit)
+
+
+@pytest.mark.parametrize(("offset", "left"), [(0.0, 0), (0.5, 14), (1.0, 28)])
+def test_a_crop_can_be_anywhere(frames, offset, left):
+    fit = Fit((36, 64), (36, 36), offset=(0.5, offset))
+    assert np.array_equal(fit.to_target(frames), frames[:, :, left : left + 36])
+    assert str(fit).startswith("the central 36x36 of 64x36" if offset == 0.5 else "a 36x36 part of 64x36")

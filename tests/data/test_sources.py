@@ -185,6 +185,22 @@ def test_augmentation_of_a_folder_changes_each_epoch_and_repeats_each_run(folder
     assert np.array_equal(first.frames, again.frames) and not np.array_equal(first.frames, later.frames)
 
 
+def test_videos_of_a_stream_are_augmented_independently(parquet):
+    def videos(epoch):
+        return stream_dataset(parquet.to_iterable_dataset())
+
+    whole = Sampling(num_frames=10)
+    noisy = Augmentation(brightness=0.5)
+    clips = list(videos(0))[1:]  # both are gray, not black
+    levels = []
+    for settings in (None, noisy, noisy):
+        stream = VideoStream(videos, whole, 16, 16, augmentation=settings)
+        levels.append([next(stream.clips(one)).frames.mean() for one in clips])
+    plain, first, again = np.array(levels)
+    assert np.array_equal(first, again)
+    assert abs(np.diff(first / plain)) > 0.05
+
+
 @pytest.fixture
 def many(folder, tmp_path):
     """Eight copies of a video, each with its number as caption, in four files of a dataset and in four tar files."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,8 @@ from vgen.checks import check_number
 class Augmentation:
     """Random changes of clips. By default nothing changes.
 
-    Captions are not changed, so flips and rotations suit only clips whose captions name no directions.
+    Captions are not changed, so flips and rotations suit only clips whose captions name no directions, and reversal
+    only those that name no motion: a reversed clip of "moves right" moves left.
 
     Raises:
         ValueError: A setting is out of range.
@@ -27,6 +29,11 @@ class Augmentation:
     """Smallest fraction of the area that a random crop keeps. The crop is resized to the size of the clip."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
+    reverse: float = 0.0
+    """Probability that a clip runs backwards."""
+    position: float = 0.0
+    """Largest shift of the crop to the aspect ratio of clips, as a fraction of the way from the center to the border:
+    with 1, every part of a wide video is shown; with 0, only its center."""
     rotate: float = 0.0
     """Largest rotation in degrees. Pixels from outside the frame are reflected."""
     brightness: float = 0.0
@@ -42,28 +49,45 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        limits = {"crop": 1, "flip": 1, "rotate": 180, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
-        for name, limit in limits.items():
-            check_number(name, getattr(self, name), 0, limit)
+        for name in ("crop", "flip", "reverse", "position", "brightness", "contrast", "saturation"):
+            check_number(name, getattr(self, name), 0, 1)
+        check_number("rotate", self.rotate, 0, 180)
+        check_number("hue", self.hue, 0, 0.5)
         if self.crop == 0:
             raise ValueError("crop must be greater than 0, got 0")
 
 
-def augment(clip: np.ndarray, augmentation: Augmentation, seed: int) -> np.ndarray:
-    """Augments a clip at random, with kornia.
+def draw_offset(augmentation: Augmentation, seed: int) -> tuple[float, float]:
+    """Draws the position of the crop of a clip, as `vgen.data.resize.Fit` takes it.
+
+    Args:
+        augmentation: The changes to draw from.
+        seed: Seed of the position.
+    """
+    shift = augmentation.position / 2
+    rng = random.Random(f"position {seed}")
+    return 0.5 + rng.uniform(-shift, shift), 0.5 + rng.uniform(-shift, shift)
+
+
+def augment(clip: np.ndarray, augmentation: Augmentation, seed: int, num_real: int | None = None) -> np.ndarray:
+    """Augments a clip at random: reverses it, and changes geometry and colors with kornia.
 
     Args:
         clip: uint8 `(f, h, w, 3)`.
         augmentation: The changes to draw from.
         seed: Seed of the changes. Equal seeds change equal clips equally.
+        num_real: Number of frames before the copies of the last one that pad the clip; `None` if nothing pads it.
 
     Returns:
-        The changed clip, uint8 of the same shape.
+        The changed clip, uint8 of the same shape. Padding is still at its end.
 
     Raises:
-        ImportError: Kornia is not installed.
+        ImportError: Kornia is not installed, and more is to change than the order of frames.
     """
-    steps = _make_steps(augmentation, clip.shape[1:3])
+    if random.Random(f"reverse {seed}").random() < augmentation.reverse:
+        num_real = len(clip) if num_real is None else num_real
+        clip = clip[[max(0, num_real - 1 - index) for index in range(len(clip))]]
+    steps = _make_steps(replace(augmentation, reverse=0.0, position=0.0), clip.shape[1:3])
     if not steps:
         return clip
     pixels = rearrange(torch.from_numpy(clip), "f h w c -> 1 f c h w").float() / 255

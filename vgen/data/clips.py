@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.checks import check_choice
-from vgen.data.augment import Augmentation, augment
+from vgen.data.augment import Augmentation, augment, draw_offset
 from vgen.data.caption_files import (
     CAPTION_COLUMNS,
     METADATA_FILES,
@@ -428,7 +428,7 @@ class VideoFolder:
     Args:
         folder: A folder for `list_videos`, or a list of videos.
         sampling: Which frames of a video make a clip.
-        height: Height of the clips in pixels. Frames are resized and center-cropped to this shape.
+        height: Height of the clips in pixels. Frames are cropped to this shape's aspect ratio and resized.
         width: Width of the clips in pixels.
         seed: Seed of random choices. A clip depends only on the seed, the epoch and its number.
         augmentation: Random augmentation of clips.
@@ -508,9 +508,9 @@ class VideoFolder:
             return None
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
-        pixels = Fit(kept[0].shape[:2], self.size, aspect).to_target(np.stack(kept))
-        if self.augmentation is not None:
-            pixels = augment(pixels, self.augmentation, rng.getrandbits(62))
+        augmentation, seed = self.augmentation or Augmentation(), rng.getrandbits(62)
+        fit = Fit(kept[0].shape[:2], self.size, aspect, draw_offset(augmentation, seed))
+        pixels = augment(fit.to_target(np.stack(kept)), augmentation, seed, real)
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
 

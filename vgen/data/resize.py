@@ -16,15 +16,17 @@ class Fit:
         source: Height and width of the frames in pixels.
         target: Height and width that the model needs, in pixels.
         pixel_aspect_ratio: Width of a source pixel divided by its height. Pixels of the target are square.
+        offset: Vertical and horizontal position of the crop: 0 is at the top or left, 1 at the bottom or right.
     """
 
     source: tuple[int, int]
     target: tuple[int, int]
     pixel_aspect_ratio: float = 1.0
+    offset: tuple[float, float] = (0.5, 0.5)
 
     @property
     def cropped(self) -> tuple[int, int]:
-        """Height and width of the largest centered crop of the source with the target's aspect ratio."""
+        """Height and width of the largest crop of the source with the target's aspect ratio."""
         height, width = self.target[0], self.target[1] / self.pixel_aspect_ratio
         ratio = min(self.source[0] / height, self.source[1] / width)
         return max(1, round(height * ratio)), max(1, round(width * ratio))
@@ -35,12 +37,12 @@ class Fit:
         return self.cropped[0], max(1, round(self.cropped[1] * self.pixel_aspect_ratio))
 
     def crop(self, frames: np.ndarray) -> np.ndarray:
-        """Crops frames `(f, h, w, 3)` to the centered part that is used, in square pixels."""
+        """Crops frames `(f, h, w, 3)` to the part that is used, in square pixels."""
         return _resized(self._crop(frames), self.output)
 
     def _crop(self, frames: np.ndarray) -> np.ndarray:
         (height, width), (rows, columns) = self.cropped, self.source
-        top, left = (rows - height) // 2, (columns - width) // 2
+        top, left = int((rows - height) * self.offset[0]), int((columns - width) * self.offset[1])
         return frames[:, top : top + height, left : left + width]
 
     def to_target(self, frames: np.ndarray) -> np.ndarray:
@@ -54,7 +56,8 @@ class Fit:
     def __str__(self) -> str:
         sizes = (self.source, self.cropped, self.target, self.output)
         source, cropped, target, output = (f"{width}x{height}" for height, width in sizes)
-        part = "" if self.source == self.cropped else f"the central {cropped} of "
+        crop = f"the central {cropped} of " if self.offset == (0.5, 0.5) else f"a {cropped} part of "
+        part = "" if self.source == self.cropped else crop
         pixels = "" if self.pixel_aspect_ratio == 1 else f" with pixels of aspect ratio {self.pixel_aspect_ratio:.4g}"
         return f"{part}{source}{pixels} is resized to {target} for the model; the output has {output}"
 

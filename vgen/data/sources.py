@@ -58,7 +58,7 @@ class VideoStream:
     Args:
         videos: Returns the videos of an epoch that belong to this process and, in a DataLoader, to this worker.
         sampling: Which frames of a video make a clip.
-        height: Height of the clips in pixels. Frames are resized and center-cropped to this shape.
+        height: Height of the clips in pixels. Frames are cropped to this shape's aspect ratio and resized.
         width: Width of the clips in pixels.
         seed: Seed of random choices.
         augmentation: Random augmentation of clips.
@@ -116,7 +116,8 @@ class VideoStream:
         """The clips of one video of the stream."""
         try:
             fetched = replace(listed, path=listed.file(), content=None, root=None)
-            folder = VideoFolder([fetched], self.sampling, *self.size, self.seed, self.augmentation, quiet=True)
+            seed = self.seed + zlib.crc32(os.fsencode(listed.path))  # its clips are numbered from 0 in each video
+            folder = VideoFolder([fetched], self.sampling, *self.size, seed, self.augmentation, quiet=True)
             for index in range(len(folder)):
                 clip = folder.clip(index, epoch)
                 if clip is None:
