@@ -45,7 +45,7 @@ from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.sources import VideoStream, open_clips
 from vgen.io.errors import one_line_errors
 from vgen.io.fingerprint import encoder_digest, weights_digest
-from vgen.io.records import read_json
+from vgen.io.records import check_settings, read_json
 from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
 from vgen.machine import fast_precision, warn_if_slow
@@ -55,7 +55,6 @@ from vgen.models.prompts import CutCaptions, embed, load_text_encoder, load_toke
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import from_main_process, locked_output_dir, this_process
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
-from vgen.tasks.jobs import check_settings
 from vgen.tasks.ray_engine import ItemError, ray_pool
 from vgen.temporal.flow import FlowMethod, measure_motion
 from vgen.training.sources import ShapesSource

@@ -826,3 +826,14 @@ def test_joined_videos_keep_the_metadata_that_they_share(tmp_path):
     same = video_info(tmp_path / "same.mp4")
     assert same.metadata["seed"] == 1 and same.scale == 2 and same.num_frames == 24
     assert video_info(tmp_path / "mixed.mp4").metadata == {}
+
+
+def test_keyframes_are_as_near_as_requested(tmp_path):
+    write_video(moving_pattern(30), tmp_path / "near.mp4", keyframe_interval=4)
+    with av.open(str(tmp_path / "near.mp4")) as container:
+        keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    places = np.flatnonzero(keys)
+    assert len(keys) == 30 and places[0] == 0 and np.diff(places).max() <= 4
+    for path, interval in (("a.gif", 4), ("a.mp4", 0)):
+        with pytest.raises(ValueError, match="keyframe_interval"):
+            write_video(moving_pattern(), tmp_path / path, keyframe_interval=interval)

@@ -17,12 +17,12 @@ import torch
 from tests.warm import warm_python
 from vgen.data.video_io import VideoWriter, read_video, write_video
 from vgen.io.atomic import locked
+from vgen.io.records import check_settings
 from vgen.tasks.engine import EngineOptions
 from vgen.tasks.jobs import (
     Job,
     JobConfig,
     ModelConfig,
-    check_settings,
     job_worker,
     prompt_jobs,
     read_manifest,
@@ -219,6 +219,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from vgen.io.atomic import locked
+from vgen.io.records import check_settings
 
 with locked(Path(sys.argv[1]), Path(sys.argv[2])):
     print("locked", flush=True)

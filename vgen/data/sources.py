@@ -17,8 +17,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vgen.data.augment import Augmentation
@@ -34,7 +35,7 @@ from vgen.data.clips import (
     warn_uncaptioned,
 )
 from vgen.data.formats import VIDEO_SUFFIXES, is_ignored
-from vgen.data.moving_mnist import MovingMNIST, digits_from_hub, read_digits
+from vgen.data.moving_mnist import SIZE, MovingMNIST, digits_from_hub, read_digits
 from vgen.io.remote import is_url, local_copy, local_input
 from vgen.processes import rank_and_world_size
 
@@ -166,34 +167,70 @@ def open_clips(
         ValueError: It contains nothing usable.
         ImportError: The library that reads the source is not installed.
     """
-    if is_url(data):
-        data = str(local_copy(data))
-    kind, _, name = data.partition(":")
+    opened = open_videos(data, rank_and_world_size())
     rest = (sampling, height, width, seed, augmentation)
-    process = rank_and_world_size()
-    if kind == "hf":
-        return VideoFolder(list_dataset(*_split(name)), *rest)
-    if kind == "hf-stream":
-        opened = (*_split(name), process)
-        return VideoStream(partial(stream_dataset, *opened), *rest, partial(count_dataset_shards, *opened))
-    if kind == "shards":
-        list_shards(name)
-        return VideoStream(partial(stream_shards, name, process), *rest, partial(count_shards, name, process))
-    path, first, last = _sliced(data.removesuffix(STOCHASTIC))
-    if kind != "hf-digits" and not (path.is_file() and "idx3" in path.name):
-        return VideoFolder(list_videos(Path(data)), *rest)
-    if (height, width) != (64, 64) or augmentation not in (None, Augmentation()):
+    if isinstance(opened, Stream):
+        return VideoStream(opened.videos, *rest, opened.count_shards)
+    if isinstance(opened, list):
+        return VideoFolder(opened, *rest)
+    if (height, width) != (SIZE, SIZE) or augmentation not in (None, Augmentation()):
         raise ValueError(
             "Moving MNIST is 64x64 and does not support augmentation, got "
             f"height={height}, width={width}, augmentation={augmentation}"
         )
+    return MovingMNIST(opened.images, sampling.num_frames, stochastic=opened.stochastic, seed=seed)
+
+
+class Stream(NamedTuple):
+    """A stream of videos."""
+
+    videos: Callable[[int], Iterator[Listed]]
+    """Returns the videos of an epoch."""
+    count_shards: Callable[[], int]
+    """Returns how many DataLoader workers they can be split between."""
+
+
+class Digits(NamedTuple):
+    """Digits for Moving MNIST."""
+
+    images: np.ndarray
+    """uint8 `(n, 28, 28)`."""
+    stochastic: bool
+
+
+def open_videos(data: str, process: tuple[int, int] = (0, 1)) -> list[Listed] | Stream | Digits:
+    """Opens a source by its name: the videos that it lists, a stream of them, or digits to make them of.
+
+    Args:
+        data: As in `open_clips`.
+        process: Rank of this process, and the number of processes, which share the videos of a stream.
+
+    Raises:
+        FileNotFoundError: As in `open_clips`.
+        ValueError: As in `open_clips`.
+        ImportError: As in `open_clips`.
+    """
+    if is_url(data):
+        data = str(local_copy(data))
+    kind, _, name = data.partition(":")
+    if kind == "hf":
+        return list_dataset(*_split(name))
+    if kind == "hf-stream":
+        opened = (*_split(name), process)
+        return Stream(partial(stream_dataset, *opened), partial(count_dataset_shards, *opened))
+    if kind == "shards":
+        list_shards(name)
+        return Stream(partial(stream_shards, name, process), partial(count_shards, name, process))
+    path, first, last = _sliced(data.removesuffix(STOCHASTIC))
     if kind == "hf-digits":
         digits = digits_from_hub(*_split(name.removesuffix(STOCHASTIC)))
-    else:
+    elif path.is_file() and "idx3" in path.name:
         digits = read_digits(path)[first:last]
+    else:
+        return list_videos(Path(data))
     if not len(digits):
         raise ValueError(f"{data} selects no digits")
-    return MovingMNIST(digits, num_frames=sampling.num_frames, stochastic=data.endswith(STOCHASTIC), seed=seed)
+    return Digits(digits, data.endswith(STOCHASTIC))
 
 
 def _sliced(data: str) -> tuple[Path, int, int | None]:

@@ -58,6 +58,7 @@ def write_video(
     overwrite: bool = False,
     scale: int | None = 1,
     metadata: Mapping[str, Any] | None = None,
+    keyframe_interval: int | None = None,
 ) -> None:
     """Writes a video atomically. The arguments and errors are those of `VideoWriter`.
 
@@ -70,8 +71,10 @@ def write_video(
         overwrite: As in `VideoWriter`.
         scale: As in `VideoWriter`.
         metadata: As in `VideoWriter`.
+        keyframe_interval: As in `VideoWriter`.
     """
     options: dict[str, Any] = {"pixel_format": pixel_format, "overwrite": overwrite, "metadata": metadata}
+    options["keyframe_interval"] = keyframe_interval
     with VideoWriter(path, frame_rate, crf=crf, scale=scale, **options) as writer:
         for chunk in frames:
             writer.append(chunk)
@@ -159,6 +162,8 @@ class VideoWriter:
             and gif files to at least `MIN_SHOWN_SIZE` pixels on the longer side. The attribute `scale` is the factor.
         metadata: Entries to store as JSON, together with the version of vgen and the scale, for `video_info`. A webp
             stores none.
+        keyframe_interval: Largest number of frames of an mp4 from one keyframe to the next. Reading from the middle
+            decodes from a keyframe, so a small number makes that fast, and the file larger. `None` means 250.
 
     Raises:
         FileExistsError: `path` exists and cannot be replaced.
@@ -176,6 +181,7 @@ class VideoWriter:
         overwrite: bool = False,
         scale: int | None = 1,
         metadata: Mapping[str, Any] | None = None,
+        keyframe_interval: int | None = None,
     ):
         self.path = Path(path)
         check_frame_rate(frame_rate)
@@ -184,6 +190,7 @@ class VideoWriter:
         self.scale = scale
         self._metadata = dict(metadata or {})
         self._crf = crf
+        self._keyframe_interval = keyframe_interval
         self._pixel_format = pixel_format
         self._overwrite = overwrite
         check_video_output(self.path, overwrite)
@@ -259,10 +266,12 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         if suffix == ".gif" and self.frame_rate > _MAX_GIF_RATE:
             raise ValueError(f"frame_rate must be at most {_MAX_GIF_RATE:g} for a gif, got {self.frame_rate:g}")
-        if self._crf is not None and suffix != ".mp4":
-            raise ValueError(f"crf is supported for mp4 files only, got {self.path}")
+        if (self._crf is not None or self._keyframe_interval is not None) and suffix != ".mp4":
+            raise ValueError(f"crf and keyframe_interval are supported for mp4 files only, got {self.path}")
         if self._crf is not None:
             check_integer("crf", self._crf, 0, 51)
+        if self._keyframe_interval is not None:
+            check_integer("keyframe_interval", self._keyframe_interval, 1)
         if self.scale is not None:
             check_integer("scale", self.scale, 1)
         check_pixel_format(self._pixel_format, suffix)
@@ -298,8 +307,10 @@ class VideoWriter:
                 f"{self.path}: {exact[1]}x{exact[0]} is written as {width}x{height}, because yuv420p needs even sizes "
                 "(pixel_format yuv444p does not)"
             )
-        crf = DEFAULT_CRF if self._crf is None else self._crf
-        return _EncodedFile(self._partial, self.frame_rate, (height, width), crf, self._pixel_format, text)
+        x264 = {"crf": str(DEFAULT_CRF if self._crf is None else self._crf)}
+        if self._keyframe_interval is not None:
+            x264["g"] = str(self._keyframe_interval)
+        return _EncodedFile(self._partial, self.frame_rate, (height, width), x264, self._pixel_format, text)
 
     @contextlib.contextmanager
     def _discarding_on_error(self) -> Iterator[None]:
@@ -325,7 +336,13 @@ class _EncodedFile:
     """A video file, encoded by FFmpeg."""
 
     def __init__(
-        self, path: Path, frame_rate: float, size: tuple[int, int], crf: int, chroma: PixelFormat, text: str | None
+        self,
+        path: Path,
+        frame_rate: float,
+        size: tuple[int, int],
+        x264: dict[str, str],
+        chroma: PixelFormat,
+        text: str | None,
     ):
         height, width = size
         # The conversion from RGB uses the BT.601 matrix. Tagging it makes every player invert that matrix.
@@ -340,7 +357,7 @@ class _EncodedFile:
         exact = {} if math.ceil(height / 16) * math.ceil(width / 16) % 16 == 0 else {"mbtree": "0"}
         fast = {"lossless": "1", "compression_level": "0", "quality": "20"}  # quality is the effort here
         codec, pixel_format, options, container_options = {
-            ".mp4": ("libx264", chroma, color | exact | {"crf": str(crf)}, {"movflags": "faststart"}),
+            ".mp4": ("libx264", chroma, color | exact | x264, {"movflags": "faststart"}),
             ".webp": ("libwebp", "bgra", fast, {"loop": "0"}),
             ".gif": ("gif", "pal8", {}, {"loop": "0"}),
         }[path.suffix.lower()]

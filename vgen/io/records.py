@@ -1,12 +1,14 @@
-"""JSON files, and folders of files that notice when one of them was damaged."""
+"""JSON files, and folders of files that notice when one of them was damaged or their settings change."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vgen.io.fingerprint import digest_json, file_digest
+from vgen.io.remote import replace_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,6 +27,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[str]) -> None:
+    """Writes `settings.json` in a folder, or checks that it has the same settings.
+
+    Args:
+        folder: Folder of the files.
+        settings: Settings of the run. Values that JSON does not support are compared as strings.
+        patterns: Glob patterns of the files.
+
+    Raises:
+        ValueError: The folder has files with other or unknown settings. The error lists the settings that differ.
+    """
+    path = folder / "settings.json"
+    stored = read_json(path) if path.exists() else None
+    settings = json.loads(json.dumps(settings, default=str))
+    if stored is None and any(any(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(f"{folder} has files, but no settings.json: choose an empty folder")
+    differing = [] if stored is None else [name for name in settings if stored.get(name) != settings[name]]
+    if differing:
+        raise ValueError(f"{folder} has files with different settings ({', '.join(differing)}): choose another folder")
+    replace_text(path, json.dumps(settings, indent=1))
 
 
 def seal(folder: Path, name: str, record: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +33,7 @@ from vgen.io.allocator import bound_memory
 from vgen.io.atomic import remove_workspaces, writing
 from vgen.io.errors import describe
 from vgen.io.fingerprint import digest_json
-from vgen.io.records import read_json
+from vgen.io.records import check_settings
 from vgen.io.remote import as_path, forget_listing, is_url, last_modified, local_output, replace_text
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import locked_output_dir, this_process
@@ -328,28 +328,6 @@ def prepare_folder(folder: Path, settings: dict[str, Any], jobs: Sequence[Job]) 
     check_settings(folder, settings, [glob.escape(name) for name in names])
     if not is_url(folder):
         remove_workspaces(folder, names)
-
-
-def check_settings(folder: Path, settings: dict[str, Any], patterns: Iterable[str]) -> None:
-    """Writes `settings.json` in a folder, or checks that it has the same settings.
-
-    Args:
-        folder: Folder of the files.
-        settings: Settings of the run. Values that JSON does not support are compared as strings.
-        patterns: Glob patterns of the files.
-
-    Raises:
-        ValueError: The folder has files with other or unknown settings. The error lists the settings that differ.
-    """
-    path = folder / "settings.json"
-    stored = read_json(path) if path.exists() else None
-    settings = json.loads(json.dumps(settings, default=str))
-    if stored is None and any(any(folder.glob(pattern)) for pattern in patterns):
-        raise ValueError(f"{folder} has files, but no settings.json: choose an empty folder")
-    differing = [] if stored is None else [name for name in settings if stored.get(name) != settings[name]]
-    if differing:
-        raise ValueError(f"{folder} has files with different settings ({', '.join(differing)}): choose another folder")
-    replace_text(path, json.dumps(settings, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
