@@ -74,6 +74,7 @@ WRONG = {
     "pipelines/evaluate.py": (["--output_dir=out", "--model=missing"], "missing"),
     "pipelines/interpolate.py": (["--output_dir=out", "--videos=missing"], "missing: No such file or directory"),
     "pipelines/predict.py": (["--output_dir=out", "--videos=missing"], "missing: No such file or directory"),
+    "pipelines/prepare_videos.py": (["--output_dir=out", "--data=missing"], "there is no folder missing"),
     "pipelines/rollout.py": (["--output_dir=out", "--prompts=missing"], "missing: No such file or directory"),
     "pipelines/text_to_video.py": (["--output_dir=out", "--prompts=missing"], "missing: No such file or directory"),
 }

@@ -42,6 +42,8 @@ UNET = {
 
 TINY = {"--mixed_precision": "no", "--compile": "false", "--warmup_steps": 1, "--log_every": 1, "--save_every": 2}
 
+SAYS_WHAT_IS_NEXT = ("train/", "pipelines/encode_latents", "pipelines/prepare_videos")
+
 ON_CPUS = ("--cpu", "--num_machines=1", "--mixed_precision=no")
 
 
@@ -54,7 +56,7 @@ def launch(script, *arguments, check=True, processes=1, fresh=False, cold=False,
         done = launch_here(command)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     is_dry = "--dry_run" in (*arguments, *options)
-    if check and str(script).startswith(("train/", "pipelines/encode_latents")) and not is_dry:
+    if check and str(script).startswith(SAYS_WHAT_IS_NEXT) and not is_dry:
         last = done.stdout.splitlines()[-1]
         assert last.startswith("stopped after ") or (last.startswith("wrote ") and "; next: " in last), done.stdout
     return done

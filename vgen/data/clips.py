@@ -92,7 +92,8 @@ class Listed:
             raise OSError(f"the file cannot be fetched: {error}") from error
 
 
-def _save_indices(listed: Iterable[Listed]) -> None:
+def save_indices(listed: Iterable[Listed]) -> None:
+    """Saves the indices of the folders that list videos, after the videos were described."""
     for root in {one.root for one in listed}:
         if root is not None:
             index_of(root).save()
@@ -387,7 +388,7 @@ def sort_into_buckets(listed: Iterable[Listed], samplings: Mapping[Bucket, Sampl
             warn_skipped(one, f"{available} frames; the shortest bucket needs {shortest}")
         else:
             found[bucket].append(one)
-    _save_indices(listed)
+    save_indices(listed)
     return found
 
 
@@ -468,7 +469,7 @@ class VideoFolder:
                 self._skip(one, reason)
             aspect = info.pixel_aspect_ratio
             self.clips += [(one, number, available, frame_rate, aspect) for number in range(count)]
-        _save_indices(listed)
+        save_indices(listed)
         if not self.clips:
             reasons = "; ".join(f"{one.path}: {reason}" for one, reason in list(self.skipped.items())[:3])
             raise ValueError(f"none of {len({one.path for one in listed})} videos can be used: {reasons}")
