@@ -15,7 +15,7 @@ from PIL import Image
 from tests.fixtures import write_tar
 from vgen.data import prepare as module
 from vgen.data.clips import Sampling, VideoFolder, list_videos
-from vgen.data.inspection import inspect_source
+from vgen.data.inspection import Survey, inspect_source
 from vgen.data.prepare import PrepareConfig, describe, prepare
 from vgen.data.video_io import read_video, video_info, write_video
 
@@ -117,6 +117,16 @@ def test_the_split_depends_on_seed_and_names_alone(videos, tmp_path):
     (tmp_path / "moved").rename(videos)
     moved = [row["source"].replace("moved", "videos") for row in rows(tmp_path, "held_out")]
     assert tuple(sorted(os.path.relpath(path, videos) for path in moved)) == held_out[0]
+
+
+def test_files_with_the_same_content_stay_on_one_side(videos, tmp_path):
+    for number in range(5):
+        shutil.copy(videos / f"{number}.mp4", videos / f"{number} (1).mp4")
+    for seed in range(2):
+        summary = prepare(config(tmp_path, seed=seed, held_out_share=0.4))
+        sides = [{name[0] for name in sources(tmp_path, side)} for side in ("train", "held_out")]
+        assert len(sides[0] - {"d"}) + len(sides[1] - {"d"}) == 5 and summary["held_out"]["videos"] >= 3
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_segments_of_a_file_stay_on_one_side(videos, tmp_path):
@@ -306,7 +316,7 @@ def test_missing_sources_and_unsuitable_folders_are_errors(videos, tmp_path, mon
         prepare(config(tmp_path, output_dir=tmp_path / "file/out"))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(OSError, match=r"the copies may need .* GiB, but .*out has .* GiB free"):
-        prepare(config(tmp_path))
+        prepare(config(tmp_path, margin=2.0))  # other settings are possible later
     monkeypatch.undo()
 
     def full_disk(self, frames):
@@ -336,6 +346,12 @@ def test_a_stream_is_copied_as_its_folder_is(videos, tmp_path, num_videos):
     settings = config(tmp_path, data=f"shards:{tmp_path}/videos.tar")
     unknown = inspect_source(settings.data, Sampling(num_frames=5))
     assert unknown["videos"] is None and unknown["clips"] is None
+    split, parts = module.plan(settings, Survey(Sampling(num_frames=5)))
+    kept = module._copied(settings, tmp_path / "out", parts, split, Survey(Sampling(num_frames=5)))
+    for side in ("train", "held_out"):
+        (tmp_path / "out" / side).mkdir(parents=True)
+    assert all(part.original.listed.content is None for part in kept)  # it would stay in memory
+    shutil.rmtree(tmp_path / "out")
     summary = prepare(settings)
     assert summary["split"] == ("time" if num_videos == 2 else "video")
     captions = [row["text"] for side in ("train", "held_out") for row in rows(tmp_path, side)]

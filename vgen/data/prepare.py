@@ -25,7 +25,7 @@ from vgen.data.resize import Fit, enlarge
 from vgen.data.video_io import VideoInfo, VideoWriter, iter_video
 from vgen.data.video_writer import check_frame_rate
 from vgen.io.atomic import atomic_file, remove_workspaces, write_text
-from vgen.io.fingerprint import digest_json
+from vgen.io.fingerprint import digest_json, file_digest
 from vgen.io.records import check_settings
 from vgen.io.remote import is_url
 from vgen.processes import locked_output_dir, rank_and_world_size
@@ -149,9 +149,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             (folder / side).mkdir(exist_ok=True)
         settings = {name: value for name, value in vars(config).items() if name != "output_dir"}
         digest = digest_json([_identity(part) for part in parts]) if isinstance(parts, list) else None
-        check_settings(folder, settings | {"split": split, "videos": digest}, ["*/*.mp4"])
         if isinstance(parts, list):
             _check_space(config, folder, parts)
+        check_settings(folder, settings | {"split": split, "videos": digest}, ["*/*.mp4"])
+        if isinstance(parts, list):
             for side in get_args(Side):
                 remove_workspaces(folder / side, {part.name for part in parts})
         copied = list(_copied(config, folder, parts, split, survey))
@@ -169,7 +170,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         summary = {"format": FORMAT, "settings": settings, "split": split}
         summary |= {side: _counts(copies[side], sampling) for side in get_args(Side)}
         summary |= {"sizes": survey.sizes, "frame_rates": survey.frame_rates, "refused": survey.refused}
-        write_text(folder / SUMMARY, json.dumps(summary, indent=1, default=str))
+        write_text(folder / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 
@@ -242,8 +243,8 @@ def _split_in_time(files: Iterable[list[Original]], sampling: Sampling) -> list[
         parts += before + after if before and after else [Part.of(one, "train") for one in segments]
     if all(part.side == "train" for part in parts):
         raise ValueError(
-            f"there are fewer than {MIN_FILES} videos, and none is long enough to hold out its end: a clip of "
-            f"{sampling.span} frames (num_frames) must fit into both parts; add videos, or set held_out to others"
+            f"there are fewer than {MIN_FILES} videos, and none is long enough to hold out its end, because a clip of "
+            f"{sampling.span} frames (num_frames) must fit into both parts: add videos, or set held_out to others"
         )
     return parts
 
@@ -304,14 +305,18 @@ def copy_size(config: PrepareConfig, info: VideoInfo) -> tuple[int, int]:
 def _copied(
     config: PrepareConfig, folder: Path, parts: Iterable[Part], split: SplitKind, survey: Survey
 ) -> Iterator[Part]:
-    """Writes the copies that are missing, and yields all that can be made. Their `side` is where they are."""
+    """Writes the copies that are missing, and yields all that can be made. Their `side` is where they are.
+
+    What is yielded does not keep the content of streamed files in memory.
+    """
     for part in tqdm(parts, unit="video"):
         sides = get_args(Side) if split == "video" else (part.side,)
         existing = next((side for side in sides if (folder / side / part.name).exists()), None)
         try:
             if existing is None:
                 _write_copy(part, folder / part.side / part.name, config)
-            yield part._replace(side=existing or part.side)
+            listed = replace(part.original.listed, content=None)
+            yield part._replace(side=existing or part.side, original=part.original._replace(listed=listed))
         except UnreadableError as error:
             survey.refuse(part.original.listed, str(error))
 
@@ -351,13 +356,19 @@ def _frames(listed: Listed, frame_rate: float) -> Iterator[np.ndarray]:
 
 
 def _split_by_file(config: PrepareConfig, folder: Path, copied: list[Part]) -> list[Part]:
-    """Moves the copies of some files to the held-out ones, at least those of one file."""
-    files = {part.original.file for part in copied}
-    count = min(max(1, round(config.held_out_share * len(files))), len(files) - 1)
-    held_out = draw_files(files, count, f"held out {config.seed}")
+    """Moves the copies of some files to the held-out ones. Files with the same content stay on one side."""
+    contents: dict[str, list[str]] = {}
+    for part in copied:
+        contents.setdefault(part.original.file, []).append(file_digest(folder / part.side / part.name))
+    names: dict[str, str] = {}  # of the first file with the same content
+    first: dict[tuple[str, ...], str] = {}
+    for file, digests in sorted(contents.items()):
+        names[file] = first.setdefault(tuple(digests), file)
+    count = min(max(1, round(config.held_out_share * len(first))), len(first) - 1)
+    held_out = draw_files(first.values(), count, f"held out {config.seed}")
     moved = []
     for part in copied:
-        side: Side = "held_out" if part.original.file in held_out else "train"
+        side: Side = "held_out" if names[part.original.file] in held_out else "train"
         if side != part.side:
             (folder / part.side / part.name).rename(folder / side / part.name)
         moved.append(part._replace(side=side))
