@@ -25,11 +25,10 @@ from vgen.checks import check_integer, check_number
 from vgen.data.formats import PixelFormat, check_pixel_format, check_video_output
 from vgen.data.resize import enlarge
 from vgen.io.atomic import move_into_place, workspace_for
+from vgen.io.images import shown_scale
 
 DEFAULT_FRAME_RATE = 8.0
 DEFAULT_CRF = 16
-MIN_SHOWN_SIZE = 256
-"""Pixels on the longer side below which `scale=None` enlarges a video, because players blur tiny ones."""
 METADATA_KEY = "comment"
 """Where files store their metadata: a tag of an mp4, a comment of a gif, a text of a png."""
 
@@ -159,7 +158,7 @@ class VideoWriter:
         overwrite: Whether to replace an existing video, which stays until the new one is complete. A folder is
             replaced only if it contains nothing but frames.
         scale: Factor by which frames are enlarged, with sharp edges: each pixel becomes a square. `None` enlarges mp4
-            and gif files to at least `MIN_SHOWN_SIZE` pixels on the longer side. The attribute `scale` is the factor.
+            and gif files to at least 256 pixels on the longer side. The attribute `scale` is the factor.
         metadata: Entries to store as JSON, together with the version of vgen and the scale, for `video_info`. A webp
             stores none.
         keyframe_interval: Largest number of frames of an mp4 from one keyframe to the next. Reading from the middle
@@ -287,7 +286,7 @@ class VideoWriter:
         return frames if frames.ndim == 4 else frames[None]
 
     def _default_scale(self, shape: tuple[int, ...]) -> int:
-        return math.ceil(MIN_SHOWN_SIZE / max(shape[:2])) if self.path.suffix.lower() in (".mp4", ".gif") else 1
+        return shown_scale(*shape[:2]) if self.path.suffix.lower() in (".mp4", ".gif") else 1
 
     def _stored_text(self, shape: tuple[int, ...]) -> str | None:
         """The text of the metadata. The size of the content tells whether the file was resized later."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,13 @@ IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 """Pillow's names of the formats that are read, whatever the suffix. Others may start programs, as EPS does."""
 MAX_PIXELS = 2**26
 """Largest number of pixels of a frame, 8192x8192: a file of a few kilobytes can declare far more than memory holds."""
+MIN_SHOWN_SIZE = 256
+"""Pixels on the longer side below which videos are enlarged, because players and browsers blur tiny ones."""
+
+
+def shown_scale(height: int, width: int) -> int:
+    """The smallest factor that enlarges this size to at least `MIN_SHOWN_SIZE` pixels on the longer side."""
+    return math.ceil(MIN_SHOWN_SIZE / max(height, width))
 
 
 def read_image(path: Path) -> np.ndarray:

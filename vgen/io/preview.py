@@ -9,12 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from vgen.io.images import shown_scale
 from vgen.io.pixels import to_clip, to_frames
 
 PREVIEW_RATE = 8.0
 """Frames per second of previews: an output does not know its own rate."""
-MIN_PREVIEW_SIZE = 256
-"""Pixels on the longer side to which smaller previews are enlarged."""
 
 
 def animations_html(videos: Iterable[Any]) -> str:
@@ -34,7 +33,7 @@ def _animation(frames: Any) -> str:
     file = io.BytesIO()
     options: dict[str, Any] = {"duration": round(1000 / PREVIEW_RATE), "loop": 0, "lossless": True}
     first.save(file, format="webp", save_all=True, append_images=others, **options)
-    scale = max(1, -(-MIN_PREVIEW_SIZE // max(first.size)))
+    scale = shown_scale(first.height, first.width)
     content = b64encode(file.getvalue()).decode()
     size = f'width="{first.width * scale}" height="{first.height * scale}"'
     return f'<img src="data:image/webp;base64,{content}" {size} style="image-rendering: pixelated">'
