@@ -275,8 +275,14 @@ def test_info_shows_and_explains_defaults_capabilities_and_sizes(model):
     rows = {name: (value, meaning) for name, value, meaning in rows}
     assert rows["num_frames"][0] == "9" and rows["group_modes"][0] == "full, causal, chunk"
     assert rows["vae"][0].startswith("CausalVideoVAE, 0.") and rows["vae"][0].endswith("M parameters")
-    assert "rollout_defaults" not in rows
+    assert "rollout_defaults" not in rows and rows["trained_frame_rates"][0] == "None"
     assert all(meaning and len(meaning) < 120 for _, meaning in rows.values())
+
+
+@pytest.mark.parametrize("name", ["vgen/shapes-64", "vgen/shapes-64-unet"])
+def test_info_shows_the_frame_rates_of_the_recipe(name):
+    line = next(line for line in run("info", name).output.splitlines() if "trained_frame_rates" in line)
+    assert "2.0, 32.0" in line
 
 
 def test_info_shows_rollout_defaults(tmp_path):

@@ -391,6 +391,34 @@ def test_sizes_outside_training_warn_once(caplog):
     assert caplog.text.count("40x24 is not the size that this checkpoint makes by default, 16x16") == 1
 
 
+def test_frame_rates_outside_training_warn_once(caplog):
+    abilities = {"tasks": ["text", "leading", "keyframes"], "window": 2, "sink": 1}
+    pipe = make_pipeline(trained_frame_rates=[4.0, 10.0], **abilities)
+    clip = np.zeros((2, 16, 16, 3), np.uint8)
+    quick = {"num_inference_steps": 1, "generator": seeded()}
+    coarse = {"keyframe_interval": 4, "num_frames": 5, "window": 1, "sink": 0}
+    uses = {
+        "call": lambda pipe, rate: pipe(PROMPT, num_frames=5, frame_rate=rate, **quick),
+        "predict": lambda pipe, rate: pipe.predict(clip, num_frames=4, frame_rate=rate, **quick),
+        "interpolate": lambda pipe, rate: pipe.interpolate(clip, factor=2, frame_rate=rate / 2, **quick),
+        "coarse": lambda pipe, rate: list(pipe.rollout(PROMPT, frame_rate=4 * rate, **coarse, **quick)),
+    }
+
+    def warned(use, rate, pipe=pipe):
+        caplog.clear()
+        with propagated_logs():
+            uses[use](pipe, rate)
+        return [message.split(" frames")[0] for message in caplog.messages if "often look wrong" in message]
+
+    for number, use in enumerate(("call", "predict", "interpolate")):
+        assert not any(warned(use, rate) for rate in (3.0, 8.0, 12.5))  # up to a quarter outside
+        for rate in (2.9 - number / 10, 12.6 + number / 10):  # others each time, because a warning is given once
+            assert warned(use, rate) == [f"{rate:g}"] and not warned(use, rate)
+    assert not warned("coarse", 3.0) and warned("coarse", 2.0) == ["2"]
+    assert not warned("call", 99.0, make_pipeline(**abilities))
+    assert not warned("call", 99.0, make_pipeline(trained_frame_rates=[4, 4], frame_rate_embedding=False))
+
+
 def test_a_missing_model_names_the_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("vgen/nothing", "nothing"):

@@ -47,6 +47,7 @@ from vgen.training.sample import (
     check_motion,
     conditioning,
     denoiser_temporal_loss,
+    record_frame_rates,
     record_tasks,
     supported_config,
 )
@@ -139,6 +140,7 @@ def main(config: VDMConfig) -> None:
         settings = replace(sources[0].config, latents_dir=folder)
         sources.append(supported_config(pipe.denoiser, settings, LatentSet(folder)))
     shares = [1 - sum(config.more_latents.values()), *config.more_latents.values()]
+    record_frame_rates(pipe.denoiser, [source.data for source in sources])
     if config.train_only == "lora":
         add_adapter(pipe, config)
     if config.gradient_checkpointing:

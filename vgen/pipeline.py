@@ -523,6 +523,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 f"up to {longest} frames ({trained} token frames): use rollout for longer videos"
             )
         self._warn_untrained_size(height, width)
+        self._warn_untrained_rate(frame_rate)
         sampler = self.sampler(guidance)
         known = self._encode_given(given, num_frames, num_videos_per_prompt)
         positive, negative = self.encode_prompt(
@@ -708,6 +709,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 self.denoiser.dtype,
             )
         self._warn_untrained_size(*size)
+        assert options.frame_rate is not None
+        for rate in {options.frame_rate, options.frame_rate / interval}:
+            self._warn_untrained_rate(rate)
         if video is not None:
             clips = iter(clips)
             first = next(clips)
@@ -900,6 +904,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             attention_kwargs=attention_kwargs,
         )
         self._warn_untrained_size(*size)
+        assert options.frame_rate is not None
+        self._warn_untrained_rate(options.frame_rate * options.factor)
         positive, negative = self.encode_prompt(
             fill_empty_prompts(prompt, ""),
             options.negative_prompt,
@@ -1165,6 +1171,18 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             logger.warning_once(
                 f"{width}x{height} is not the size that this checkpoint makes by default, {size[1]}x{size[0]}: videos "
                 "of a size that it was not trained on often look wrong"
+            )
+
+    def _warn_untrained_rate(self, frame_rate: float) -> None:
+        """Warns, once, of a frame rate more than a quarter outside the range that the denoiser was trained with."""
+        config = self.denoiser.config
+        if config.trained_frame_rates is None or not config.frame_rate_embedding:
+            return
+        low, high = config.trained_frame_rates
+        if not 0.75 * low <= frame_rate <= 1.25 * high:
+            logger.warning_once(
+                f"{frame_rate:g} frames per second is outside of what this checkpoint was trained with, {low:g} to "
+                f"{high:g}: videos at such a rate often look wrong"
             )
 
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:

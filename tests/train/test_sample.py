@@ -11,6 +11,7 @@ import torch
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
+from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.sampling.known_frames import encode_known_frames
 from vgen.temporal.grid import LatentGrid
@@ -19,6 +20,7 @@ from vgen.training.sample import (
     SampleConfig,
     denoiser_temporal_loss,
     make_sample,
+    record_frame_rates,
     supported_config,
 )
 from vgen.training.sources import masked_mean
@@ -65,6 +67,14 @@ def test_what_short_clips_do_not_support_is_left_out_there(latents_dir, long_lat
     config = SampleConfig(**settings, window_lengths=[5])
     with pytest.raises(ValueError, match="clips of 2 token frames support none"):
         supported_config(denoiser, config, LatentSet(latents_dir))
+
+
+def test_the_frame_rates_of_all_clips_are_recorded(latents_dir, long_latents):
+    denoiser = SpacetimeTransformer(num_attention_heads=1, attention_head_dim=12, num_layers=1, ffn_dim=8, text_dim=8)
+    assert denoiser.config.trained_frame_rates is None
+    for folders, expected in (([latents_dir], [8, 8]), ([latents_dir, long_latents], [4, 8]), ([latents_dir], [4, 8])):
+        record_frame_rates(denoiser, [LatentSet(folder) for folder in folders])
+        assert denoiser.config.trained_frame_rates == expected
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])

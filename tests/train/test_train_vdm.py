@@ -263,6 +263,7 @@ def test_known_frames_are_trained_and_then_used(vae_run, text_run, long_latents,
     pipe = VideoGenPipeline.from_pretrained(tmp_path / "pipeline")
     config = pipe.transformer.config
     assert config.tasks == ["text", "leading", "keyframes"] and config.trained_token_frames == 4
+    assert config.trained_frame_rates == [4.0, 8.0]
     image = torch.rand(3, 16, 16)
     video = pipe("a red circle moves right", frames={0: image, 3: image}, output_type="pt").frames[0]
     torch.testing.assert_close(video[3], image)

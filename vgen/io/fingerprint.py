@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-_NOTES = ("training_data", "training_psnr")  # settings of a network for messages only
+_NOTES = ("training_data", "training_psnr", "trained_frame_rates")  # settings of a network for messages only
 
 
 def digest_json(value: Any) -> str:

@@ -250,6 +250,8 @@ class SpacetimeTransformer(
         sink: Number of token frames at the start of a stream that are never evicted from the KV cache.
         keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        trained_frame_rates: Lowest and highest frame rate of the training clips in frames per second, for messages
+            only; `None` if unknown.
 
     Raises:
         ValueError: The layout is unsupported, or `attention` or one of `tasks` is unknown.
@@ -296,6 +298,7 @@ class SpacetimeTransformer(
         sink: int = 0,
         keyframe_slots: int = 0,
         frame_rate_embedding: bool = False,
+        trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):

@@ -424,6 +424,8 @@ class UNet3D(
         sink: Number of latent frames at the start of a stream that are never evicted from the KV cache.
         keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        trained_frame_rates: Lowest and highest frame rate of the training clips in frames per second, for messages
+            only; `None` if unknown.
 
     Raises:
         ValueError: A block type is unknown, the number of block types does not match, or `temporal_head_dim` does not
@@ -474,6 +476,7 @@ class UNet3D(
         sink: int = 0,
         keyframe_slots: int = 0,
         frame_rate_embedding: bool = False,
+        trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         depth = len(block_out_channels)

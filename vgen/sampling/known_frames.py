@@ -177,7 +177,8 @@ def warn_unlike_training(vae: CausalVideoVAE | PerFrameVAE | None, frame: Tensor
         data = getattr(vae, "config", {}).get("training_data") or "other videos"
         logger.warning(
             f"the given frames do not look like what this checkpoint was trained on ({data}): its VAE reconstructs "
-            f"them with {found:.0f} dB instead of {expected:.0f}. Expect nonsense; `vgen train FOLDER` makes one for yours"
+            f"them with {found:.0f} dB instead of {expected:.0f}. Expect nonsense; `vgen train FOLDER` "
+            "makes one for yours"
         )
 
 

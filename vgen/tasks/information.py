@@ -23,6 +23,7 @@ _MEANINGS = {
     "tasks": "Trained for: text (vgen generate), leading (predict, animate, rollout), keyframes (interpolate).",
     "group_modes": "Which frames attend to which: full (all), causal (earlier ones), chunk (own and earlier chunks).",
     "trained_token_frames": "Longest training clip in token frames, the denoiser's units of time.",
+    "trained_frame_rates": "Lowest and highest frame rate of the training clips.",
     "scheduler": "Noise levels, and the rule of a denoising step.",
     "vae": "Compresses videos to latents and decodes them.",
     "transformer": "The denoiser: it makes latents out of noise.",
@@ -30,7 +31,7 @@ _MEANINGS = {
     "text_encoder": "Turns the prompt into embeddings that the denoiser reads.",
     "tokenizer": "Splits the prompt into the tokens that the text encoder knows.",
 }
-_DENOISER = ("tasks", "group_modes", "trained_token_frames", "chunk_size", "window", "sink")
+_DENOISER = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates", "chunk_size", "window", "sink")
 
 
 def describe_pipeline(pipe: Any) -> list[tuple[str, str, str]]:

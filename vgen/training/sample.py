@@ -180,6 +180,13 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
     return Source(data, replace(config, window_lengths=lengths))
 
 
+def record_frame_rates(denoiser: Any, data: Sequence[LatentSet]) -> None:
+    """Adds the frame rates of all clips to the range of trained frame rates in a denoiser's config."""
+    rates = torch.cat([one.frame_rates for one in data])
+    known = [rates.min().item(), rates.max().item(), *(denoiser.config.trained_frame_rates or ())]
+    denoiser.register_to_config(trained_frame_rates=[min(known), max(known)])
+
+
 def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
     """Removes the window lengths, windows and known frames that some clips do not support from the settings.
 
