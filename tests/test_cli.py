@@ -1,8 +1,11 @@
 """The `vgen` command, as a user runs it."""
 
+import contextlib
+import inspect
 import io
 import json
 import os
+import pty
 import struct
 import subprocess
 import sys
@@ -18,7 +21,8 @@ from typer.testing import CliRunner
 
 from tests.data.test_video_io import encode, moving_pattern
 from tests.test_pipeline import make_pipeline
-from vgen import __version__
+from tests.warm import warm_python
+from vgen import __version__, cli
 from vgen.cli import EvaluationTask, app, main
 from vgen.data.video_io import read_video, video_info, write_video
 from vgen.hub import packaged_checkpoints
@@ -49,6 +53,40 @@ def test_generate_writes_every_format(model, tmp_path, name):
     assert ("9 frames, enlarged 16 times (--scale 1 keeps 16x16)" in done.stdout) == enlarged
 
 
+def test_a_preview_is_shown_on_request(model, tmp_path):
+    shown, hidden = (
+        run("generate", PROMPT, "--model", model, "-o", tmp_path / "a.mp4", "--overwrite", *extra).stdout.splitlines()
+        for extra in (["--preview"], [])
+    )
+    assert len(hidden) == 1 and shown[-1] == hidden[-1] and hidden[-1].startswith("wrote ")
+    # as large as 200 columns and 25 lines allow, without colors because the output is no terminal
+    assert len(shown) == 24 and {len(line) for line in shown[:-1]} == {4 * 46 + 3}
+    assert set("".join(shown[:-1])) <= set(" .:-=+*#%@")
+    for command in ("generate", "animate", "predict", "interpolate", "rollout"):
+        assert "preview" in inspect.signature(getattr(cli, command)).parameters
+
+
+@pytest.mark.parametrize("way", ["default", "--no-preview", "NO_COLOR"])
+def test_terminals_show_a_preview(model, tmp_path, way):
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "83", "LINES": "40"}
+    environment |= {"NO_COLOR": "1"} if way == "NO_COLOR" else {}
+    words = ["generate", PROMPT, "-o", tmp_path / "a.gif", "--model", model, *([way] if way[:2] == "--" else [])]
+    terminal, other_end = pty.openpty()
+    command = [warm_python(), "-m", "vgen.cli", *words]
+    with subprocess.Popen(command, stdout=other_end, stderr=subprocess.PIPE, env=environment) as process:
+        os.close(other_end)
+        output = b""
+        with contextlib.suppress(OSError):  # raised at the end of a terminal's output
+            while part := os.read(terminal, 65536):
+                output += part
+        os.close(terminal)
+        assert process.wait() == 0, process.stderr.read()
+    lines = output.decode().splitlines()
+    assert lines[-1].startswith("wrote ") and len(lines) == (1 if way == "--no-preview" else 11)
+    assert ("\N{UPPER HALF BLOCK}" in lines[0]) == ("\x1b[38;2;" in lines[0]) == (way == "default")
+
+
 def test_the_same_seed_gives_the_same_file(model, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("generate", PROMPT, "-o", tmp_path / f"{name}.webp", "--model", model, "--seed", seed)
@@ -77,6 +115,11 @@ def clip(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (6, 24, 40, 3), dtype=np.uint8)
     write_video(frames, tmp_path / "clip", frame_rate=4.0)
     return frames
+
+
+def first_frame(folder, clip):
+    Image.fromarray(clip[0, :16, :16]).save(folder / "first.png")
+    return folder / "first.png"
 
 
 def test_predict_continues_a_video_at_its_size_and_rate(able, tmp_path, clip):
@@ -197,8 +240,7 @@ def test_info_of_a_video_of_another_program(tmp_path):
 
 
 def test_animate_begins_with_the_image(able, tmp_path, clip):
-    Image.fromarray(clip[0, :16, :16]).save(tmp_path / "first.png")
-    done = run("animate", tmp_path / "first.png", PROMPT, "-o", tmp_path / "video", "--model", able)
+    done = run("animate", first_frame(tmp_path, clip), PROMPT, "-o", tmp_path / "video", "--model", able)
     assert done.exit_code == 0, done.output
     frames, _ = read_video(tmp_path / "video")
     assert frames.shape == (9, 16, 16, 3) and np.array_equal(frames[0], clip[0, :16, :16])

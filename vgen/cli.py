@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -50,6 +51,10 @@ Seed = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps; by default the fastest one available.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Preview = Annotated[
+    bool | None, typer.Option(help="Show some frames of the video in the terminal; by default if there is one.")
+]
+PREVIEW_FRAMES = 4
 
 
 class EvaluationTask(str, Enum):
@@ -119,12 +124,13 @@ def generate(
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
+    preview: Preview = None,
     **options: Any,
 ) -> None:
     """Generate a video from a prompt."""
     loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     counts = {"num_frames": num_frames, "height": height, "width": width, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, loading, written, prompt=prompt, counts=counts) as done:
+    with _writing(output, overwrite, preview, model, loading, written, prompt=prompt, counts=counts) as done:
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
@@ -149,12 +155,13 @@ def animate(
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
+    preview: Preview = None,
     **options: Any,
 ) -> None:
     """Generate a video from a first frame and a prompt."""
     loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     counts = {"num_frames": num_frames, "num_inference_steps": steps}
-    with _writing(output, overwrite, model, loading, written, prompt=prompt, counts=counts) as done:
+    with _writing(output, overwrite, preview, model, loading, written, prompt=prompt, counts=counts) as done:
         if not image.is_file():
             raise FileNotFoundError(f"no such file: {image}")
         from vgen.tasks.video_files import generate_file
@@ -181,6 +188,7 @@ def predict(
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
+    preview: Preview = None,
     **options: Any,
 ) -> None:
     """Continue a video."""
@@ -189,6 +197,7 @@ def predict(
     with _writing(
         output,
         overwrite,
+        preview,
         model,
         loading,
         written,
@@ -218,12 +227,15 @@ def interpolate(
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
+    preview: Preview = None,
     **options: Any,
 ) -> None:
     """Generate the frames between those of a video: slow motion at its frame rate, or smoother motion with --fps."""
     loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     checked = InterpolationOptions(**options)
-    with _writing(output, overwrite, model, loading, written, video=clip, prompt=prompt, options=checked) as done:
+    with _writing(
+        output, overwrite, preview, model, loading, written, video=clip, prompt=prompt, options=checked
+    ) as done:
         from vgen.tasks.video_files import interpolate_file
 
         done |= interpolate_file(
@@ -249,6 +261,7 @@ def rollout(
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
+    preview: Preview = None,
     **options: Any,
 ) -> None:
     """Generate a video of any length, chunk by chunk."""
@@ -257,6 +270,7 @@ def rollout(
     with _writing(
         output,
         overwrite,
+        preview,
         model,
         loading,
         written,
@@ -560,6 +574,7 @@ def main() -> None:
 def _writing(
     output: Path,
     overwrite: bool,
+    preview: bool | None,
     model: str,
     loading: LoadOptions,
     written: OutputOptions,
@@ -569,7 +584,7 @@ def _writing(
     options: SamplingOptions | None = None,
     counts: Mapping[str, int | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Checks what can be checked without a network, runs a command, and prints what it wrote.
+    """Checks what can be checked without a network, runs a command, and shows what it wrote.
 
     The command imports torch inside this context, so invalid arguments are reported before the import. It adds its
     entries to the dictionary.
@@ -595,6 +610,11 @@ def _writing(
         yield entries
     if "fit" in entries:
         typer.echo(entries["fit"], err=True)
+    if sys.stdout.isatty() if preview is None else preview:
+        from vgen.data.video_io import spread_frames
+        from vgen.io.preview import print_images
+
+        print_images(spread_frames(output, PREVIEW_FRAMES), _console())
     done = f"wrote {output}: {entries['num_frames']} frames"
     if "scale" in entries:
         done += f", enlarged {entries['scale']} times (--scale 1 keeps {entries['content_size']})"

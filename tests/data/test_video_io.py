@@ -20,6 +20,7 @@ from vgen.data.video_io import (
     join_videos,
     read_video,
     resampled_length,
+    spread_frames,
     video_info,
     write_video,
 )
@@ -145,6 +146,25 @@ def test_variable_frame_rate_is_resampled_by_time_stamps(tmp_path, suffix, rate,
     ticks = ticks[ticks < min(end or 9.0, 1.68) - 1e-3]
     expected = np.searchsorted(milliseconds / 1000, ticks + 5e-3, side="right") - 1
     assert np.array_equal(read, stored[expected])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_spread_frames_are_those_of_the_whole_video(tmp_path, suffix):
+    write_video(moving_pattern(11), tmp_path / f"video{suffix}", frame_rate=7.0)
+    frames, _ = read_video(tmp_path / f"video{suffix}")
+    for count, expected in ((1, [0]), (3, [0, 5, 10]), (4, [0, 3, 7, 10]), (50, range(11))):
+        assert np.array_equal(spread_frames(tmp_path / f"video{suffix}", count), frames[list(expected)])
+
+
+def test_spread_frames_of_irregular_videos(tmp_path):
+    pattern = moving_pattern(5)
+    encode(tmp_path / "variable.mkv", pattern, times=[0, 100, 200, 300, 3000])
+    frames = spread_frames(tmp_path / "variable.mkv", 3)  # most of the time, the fourth frame is shown
+    assert len(frames) == 3 and np.array_equal(frames[1], read_video(tmp_path / "variable.mkv")[0][3])
+    (tmp_path / "folder").mkdir()
+    for index, frame in enumerate(pattern):
+        Image.fromarray(frame).save(tmp_path / f"folder/{index}.png")
+    assert np.array_equal(spread_frames(tmp_path / "folder", 3), pattern[[0, 2, 4]])
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mov", ".gif", ".webp", "", "mjpeg.avi", "alpha.webm"])

@@ -229,6 +229,30 @@ def read_video(
     return np.stack(pixels), float(frame_rate or len(pixels) / (stops[-1] - times[0]))
 
 
+def spread_frames(path: str | os.PathLike, count: int) -> list[np.ndarray]:
+    """Reads frames that are evenly spread over a video, the first and the last one included.
+
+    Args:
+        path: A video file or a folder of frames.
+        count: Number of frames, at least 1; all are read if the video has fewer.
+
+    Returns:
+        Frames, uint8 `(h, w, 3)`.
+
+    Raises:
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: It is not a readable video.
+    """
+    info = video_info(path)
+    rate = info.frame_rate or DEFAULT_FRAME_RATE
+    indices = np.linspace(0, info.num_frames - 1, min(count, info.num_frames)).round()
+    frames = []
+    for start in (indices / rate).tolist():
+        with contextlib.closing(_frames_between(Path(path), start, None, rate)) as found:
+            frames.append(next(found)[-1])
+    return frames
+
+
 def _checked(
     path: str | os.PathLike, start: float | None = None, end: float | None = None, frame_rate: float | None = None
 ) -> Path:
