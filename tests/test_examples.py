@@ -5,13 +5,15 @@ import runpy
 import subprocess
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from tests.warm import warm_python
 from vgen import VideoGenPipeline
-from vgen.data.video_io import read_video, write_video
+from vgen.data.video_io import read_video, video_info, write_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what they are given and write; one that is not named here takes nothing
@@ -57,6 +59,20 @@ def test_an_example_runs(tmp_path, name):
     assert all(words in done.stdout for words in SAID.get(name, [])), done.stdout
     if name in WRITTEN:
         assert (tmp_path / WRITTEN[name]).is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_animations(tmp_path):
+    notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.nbformat_minor == 5 and not any(cell.outputs or cell.execution_count for cell in cells)
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = {cell.id: cell.outputs for cell in cells}
+    for name in ("generate", "predict", "interpolate", "rollout"):
+        [shown] = outputs[name]
+        assert '<img src="data:image/webp;base64,' in shown["data"]["text/html"]
+    assert video_info(tmp_path / "rollout.mp4").num_frames == 48
 
 
 def test_a_custom_loop_equals_the_rollout(tmp_path):
