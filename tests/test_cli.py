@@ -28,6 +28,7 @@ from vgen.data.video_io import read_video, video_info, write_video
 from vgen.hub import packaged_checkpoints
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks import evaluation
+from vgen.tasks.information import PUBLIC_CHECKPOINTS
 
 PROMPT = "a red circle moves right"
 
@@ -341,6 +342,12 @@ def test_models_lists_what_ships():
         [line] = [line for line in done.stdout.splitlines() if f" {name} " in line]
         for word in ("text to video", "interpolation", "64x64, 8 fps", "17, at most 33", "colored shapes", " MB"):
             assert word in line
+
+
+def test_models_lists_public_presets():
+    lines = run("models").stdout.splitlines()
+    for row in PUBLIC_CHECKPOINTS:
+        assert any(all(cell in line for cell in row) for line in lines)
 
 
 @pytest.mark.parametrize("words", [[], ["generate"], ["models"], ["data"], ["data", "validate"]])

@@ -305,14 +305,17 @@ def rollout(
 
 @app.command()
 def models() -> None:
-    """List the checkpoints that ship with the package, and other sources of weights."""
+    """List the checkpoints that ship with the package, and public ones that it can download and use."""
     with one_line_errors():
-        from vgen.tasks.information import describe_packaged
+        from vgen.tasks.information import PUBLIC_CHECKPOINTS, describe_packaged
 
-        table = _table("name", "tasks", "trained on", "files", "videos", "frames")
+        packaged = _table("name", "tasks", "trained on", "files", "videos", "frames", title="in the package")
         for row in describe_packaged():
-            table.add_row(*row)
-        _console().print(table)
+            packaged.add_row(*row)
+        public = _table("Hub id", "tasks", "weights in bfloat16", "videos", "frames", title="public weights")
+        for row in PUBLIC_CHECKPOINTS:
+            public.add_row(*row)
+        _console().print(packaged, public)
     typer.echo(
         "--model also takes a folder or a Hub id of a vgen pipeline or of Wan 2.1 text to video (diffusers' layout)."
     )

@@ -31,6 +31,11 @@ _MEANINGS = {
     "text_encoder": "Turns the prompt into embeddings that the denoiser reads.",
     "tokenizer": "Splits the prompt into the tokens that the text encoder knows.",
 }
+PUBLIC_CHECKPOINTS = (
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "text to video", "14.5 GB", "832x480, 16 fps", "81"),
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text to video", "40.2 GB", "832x480 or 1280x720, 16 fps", "81"),
+)
+"""Hub id, tasks, size of all weights in bfloat16, resolution and length of public checkpoints that load."""
 _DENOISER = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates", "chunk_size", "window", "sink")
 
 
