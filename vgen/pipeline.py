@@ -710,7 +710,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             )
         self._warn_untrained_size(*size)
         assert options.frame_rate is not None
-        for rate in {options.frame_rate, options.frame_rate / interval}:
+        for rate in (options.frame_rate, options.frame_rate / interval):
             self._warn_untrained_rate(rate)
         if video is not None:
             clips = iter(clips)
