@@ -356,6 +356,12 @@ def evaluate(
     ] = None,
     num_clips: Annotated[int, typer.Option(help="Number of clips.", min=1)] = 100,
     num_frames: Annotated[int, typer.Option(help="Frames per clip; 0 uses the checkpoint's default.")] = 0,
+    hop: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames from the start of a clip to that of the next. By default clips do not overlap.", min=1
+        ),
+    ] = None,
     given: Annotated[int, typer.Option(help="Number of leading frames that a prediction is given.")] = 5,
     factor: Annotated[
         int, typer.Option(help="Interpolation factor N: an interpolation is given every N-th frame.")
@@ -380,7 +386,7 @@ def evaluate(
         tasks: Any = [one.value for one in task] if task else None
         config = EvaluationConfig(
             output_dir=output, model=model, suite=suite, data=data, tasks=tasks, num_clips=num_clips,
-            num_frames=num_frames, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
+            num_frames=num_frames, hop=hop, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
             features=features, convlstm=convlstm,
             num_inference_steps=steps, guidance_scale=guidance, seed=seed,
         )  # fmt: skip

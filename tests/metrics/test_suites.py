@@ -121,6 +121,12 @@ def test_a_folder_gives_windows_and_their_captions(tmp_path):
     samples = suite.samples(range(6))
     assert samples.clips.shape == (6, 3, 5, 32, 32) and samples.captions.count("noise") == 2
     assert suite.correct(0, samples.clips[0]) == {} and not suite.captioned
+    overlapping = open_suite(SuiteConfig(**settings, hop=2))
+    clips = overlapping.samples(range(len(overlapping))).clips
+    # each video has windows at frames 0, 2, 4 and 6, of which those at 0 and 2 share three frames
+    assert len(clips) == 12
+    shared = sum(torch.equal(a[:, 2:], b[:, :3]) for a in clips for b in clips)
+    assert shared == 9
 
 
 def test_digits_bounce(digits):
@@ -145,6 +151,8 @@ def test_digits_bounce(digits):
         ({"num_clips": 0}, "num_clips must be an integer of at least 1, got 0"),
         ({"height": 0}, "height must be an integer of at least 1, got 0"),
         ({"width": 64.0}, "width must be an integer of at least 1, got 64.0"),
+        ({"hop": 2}, "hop must be None for suite='shapes', got 2"),
+        ({"hop": 0}, "hop must be an integer of at least 1, got 0"),
         ({"frame_rate": 0.0}, "frame_rate must be positive, got 0.0"),
         ({"frame_rate": float("nan")}, "frame_rate must be a finite number, got nan"),
     ],

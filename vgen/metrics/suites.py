@@ -61,6 +61,9 @@ class SuiteConfig:
     """Width in pixels; 0 uses the checkpoint's default."""
     frame_rate: float = 0.0
     """Frames per second that videos are resampled to; 0 uses the checkpoint's default."""
+    hop: int | None = None
+    """Frames, at that rate, from the start of a clip to the start of the next one in the same video, only for
+    `folder`. By default clips do not overlap."""
     given: int = 5
     """Number of leading frames that a prediction is given."""
     factor: int = 4
@@ -85,6 +88,10 @@ def check_suite(config: SuiteConfig) -> None:
     check_number("frame_rate", config.frame_rate)
     if config.frame_rate <= 0:
         raise ValueError(f"frame_rate must be positive, got {config.frame_rate}")
+    if config.hop is not None:
+        check_integer("hop", config.hop, 1)
+        if config.suite != "folder":
+            raise ValueError(f"hop must be None for suite={config.suite!r}, got {config.hop}")
     check_integer("given", config.given, 1, config.num_frames - 1)
     check_integer("factor", config.factor, 2, config.num_frames - 1)
     check_integer("suite_seed", config.suite_seed, 0)
@@ -132,7 +139,7 @@ def open_suite(config: SuiteConfig) -> Suite:
     if config.suite == "shapes":
         return Shapes(config)
     assert config.data is not None
-    sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=config.frame_rate)
+    sampling = Sampling(num_frames=config.num_frames, kind="sliding", frame_rate=config.frame_rate, hop=config.hop)
     source = open_clips(config.data, sampling, config.height, config.width, WORLD_SEED + config.suite_seed)
     if isinstance(source, VideoStream):
         raise ValueError(f"data must be a folder or an IDX file, got the stream {config.data!r}")
