@@ -75,11 +75,18 @@ def test_a_result_does_not_differ_from_itself_and_a_better_one_does(results):
     assert one.summary.mean == pytest.approx(3.5 / 3) and ("copy", "psnr") not in actual
 
 
+def test_results_without_a_setting_that_is_new_are_comparable(results):
+    newer = copy.deepcopy(results)
+    newer["suite"]["hop"] = None
+    assert compare(results, newer) and compare(newer, results)
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
         (None, "format", "other"),
         ("suite", "num_clips", 4),
+        ("suite", "hop", 2),
         ("settings", "prompted", True),
         (None, "numbers", [0, 1, 3]),
     ],

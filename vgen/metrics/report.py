@@ -89,7 +89,8 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
     a, b = (result["suite"] | {name: result["settings"].get(name) for name in compared} for result in results)
     for settings in (a, b):
         settings.pop("data", None)  # the same clips may be stored elsewhere
-    wrong = [f"{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name]]
+    # results of earlier versions lack settings that were added with the default None
+    wrong = [f"{name} {a.get(name)} and {b.get(name)}" for name in a | b if a.get(name) != b.get(name)]
     if first["numbers"] != second["numbers"]:
         wrong.append("the clips that could be measured")
     if wrong:
