@@ -91,7 +91,7 @@ def main(config: ConvLSTMConfig) -> None:
         run.log(loss=total)
         if run.scores_are_due:
             with run.average:
-                run.report({"psnr": score(model, fresh, config, accelerator)})
+                run.report({"psnr": score(model, fresh, config, accelerator)}, "psnr")
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:

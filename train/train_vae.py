@@ -60,7 +60,8 @@ class VAEConfig(ClipConfig, TemporalLossConfig):
     freeze_encoder: bool = False
     """Whether to train only the decoder, so that existing latents and denoisers stay valid."""
     score_data: str | None = None
-    """Source of the videos that scores are computed on; `None` means the source of the training data."""
+    """Source of the videos that scores are computed on; `None` means other clips of the training data, which say
+    nothing about new videos. `patience` watches their PSNR."""
     mse_weight: float = 1.0
     """Weight of the squared error, which is added to the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
@@ -172,7 +173,7 @@ def main(config: VAEConfig) -> None:
         if run.scores_are_due:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
                 scores, pairs = score(vae, fresh, config, accelerator)
-            run.report(scores)
+            run.report(scores, "psnr")
             if pairs is not None:
                 run.save_samples(pairs, 8.0)
         run.save()

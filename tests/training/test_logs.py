@@ -108,7 +108,7 @@ def test_a_tracker_of_accelerate_gets_settings_scalars_and_samples(tmp_path, mon
     run.count(1, 1, (), lambda network: network(torch.ones(2)))
     run.step = 1
     run.log(loss=torch.tensor(2.0))
-    run.report({"psnr": 30.0})
+    run.report({"psnr": 30.0}, "psnr")
     run.save_samples(np.arange(17 * 8 * 8 * 3, dtype=np.uint8).reshape(17, 8, 8, 3), 8.0)
     run.end(lambda weights: None, "model", "vgen info {}")
     (_, name, _), (_, settings), *rest = KEPT

@@ -33,6 +33,7 @@ from vgen.io.atomic import atomic_directory, partial_path, remove_directory, wri
 from vgen.io.errors import one_line
 from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
+from vgen.training.best import BestWeights
 
 logger = logging.get_logger(__name__)
 
@@ -137,6 +138,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     average: EMAWeights | NoEMA,
+    best: BestWeights,
     schedules: Sequence[LambdaLR],
     keep_last: int,
     settings: dict[str, Any],
@@ -151,6 +153,7 @@ def save_checkpoint(
         folder: The run's folder.
         step: Number of optimizer steps done.
         average: The EMA of the weights.
+        best: The best weights so far.
         schedules: The learning rate schedules.
         keep_last: Number of checkpoints to keep; older ones are deleted.
         settings: The settings that must be equal for a run to be resumed exactly.
@@ -165,6 +168,7 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         _save_states(accelerator, partial)
         average.save(partial, accelerator.is_main_process)
+        best.save(partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             record = {
@@ -183,6 +187,7 @@ def resume(
     accelerator: Accelerator,
     folder: Path,
     average: EMAWeights | NoEMA,
+    best: BestWeights,
     schedules: Sequence[LambdaLR],
     settings: dict[str, Any],
 ) -> int:
@@ -217,6 +222,7 @@ def resume(
     try:
         _load_states(accelerator, path)
         average.load(path, step)
+        best.load(path)
         for schedule, done in zip(schedules, record["schedule_steps"], strict=True):
             schedule.last_epoch, schedule._step_count = int(done), int(done) + 1
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, UnpicklingError, SafetensorError) as error:

@@ -47,6 +47,7 @@ from vgen.processes import (
     on_cpus,
     on_several_machines,
 )
+from vgen.training.best import BestWeights, Goal
 from vgen.training.checkpoint import EMAWeights, NoEMA, checkpoints, resume, save_checkpoint
 from vgen.training.logs import Logs, track_video, tracker_names
 from vgen.training.muon import KernelMuon
@@ -110,6 +111,10 @@ class RunConfig:
     """Number of checkpoints to keep."""
     sample_every: int = 500
     """Steps between two evaluations with scores and samples."""
+    patience: int = 0
+    """Number of evaluations in a row without a better score after which the run ends. The result then has the weights
+    of the best evaluation, also if the run reaches `max_steps`. 0 turns this off, and the result has the last
+    weights."""
     log_with: str | None = None
     """Trackers of accelerate that get the logs and samples too, such as `wandb`, separated by commas."""
     dry_run: bool = False
@@ -135,6 +140,13 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, or null for the default, got {self.num_workers}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be at least 0, got {self.patience}")
+        if self.patience and self.sample_every > self.max_steps:
+            raise ValueError(
+                f"patience={self.patience} needs sample_every of at most max_steps={self.max_steps}, got "
+                f"{self.sample_every}"
+            )
         if bool(self.decay_steps) != (self.lr_schedule == "warmup_stable_decay"):
             raise ValueError(
                 "decay_steps must be positive with lr_schedule='warmup_stable_decay' and 0 with all other schedules, "
@@ -157,9 +169,10 @@ PROCESS_TIMEOUT = timedelta(hours=1)
 """How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
 NOT_IN_RESULTS = (
-    "output_dir", "log_every", "log_with", "save_every", "keep_last", "sample_every", "dry_run", "num_workers"
+    "output_dir", "log_every", "log_with", "save_every", "keep_last", "sample_every", "patience", "dry_run",
+    "num_workers",
 )  # fmt: skip
-"""Settings that do not affect a run's weights."""
+"""Settings that do not affect the weights after a step."""
 
 _PLAIN = (bool, int, float, str, NoneType)
 """Types of settings that every tracker stores."""
@@ -295,6 +308,7 @@ def check_sharding(config: RunConfig, strategy: str) -> None:
                 train_only == "all" or (fsdp and train_only == "temporal"),
             ),
             ("gan_weight", 0, not getattr(config, "gan_weight", 0)),
+            ("patience", 0, not config.patience),
             ("gradient_accumulation_steps", 1, fsdp or config.gradient_accumulation_steps == 1),
         )
         if not right
@@ -473,6 +487,7 @@ class Run:
         if strategy == "FSDP":
             fill_states(optimizers[0])
         self.average = EMAWeights(model, config.ema_decay) if config.ema_decay else NoEMA()
+        self._best = BestWeights(model, config.output_dir, config.patience, accelerator.is_main_process)
         if accelerator.process_index > 0:  # all processes have made the same network; dropout is each one's own
             set_seed(config.seed, device_specific=True)
         self._settings = {
@@ -483,7 +498,7 @@ class Run:
         configured = [
             [_hyperparameters(group) for group in schedule.optimizer.param_groups] for schedule in self.schedules
         ]
-        self.step = resume(accelerator, config.output_dir, self.average, self.schedules, self._settings)
+        self.step = resume(accelerator, config.output_dir, self.average, self._best, self.schedules, self._settings)
         """Number of optimizer steps done."""
         for schedule, groups in zip(self.schedules, configured, strict=True):
             _override_hyperparameters(schedule, groups)
@@ -501,12 +516,12 @@ class Run:
         self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
     def steps(self) -> Iterator[int]:
-        """The remaining steps, up to `max_steps` or until the run receives SIGTERM or Ctrl-C."""
+        """The remaining steps: up to `max_steps`, or until `patience` is exhausted or on SIGTERM or Ctrl-C."""
         can_be_asked = threading.current_thread() is threading.main_thread()
         handled = (signal.SIGTERM, signal.SIGINT) if can_be_asked else ()
         before = {number: signal.signal(number, self._ask_to_stop) for number in handled}
         try:
-            while self.step < self.config.max_steps:
+            while not self.is_over:
                 yield self.step
                 if self._must_stop():
                     if self._saved != self.step:
@@ -516,6 +531,11 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or `patience` evaluations in a row had no better score."""
+        return self.step >= self.config.max_steps or self._best.is_over
 
     def _ask_to_stop(self, number: int, _: object) -> None:
         if number == signal.SIGINT and self._asked_to_stop:
@@ -596,14 +616,25 @@ class Run:
         """
         return not self.sharded and self.step % self.config.sample_every == 0
 
-    def report(self, scores: dict[str, float]) -> None:
-        """Writes scores to the logs and to the terminal, in the main process."""
+    def report(self, scores: dict[str, float], watched: str, goal: Goal = "max") -> None:
+        """Writes scores to the logs and to the terminal, in the main process, and keeps the best weights.
+
+        Args:
+            scores: Scores by name.
+            watched: Name of the score that `patience` applies to.
+            goal: Whether it should be high or low.
+        """
         self._throughput.restart()
         if self.accelerator.is_main_process:
             self._logs.write(scores, self.step)
             self.accelerator.log(scores, step=self.step)
             summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self._bar.write(f"step {self.step}: {summary}")
+        if self.config.patience:
+            with self.average:
+                self._best.update(watched, from_main_process(scores[watched]), goal, self.step)
+            if self._best.is_over and self.accelerator.is_main_process:
+                self._bar.write(f"the run ends: no better {watched} in {self.config.patience} evaluations")
 
     def save_samples(self, frames: np.ndarray, frame_rate: float) -> None:
         """Writes frames, uint8 `(f, h, w, 3)`, to `samples.mp4` and to the logs. A run goes on if that fails."""
@@ -619,7 +650,7 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint, every `save_every` steps and after the last one."""
-        if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
+        if self.step % self.config.save_every == 0 or self.is_over:
             self._save()
 
     def _save(self) -> None:
@@ -629,6 +660,7 @@ class Run:
             self.config.output_dir,
             self.step,
             self.average,
+            self._best,
             self.schedules,
             self.config.keep_last,
             self._settings,
@@ -638,7 +670,7 @@ class Run:
     def end(
         self, save_result: Callable[[dict[str, Tensor] | None], None], result: str = "", next_command: str = ""
     ) -> None:
-        """Saves the result in the main process, with the averaged weights, after all processes have finished.
+        """Saves the result in the main process, with the averaged or best weights, after all processes have finished.
 
         Args:
             save_result: Receives the gathered weights of a sharded network, and otherwise `None`.
@@ -646,16 +678,20 @@ class Run:
             next_command: A command that uses the result; `{}` stands for its path.
         """
         self.accelerator.wait_for_everyone()
+        best = self._best.best
         if self.stopped:
             self.accelerator.print(f"stopped after {self.step} steps; the same command resumes from there")
         else:
             with self.average:
                 weights = self.accelerator.get_state_dict(self.network) if self.sharded else None
                 if self.accelerator.is_main_process:
+                    if best:
+                        self._best.use()
                     save_result(weights)
             path = self.config.output_dir / result
+            which = f" with the weights of step {best.step} ({best.name} {best.score:.3f})" if best else ""
             advice = f"; next: {next_command.format(shlex.quote(str(path)))}" if next_command else ""
-            self.accelerator.print(f"wrote {path}{advice}")
+            self.accelerator.print(f"wrote {path}{which}{advice}")
         if self.accelerator.num_processes > 1:
             drain_gloo_threads()
         self.accelerator.end_training()
