@@ -132,7 +132,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             `AutoencoderKLWan` is converted. Without a VAE, the denoiser works on pixels.
         transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
         unet: The denoiser, if it is a U-Net.
-        text_encoder: Any transformers text encoder; without one, prompts must be embeddings.
+        text_encoder: Any transformers text encoder; without one, prompts must be embeddings. A denoiser that was
+            trained without prompts (no `text` among its tasks) needs none.
         tokenizer: Of the text encoder.
         height: Default height of videos, in pixels.
         width: Default width, in pixels.
@@ -429,7 +430,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Generates videos. `None` uses the checkpoint's default.
 
         Args:
-            prompt: Describes the video.
+            prompt: Describes the video; `None` is for checkpoints that were trained without prompts.
             negative_prompt: Describes what to steer away from; "" by default.
             height: Height in pixels; by default that of the known frames or of `video`.
             width: Width in pixels; by default that of the known frames or of `video`.
@@ -466,6 +467,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: An argument is invalid. The error names the allowed values and the nearest one.
         """
+        if self.is_unprompted and prompt is None and prompt_embeds is None:
+            prompt = [""] * len(image) if isinstance(image, list) else ""
         given = (
             {}
             if image is None and frames is None
@@ -494,9 +497,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         steps = len(next(iter(custom.values()))) if custom else steps
         self._check_guidance(guidance_scale, guider)
-        guidance = Guidance(
-            scale=self.config.guidance_scale if guidance_scale is None else guidance_scale, guider=guider
-        )
+        default = 1.0 if self.is_unprompted else self.config.guidance_scale
+        guidance = Guidance(scale=default if guidance_scale is None else guidance_scale, guider=guider)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt,
@@ -660,7 +662,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         for texts in schedule.prompts.values():
             self.check_inputs(
-                fill_empty_prompts(texts, "a video") if prompt_embeds is None or has_prompt(texts) else None,
+                fill_empty_prompts(texts, "") if prompt_embeds is None or has_prompt(texts) else None,
                 options.negative_prompt,
                 *size,
                 self.grid.first,
@@ -893,7 +895,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         check_factor(options.factor, self.grid, max_latents(sampler))
         check_tasks(self.denoiser.config, self.grid, {"leading", "keyframes"})
         self.check_inputs(
-            fill_empty_prompts(prompt, "a video"),
+            fill_empty_prompts(prompt, ""),
             options.negative_prompt,
             *size,
             self.grid.first,
@@ -971,10 +973,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError("pass either prompt or prompt_embeds, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("pass negative_prompt or negative_prompt_embeds, not both")
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError("this pipeline has no text encoder: pass prompt_embeds instead of prompt")
         if prompt is not None:
             check_prompts(prompt)
+        if self.is_unprompted:
+            self._check_unprompted(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        elif prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError("this pipeline has no text encoder: pass prompt_embeds instead of prompt")
         for one in negative_prompt if isinstance(negative_prompt, list) else [negative_prompt]:
             if one is not None or isinstance(negative_prompt, list):
                 check_type("negative_prompt", one, str, "a string or a list of strings")
@@ -1005,11 +1009,17 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """Embeddings of prompts and, for guidance, of negative prompts, `(b * num_videos_per_prompt, l, d)` each.
 
         Warns of words that the checkpoint was not trained with. `lora_scale` scales LoRA layers of the text encoder.
+        For a checkpoint that was trained without prompts, `l` is 0.
 
         Raises:
-            ValueError: There is another number of negative prompts than of prompts.
+            ValueError: There is another number of negative prompts than of prompts, or the checkpoint was trained
+                without prompts.
         """
         device = device or self._execution_device
+        if self.is_unprompted:
+            self._check_unprompted(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+            count = (1 if isinstance(prompt, str) else len(prompt or [])) * num_videos_per_prompt
+            return torch.zeros(count, 0, self.denoiser.text_dim, device=device, dtype=dtype), None
         length = max_sequence_length or self.config.max_sequence_length
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
@@ -1160,6 +1170,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         super().__setattr__(name, value)
 
     @property
+    def is_unprompted(self) -> bool:
+        """Whether the checkpoint was trained without prompts, so that all videos are unconditional."""
+        return self.text_encoder is None and "text" not in self.denoiser.config.tasks
+
+    @property
     def grid(self) -> LatentGrid:
         """Arithmetic of pixel frames, latents and token frames."""
         return LatentGrid(self.vae_scale_factor_temporal, self.denoiser.patch_size[0])
@@ -1195,8 +1210,23 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_type("guider", guider, BaseGuidance, "one of diffusers' guiders")
         if guider is not None and scale is not None:
             raise ValueError("pass guidance_scale or guider, not both: the guider has its own weight")
+        if self.is_unprompted and (guider is not None or (scale or 0) > 1):
+            raise ValueError(
+                "guidance_scale must be at most 1 and guider None for a checkpoint that was trained without prompts, "
+                f"got {scale if guider is None else type(guider).__name__}"
+            )
         if guider is not None and isinstance(self.denoiser._cache_config, FasterCacheConfig):
             raise ValueError("FasterCache needs guidance in one batch: call disable_cache(), or pass no guider")
+
+    def _check_unprompted(self, prompt: Any, negative_prompt: Any, *embeds: Tensor | None) -> None:
+        """Checks that there are no prompts.
+
+        Raises:
+            ValueError: There is one.
+        """
+        texts = [text for one in (prompt, negative_prompt) for text in ([one] if isinstance(one, str) else one or [])]
+        if any(texts) or any(one is not None for one in embeds):
+            raise ValueError("this checkpoint was trained without prompts and has no text encoder: pass no prompt")
 
     def _check_embeds(self, prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None) -> None:
         """Checks embeddings.

@@ -370,7 +370,7 @@ class SpacetimeTransformer(
             hidden_states: Normalized latents `(b, c, t, h, w)`.
             timestep: Noise levels as scheduler timesteps: one number, `(1,)`, `(b,)`, or `(b, n)` with one for each
                 token frame.
-            encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` skips cross-attention.
+            encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` or `l = 0` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
             keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
@@ -418,6 +418,8 @@ class SpacetimeTransformer(
             tokens = tokens + self._embed_keyframes(keyframes)
         tokens = rearrange(tokens, "b d n h w -> b (n h w) d").contiguous()
 
+        if encoder_hidden_states is not None and not encoder_hidden_states.shape[1]:
+            encoder_hidden_states = None
         dtype = tokens.dtype if encoder_hidden_states is None else encoder_hidden_states.dtype
         rate = self._embed_frame_rate(frame_rate, b, hidden_states.device)
         temb, modulation = self.condition_embedder(self._timesteps(timestep, b, n), dtype, rate)

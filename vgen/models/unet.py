@@ -606,7 +606,7 @@ class UNet3D(
             sample: Normalized latents `(b, c, n, h, w)`.
             timestep: Noise levels as scheduler timesteps: one number, `(1,)`, `(b,)`, or `(b, n)` with one for each
                 frame.
-            encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` skips cross-attention.
+            encoder_hidden_states: Prompt embeddings `(b, l, d)`; `None` or `l = 0` skips cross-attention.
             hidden_states: The latents under the name that Transformers have for them, instead of `sample`.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
@@ -635,6 +635,8 @@ class UNet3D(
         b, _, n, height, width = hidden_states.shape
         if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != b:
             raise ValueError(f"expected one prompt for each of {b} videos, got {encoder_hidden_states.shape[0]}")
+        if encoder_hidden_states is not None and not encoder_hidden_states.shape[1]:
+            encoder_hidden_states = None
         unit = self.patch_size[1]
         if height % unit or width % unit:
             nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))

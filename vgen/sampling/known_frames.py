@@ -110,7 +110,7 @@ def check_tasks(denoiser: Mapping[str, Any], grid: LatentGrid, tasks: set[str]) 
     if missing or ("keyframes" in tasks and slots != grid.compression):
         raise ValueError(
             f"this needs a checkpoint trained for {' and '.join(missing or ['keyframes'])}; this one was trained for "
-            f"{', '.join(denoiser['tasks'])} and has {slots} keyframe slots"
+            f"{', '.join(denoiser['tasks']) or 'none of these'} and has {slots} keyframe slots"
         )
 
 
