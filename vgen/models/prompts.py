@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -266,13 +267,24 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     vocabulary = set(known_words(tokenizer))
     if not vocabulary:
         return []
-    backend = tokenizer.backend_tokenizer
-    text = prompt_clean(prompt)
-    text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
-    words = (
-        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    )
+    words = _split(tokenizer, prompt)
     return [word for word in dict.fromkeys(words) if word not in vocabulary and word[:1].isalnum()]
+
+
+def _split(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text, as a whole-word tokenizer looks them up in its vocabulary."""
+    backend = tokenizer.backend_tokenizer
+    text = prompt_clean(text)
+    text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word of some texts occurs, with the words of `make_word_tokenizer`."""
+    tokenizer = make_word_tokenizer([], max_length=1)
+    return Counter(word for text in texts for word in _split(tokenizer, text))
 
 
 def known_words(tokenizer: Any) -> list[str]:

@@ -97,6 +97,13 @@ def attributes(scene: Scene, number: int) -> list[int]:
     return [legal.index(values[name]) for name, legal in ATTRIBUTES.items()]
 
 
+def correct_attributes(logits: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """Whether each attribute of each object is the most likely one, by attribute."""
+    has_target = targets[..., 0] != IGNORED
+    correct = [(values.argmax(-1) == targets[..., i])[has_target] for i, values in enumerate(logits)]
+    return dict(zip(ATTRIBUTES, correct, strict=True))
+
+
 def attribute_loss(logits: list[Tensor], targets: Tensor) -> Tensor:
     """The cross-entropy, summed over objects and averaged over attributes."""
     errors = [
