@@ -1,4 +1,4 @@
-"""Train a text-conditional video diffusion model on precomputed latents.
+"""Train a video diffusion model on precomputed latents, with or without text prompts.
 
 A small run for a CPU, after training a text encoder and a VAE and encoding clips with it:
 
@@ -7,10 +7,13 @@ A small run for a CPU, after training a text encoder and a VAE and encoding clip
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -33,6 +36,7 @@ from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
 from vgen.temporal.attention import widest_mode
 from vgen.training.feed import Feed
+from vgen.training.held_out import FixedSamples
 from vgen.training.objective import (
     Objective,
     PromptedDenoiser,
@@ -43,6 +47,7 @@ from vgen.training.sample import (
     DenoiserBatches,
     DenoiserSpec,
     SampleConfig,
+    Source,
     check_encoders,
     check_motion,
     conditioning,
@@ -51,6 +56,9 @@ from vgen.training.sample import (
     record_tasks,
     supported_config,
 )
+
+NUM_SAMPLES = 4
+"""Number of sample videos if the settings give no prompts."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +72,13 @@ class VDMConfig(SampleConfig):
     vae: str | None = None
     """Folder or Hub id of the VAE that encoded the latents. With `--init`, it replaces the pipeline's VAE."""
     text_encoder: str | None = None
-    """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`."""
+    """Folder or Hub id with a transformers text encoder in `text_encoder` and its tokenizer in `tokenizer`. `None`
+    trains without prompts, which requires clips without captions."""
+    held_out_latents: Path | None = None
+    """Folder with latents that are not trained on. At each evaluation, the loss on fixed samples of them is the score
+    that `patience` watches."""
+    num_score_clips: int = 64
+    """Number of samples for the loss on `held_out_latents`, and on training clips."""
     more_latents: dict[str, float] = field(default_factory=dict)
     """Other folders with latents, and the probability of each, drawn for each step. Settings that their clips do not
     support (long windows, keyframes) are not used there."""
@@ -97,7 +111,8 @@ class VDMConfig(SampleConfig):
     defaults: dict[str, Any] = field(default_factory=dict)
     """Default call arguments that are saved with the pipeline."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts of sample videos. With an empty list, scores are computed on prompts of ShapesWorld."""
+    """Prompts of sample videos. With an empty list, these are captions of `held_out_latents`; without these latents,
+    scores are computed on prompts of ShapesWorld."""
     num_score_prompts: int = 32
     """Number of ShapesWorld prompts for a score: half from training combinations, half held out."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float16"
@@ -111,8 +126,14 @@ class VDMConfig(SampleConfig):
             ValueError: A setting is out of range or unknown.
         """
         super().check()
-        if not self.init and not (self.vae and self.text_encoder):
-            raise ValueError("a new pipeline needs vae and text_encoder: pass both, or pass a pipeline as init")
+        if not self.init and not self.vae:
+            raise ValueError("a new pipeline needs vae: pass it, or pass a pipeline as init")
+        if not self.init and not self.text_encoder and (self.train_text_encoder or self.sample_prompts):
+            raise ValueError("train_text_encoder and sample_prompts need text_encoder")
+        if self.patience and not self.held_out_latents:
+            raise ValueError("patience needs held_out_latents, on which it watches the loss")
+        if self.num_score_clips < 1:
+            raise ValueError(f"num_score_clips must be at least 1, got {self.num_score_clips}")
         if min(self.more_latents.values(), default=0) < 0 or sum(self.more_latents.values()) > 1:
             raise ValueError(
                 f"more_latents must have probabilities of at least 0 with a sum of at most 1, got {self.more_latents}"
@@ -149,7 +170,8 @@ def main(config: VDMConfig) -> None:
         pipe.denoiser.set_attention_backend(config.attention_backend)
     if config.compile:
         compile_blocks(pipe.denoiser)
-    pipe.text_encoder.requires_grad_(config.train_text_encoder)
+    if pipe.text_encoder is not None:
+        pipe.text_encoder.requires_grad_(config.train_text_encoder)
     if config.train_only == "temporal":
         pipe.denoiser.requires_grad_(False)
         for weight in temporal_parameters(pipe.denoiser):
@@ -158,23 +180,34 @@ def main(config: VDMConfig) -> None:
         check_motion(config, sources)
         pipe.vae.requires_grad_(False).to(accelerator.device)  # decodes for a loss on pixels
     objective = Objective(pipe.scheduler, config.snr_gamma)
-    embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in sources)
-    check_encoders(sources, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
+    evaluated = {}
+    if config.held_out_latents is not None:
+        settings = replace(sources[0].config, latents_dir=config.held_out_latents)
+        held_out = supported_config(pipe.denoiser, settings, LatentSet(config.held_out_latents))
+        evaluated = {"held_out_loss": held_out, "train_loss": sources[0]}
+    both = [*sources, *evaluated.values()]
+    check_captions(pipe, both)
+    embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in both)
+    check_encoders(both, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
-    batches = DenoiserBatches(
-        config, sources, shares, DenoiserSpec.of(pipe.denoiser), None if embedded else pipe.tokenizer
-    )
+    spec, tokenizer = DenoiserSpec.of(pipe.denoiser), None if embedded else pipe.tokenizer
+    batches = DenoiserBatches(config, sources, shares, spec, tokenizer)
+    fixed = {name: FixedSamples(source, config.num_score_clips, spec, tokenizer) for name, source in evaluated.items()}
+    prompts = sample_prompts(pipe, config, evaluated.get("held_out_loss"))
     digest = hashlib.sha256("".join(source.data.digest for source in sources).encode()).hexdigest()
     # the embeddings of keyframes and frame rates are used in some steps only
     run = Run(config, accelerator, model, batches.name, digest, has_unused_weights=True)
     feed = Feed(run, batches)
     empty = sum(not any(captions) for source in sources for captions in source.data.captions)
     accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
-    if not embedded and accelerator.is_main_process:  # captions with embeddings were counted when they were embedded
-        cut = CutCaptions(pipe.tokenizer, config.max_sequence_length)
+    if (
+        tokenizer is not None and accelerator.is_main_process
+    ):  # captions with embeddings were counted when they were embedded
+        cut = CutCaptions(tokenizer, config.max_sequence_length)
         cut.add(caption for source in sources for captions in source.data.captions for caption in captions)
         cut.warn()
-    pipe.text_encoder.train(config.train_text_encoder)
+    if pipe.text_encoder is not None:
+        pipe.text_encoder.train(config.train_text_encoder)
 
     for step in run.steps():
         mode = batches.plan(step).mode
@@ -203,10 +236,11 @@ def main(config: VDMConfig) -> None:
             total += torch.stack([losses.sum(), temporal.sum()]).detach() / config.batch_size
         run.update()
         run.log(loss=total[0], **({"temporal": total[1]} if config.wants_temporal_loss else {}))
-        if run.scores_are_due:  # prompt adherence and sample videos
-            with run.average:
-                scores, shown = score(pipe, config, accelerator)
-            run.report({f"adherence/{name}": value for name, value in scores.items()})
+        if run.scores_are_due:  # losses on fixed samples, prompt adherence and sample videos
+            with run.average, evaluating(pipe):
+                scores = {name: samples.loss(model, objective, accelerator) for name, samples in fixed.items()}
+                correct, shown = score(pipe, config, prompts, accelerator)
+            run.report(scores | correct, "held_out_loss", "min")
             run.save_samples(shown, config.frame_rate)
         run.save()
 
@@ -221,8 +255,12 @@ def main(config: VDMConfig) -> None:
 
     if config.train_only == "lora":
         run.end(save_result, "lora", f"vgen generate PROMPT --model {config.init} --lora {{}} -o video.mp4")
-    else:
+    elif not pipe.is_unprompted:
         run.end(save_result, "pipeline", "vgen generate PROMPT --model {} -o video.mp4")
+    elif "leading" in pipe.denoiser.config.tasks:
+        run.end(save_result, "pipeline", "vgen predict VIDEO --model {} -o video.mp4")
+    else:
+        run.end(save_result, "pipeline", "vgen info {}")
 
 
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
@@ -232,25 +270,50 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
         take_settings(config, pipe)
         return pipe
-    assert config.vae and config.text_encoder  # config.check
+    assert config.vae  # config.check
     vae = load_vae(config.vae)
-    text_encoder = load_text_encoder(config.text_encoder)
-    text_dim = text_encoder.config.hidden_size
+    text_encoder = load_text_encoder(config.text_encoder) if config.text_encoder else None
+    # without prompts, the weights of cross-attention are not used
+    tasks, text_dim = ([], 1) if text_encoder is None else (["text"], text_encoder.config.hidden_size)
     denoiser: SpacetimeTransformer | UNet3D
     if config.denoiser == "unet":
-        denoiser = UNet3D(**{"cross_attention_dim": text_dim, **config.model})
+        denoiser = UNet3D(**{"cross_attention_dim": text_dim, "tasks": tasks, **config.model})
     else:
-        denoiser = SpacetimeTransformer(**{"text_dim": text_dim, **config.model})
+        denoiser = SpacetimeTransformer(**{"text_dim": text_dim, "tasks": tasks, **config.model})
     return VideoGenPipeline(
         scheduler=make_scheduler(config.prediction, config.scheduler, config.level_shift, config.zero_terminal_snr),
         vae=vae,
         **{config.denoiser: denoiser},
         text_encoder=text_encoder,
-        tokenizer=load_tokenizer(config.text_encoder),
+        tokenizer=load_tokenizer(config.text_encoder) if config.text_encoder else None,
         max_sequence_length=config.max_sequence_length,
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def check_captions(pipe: VideoGenPipeline, sources: list[Source]) -> None:
+    """Checks that there is a text encoder for the captions.
+
+    Raises:
+        ValueError: Clips have captions, but the pipeline has no text encoder.
+    """
+    for source in sources if pipe.text_encoder is None else ():
+        if source.data.has_embeddings or any(map(any, source.data.captions)):
+            raise ValueError(
+                f"the clips in {source.config.latents_dir} have captions, so a text encoder is needed: pass "
+                "text_encoder, for example the result of train_text_encoder.py --data"
+            )
+
+
+def sample_prompts(pipe: VideoGenPipeline, config: VDMConfig, held_out: Source | None) -> list[str]:
+    """The prompts of sample videos; an empty list stands for those of ShapesWorld."""
+    if config.sample_prompts:
+        return config.sample_prompts
+    if pipe.is_unprompted:
+        return [""] * NUM_SAMPLES
+    captions = [] if held_out is None else held_out.data.captions
+    return list(dict.fromkeys(one[0] for one in captions))[:NUM_SAMPLES]
 
 
 def take_settings(config: VDMConfig, pipe: VideoGenPipeline) -> None:
@@ -333,17 +396,28 @@ def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]
     return found
 
 
+@contextmanager
+def evaluating(pipe: VideoGenPipeline) -> Iterator[None]:
+    """Puts the networks that may be trained into evaluation mode."""
+    networks = [one for one in (pipe.denoiser, pipe.text_encoder) if one is not None]
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    yield
+    for network, mode in zip(networks, modes, strict=True):
+        network.train(mode)
+
+
 @torch.no_grad()
-def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -> tuple[dict[str, float], Tensor]:
-    """Prompt adherence on fixed prompts of ShapesWorld, and frames `(f, h, w, 3)` of some videos.
+def score(
+    pipe: VideoGenPipeline, config: VDMConfig, prompts: list[str], accelerator: Accelerator
+) -> tuple[dict[str, float], np.ndarray]:
+    """Frames `(f, h, w, 3)` of videos from prompts; without prompts, of ShapesWorld, with their prompt adherence.
 
     The processes divide the videos among them.
     """
     scores: dict[str, float] = {}
     shown = []
-    training, trains_text = pipe.denoiser.training, pipe.text_encoder.training
-    pipe.denoiser.eval()
-    pipe.text_encoder.eval()
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     groups = widest_mode(pipe.denoiser.config.group_modes)
@@ -362,16 +436,14 @@ def score(pipe: VideoGenPipeline, config: VDMConfig, accelerator: Accelerator) -
         shown.append(rearrange(clips[:8], "b c f h w -> f h (b w) c"))
         return clips
 
-    if config.sample_prompts:
-        generate(config.sample_prompts)
-    for split in () if config.sample_prompts else ("train", "held_out"):
+    if prompts:
+        generate(prompts)
+    for split in () if prompts else ("train", "held_out"):
         world = ShapesWorld(split=split, seed=config.seed + 1)
         indices = range(config.num_score_prompts // 2)
         clips = generate([world.caption(index) for index in indices])
         result = adherence(list(clips), [world.scene(index) for index in indices])
-        scores |= {f"{split} {name}": value for name, value in result.items()}
-    pipe.denoiser.train(training)
-    pipe.text_encoder.train(trains_text)
+        scores |= {f"adherence/{split} {name}": value for name, value in result.items()}
     return scores, to_uint8(torch.cat(shown, dim=1)).numpy()
 
 

@@ -119,7 +119,7 @@ class PromptedDenoiser(nn.Module):
 
     Args:
         denoiser: Any denoiser of the package.
-        text_encoder: A transformers text encoder; `None` if prompts are always passed as embeddings.
+        text_encoder: A transformers text encoder; `None` if prompts are passed as embeddings, or there are none.
     """
 
     def __init__(self, denoiser: nn.Module, text_encoder: nn.Module | None):
@@ -139,7 +139,7 @@ class PromptedDenoiser(nn.Module):
         num_gaps: int | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts.
+        """Predicts from noisy latents `(b, c, t, h, w)`, timesteps `(b, n)` and prompts, if there are any.
 
         Args:
             latents: Noisy latents.
@@ -153,8 +153,8 @@ class PromptedDenoiser(nn.Module):
                 all videos with it; sharded networks need this, because all processes must call them equally often.
             conditions: Other arguments of the denoiser, with one row per video.
         """
-        if prompt_embeds is None:
-            assert input_ids is not None and prompt_mask is not None
+        if input_ids is not None:
+            assert prompt_mask is not None
             prompt_embeds = embed(self.text_encoder, input_ids, prompt_mask)
         inputs = {
             "hidden_states": latents, "timestep": timestep, "encoder_hidden_states": prompt_embeds, "groups": groups,

@@ -169,8 +169,8 @@ PROCESS_TIMEOUT = timedelta(hours=1)
 """How long processes wait for one that scores more samples, hashes a checkpoint, or is gone, before the run fails."""
 
 NOT_IN_RESULTS = (
-    "output_dir", "log_every", "log_with", "save_every", "keep_last", "sample_every", "patience", "dry_run",
-    "num_workers",
+    "output_dir", "log_every", "log_with", "save_every", "keep_last", "sample_every", "patience", "held_out_latents",
+    "dry_run", "num_workers",
 )  # fmt: skip
 """Settings that do not affect the weights after a step."""
 

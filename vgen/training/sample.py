@@ -302,7 +302,8 @@ class DenoiserBatches(Dataset):
         sources: Encoded clips, each with settings that they support.
         shares: Probability of each source, drawn for each step.
         spec: Properties of the denoiser.
-        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips.
+        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips, if
+            there are any.
     """
 
     def __init__(
@@ -346,10 +347,11 @@ def make_batch(
         part: Indices in the batch.
         mode: Attention mode.
         length: Length of the windows in token frames.
-        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips.
+        tokenizer: Tokenizer of the text encoder; `None` uses the caption embeddings that are stored with the clips, if
+            there are any.
 
     Returns:
-        The stacked outputs of `make_sample`, and the prompts: `input_ids` and `prompt_mask` `(b, l)`, or
+        The stacked outputs of `make_sample`, and the prompts, if any: `input_ids` and `prompt_mask` `(b, l)`, or
         `prompt_embeds` `(b, l, d)`. `groups` is a list, so that attention needs no mask: one row if it is the same for
         all samples, else one row each. Batches with `gap_index` also have `gap_order`, a permutation that puts samples
         with a gap first, and `num_gaps`, the number of samples with a gap; if their `groups` differ, it is a tensor.
@@ -364,9 +366,9 @@ def make_batch(
         clip = data[number]
         caption = None if rng.random() < config.text_dropout else rng.randrange(len(clip.captions))
         row = make_sample(clip, spec, config, mode, length, rng, generator)
-        if tokenizer is None:
+        if tokenizer is None and data.has_embeddings:
             row["prompt_embeds"] = data.embedding(number, caption).float()
-        else:
+        elif tokenizer is not None:
             prompts.append("" if caption is None else clip.captions[caption])
         rows.append(row)
     batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
