@@ -112,6 +112,7 @@ def test_the_commands_work(tmp_path):
     lines = [
         ["predict", video, "--num-frames", 4, *model, "-o", tmp_path / "a.mp4"],
         ["interpolate", video, "--factor", 2, *model, "-o", tmp_path / "b.mp4"],
+        ["generate", "", *model, "-o", tmp_path / "c.mp4"],
         ["info", tmp_path / "pipe"],
         ["models"],
         [
@@ -123,5 +124,5 @@ def test_the_commands_work(tmp_path):
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 0, (words[0], done.output)
     assert all(task in done.output for task in ("reconstruction", "prediction", "interpolation"))
-    done = CliRunner().invoke(app, ["generate", "a red circle", *map(str, model), "-o", str(tmp_path / "c.mp4")])
+    done = CliRunner().invoke(app, ["generate", "a red circle", *map(str, model), "-o", str(tmp_path / "d.mp4")])
     assert done.exit_code and "trained without prompts" in done.output
