@@ -161,7 +161,7 @@ def score(
     config: TextEncoderConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Accuracies on captions that are not trained on, and their mean as `accuracy`.
+    """Accuracies on other captions, or on other masked words, and their mean as `accuracy`.
 
     All processes compute the same scores, which takes too little time to be worth dividing.
     """

@@ -128,8 +128,6 @@ class VDMConfig(SampleConfig):
         super().check()
         if not self.init and not self.vae:
             raise ValueError("a new pipeline needs vae: pass it, or pass a pipeline as init")
-        if not self.init and not self.text_encoder and (self.train_text_encoder or self.sample_prompts):
-            raise ValueError("train_text_encoder and sample_prompts need text_encoder")
         if self.patience and not self.held_out_latents:
             raise ValueError("patience needs held_out_latents, on which it watches the loss")
         if self.num_score_clips < 1:
@@ -186,7 +184,8 @@ def main(config: VDMConfig) -> None:
         held_out = supported_config(pipe.denoiser, settings, LatentSet(config.held_out_latents))
         evaluated = {"held_out_loss": held_out, "train_loss": sources[0]}
     both = [*sources, *evaluated.values()]
-    check_captions(pipe, both)
+    if pipe.text_encoder is None:
+        check_unprompted(config, both)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in both)
     check_encoders(both, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
@@ -200,9 +199,7 @@ def main(config: VDMConfig) -> None:
     feed = Feed(run, batches)
     empty = sum(not any(captions) for source in sources for captions in source.data.captions)
     accelerator.print(f"{sum(len(source.data) for source in sources)} clips, {empty} of them without a caption")
-    if (
-        tokenizer is not None and accelerator.is_main_process
-    ):  # captions with embeddings were counted when they were embedded
+    if tokenizer is not None and accelerator.is_main_process:  # embedded captions were counted before
         cut = CutCaptions(tokenizer, config.max_sequence_length)
         cut.add(caption for source in sources for captions in source.data.captions for caption in captions)
         cut.warn()
@@ -292,13 +289,15 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     )
 
 
-def check_captions(pipe: VideoGenPipeline, sources: list[Source]) -> None:
-    """Checks that there is a text encoder for the captions.
+def check_unprompted(config: VDMConfig, sources: list[Source]) -> None:
+    """Checks that no text encoder is needed.
 
     Raises:
-        ValueError: Clips have captions, but the pipeline has no text encoder.
+        ValueError: Clips have captions, or a setting needs a text encoder.
     """
-    for source in sources if pipe.text_encoder is None else ():
+    if config.train_text_encoder or config.sample_prompts:
+        raise ValueError("train_text_encoder and sample_prompts need a text encoder: pass text_encoder")
+    for source in sources:
         if source.data.has_embeddings or any(map(any, source.data.captions)):
             raise ValueError(
                 f"the clips in {source.config.latents_dir} have captions, so a text encoder is needed: pass "

@@ -139,3 +139,5 @@ def test_clips_with_captions_need_a_text_encoder(vae_run, latents_dir, tmp_path)
     del settings["--text_encoder"]
     done = launch("train/train_vdm.py", check=False, **settings)
     assert done.returncode and "have captions, so a text encoder is needed: pass text_encoder" in done.stderr
+    done = launch("train/train_vdm.py", check=False, **settings, **{"--sample_prompts": '["a prompt"]'})
+    assert done.returncode and "sample_prompts need a text encoder" in done.stderr
