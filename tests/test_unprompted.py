@@ -112,7 +112,6 @@ def test_the_commands_work(tmp_path):
     lines = [
         ["predict", video, "--num-frames", 4, *model, "-o", tmp_path / "a.mp4"],
         ["interpolate", video, "--factor", 2, *model, "-o", tmp_path / "b.mp4"],
-        ["generate", "", *model, "-o", tmp_path / "c.mp4"],
         ["info", tmp_path / "pipe"],
         ["models"],
         [

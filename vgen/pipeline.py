@@ -1226,7 +1226,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """
         texts = [text for one in (prompt, negative_prompt) for text in ([one] if isinstance(one, str) else one or [])]
         if any(texts) or any(one is not None for one in embeds):
-            raise ValueError("this checkpoint was trained without prompts: leave the prompt out, or pass an empty one")
+            raise ValueError("this checkpoint was trained without prompts: leave the prompt out")
 
     def _check_embeds(self, prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None) -> None:
         """Checks embeddings.
