@@ -61,7 +61,7 @@ class VAEConfig(ClipConfig, TemporalLossConfig):
     """Whether to train only the decoder, so that existing latents and denoisers stay valid."""
     score_data: str | None = None
     """Source of the videos that scores are computed on; `None` means other clips of the training data, which say
-    nothing about new videos. `patience` watches their PSNR."""
+    nothing about new videos. `patience` watches their PSNR, after the steps on images."""
     mse_weight: float = 1.0
     """Weight of the squared error, which is added to the absolute error; both are means over pixels."""
     kl_weight: float = 1e-5
@@ -85,6 +85,11 @@ class VAEConfig(ClipConfig, TemporalLossConfig):
         """
         super().check()
         self.check_temporal_loss()
+        if self.patience and self.image_steps >= self.max_steps:
+            raise ValueError(
+                f"patience needs steps on clips: image_steps must be below max_steps={self.max_steps}, got "
+                f"{self.image_steps}"
+            )
         if min(self.lpips_weight, self.gan_weight, self.gan_start) < 0:
             raise ValueError(
                 "lpips_weight, gan_weight and gan_start must be at least 0, got "
@@ -173,7 +178,7 @@ def main(config: VAEConfig) -> None:
         if run.scores_are_due:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
                 scores, pairs = score(vae, fresh, config, accelerator)
-            run.report(scores, "psnr")
+            run.report(scores, "psnr" if run.step > config.image_steps else None)
             if pairs is not None:
                 run.save_samples(pairs, 8.0)
         run.save()

@@ -616,12 +616,12 @@ class Run:
         """
         return not self.sharded and self.step % self.config.sample_every == 0
 
-    def report(self, scores: dict[str, float], watched: str, goal: Goal = "max") -> None:
+    def report(self, scores: dict[str, float], watched: str | None, goal: Goal = "max") -> None:
         """Writes scores to the logs and to the terminal, in the main process, and keeps the best weights.
 
         Args:
             scores: Scores by name.
-            watched: Name of the score that `patience` applies to.
+            watched: Name of the score that `patience` applies to; `None` does not count this evaluation.
             goal: Whether it should be high or low.
         """
         self._throughput.restart()
@@ -630,7 +630,7 @@ class Run:
             self.accelerator.log(scores, step=self.step)
             summary = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self._bar.write(f"step {self.step}: {summary}")
-        if self.config.patience:
+        if self.config.patience and watched is not None:
             with self.average:
                 self._best.update(watched, from_main_process(scores[watched]), goal, self.step)
             if self._best.is_over and self.accelerator.is_main_process:
