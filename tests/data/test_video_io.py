@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vgen.data import video_io
 from vgen.data.memory_file import MemoryFile
 from vgen.data.video_io import (
     VideoWriter,
@@ -857,3 +858,26 @@ def test_keyframes_are_as_near_as_requested(tmp_path):
     for path, interval in (("a.gif", 4), ("a.mp4", 0)):
         with pytest.raises(ValueError, match="keyframe_interval"):
             write_video(moving_pattern(), tmp_path / path, keyframe_interval=interval)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mp4"])
+def test_a_part_of_a_file_with_a_single_keyframe_is_found(tmp_path, suffix):
+    frames = np.repeat(np.arange(40, dtype=np.uint8), 16 * 16 * 3).reshape(40, 16, 16, 3)
+    path = encode(tmp_path / f"clip{suffix}", frames, rate=2, g=40, bf=3, sc_threshold=0)
+    whole = read_video(path)[0]
+    for first in (1, 4, 21, 39):  # in FFmpeg's transport streams, seeking ends after the only keyframe
+        assert np.array_equal(read_video(path, start=first / 2)[0], whole[first:])
+
+
+def test_reading_from_the_middle_decodes_few_frames(tmp_path, monkeypatch):
+    write_video(moving_pattern(250, 16, 16), tmp_path / "clip.mp4", frame_rate=25.0, keyframe_interval=12)
+    decoded, whole = [], video_io._VideoFile._decoded
+
+    def counting(self, *arguments):
+        for frame in whole(self, *arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_io._VideoFile, "_decoded", counting)
+    assert len(read_video(tmp_path / "clip.mp4", start=8.0, max_frames=5)[0]) == 5
+    assert len(decoded) < 40  # of 205

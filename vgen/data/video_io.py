@@ -55,6 +55,8 @@ _ROUNDING = 0.006  # seconds of tolerance for stored times; gif counts in hundre
 _CORRUPT_PACKET = "a packet is corrupt"
 _DECODER_THREADS = 0  # FFmpeg chooses by the number of cores; each delays the frames by one
 _SEEK_MARGIN = 5.0  # seconds to seek early: FFmpeg seeks by decoding time, which precedes display time
+_INDEXED_SEEK_MARGIN = 0.5  # in files that index their keyframes
+_INDEXED = ("matroska", "mov")
 _UNTIMED_DURATION = 0.1  # seconds, the duration that browsers use for a gif frame of duration 0
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore the alpha of webm
 _HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
@@ -366,7 +368,7 @@ class _VideoFile:
             codec, clock, rate = stream.codec_context.name, float(stream.time_base), float(stream.average_rate or 0)
             metadata = _metadata(container.metadata.get(METADATA_KEY))
             timed = _shows_every_packet(container, stream)
-            has_gaps = container.format.name.split(",")[0] not in ("matroska", "mov")  # whose structure is checked
+            has_gaps = _container_name(container) not in ("matroska", "mov")  # whose structure is checked
             try:
                 for packet in container.demux(stream):
                     if packet.is_corrupt:
@@ -407,12 +409,16 @@ class _VideoFile:
         with self._opened() as (container, stream):
             clock, rate = float(stream.time_base), float(stream.average_rate or 0)
             origin = None
-            if start > _SEEK_MARGIN:
+            margins = [_INDEXED_SEEK_MARGIN] if _container_name(container) in _INDEXED else []
+            begins = [start - margin for margin in (*margins, _SEEK_MARGIN) if margin < start]
+            if begins:
                 origin = next((frame.pts for frame in self._decoded(container, stream, reports.append)), None) or 0
                 reports.clear()
-                container.seek(origin + int((start - _SEEK_MARGIN) / clock), stream=stream)
+                decoded = self._decoded_from(container, stream, origin, start, begins, report)
+            else:
+                decoded = self._decoded(container, stream, report)
             previous = rotation = None
-            for frame in self._decoded(container, stream, report):
+            for frame in decoded:
                 if frame.color_trc in _HDR_TRANSFERS:
                     raise ValueError(
                         f"{self._path} is HDR video, {_HDR_TRANSFERS[frame.color_trc]}, which is not supported: "
@@ -430,6 +436,19 @@ class _VideoFile:
                 report(f"the header states {stated:.2f} s")  # Xvid's delay is up to two frames
         if broken := structural_damage(self._path):
             report(broken)
+
+    def _decoded_from(
+        self, container: Any, stream: Any, origin: int, start: float, begins: list[float], report: OnDamage
+    ) -> Iterator[av.VideoFrame]:
+        """Decodes frames from one at or before `start`: sought at each of `begins`, and else the first of the file."""
+        clock = float(stream.time_base)
+        for begin in (*begins, -_SEEK_MARGIN):
+            container.seek(origin + int(begin / clock), stream=stream)
+            decoded = self._decoded(container, stream, report)
+            first = next(decoded, None)
+            if first is not None and first.pts is not None and (first.pts - origin) * clock <= start:
+                break
+        return itertools.chain([] if first is None else [first], decoded)
 
     def _decoded(self, container: Any, stream: Any, report: OnDamage) -> Iterator[av.VideoFrame]:
         """Decodes frames, and drops those that precede the first keyframe, because they refer to missing frames."""
@@ -486,6 +505,10 @@ class _VideoFile:
     def _damage(self, problem: str | None, time: float | None = None) -> str:
         place = "" if time is None else f" near {time:.2f} s"
         return f"{self._path} is damaged or truncated{place}: {problem}"
+
+
+def _container_name(container: Any) -> str:
+    return container.format.name.split(",")[0]
 
 
 def _shows_every_packet(container: Any, stream: Any) -> bool:
