@@ -75,7 +75,7 @@ SMALL = {
     "pipelines/text_to_video.py": "--num_inference_steps 1 --model tiny",
     "pipelines/predict.py": "--num_inference_steps 1 --model tiny",
     "pipelines/interpolate.py": "--num_inference_steps 1 --model tiny",
-    "pipelines/prepare_videos.py": "",
+    "pipelines/prepare_videos.py": "--num_frames 5",
     "pipelines/rollout.py": "--num_inference_steps 1 --model tiny --num_frames 24",
     "train/train_vae.py": f"{TRAINING} --compile false --image_steps 1 --image_batch_size 2 --num_score_clips 2 "
     "--num_calibration_clips 2 --model.base_dim 8",

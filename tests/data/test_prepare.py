@@ -129,6 +129,13 @@ def test_files_with_the_same_content_stay_on_one_side(videos, tmp_path):
         shutil.rmtree(tmp_path / "out")
 
 
+def test_files_with_a_single_content_cannot_be_split(tmp_path):
+    for number in range(5):
+        write_clip(tmp_path / f"videos/{number}.mp4")
+    with pytest.raises(ValueError, match="too few videos are left .*: all have the same content"):
+        prepare(config(tmp_path))
+
+
 def test_segments_of_a_file_stay_on_one_side(videos, tmp_path):
     table = [
         {"file_name": f"{number}.mp4", "text": f"{number} {part}", "start": part, "end": part + 0.9}

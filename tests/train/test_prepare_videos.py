@@ -22,6 +22,7 @@ def test_prepared_videos_are_trained_on_and_encoded(vae_run, tmp_path):
     }  # fmt: skip
     done = launch("pipelines/prepare_videos.py", **settings)
     assert done.stdout.startswith("train: 2 videos, 8 clips; held_out: 2 videos, 2 clips (fewer than 5 videos, so")
+    assert done.stdout.splitlines()[1] == "captions: 1 of 2 videos"
     assert f"--data {tmp_path}/data/train --score_data {tmp_path}/data/held_out" in done.stdout.splitlines()[-1]
     assert launch("pipelines/prepare_videos.py", **settings).stdout == done.stdout
     rejected = launch("pipelines/prepare_videos.py", check=False, **settings | {"--margin": 2.0})

@@ -126,9 +126,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Returns:
         The content of `summary.json`: `format`; `settings`; `split` (`video`, `time`, or `given` with `held_out`);
-        for each of `train` and `held_out` the numbers of `videos` (copies), `captioned` ones, `frames`, `seconds` and
-        `clips` (end to end); `sizes` and `frame_rates` of the originals, with the number of files of each; `refused`
-        with path and reason.
+        numbers of `videos` (original files) and `captioned` ones; for each of `train` and `held_out` the numbers of
+        `videos` (copies), `captioned` ones, `frames`, `seconds` and `clips` (end to end); `sizes` and `frame_rates` of
+        the originals, with the number of files of each; `refused` with path and reason.
 
     Raises:
         FileNotFoundError: A source does not exist.
@@ -159,15 +159,17 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if split == "video":
             copied = _split_by_file(config, folder, copied)
         if {part.side for part in copied} != set(get_args(Side)):
-            raise ValueError(
-                f"too few videos are left to train on some and hold out others: {first_reasons(survey.refused)}"
-            )
+            reasons = first_reasons(survey.refused) or "all have the same content"
+            raise ValueError(f"too few videos are left to train on some and hold out others: {reasons}")
         copies = {
             side: _write_metadata(folder / side, [part for part in copied if part.side == side])
             for side in get_args(Side)
         }
         _write_pictures(config, folder / "pictures.png", copies["train"])
-        summary = {"format": FORMAT, "settings": settings, "split": split}
+        files = {part.original.listed.path for part in copied}
+        captioned = {part.original.listed.path for part in copied if any(part.original.listed.captions)}
+        summary: dict[str, Any] = {"format": FORMAT, "settings": settings, "split": split}
+        summary |= {"videos": len(files), "captioned": len(captioned)}
         summary |= {side: _counts(copies[side], sampling) for side in get_args(Side)}
         summary |= {"sizes": survey.sizes, "frame_rates": survey.frame_rates, "refused": survey.refused}
         write_text(folder / SUMMARY, json.dumps(summary, indent=1))
@@ -422,8 +424,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         "time": f"fewer than {MIN_FILES} videos, so the end of each is held out; scores say little about other videos",
     }[summary["split"]]
     numbers = [f"{name}: {one['videos']} videos, {one['clips']} clips" for name, one in sides.items()]
-    videos, captioned = (sum(one[key] for one in sides.values()) for key in ("videos", "captioned"))
-    lines = [f"{'; '.join(numbers)} ({how})", f"captions: {captioned} of {videos} videos"]
+    captions = f"captions: {summary['captioned']} of {summary['videos']} videos"
+    lines = [f"{'; '.join(numbers)} ({how})", captions]
     for name in ("sizes", "frame_rates"):
         kinds = ", ".join(f"{kind} ({count})" for kind, count in list(summary[name].items())[:5])
         lines.append(f"{name.replace('_', ' ')}: {kinds}" + (", ..." if len(summary[name]) > 5 else ""))
