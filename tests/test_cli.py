@@ -54,7 +54,8 @@ def test_generate_writes_every_format(model, tmp_path, name):
     assert ("9 frames, enlarged 16 times (--scale 1 keeps 16x16)" in done.stdout) == enlarged
 
 
-def test_a_preview_is_shown_on_request(model, tmp_path):
+def test_a_preview_is_shown_on_request(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINES", "25")
     shown, hidden = (
         run("generate", PROMPT, "--model", model, "-o", tmp_path / "a.mp4", "--overwrite", *extra).stdout.splitlines()
         for extra in (["--preview"], [])

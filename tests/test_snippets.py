@@ -40,7 +40,6 @@ PREPARED = {
 NOT_RUN = {
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
-    "pip install -c constraints.txt -e .[data]": "needs a network",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
     "pip install vgen[ray]": "needs a network",
@@ -56,7 +55,9 @@ NOT_RUN = {
     "kubectl apply -f train/cluster/kubernetes.yaml": "needs Kubernetes",
     "accelerate launch --config_file train/accelerate/several_machines.yaml --machine_rank 0 --main_process_ip "
     "10.0.0.1 train/train_vdm.py --config train/recipes/shapes-64.yaml": "is run by tests/train/test_machines.py",
-    "python examples/train_your_own.py cockatoo.mp4 runs/own --caption a cockatoo": "is run by tests/test_examples.py",
+    "vgen train my-videos": "is run by tests/tasks/test_project.py",
+    "python examples/train_your_own.py runs/own": "is run by tests/test_examples.py",
+    "pip install scikit-video": "needs a network",
 }
 TRAINING = "--max_steps 3 --batch_size 2 --warmup_steps 1 --log_every 1 --sample_every 3 --mixed_precision no"
 # options that are added to the other commands, where they override earlier ones

@@ -25,6 +25,8 @@ from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint, metadata_of
 
 DEFAULT_MODEL = "vgen/shapes-64"
+Preset = Literal["laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb"]
+TrainOnly = Literal["all", "temporal", "lora"]
 OptionsT = TypeVar("OptionsT")
 
 app = typer.Typer(
@@ -65,6 +67,18 @@ class EvaluationTask(str, Enum):
     INTERPOLATION = "interpolation"
     GENERATION = "generation"
     ROLLOUT = "rollout"
+
+
+class Stage(str, Enum):
+    """The stages of `vgen train`."""
+
+    DATA = "data"
+    VAE = "vae"
+    LATENTS = "latents"
+    TEXT = "text"
+    DENOISER = "denoiser"
+    EVALUATION = "evaluation"
+    REPORT = "report"
 
 
 def _with_options(*kinds: type) -> Callable[[Callable], Callable]:
@@ -301,6 +315,54 @@ def rollout(
             done |= rollout_file(pipe, schedule, output, **settings)
         else:
             done |= predict_file(pipe, video, output, schedule, with_input=with_input, **settings)
+
+
+@app.command()
+def train(
+    folder: Annotated[str | None, typer.Argument(help="Folder of videos, or another source as for --data.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/ and the folder's name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Source of videos, instead of FOLDER: all that the scripts accept.")
+    ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Sizes and settings of all stages; by default those for this machine.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit of the whole run.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Source of held-out videos; by default a tenth of the videos.")
+    ] = None,
+    start_from: Annotated[str | None, typer.Option("--from", help="Checkpoint to fine-tune, with its VAE.")] = None,
+    train_only: Annotated[TrainOnly, typer.Option(help="Weights to fine-tune.")] = "all",
+    vae: Annotated[str | None, typer.Option(help="Pretrained VAE, instead of training one.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Pretrained text encoder, instead of a small one for the captions that exist.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="STAGE.NAME=VALUE: override a setting of a stage's script; can be repeated."),
+    ] = None,
+    stage: Annotated[list[Stage] | None, typer.Option(help="Run only this stage; can be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its commands, and stop.")] = False,
+) -> None:
+    """Train a model on one's own videos: VAE, latents, text encoder, denoiser, evaluation, report. Can be resumed."""
+    with one_line_errors():
+        if (folder is None) == (data is None):
+            raise ValueError("pass either a folder of videos or another source as --data")
+        from vgen.tasks.planning import TrainOptions
+        from vgen.tasks.project import train as run
+
+        source = folder or data
+        assert source is not None
+        options = TrainOptions(
+            data=source, output=output or Path("runs", Path(source).resolve().name), preset=preset, minutes=minutes,
+            held_out=held_out, vae=vae, text_encoder=text_encoder, init=start_from, train_only=train_only,
+            changes=settings or [],
+        )  # fmt: skip
+        finished = run(options, [one.value for one in stage or ()], dry_run=dry_run, show=_print_rows)
+    if not finished:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -95,16 +95,25 @@ def load_vae(source: str | Path) -> CausalVideoVAE | AutoencoderKL:
     Raises:
         ValueError: There is no such folder, the weights are pickled, or do not match the config.
     """
-    source = locate(source)
-    options: dict[str, Any] = {}
+    config, options = _find_config(source)
+    if config["_class_name"] == "AutoencoderKL":
+        return load_strictly(AutoencoderKL.from_pretrained, "AutoencoderKL", locate(source), **options)
+    return CausalVideoVAE.from_pretrained(locate(source), **options)
+
+
+def vae_config(source: str | Path) -> dict[str, Any]:
+    """The config of a VAE, without its weights; arguments and errors as in `load_vae`."""
+    return _find_config(source)[0]
+
+
+def _find_config(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a VAE, and the options with which its folder is found."""
+    place = str(locate(source))
     try:
-        config = CausalVideoVAE.load_config(str(source))
+        return CausalVideoVAE.load_config(place), {}
     except OSError:
         options = {"subfolder": "vae"}
-        config = CausalVideoVAE.load_config(str(source), **options)
-    if config["_class_name"] == "AutoencoderKL":
-        return load_strictly(AutoencoderKL.from_pretrained, "AutoencoderKL", source, **options)
-    return CausalVideoVAE.from_pretrained(source, **options)
+        return CausalVideoVAE.load_config(place, **options), options
 
 
 def as_video_vae(vae: CausalVideoVAE | AutoencoderKL) -> CausalVideoVAE | PerFrameVAE:

@@ -255,7 +255,8 @@ class Measurement:
             mode = widest_mode(pipe.denoiser.config.group_modes)
             pipe.check_inputs(["a video"], None, *size, frames, config.frame_rate, steps, groups=mode)
         if "interpolation" in self.tasks:
-            pipe.interpolator(config.factor, size=size, frame_rate=config.frame_rate, num_inference_steps=steps)
+            rate = config.frame_rate / config.factor  # of the frames that are given
+            pipe.interpolator(config.factor, size=size, frame_rate=rate, num_inference_steps=steps)
         if "rollout" in self.tasks:  # two chunks are needed for a seam
             check_integer("rollout_frames", config.rollout_frames, self._chunk_frames + 2)
         if config.features or config.torchscript:

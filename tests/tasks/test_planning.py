@@ -1,0 +1,287 @@
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.data.video_io import write_video
+from vgen.tasks import planning
+from vgen.tasks.planning import (
+    ClipShape,
+    Machine,
+    TrainOptions,
+    Videos,
+    check_memory,
+    choose_preset,
+    choose_rate,
+    make_plan,
+    parse_change,
+    read_preset,
+    scripts_folder,
+)
+from vgen.training.needs import Step, denoiser_step, vae_step
+
+GIB = 2**30
+LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
+CLIP = ClipShape(height=64, width=64, num_frames=17)
+ALL = ("laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb")
+
+
+def videos(seconds, rates=None, captions=()):
+    rates = rates or [20.0] * len(seconds)
+    return Videos(seconds, rates, [(96, 96)] * len(seconds), list(captions), len(captions), {}, 100.0, [])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Six videos of two seconds, and steps that seem to take a second."""
+    monkeypatch.setattr(Step, "seconds", lambda self, device, precision: 1.0)
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        write_video(rng.integers(0, 255, (40, 32, 32, 3), dtype=np.uint8), tmp_path / "in" / f"{number}.mp4", 20.0)
+    return tmp_path / "in"
+
+
+def plan_of(folder, machine=LAPTOP, **options):
+    return make_plan(TrainOptions(data=str(folder), output=folder.parent / "run", **options), machine)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_presets_fit_into_the_memory_that_they_are_for(name):
+    preset = read_preset(name)
+    memory = preset.get("memory_gib", 4) * GIB
+    machine = Machine(preset["device"], preset["processes"], memory, 1e15, "bf16", name)
+    planner = planning._Planner(
+        TrainOptions(data="x", output="x"), name, preset, machine, {}, planning.choose_codec(
+            TrainOptions(data="x", output="x"), preset, {}), None, ClipShape(
+            **{key: preset["clip"][key] for key in ("height", "width", "num_frames")}), 8.0, videos([60.0]), {},
+    )  # fmt: skip
+    needed = {"vae": planner.vae_step(), "denoiser": planner.denoiser_step()}
+    check_memory(name, {stage: planner.needs_of(stage, step)["memory"] for stage, step in needed.items()}, machine)
+    text = (scripts_folder() / "train" / "presets" / f"{name}.yaml").read_text()
+    assert text.startswith(f"# vgen train FOLDER --preset {name}\n# Hardware: ")
+
+
+def kept_bytes(step):
+    """Bytes that a real step keeps for its backward pass."""
+    network, inputs = step.make(), step.inputs()
+    own = {one.untyped_storage().data_ptr() for one in network.parameters()}
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(**inputs)
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in kept}
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+@pytest.mark.parametrize("kind", ["vae", "denoiser"])
+def test_the_calculated_memory_is_that_of_a_real_step(kind):
+    model = {"base_dim": 8, "dim_mult": [1, 1], "z_dim": 4, "temperal_downsample": [True], "patch_size": 2,
+             "in_channels": 12, "out_channels": 12, "num_res_blocks": 1}  # fmt: skip
+    transformer = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+                   "out_channels": 4, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}  # fmt: skip
+    clip = ClipShape(height=16, width=16, num_frames=5)
+    text = (2, 4), 2, (8, 16)
+    step = vae_step(model, clip, 2) if kind == "vae" else denoiser_step("transformer", transformer, clip, *text)
+    needs = step.needs()
+    assert needs["weights"] == 4 * sum(one.numel() for one in step.make().parameters())
+    assert needs["memory"] / 1.2 - 5 * needs["weights"] == pytest.approx(kept_bytes(step), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("machine", "preset"),
+    [
+        (LAPTOP, "laptop"),
+        (Machine("cuda", 1, 8 * GIB, GIB, "bf16", ""), "gpu-8gb"),
+        (Machine("cuda", 2, 24 * GIB, GIB, "bf16", ""), "gpu-24gb"),
+        (Machine("cuda", 1, 79 * GIB, GIB, "bf16", ""), "gpu-80gb"),
+        (Machine("cuda", 8, 79 * GIB, GIB, "bf16", ""), "gpu-8x80gb"),
+    ],
+)
+def test_the_largest_preset_for_a_machine_is_chosen(machine, preset):
+    assert choose_preset(machine) == preset
+
+
+def test_the_frame_rate_follows_the_videos():
+    assert choose_rate(videos([60.0] * 5), 10.0, 17) == 10.0
+    assert choose_rate(videos([60.0] * 5, [6.0] * 5), 10.0, 17) == 6.0  # not above that of the videos
+    assert choose_rate(videos([1.0] * 5), 10.0, 17) == 17.0  # so that a clip fits into a second
+    assert choose_rate(videos([1.0] + [60.0] * 5), 10.0, 17) == 10.0  # a few short videos do not matter
+
+
+def test_the_number_of_steps_follows_from_the_time(folder):
+    short, long = (plan_of(folder, minutes=minutes) for minutes in (30, 60))
+    steps = [
+        sum(
+            commands[0].settings["max_steps"]
+            for stage, commands in plan.commands.items()
+            if stage in ("vae", "denoiser")
+        )
+        for plan in (short, long)
+    ]
+    assert steps[1] > 2 * steps[0] > 100
+    assert short.remaining == pytest.approx(30 * 60, rel=0.02) and long.remaining == pytest.approx(3600, rel=0.02)
+    with pytest.raises(ValueError, match="2 minutes are not enough.*pass --minutes"):
+        plan_of(folder, minutes=2)
+
+
+def test_what_is_advised_is_enough(folder):
+    with pytest.raises(ValueError, match="--minutes") as error:
+        plan_of(folder, minutes=2)
+    advised = float(str(error.value).split("--minutes ")[1].split()[0])
+    plan_of(folder, minutes=advised)
+
+
+def test_overrides_reach_the_commands(folder):
+    model = "{num_layers: 2, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32, patch_size: [1, 2, 2]}"
+    changes = [
+        "vae.learning_rate=0.5",
+        "clip.num_frames=9",
+        "denoiser.denoiser=transformer",
+        f"denoiser.model={model}",
+    ]
+    plan = plan_of(folder, minutes=60, changes=changes)
+    assert plan.commands["vae"][0].settings["learning_rate"] == 0.5
+    assert plan.commands["data"][0].settings["num_frames"] == 9
+    assert plan.commands["denoiser"][0].settings["model"]["num_layers"] == 2
+    words = plan.commands["vae"][0].words()
+    assert words[:2] == ["python", "train/train_vae.py"] and "--learning_rate" in words
+
+
+@pytest.mark.parametrize("text", ["learning_rate=1", "vae.learning_rate", "oven.heat=1", "vae.model={"])
+def test_malformed_overrides_are_named(text):
+    with pytest.raises(ValueError, match="--set"):
+        parse_change(text)
+
+
+def test_captions_with_directions_exclude_flips(folder):
+    for number in range(6):
+        (folder / f"{number}.txt").write_text("a bird flies to the left" if number == 3 else "a bird")
+    assert "flip" not in plan_of(folder, minutes=60).commands["vae"][0].settings["augment"]
+    (folder / "3.txt").write_text("a bird")
+    assert "flip" in plan_of(folder, minutes=60).commands["vae"][0].settings["augment"]
+
+
+def test_a_text_encoder_is_trained_only_where_there_are_captions(folder):
+    assert "text" not in plan_of(folder, minutes=60).commands
+    (folder / "0.txt").write_text("a bird")
+    commands = plan_of(folder, minutes=60).commands
+    assert "text" in commands and commands["denoiser"][0].settings["train_text_encoder"] is True
+
+
+def test_fine_tuning_takes_the_clips_and_the_vae_of_its_model(folder):
+    plan = plan_of(folder, minutes=60, init="vgen/shapes-64", train_only="lora")
+    assert list(plan.commands) == ["data", "latents", "denoiser", "evaluation", "report"]
+    settings = plan.commands["denoiser"][0].settings
+    assert settings["init"] == "vgen/shapes-64" and settings["ema_decay"] == 0.0 and "model" not in settings
+    assert plan.frame_rate == 8.5  # two seconds are too short for 17 frames at 8
+    assert plan.memory["denoiser"] < plan_of(folder, minutes=60, init="vgen/shapes-64").memory["denoiser"]
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "message"),
+    [
+        ({"preset": "gpu-8gb"}, LAPTOP, "gpu-8gb needs a GPU"),
+        ({"preset": "gpu-8x80gb"}, Machine("cuda", 1, 80 * GIB, GIB, "bf16", ""), "needs 8 GPUs.*has 1"),
+        ({}, replace(LAPTOP, memory=GIB / 10), "GiB of memory, and a laptop has 0.1"),
+        ({}, replace(LAPTOP, disk=1000.0), "GiB on disk"),
+        ({"train_only": "lora"}, LAPTOP, "--from"),
+        ({"init": "vgen/shapes-64", "vae": "vgen/shapes-64"}, LAPTOP, "leave out --vae"),
+        ({"changes": ["clip.num_frames=65"]}, LAPTOP, "too little video"),
+        ({"changes": ["clip.num_frames=3"]}, LAPTOP, "clip.num_frames must be"),
+        ({"changes": ["clip.hight=3"]}, LAPTOP, "hight"),
+        ({"changes": ["denoiser.learning_rato=1"]}, LAPTOP, "denoiser .*did you mean learning_rate"),
+        ({"changes": ["data.margin=0.5"]}, LAPTOP, "margin must be"),
+        ({"changes": ["vae.max_steps=1e3"]}, LAPTOP, "vae.max_steps must be an integer"),
+        ({"held_out": "nowhere"}, LAPTOP, "nowhere"),
+        ({"init": "vgen/shapes-64", "train_only": "temporal"}, LAPTOP, "no temporal layers"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_begins(folder, options, machine, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        plan_of(folder, machine, minutes=60, **options)
+    assert not (folder.parent / "run").exists()
+
+
+def test_other_options_do_not_continue_a_run(folder):
+    plan = plan_of(folder, minutes=60)
+    plan.folder.mkdir()
+    planning.save_record(plan)
+    plan_of(folder, minutes=90)  # the time limit may change
+    with pytest.raises(ValueError, match="was begun with.*text_encoder"):
+        plan_of(folder, minutes=60, text_encoder="vgen/shapes-64")
+
+
+def begin(plan, **stages):
+    """Records stages as begun; `seconds` is the time that each has taken, and whole ones are finished."""
+    plan.folder.mkdir(exist_ok=True)
+    for stage, (seconds, done) in stages.items():
+        commands = [asdict(one) for one in plan.commands[stage]]
+        plan.record[stage] = {"planned": plan.seconds[stage], "seconds": seconds, "done": done, "commands": commands}
+    planning.save_record(plan)
+    data = plan.folder / "data"
+    data.mkdir(exist_ok=True)
+    (data / "summary.json").write_text('{"held_out": {"captioned": 0}}')
+    if not (data / "train").exists():
+        shutil.copytree(plan.options.data, data / "train")
+
+
+def test_what_has_begun_keeps_its_settings_and_what_is_left_gets_the_time(folder):
+    plan = plan_of(folder, minutes=60)
+    begin(plan, data=(50, True), vae=(1800, False))
+    later = plan_of(folder, minutes=60)
+    assert later.commands["vae"] == plan.commands["vae"]
+    assert later.commands["denoiser"][0].settings["max_steps"] < plan.commands["denoiser"][0].settings["max_steps"]
+    changed = plan_of(folder, minutes=60, changes=["vae.batch_size=2"])  # as after an error of memory
+    assert changed.commands["vae"][0].settings == plan.commands["vae"][0].settings | {"batch_size": 2}
+
+
+def test_the_time_that_early_stopping_saves_goes_to_the_denoiser(folder):
+    plan = plan_of(folder, minutes=60)
+    begin(plan, data=(50, True), vae=(100, True))
+    later = plan_of(folder, minutes=60)
+    assert (
+        later.commands["denoiser"][0].settings["max_steps"] > 1.5 * plan.commands["denoiser"][0].settings["max_steps"]
+    )
+    assert later.remaining + 150 == pytest.approx(3600, rel=0.02)
+
+
+def test_the_clips_of_a_run_do_not_change(folder):
+    begin(plan_of(folder, minutes=60), data=(50, True))
+    shutil.rmtree(folder.parent / "run" / "data" / "train")
+    (folder.parent / "run" / "data" / "train").mkdir()
+    shutil.copy(folder / "0.mp4", folder.parent / "run" / "data" / "train")  # one copy is enough now
+    assert plan_of(folder, minutes=60).frame_rate == 10.0
+    with pytest.raises(ValueError, match="was begun with height=64"):
+        plan_of(folder, minutes=60, changes=["clip.height=32"])
+
+
+def test_a_folder_may_be_typed_differently(folder):
+    plan = plan_of(folder, minutes=60)
+    begin(plan, data=(50, True))
+    make_plan(replace(plan.options, data=f"{folder}/"), LAPTOP)
+
+
+def test_another_optimizer_needs_no_other_setting(folder):
+    settings = plan_of(folder, minutes=60, changes=["vae.optimizer=adamw"]).commands["vae"][0].settings
+    assert settings["optimizer"] == "adamw" and "muon_kernels" not in settings
+
+
+def test_a_number_of_steps_that_is_set_counts_in_the_time(folder):
+    plan = plan_of(folder, minutes=60, changes=["vae.max_steps=1000"])
+    assert plan.commands["vae"][0].settings["max_steps"] == 1000
+    assert plan.seconds["vae"] > 1000 and plan.remaining == pytest.approx(3600, rel=0.02)
+    assert plan_of(folder, minutes=60, changes=["vae.max_steps=3"]).commands["vae"][0].settings["max_steps"] == 3
+
+
+def test_short_clips_shorten_everything_that_depends_on_them(folder):
+    plan = plan_of(folder, minutes=60, changes=["clip.num_frames=5"])
+    assert plan.commands["vae"][0].settings["num_frames"] == 5
+    evaluation = plan.commands["evaluation"][0].settings
+    assert evaluation["given"] < 5 and evaluation["factor"] <= 4

@@ -1,0 +1,323 @@
+"""Runs the plan of `vgen train`, stage by stage, and reports the result."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import time
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vgen.data.prepare import MIN_FILES, SUMMARY, describe
+from vgen.io.atomic import write_text
+from vgen.io.preview import print_images
+from vgen.io.records import read_json
+from vgen.metrics.suites import SuiteConfig, open_suite
+from vgen.processes import locked_output_dir
+from vgen.tasks.loading import LoadOptions, load_checkpoint
+from vgen.tasks.planning import Plan, TrainOptions, make_plan, save_record
+from vgen.tasks.train_report import draw_samples, judge, render
+
+GIB = 2**30
+SPEED = "throughput/clips_per_second"
+Show = Callable[[list[Any], str], None]
+
+
+def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Show) -> bool:
+    """Inspects the videos and the machine, shows the plan and carries it out.
+
+    Args:
+        options: What to make from which videos.
+        only: Stages to run; by default all.
+        dry_run: Whether to print the commands instead.
+        show: Prints rows of a table with a title.
+
+    Returns:
+        Whether these stages are finished; if not, the same command goes on.
+
+    Raises:
+        ValueError: The options, the videos or the machine do not allow the run, or a stage failed.
+        OSError: The folder of the run cannot be written.
+    """
+    print(f"reading the videos of {options.data} and measuring this machine, which takes about a minute", flush=True)
+    check_writable(options.output)
+    if not dry_run:
+        check_packages()
+    plan = make_plan(options)
+    show(describe_videos(plan), "videos")
+    if plan.videos.pictures:
+        print_images(plan.videos.pictures, Console())
+    machine = plan.machine
+    show(
+        [
+            ("machine", machine.name),
+            ("memory", f"{machine.memory / GIB:.1f} GiB free"),
+            ("precision", {"no": "float32"}.get(machine.precision, machine.precision)),
+            ("preset", plan.preset),
+        ],
+        "machine",
+    )
+    show(plan_rows(plan), f"plan: {options.output}")
+    if dry_run:
+        for stage, commands in plan.commands.items():
+            print(f"\n# {stage}: {MEANINGS[stage]}")
+            for command in commands:
+                print(shlex.join(command.words()))
+        return True
+    if not run_plan(plan, only):
+        return False
+    if not only or "report" in only:
+        print(f"wrote {options.output / 'report.html'}; next:")
+        print("\n".join(next_commands(plan)))
+    return True
+
+
+def check_packages() -> None:
+    """Checks that the packages of all stages are installed.
+
+    Raises:
+        ImportError: Some are not.
+    """
+    missing = [name for name in ("kornia", "cv2", "jinja2", "matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"vgen train needs {', '.join(missing)}: pip install vgen[data,evaluation]")
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that a folder, or the one that it will be in, can be written.
+
+    Raises:
+        OSError: It cannot.
+    """
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(existing))
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission to write here", str(existing))
+
+
+def say(line: str) -> None:
+    """Prints a line before what the scripts print."""
+    print(line, flush=True)
+
+
+def run_plan(plan: Plan, only: Sequence[str] = (), tell: Callable[[str], None] = say) -> bool:
+    """Runs the stages that are not finished.
+
+    Args:
+        plan: The plan of `make_plan`, which is made again after each stage with the time that is left.
+        only: Stages to run; by default all.
+        tell: Prints a line.
+
+    Returns:
+        Whether all of them are finished; if not, the same command goes on.
+
+    Raises:
+        ValueError: A script failed, or the folder is in use.
+    """
+    options = plan.options
+    options.output.mkdir(parents=True, exist_ok=True)
+    with locked_output_dir(options.output):
+        while (stage := _next_stage(plan, only)) is not None:
+            number = list(plan.commands).index(stage) + 1
+            tell(
+                f"\n== stage {number} of {len(plan.commands)}: {stage}: about {duration(plan.seconds[stage])}; "
+                f"all that is left: {duration(plan.remaining)}"
+            )
+            entry = plan.record.setdefault(stage, {"seconds": 0.0})
+            if "commands" not in entry:
+                entry |= {"planned": plan.seconds[stage], "commands": [asdict(one) for one in plan.commands[stage]]}
+            save_record(plan)
+            before, begin = entry["seconds"], time.monotonic()
+            try:
+                entry["done"] = _run_stage(plan, stage, tell)
+            finally:
+                entry["seconds"] = round(before + time.monotonic() - begin, 1)
+                save_record(plan)
+            if not entry["done"]:
+                tell("stopped; the same command goes on from there")
+                return False
+            if stage != "report":
+                plan = make_plan(options, plan.machine, corrected(plan, stage))
+    return True
+
+
+def _next_stage(plan: Plan, only: Sequence[str]) -> str | None:
+    """The first stage that is not finished, of those to run.
+
+    Raises:
+        ValueError: This run has no such stage, or one before it is not finished.
+    """
+    unknown = [stage for stage in only if stage not in plan.commands]
+    if unknown:
+        raise ValueError(f"this run has no stage {unknown[0]}: its stages are {', '.join(plan.commands)}")
+    left = (stage for stage in plan.commands if not plan.is_done(stage))
+    before: list[str] = []
+    for stage in left:
+        if not only or stage in only:
+            if before:
+                raise ValueError(f"the stage {stage} needs {', '.join(before)} first: leave out --stage")
+            return stage
+        before.append(stage)
+    return None
+
+
+def _run_stage(plan: Plan, stage: str, tell: Callable[[str], None]) -> bool:
+    """Runs the commands of a stage; returns whether it has its result."""
+    if stage == "report":
+        write_report(plan)
+        return True
+    for command in plan.commands[stage]:
+        tell(f"$ {shlex.join(command.words())}")
+        if not command.run():
+            return False
+    output = Path(plan.commands[stage][-1].settings["output_dir"])
+    last = {"vae": "vae", "text": "tokenizer", "denoiser": "lora" if plan.adapter else "pipeline"}
+    return (output / last[stage]).exists() if stage in last else True
+
+
+def corrected(plan: Plan, stage: str) -> dict[str, float]:
+    """Seconds per step, after the VAE's training has shown how far they were wrong on this machine."""
+    logs = plan.folder / "vae" / "logs"
+    if stage != "vae" or not logs.exists():
+        return plan.per_step
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    if SPEED not in events.Tags()["scalars"]:
+        return plan.per_step
+    speed = median(one.value for one in events.Scalars(SPEED))  # of most steps: images are not clips
+    factor = plan.commands["vae"][0].settings["batch_size"] / speed / plan.per_step["vae"]
+    compiled = {name: plan.commands[name][0].settings.get("compile", False) for name in ("vae", "denoiser")}
+    alike = compiled["vae"] == compiled["denoiser"]
+    return (
+        plan.per_step
+        | {"vae": factor * plan.per_step["vae"]}
+        | ({"denoiser": factor * plan.per_step["denoiser"]} if alike else {})
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time for people: seconds, minutes, or hours and minutes."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def write_report(plan: Plan) -> None:
+    """Writes `report.html` with samples, what the model can do and cannot, and the next commands."""
+    folder = plan.folder
+    held_out, training = (read_json(folder / "evaluation" / name / "results.json") for name in ("held_out", "train"))
+    settings = plan.commands["evaluation"][0].settings
+    suite = open_suite(
+        SuiteConfig(**{one.name: settings[one.name] for one in fields(SuiteConfig) if one.name in settings})
+    )
+    samples = suite.samples(range(min(2, len(suite))))
+    lora = [str(plan.adapter)] if plan.adapter else []
+    pipe = load_checkpoint(plan.model, LoadOptions(lora=lora), plan.machine.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = list(dict.fromkeys(plan.videos.captions))[:2]
+    pictures = folder / "data" / "pictures.png"
+    html = render(
+        title=f"{folder.name}: trained on {plan.options.data}",
+        verdicts=judge(held_out, training),
+        num_clips=len(held_out["numbers"]),
+        commands=next_commands(plan),
+        samples=draw_samples(pipe, samples.clips, settings, prompts),
+        pictures=b64encode(pictures.read_bytes()).decode() if pictures.exists() else None,
+        data=describe(read_json(folder / "data" / SUMMARY)),
+        stages=[
+            (
+                stage,
+                duration(entry["planned"]),
+                duration(entry["seconds"]),
+                [shlex.join(command.words()) for command in plan.commands[stage]],
+            )
+            for stage, entry in plan.record.items()
+            if stage != "report"
+        ],
+    )
+    write_text(folder / "report.html", html)
+
+
+def next_commands(plan: Plan) -> list[str]:
+    """Three commands that use the model."""
+    options = f"--model {shlex.quote(plan.model)}" + (
+        f" --lora {shlex.quote(str(plan.adapter))}" if plan.adapter else ""
+    )
+    held_out = plan.folder / "data" / "held_out"
+    video = shlex.quote(str(min(held_out.glob("*.mp4"), default=held_out / "VIDEO.mp4")))
+    caption = next(iter(plan.videos.captions), None)
+    tasks = plan.commands["evaluation"][0].settings["tasks"]
+    first = "" if caption is None else f"vgen generate {shlex.quote(caption)} {options} -o generated.mp4"
+    others = [
+        f"vgen predict {video} {options} --with-input -o predicted.mp4",
+        *([f"vgen interpolate {video} {options} -o interpolated.mp4"] if "interpolation" in tasks else []),
+        f"vgen predict {video} {options} --num-frames 64 -o long.mp4",
+    ]
+    return [first, *others[:2]] if first else others
+
+
+def describe_videos(plan: Plan) -> list[tuple[str, str]]:
+    """What is known of the videos, as rows of a table."""
+    videos, clip, rate = plan.videos, plan.clip, plan.frame_rate
+    if videos.is_stream:
+        return [("videos", "a stream, which is not listed")]
+    held_out = plan.options.held_out or "a tenth of the videos"
+    if plan.options.held_out is None and len(videos.seconds) < MIN_FILES:
+        held_out = f"the end of each video, because there are fewer than {MIN_FILES}"
+    if plan.is_done("data"):
+        held_out = str(plan.folder / "data" / "held_out")
+    rows = [("videos", f"{len(videos.seconds)} usable, {duration(sum(videos.seconds))} in all")]
+    rows += [
+        ("sizes", _counted(f"{width}x{height}" for height, width in videos.sizes)),
+        ("frame rates", _counted(f"{one:g}" for one in videos.frame_rates) + " per second"),
+        ("captions", f"{videos.num_captioned} of {len(videos.seconds)} videos have one"),
+        ("held out", held_out),
+        (
+            "clips",
+            f"{videos.num_clips(clip, rate, clip.num_frames)} end to end, of {clip.num_frames} frames of "
+            f"{clip.width}x{clip.height} at {rate:g} per second",
+        ),
+    ]
+    rows += [("not usable", f"{path}: {reason}") for path, reason in list(videos.refused.items())[:10]]
+    if len(videos.refused) > 10:
+        rows.append(("not usable", f"and {len(videos.refused) - 10} more"))
+    return rows
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(5))
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """Stage, time and what it does, as rows of a table."""
+    rows = []
+    for stage, commands in plan.commands.items():
+        text = "done" if plan.is_done(stage) else f"about {duration(plan.seconds[stage])}"
+        steps = [f"{one.settings['max_steps']} steps" for one in commands if "max_steps" in one.settings]
+        memory = [f"{plan.memory[stage] / GIB:.1f} GiB of memory"] if stage in plan.memory else []
+        rows.append((stage, text, ", ".join([MEANINGS[stage], *steps, *memory])))
+    rows.append(("all", f"about {duration(plan.remaining)}", f"{plan.disk / GIB:.2f} GiB on disk"))
+    return rows
+
+
+MEANINGS: dict[str, str] = {
+    "data": "small copies of the videos, and which of them are held out",
+    "vae": "the network that compresses clips to latents",
+    "latents": "encoded clips",
+    "text": "a small text encoder for the captions",
+    "denoiser": "the network that makes latents out of noise",
+    "evaluation": "compared with simple baselines",
+    "report": "report.html, with samples",
+}
