@@ -6,6 +6,7 @@ A small run for a CPU:
         --image_steps 20 --max_steps 40
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -233,25 +234,26 @@ def score(
     return {name: torch.cat([gathered[begin][name] for begin in batches]).mean().item() for name in names}, shown
 
 
+def training_clips(source: ClipSource, config: VAEConfig, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Batches with the first `count` clips of the training data, rounded up to whole batches."""
+    for begin in range(0, count, 8):
+        yield source.draw(range(begin, begin + 8), device, config.num_frames)[0]
+
+
 @torch.no_grad()
 def calibrate(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device) -> None:
     """Stores the mean and standard deviation of latents of the training data in the VAE's config."""
     vae.eval()
-    latents = []
-    for begin in range(0, config.num_calibration_clips, 8):
-        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
-        latents.append(vae.encode(clip).latent_dist.mode())
-    vae.calibrate(torch.cat(latents))
+    clips = training_clips(source, config, config.num_calibration_clips, device)
+    vae.calibrate(torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips]))
 
 
 @torch.no_grad()
 def describe_training(vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, device: torch.device) -> None:
     """Stores how well the VAE reconstructs its training data, for warnings about videos that it cannot reconstruct."""
     vae.eval()
-    values = []
-    for begin in range(0, config.num_score_clips, 8):
-        clip, _ = source.draw(range(begin, begin + 8), device, config.num_frames)
-        values.append(psnr(vae.decode(vae.encode(clip).latent_dist.mode()).sample, clip))
+    clips = training_clips(source, config, config.num_score_clips, device)
+    values = [psnr(vae.decode(vae.encode(clip).latent_dist.mode()).sample, clip) for clip in clips]
     data = TRAINING_DATA if config.data is None else None
     vae.register_to_config(training_psnr=round(torch.cat(values).mean().item(), 2), training_data=data)
 
