@@ -1,6 +1,6 @@
 """An animation of videos with their prompts, without selection, as in the README.
 
-The prompts were written before any of these videos was generated. Video i has seed i.
+The prompts were chosen before any of these videos was generated. Video i has seed i.
 
 python examples/gallery.py docs/shapes-64.gif
 """

@@ -389,6 +389,11 @@ class Videos:
     is_stream: bool = False
     """Whether the videos are streamed, so that nothing else is known."""
 
+    @property
+    def num_frames(self) -> float:
+        """Frames of all videos, at their own rates."""
+        return sum(seconds * rate for seconds, rate in zip(self.seconds, self.frame_rates, strict=True))
+
     def num_clips(self, clip: ClipShape, frame_rate: float, hop: int) -> int:
         """Number of clips that begin `hop` frames apart."""
         frames = [resampled_length(seconds, frame_rate) for seconds in self.seconds]
@@ -419,9 +424,9 @@ def inspect_videos(data: str, num_frames: int, max_videos: int | None = None) ->
     pictures, begin, decoded = [], time.monotonic(), 0
     for one, info in found[:: -(-len(found) // 4)]:
         start = (one.start or 0.0) + _length(one, info) / 3
-        frames = itertools.islice(iter_video(one.file(), start=start, end=one.end), _DECODED_FRAMES)
-        pictures.append([frame for frame in frames][0])
-        decoded += _DECODED_FRAMES
+        frames = list(itertools.islice(iter_video(one.file(), start=start, end=one.end), _DECODED_FRAMES))
+        pictures.append(frames[0])
+        decoded += len(frames)
     return Videos(
         [_length(*one) for one in found],
         [info.frame_rate or 1.0 for _, info in found],
@@ -769,13 +774,11 @@ class _Planner:
 
     def other_seconds(self) -> dict[str, float]:
         """Estimated time of the stages that do not train a large network."""
-        pairs = zip(self.videos.seconds, self.videos.frame_rates, strict=True)
-        frames = sum(seconds * rate for seconds, rate in pairs)
         denoising = self.per_step["denoiser"] / self.wanted("denoiser", "batch_size") / (1 + BACKWARD)
         denoising *= self.num_inference_steps
         video = denoising + 2 * self.encoding
         return {
-            "data": _OVERHEAD + frames / self.videos.decoded_per_second,
+            "data": _OVERHEAD + self.videos.num_frames / self.videos.decoded_per_second,
             "latents": 2 * _OVERHEAD + 2 * self.encoding * self.encoded,  # frames are encoded alone too
             **({"text": 2 * _OVERHEAD} if self.trains_text else {}),
             "evaluation": 2 * _OVERHEAD + EVALUATED * (NUM_SAMPLES + 3) * video,
@@ -790,12 +793,9 @@ class _Planner:
     def disk(self, weights: dict[str, float]) -> float:
         """Estimated bytes that the run will write: copies of the videos, latents and checkpoints."""
         pixels = self.clip.height * self.clip.width * MARGIN**2
-        frames = sum(
-            seconds * rate for seconds, rate in zip(self.videos.seconds, self.videos.frame_rates, strict=True)
-        )
         latents: float = self.codec.channels * self.clip.num_frames * self.clip.height * self.clip.width
         latents *= 2 * (1 + 1 / self.codec.time) / self.codec.space**2
-        needed = {"data": 0.25 * pixels * frames, "latents": (self.encoded + MOST_HELD_OUT) * latents}
+        needed = {"data": 0.25 * pixels * self.videos.num_frames, "latents": (self.encoded + MOST_HELD_OUT) * latents}
         needed |= {stage: CHECKPOINTS * weights[stage] for stage in weights}
         return sum(size for stage, size in needed.items() if stage not in self.record)
 
@@ -900,7 +900,7 @@ class _Planner:
 
     def fine_tuning(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a preset that apply to a model that is fine-tuned, limited to what its network supports."""
-        model, excluded = self.denoiser_model, ("model", "level_shift", "optimizer", "weight_decay")
+        model, excluded = self.denoiser_model, ("denoiser", "model", "level_shift", "optimizer", "weight_decay")
         kept = {name: value for name, value in settings.items() if name not in excluded}
         modes = model.get("group_modes", ["full"])
         kept["groups"] = {mode: weight for mode, weight in kept["groups"].items() if mode in modes}

@@ -97,7 +97,7 @@ def _judge_prediction(held_out: Mapping[str, Any], training: Mapping[str, Any]) 
 def draw_samples(
     pipe: Any, clips: Tensor, settings: Mapping[str, Any], captions: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Animations for HTML with their captions: true clips beside predictions and interpolations, and prompts.
+    """Animations for HTML with their captions: true clips next to predictions and interpolations, and prompts.
 
     Args:
         pipe: The model.
