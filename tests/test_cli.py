@@ -428,6 +428,9 @@ MISTAKES = {
     "anomaly nosuch.mp4 -o plot.png": "no such file or folder",
     "anomaly frames -o plot.txt": "must be a .png, .svg or .pdf",
     "info nowhere": "no model 'nowhere'",
+    "train frames --train-only lora": "needs a model to fine-tune: pass --from",
+    "train frames --stage oven": "stage must be one of 'data', 'vae'",
+    "train frames --set vae": "--set must be STAGE.NAME=VALUE",
 }
 TRY_ALL = """
 import json, sys, time

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from vgen.checks import check_integer
+from vgen.checks import check_choice, check_integer
 from vgen.data.formats import OutputOptions, check_output_options, check_video_input, check_video_output, is_video
 from vgen.hub import find_checkpoint
 from vgen.io.allocator import bound_memory
@@ -23,10 +23,9 @@ from vgen.io.spinning import stop_spinning
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint, metadata_of
+from vgen.tasks.train_options import STAGES, TrainOptions
 
 DEFAULT_MODEL = "vgen/shapes-64"
-Preset = Literal["laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb"]
-TrainOnly = Literal["all", "temporal", "lora"]
 OptionsT = TypeVar("OptionsT")
 
 app = typer.Typer(
@@ -69,20 +68,11 @@ class EvaluationTask(str, Enum):
     ROLLOUT = "rollout"
 
 
-class Stage(str, Enum):
-    """The stages of `vgen train`."""
-
-    DATA = "data"
-    VAE = "vae"
-    LATENTS = "latents"
-    TEXT = "text"
-    DENOISER = "denoiser"
-    EVALUATION = "evaluation"
-    REPORT = "report"
-
-
 def _with_options(*kinds: type) -> Callable[[Callable], Callable]:
-    """Adds an option for each field of these dataclasses to a command with `**options`."""
+    """Adds an option for each field of these dataclasses to a command with `**options`, except those that it has.
+
+    The metadata of a field may name another `flag`.
+    """
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)
@@ -90,9 +80,12 @@ def _with_options(*kinds: type) -> Callable[[Callable], Callable]:
         added = []
         for kind in kinds:
             texts = help_of(kind)
+            named = {field.name: field.metadata.get("flag", field.name) for field in fields(kind)}
             for one in parameters_of(kind):
+                if one.name in own.parameters:
+                    continue
                 short = [f"--{flag}" for flag, name in FLAGS.items() if name == one.name]
-                flags = [*short, f"--{one.name.replace('_', '-')}"]
+                flags = [*short, f"--{named[one.name].replace('_', '-')}"]
                 option = typer.Option(*flags, help=texts[one.name])
                 added.append(one.replace(annotation=Annotated[one.annotation, option]))
         kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in kept]
@@ -318,49 +311,35 @@ def rollout(
 
 
 @app.command()
+@_with_options(TrainOptions)
 def train(
     folder: Annotated[str | None, typer.Argument(help="Folder of videos, or another source as for --data.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/ and the folder's name.")
-    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Source of videos, instead of FOLDER: all that the scripts accept.")
     ] = None,
-    preset: Annotated[
-        Preset | None, typer.Option(help="Sizes and settings of all stages; by default those for this machine.")
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/ and the folder's name.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time limit of the whole run.")] = None,
-    held_out: Annotated[
-        str | None, typer.Option(help="Source of held-out videos; by default a tenth of the videos.")
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="|".join(STAGES), help="Run only this stage; can be repeated.")
     ] = None,
-    start_from: Annotated[str | None, typer.Option("--from", help="Checkpoint to fine-tune, with its VAE.")] = None,
-    train_only: Annotated[TrainOnly, typer.Option(help="Weights to fine-tune.")] = "all",
-    vae: Annotated[str | None, typer.Option(help="Pretrained VAE, instead of training one.")] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="Pretrained text encoder, instead of a small one for the captions that exist.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="STAGE.NAME=VALUE: override a setting of a stage's script; can be repeated."),
-    ] = None,
-    stage: Annotated[list[Stage] | None, typer.Option(help="Run only this stage; can be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its commands, and stop.")] = False,
+    **options: Any,
 ) -> None:
     """Train a model on one's own videos: VAE, latents, text encoder, denoiser, evaluation, report. Can be resumed."""
     with one_line_errors():
         if (folder is None) == (data is None):
             raise ValueError("pass either a folder of videos or another source as --data")
-        from vgen.tasks.planning import TrainOptions
-        from vgen.tasks.project import train as run
-
         source = folder or data
         assert source is not None
-        options = TrainOptions(
-            data=source, output=output or Path("runs", Path(source).resolve().name), preset=preset, minutes=minutes,
-            held_out=held_out, vae=vae, text_encoder=text_encoder, init=start_from, train_only=train_only,
-            changes=settings or [],
-        )  # fmt: skip
-        finished = run(options, [one.value for one in stage or ()], dry_run=dry_run, show=_print_rows)
+        output = output or Path("runs", Path(source).resolve().name)
+        asked = TrainOptions(data=source, output=output, **options)
+        asked.check()
+        for one in stage or ():
+            check_choice("stage", one, STAGES)
+        from vgen.tasks.project import train as run
+
+        finished = run(asked, stage or (), dry_run=dry_run, show=_print_rows)
     if not finished:
         raise typer.Exit(1)
 

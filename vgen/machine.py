@@ -18,6 +18,8 @@ from vgen.processes import rank_and_world_size
 
 logger = logging.get_logger(__name__)
 
+GIB = 2**30
+"""Bytes of a GiB."""
 OPERATIONS_PER_THREAD = 1e9
 """Floating-point operations of a forward pass that are worth another thread."""
 

@@ -6,23 +6,16 @@ import pytest
 import torch
 
 from vgen.data.video_io import write_video
-from vgen.tasks import planning
-from vgen.tasks.planning import (
-    ClipShape,
-    Machine,
-    TrainOptions,
-    Videos,
-    check_memory,
-    choose_preset,
-    choose_rate,
-    make_plan,
-    parse_change,
-    read_preset,
-    scripts_folder,
-)
-from vgen.training.needs import Step, denoiser_step, vae_step
+from vgen.machine import GIB
+from vgen.tasks.planning import make_plan, save_record
+from vgen.tasks.train_commands import scripts_folder
+from vgen.tasks.train_costs import Costs
+from vgen.tasks.train_machine import Machine, check_memory, choose_preset, read_preset
+from vgen.tasks.train_options import TrainOptions, parse_change
+from vgen.tasks.train_setup import Setup, choose_codec
+from vgen.tasks.train_videos import Videos, choose_rate
+from vgen.training.needs import ClipShape, Step, denoiser_step, vae_step
 
-GIB = 2**30
 LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
 CLIP = ClipShape(height=64, width=64, num_frames=17)
 ALL = ("laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb")
@@ -53,13 +46,15 @@ def test_presets_fit_into_the_memory_that_they_are_for(name):
     preset = read_preset(name)
     memory = preset.get("memory_gib", 4) * GIB
     machine = Machine(preset["device"], preset["processes"], memory, 1e15, "bf16", name)
-    planner = planning._Planner(
-        TrainOptions(data="x", output="x"), name, preset, machine, {}, planning.choose_codec(
-            TrainOptions(data="x", output="x"), preset, {}), None, ClipShape(
-            **{key: preset["clip"][key] for key in ("height", "width", "num_frames")}), 8.0, videos([60.0]), {},
+    options = TrainOptions(data="x", output="x")
+    clip = ClipShape(**{key: preset["clip"][key] for key in ("height", "width", "num_frames")})
+    setup = Setup(
+        options=options, preset_name=name, preset=preset, machine=machine, changes={}, pipe=None, clip=clip,
+        codec=choose_codec(options, preset, {}), frame_rate=8.0, videos=videos([60.0]), record={},
     )  # fmt: skip
-    needed = {"vae": planner.vae_step(), "denoiser": planner.denoiser_step()}
-    check_memory(name, {stage: planner.needs_of(stage, step)["memory"] for stage, step in needed.items()}, machine)
+    memory = Costs(setup).memory
+    assert memory.keys() == {"vae", "denoiser"}
+    check_memory(name, memory, machine)
     text = (scripts_folder() / "train" / "presets" / f"{name}.yaml").read_text()
     assert text.startswith(f"# vgen train FOLDER --preset {name}\n# Hardware: ")
 
@@ -212,7 +207,7 @@ def test_what_cannot_work_is_said_before_anything_begins(folder, options, machin
 def test_other_options_do_not_continue_a_run(folder):
     plan = plan_of(folder, minutes=60)
     plan.folder.mkdir()
-    planning.save_record(plan)
+    save_record(plan)
     plan_of(folder, minutes=90)  # the time limit may change
     with pytest.raises(ValueError, match="was begun with.*text_encoder"):
         plan_of(folder, minutes=60, text_encoder="vgen/shapes-64")
@@ -224,7 +219,7 @@ def begin(plan, **stages):
     for stage, (seconds, done) in stages.items():
         commands = [asdict(one) for one in plan.commands[stage]]
         plan.record[stage] = {"planned": plan.seconds[stage], "seconds": seconds, "done": done, "commands": commands}
-    planning.save_record(plan)
+    save_record(plan)
     data = plan.folder / "data"
     data.mkdir(exist_ok=True)
     (data / "summary.json").write_text('{"held_out": {"captioned": 0}}')

@@ -15,8 +15,8 @@ from tests.warm import warm_python
 from vgen.cli import app
 from vgen.data.video_io import write_video
 from vgen.io.records import read_json
-from vgen.tasks.planning import Command
 from vgen.tasks.project import SPEED, corrected
+from vgen.tasks.train_commands import Command
 from vgen.training.logs import Logs
 
 TINY = [

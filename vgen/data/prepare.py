@@ -28,6 +28,7 @@ from vgen.io.atomic import atomic_file, remove_workspaces, write_text
 from vgen.io.fingerprint import digest_json, file_digest
 from vgen.io.records import check_settings
 from vgen.io.remote import is_url
+from vgen.machine import GIB
 from vgen.processes import locked_output_dir, rank_and_world_size
 
 FORMAT = "vgen-videos-1"
@@ -282,8 +283,8 @@ def _check_space(config: PrepareConfig, folder: Path, parts: list[Part]) -> None
         OSError: It has too little.
     """
     missing = (part for part in parts if not any((folder / side / part.name).exists() for side in get_args(Side)))
-    gib = sum(map(partial(_num_bytes, config), missing)) / 2**30
-    free = shutil.disk_usage(folder).free / 2**30
+    gib = sum(map(partial(_num_bytes, config), missing)) / GIB
+    free = shutil.disk_usage(folder).free / GIB
     if gib > free:
         raise OSError(
             f"the copies may need {gib:.3g} GiB, but {folder} has {free:.3g} GiB free: free some, or set max_videos"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, get_type_hints
@@ -241,16 +241,21 @@ class InterpolationOptions(SamplingOptions):
 def parameters_of(options: type) -> list[inspect.Parameter]:
     """A keyword parameter for each field of a dataclass, with its type and default."""
     hints = get_type_hints(options)
-    defaults = options()
     return [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(defaults, field.name),
+            default=_default_of(field),
             annotation=hints[field.name],
         )
         for field in fields(options)
     ]
+
+
+def _default_of(field: Field) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
 def help_of(options: type) -> dict[str, str]:

@@ -14,14 +14,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vgen.machine import fast_precision, limit_threads, matrix_peak, processor
+from vgen.machine import GIB, fast_precision, limit_threads, matrix_peak, processor
 from vgen.tasks.loading import LoadOptions, load_checkpoint, operations
 
 PACKAGE = "vgen"
 MODEL = "vgen/shapes-64"
 NUM_STEPS = 4
 _SECONDS = 5.0
-_GIB = 2**30
 
 
 def examine(*, benchmark: bool = True) -> dict[str, Any]:
@@ -44,8 +43,8 @@ def examine(*, benchmark: bool = True) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "processor": processor(),
         "devices": {name: _examine_device(device) for name, device in devices.items()},
-        "free_memory_gib": psutil.virtual_memory().available / _GIB,
-        "free_disk_gib": shutil.disk_usage(Path.cwd()).free / _GIB,
+        "free_memory_gib": psutil.virtual_memory().available / GIB,
+        "free_disk_gib": shutil.disk_usage(Path.cwd()).free / GIB,
         "missing": missing_packages(),
     }
     fastest = list(devices.values())[1 if len(devices) > 1 else 0]
@@ -71,7 +70,7 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         found |= {
-            "name": torch.cuda.get_device_name(device), "free_memory_gib": free / _GIB, "memory_gib": total / _GIB
+            "name": torch.cuda.get_device_name(device), "free_memory_gib": free / GIB, "memory_gib": total / GIB
         }  # fmt: skip
     return found
 

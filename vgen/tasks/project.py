@@ -22,13 +22,14 @@ from vgen.data.prepare import MIN_FILES, SUMMARY, describe
 from vgen.io.atomic import write_text
 from vgen.io.preview import print_images
 from vgen.io.records import read_json
+from vgen.machine import GIB
 from vgen.metrics.suites import SuiteConfig, open_suite
 from vgen.processes import locked_output_dir
 from vgen.tasks.loading import LoadOptions, load_checkpoint
-from vgen.tasks.planning import Plan, TrainOptions, make_plan, save_record
+from vgen.tasks.planning import Plan, make_plan, save_record
+from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_report import draw_samples, judge, render
 
-GIB = 2**30
 SPEED = "throughput/clips_per_second"
 Show = Callable[[list[Any], str], None]
 
@@ -63,7 +64,7 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
             ("machine", machine.name),
             ("memory", f"{machine.memory / GIB:.1f} GiB free"),
             ("precision", {"no": "float32"}.get(machine.precision, machine.precision)),
-            ("preset", plan.preset),
+            ("preset", plan.preset_name),
         ],
         "machine",
     )

@@ -1,0 +1,152 @@
+"""What `vgen train` needs to know of the videos, mostly from their headers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vgen.data.clips import Listed, count_frames
+from vgen.data.inspection import first_reasons, list_originals
+from vgen.data.prepare import MIN_FILES, SUMMARY
+from vgen.data.video_io import VideoInfo, iter_video, resampled_length
+from vgen.io.records import read_json
+from vgen.training.needs import ClipShape
+
+_DECODED = 200.0
+"""Frames that are decoded per second, where it was not measured."""
+_DECODED_FRAMES = 12
+
+
+@dataclass(frozen=True)
+class Videos:
+    """What the headers of a source's videos say."""
+
+    seconds: list[float]
+    """Length of each readable video."""
+    frame_rates: list[float]
+    """Frame rate of each readable video."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each readable video in pixels."""
+    captions: list[str]
+    """All captions that are not empty."""
+    num_captioned: int
+    refused: dict[str, str]
+    """Videos that cannot be read, with the reasons."""
+    decoded_per_second: float
+    """Frames of one of them that were decoded per second."""
+    pictures: list[np.ndarray]
+    """Frames of up to four of them."""
+    is_stream: bool = False
+    """Whether the videos are streamed, so that nothing else is known."""
+
+    @property
+    def num_frames(self) -> float:
+        """Frames of all videos, at their own rates."""
+        return sum(seconds * rate for seconds, rate in zip(self.seconds, self.frame_rates, strict=True))
+
+    def num_clips(self, clip: ClipShape, frame_rate: float, hop: int) -> int:
+        """Number of clips that begin `hop` frames apart."""
+        frames = [resampled_length(seconds, frame_rate) for seconds in self.seconds]
+        return sum((count - clip.num_frames) // hop + 1 for count in frames if count >= clip.num_frames)
+
+
+def inspect_videos(data: str, num_frames: int, max_videos: int | None = None) -> Videos:
+    """Reads the headers of a source's videos, and decodes frames of four of them.
+
+    Raises:
+        FileNotFoundError: There is no such source.
+        ValueError: None of its videos can be read.
+    """
+    listed = list_originals(data, num_frames, max_videos)
+    if not isinstance(listed, list):
+        return Videos([], [], [], [], 0, {}, _DECODED, [], is_stream=True)
+    found: list[tuple[Listed, VideoInfo]] = []
+    refused: dict[str, str] = {}
+    for one in listed:
+        try:
+            count_frames(one, info := one.info(), None)
+        except (ValueError, OSError) as error:
+            refused[str(one.path)] = str(error).removeprefix(f"{one.path}: ")
+        else:
+            found.append((one, info))
+    if not found:
+        raise ValueError(f"none of the videos of {data} can be used: {first_reasons(refused)}")
+    pictures, begin, decoded = [], time.monotonic(), 0
+    for one, info in found[:: -(-len(found) // 4)]:
+        start = (one.start or 0.0) + _length(one, info) / 3
+        frames = list(itertools.islice(iter_video(one.file(), start=start, end=one.end), _DECODED_FRAMES))
+        pictures.append(frames[0])
+        decoded += len(frames)
+    return Videos(
+        [_length(*one) for one in found],
+        [info.frame_rate or 1.0 for _, info in found],
+        [(info.height, info.width) for _, info in found],
+        [text for one, _ in found for text in one.captions if text],
+        sum(any(one.captions) for one, _ in found),
+        refused,
+        decoded / (time.monotonic() - begin),
+        pictures,
+    )
+
+
+def _length(listed: Listed, info: VideoInfo) -> float:
+    count, rate = count_frames(listed, info, None)
+    return count / rate
+
+
+def choose_rate(videos: Videos, wanted: float, num_frames: int) -> float:
+    """The frame rate of training clips: the wanted one, but no higher than that of half of the videos.
+
+    Where more than a fifth of the videos is too short for a clip at that rate, it is raised so that four fifths are
+    long enough, as far as their own rates allow.
+    """
+    if videos.is_stream:
+        return wanted
+    own = sorted(videos.frame_rates)[len(videos.frame_rates) // 2]
+    short = sorted(videos.seconds)[len(videos.seconds) // 5]
+    return min(own, max(wanted, math.ceil(1000 * num_frames / short) / 1000))
+
+
+def check_videos(videos: Videos, clip: ClipShape, rate: float, *, is_split: bool) -> None:
+    """Checks that there are enough videos to train on some and to hold some out.
+
+    Args:
+        videos: The videos.
+        clip: Shape of the clips.
+        rate: Frame rate of the clips.
+        is_split: Whether others are held out, so that these are only trained on.
+
+    Raises:
+        ValueError: There are not; the error says what is missing.
+    """
+    if videos.is_stream:
+        return
+    lengths = [resampled_length(seconds, rate) for seconds in videos.seconds]
+    enough = max(lengths) >= clip.num_frames
+    if not is_split:
+        several = sum(length >= clip.num_frames for length in lengths)
+        enough = several >= MIN_FILES or max(lengths) >= 2 * clip.num_frames
+    if not enough:
+        raise ValueError(
+            f"too little video: {len(lengths)} videos with {sum(lengths)} frames at {rate:g} per second, at most "
+            f"{max(lengths)} in one. A clip has {clip.num_frames}, and one of {MIN_FILES} videos or the end of a "
+            "longer one is held out. Add videos, or take shorter clips: --set clip.num_frames=N"
+        )
+
+
+def check_captions(folder: Path, videos: Videos) -> None:
+    """Checks that there are captions to train on, if held-out videos have some.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not videos.num_captioned and read_json(folder / SUMMARY)["held_out"]["captioned"]:
+        raise ValueError(
+            "only held-out videos have captions, so prompts cannot be learned: give captions to more videos, or to "
+            "none, and choose another --output"
+        )
