@@ -373,7 +373,7 @@ def test_digits_are_copied_too(tmp_path):
     path = tmp_path / "digits-idx3-ubyte.gz"
     with gzip.open(path, "wb") as file:
         file.write(struct.pack(">4i", 0x803, *digits.shape) + digits.tobytes())
-    with pytest.raises(ValueError, match="set max_videos"):
+    with pytest.raises(ValueError, match="max_videos=1000"):
         prepare(config(tmp_path, data=str(path)))
     summary = prepare(config(tmp_path, data=str(path), max_videos=6, height=64, width=64))
     assert summary["train"].items() >= {"videos": 5, "frames": 25, "clips": 5}.items()

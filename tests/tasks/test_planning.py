@@ -1,5 +1,9 @@
+import json
 import shutil
+import struct
+import tarfile
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,13 +11,16 @@ import torch
 
 from vgen.data.video_io import write_video
 from vgen.machine import GIB
+from vgen.models.prompts import load_text_encoder
 from vgen.tasks.planning import make_plan, save_record
+from vgen.tasks.project import describe_videos, plan_rows
 from vgen.tasks.train_commands import scripts_folder
 from vgen.tasks.train_costs import Costs
 from vgen.tasks.train_machine import Machine, check_memory, choose_preset, read_preset
 from vgen.tasks.train_options import TrainOptions, parse_change
 from vgen.tasks.train_setup import Setup, choose_codec
-from vgen.tasks.train_videos import Videos, choose_rate
+from vgen.tasks.train_stages import fine_tuning
+from vgen.tasks.train_videos import Videos, choose_rate, inspect_videos
 from vgen.training.needs import ClipShape, Step, denoiser_step, vae_step
 
 LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
@@ -23,7 +30,8 @@ ALL = ("laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb")
 
 def videos(seconds, rates=None, captions=()):
     rates = rates or [20.0] * len(seconds)
-    return Videos(seconds, rates, [(96, 96)] * len(seconds), list(captions), len(captions), {}, 100.0, [])
+    paths = [f"{number}.mp4" for number in range(len(seconds))]
+    return Videos(paths, seconds, rates, [(96, 96)] * len(seconds), list(captions), len(captions), {}, 100.0, [])
 
 
 @pytest.fixture
@@ -280,3 +288,96 @@ def test_short_clips_shorten_everything_that_depends_on_them(folder):
     assert plan.commands["vae"][0].settings["num_frames"] == 5
     evaluation = plan.commands["evaluation"][0].settings
     assert evaluation["given"] < 5 and evaluation["factor"] <= 4
+
+
+def damage(path):
+    """Overwrites the data in the middle of a video; its header remains."""
+    content = path.read_bytes()
+    middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 3
+    path.write_bytes(content[:middle] + bytes(4000) + content[middle + 4000 :])
+
+
+def test_a_damaged_video_is_refused_and_another_one_is_shown(folder):
+    shown = inspect_videos(str(folder), 17).pictures
+    damage(folder / "0.mp4")  # which is the first one that is shown
+    found = inspect_videos(str(folder), 17)
+    assert list(found.refused) == [str(folder / "0.mp4")] and len(found.seconds) == 5
+    assert len(found.pictures) == len(shown)
+    for number in range(1, 6):
+        damage(folder / f"{number}.mp4")
+    with pytest.raises(ValueError, match="none of the videos of .* can be used: .*0.mp4: "):
+        inspect_videos(str(folder), 17)
+
+
+def test_videos_that_are_too_short_for_a_clip_are_named(folder):
+    write_video(np.zeros((4, 32, 32, 3), np.uint8), folder / "short.mp4", 20.0)
+    rows = describe_videos(plan_of(folder, minutes=60))
+    assert rows[0][1].startswith("6 usable, 12 s")
+    assert dict(rows)["too short"] == f"1, with fewer than 17 frames at 10 per second: {folder / 'short.mp4'}"
+
+
+def test_a_text_encoder_without_captions_is_an_error(folder):
+    with pytest.raises(ValueError, match="--text-encoder vgen/shapes-64 has no effect.*no video has a caption"):
+        plan_of(folder, minutes=60, text_encoder="vgen/shapes-64")
+    (folder / "0.txt").write_text("a circle")
+    assert "text" not in plan_of(folder, minutes=60, text_encoder="vgen/shapes-64").commands
+
+
+@pytest.mark.parametrize(("option", "name"), [("vae", "--vae"), ("init", "--from")])
+def test_a_vae_that_is_not_supported_says_what_to_do(tmp_path, option, name):
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8], "latent_channels": 4}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    options = TrainOptions(data="x", output=tmp_path, **{option: str(tmp_path)})
+    with pytest.raises(ValueError, match=f"AutoencoderKL, which .*: pass {name} with"):
+        choose_codec(options, {}, {})
+
+
+@pytest.mark.parametrize("option", ["data", "held_out"])
+def test_moving_mnist_needs_a_number_of_videos(folder, option):
+    digits = np.random.default_rng(0).integers(0, 255, (10, 28, 28), dtype=np.uint8)
+    path = folder.parent / "train-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">4i", 2051, *digits.shape) + digits.tobytes())
+    options = TrainOptions(data=str(folder), output=folder.parent / "run", minutes=60)
+    options = replace(options, **{option: str(path)})
+    with pytest.raises(ValueError, match=r"--set data.max_videos=1000"):
+        make_plan(options, LAPTOP)
+    plan = make_plan(replace(options, changes=["data.max_videos=6"]), LAPTOP)
+    assert plan.commands["data"][0].settings["max_videos"] == 6
+
+
+def test_the_plan_of_a_stream_says_what_is_unknown(folder):
+    with tarfile.open(folder.parent / "train-000.tar", "w") as file:
+        for path in sorted(folder.glob("*.mp4")):
+            file.add(path, path.name)
+    data = f"shards:{folder.parent}/train-000.tar"
+    plan = make_plan(TrainOptions(data=data, output=folder.parent / "run", minutes=60), LAPTOP)
+    text = " ".join(describe_videos(plan)[0])
+    assert "unknown until they are copied" in text and "--set data.max_videos=N" in text
+    rows = {stage: (seconds, what) for stage, seconds, what in plan_rows(plan)}
+    assert rows["data"][0] == rows["latents"][0] == "unknown"
+    assert rows["vae"][0].startswith("about")
+    assert rows["all"][0].endswith(" without data and latents")
+    assert rows["all"][1].endswith(" on disk without data and latents")
+
+
+def test_the_memory_for_latents_is_that_of_the_networks_that_encode(folder):
+    plan = plan_of(folder, minutes=60)
+    (folder / "0.txt").write_text("a circle")
+    text = "vgen/shapes-64"
+    encoder = load_text_encoder(text)
+    with_text = plan_of(folder, minutes=60, text_encoder=text)
+    added = with_text.memory["latents"] - plan.memory["latents"]
+    assert added >= 4 * sum(one.numel() for one in encoder.parameters())
+    more = plan_of(folder, minutes=60, changes=["latents.batch_size=64"])
+    assert more.memory["latents"] > 2 * plan.memory["latents"]
+    with pytest.raises(ValueError, match="the latents needs? .* GiB of memory"):
+        plan_of(folder, minutes=60, changes=["latents.batch_size=10000"])
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+def test_fine_tuning_leaves_out_known_frames_that_the_network_does_not_take(slots):
+    known = {"none": 0.25, "leading": 0.25, "keyframes": 0.25, "both": 0.25}
+    setup = SimpleNamespace(denoiser_model={"keyframe_slots": slots}, options=TrainOptions(data="x", output="y"))
+    kept = fine_tuning(setup, {"groups": {"full": 1.0}, "known": known})["known"]
+    assert set(kept) == ({"none", "leading", "keyframes", "both"} if slots else {"none", "leading"})

@@ -38,7 +38,7 @@ def name_within(listed: Listed) -> str:
 
 
 def list_originals(
-    data: str, num_frames: int, max_videos: int | None = None, seed: int = 0
+    data: str, num_frames: int, max_videos: int | None = None, seed: int = 0, limit: str = "max_videos"
 ) -> list[Listed] | Iterator[Listed]:
     """The videos of a source: a list, or an iterator over a stream.
 
@@ -47,6 +47,7 @@ def list_originals(
         num_frames: Number of frames of a video of Moving MNIST, which is made of digits.
         max_videos: Maximum number of files: random ones of a list, the first ones of a stream; `None` means all.
         seed: Seed of the random choice, and of Moving MNIST.
+        limit: Name of the option that sets `max_videos`, for errors.
 
     Raises:
         FileNotFoundError: As in `vgen.data.sources.open_clips`.
@@ -60,7 +61,7 @@ def list_originals(
         chosen = draw_files({name_within(one) for one in opened}, max_videos, f"sample {seed}")
         return [one for one in opened if name_within(one) in chosen]
     if max_videos is None:
-        raise ValueError(f"{data} gives any number of videos: set max_videos, such as 1000")
+        raise ValueError(f"{data} gives any number of videos: choose how many, such as {limit}=1000")
     world = MovingMNIST(opened.images, num_frames, stochastic=opened.stochastic, seed=seed)
     paths = (Path(f"moving-mnist-{number:06d}.webp") for number in range(max_videos))
     return [Listed(path=path, content=partial(_rendered, world, number)) for number, path in enumerate(paths)]

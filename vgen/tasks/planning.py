@@ -21,7 +21,7 @@ from vgen.tasks.train_machine import Machine, check_disk, check_machine, check_m
 from vgen.tasks.train_options import TrainOptions, parse_change
 from vgen.tasks.train_setup import Setup, check_fine_tuning, choose_codec, choose_shape, read_pipeline
 from vgen.tasks.train_stages import commands_of, plain_settings
-from vgen.tasks.train_videos import check_captions, check_videos, choose_rate, inspect_videos
+from vgen.tasks.train_videos import LIMIT, check_captions, check_videos, choose_rate, inspect_videos
 from vgen.training.needs import ClipShape
 
 FORMAT = "vgen-train-1"
@@ -58,6 +58,11 @@ class Plan(Setup):
         return bool(self.record.get(stage, {}).get("done"))
 
     @property
+    def unknown(self) -> tuple[str, ...]:
+        """Stages whose time and size are unknown, because the videos are streamed: both are 0 in the sums."""
+        return ("data", "latents") if self.videos.is_stream else ()
+
+    @property
     def remaining(self) -> float:
         """Estimated seconds of the stages that are not finished."""
         return sum(self.seconds[stage] for stage in self.commands if not self.is_done(stage))
@@ -90,13 +95,19 @@ def make_plan(options: TrainOptions, machine: Machine | None = None, measured: d
     clip = ClipShape(height=shape["height"], width=shape["width"], num_frames=shape["num_frames"])
     is_copied = record.get("data", {}).get("done", False)
     source = str(options.output / "data" / "train") if is_copied else options.data
-    videos = inspect_videos(source, clip.num_frames, changes.get("data", {}).get("max_videos"))
+    max_videos = changes.get("data", {}).get("max_videos")
+    videos = inspect_videos(source, clip.num_frames, max_videos)
     rate = shape["frame_rate"] if "data" in record else choose_rate(videos, shape["frame_rate"], clip.num_frames)
     check_videos(videos, clip, rate, is_split=is_copied or options.held_out is not None)
     if options.held_out is not None:
-        list_originals(options.held_out, clip.num_frames)  # raises if there is no such source
+        list_originals(options.held_out, clip.num_frames, max_videos, limit=LIMIT)  # raises if there is no such source
     if is_copied:
         check_captions(options.output / "data", videos)
+    if options.text_encoder and not videos.num_captioned and not videos.is_stream:
+        raise ValueError(
+            f"--text-encoder {options.text_encoder} has no effect, because no video has a caption: leave it out, or "
+            "give captions to the videos, such as a .txt file next to each"
+        )
     if pipe is not None:
         check_fine_tuning(options, pipe, videos)
     setup = Setup(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import operator
 import os
 import shlex
 import time
@@ -29,7 +31,9 @@ from vgen.tasks.loading import LoadOptions, load_checkpoint
 from vgen.tasks.planning import Plan, make_plan, save_record
 from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_report import draw_samples, judge, render
+from vgen.tasks.train_videos import LIMIT
 
+_NAMED = 10  # videos in a table
 SPEED = "throughput/clips_per_second"
 Show = Callable[[list[Any], str], None]
 
@@ -132,8 +136,8 @@ def run_plan(plan: Plan, only: Sequence[str] = (), tell: Callable[[str], None] =
         while (stage := _next_stage(plan, only)) is not None:
             number = list(plan.commands).index(stage) + 1
             tell(
-                f"\n== stage {number} of {len(plan.commands)}: {stage}: about {duration(plan.seconds[stage])}; "
-                f"all that is left: {duration(plan.remaining)}"
+                f"\n== stage {number} of {len(plan.commands)}: {stage}: time {expected(plan, stage)}; "
+                f"all that is left: about {duration(plan.remaining)}{without(plan)}"
             )
             entry = plan.record.setdefault(stage, {"seconds": 0.0})
             if "commands" not in entry:
@@ -273,13 +277,17 @@ def describe_videos(plan: Plan) -> list[tuple[str, str]]:
     """What is known of the videos, as rows of a table."""
     videos, clip, rate = plan.videos, plan.clip, plan.frame_rate
     if videos.is_stream:
-        return [("videos", "a stream, which is not listed")]
+        text = f"a stream: number, lengths and captions are unknown until they are copied; {LIMIT}=N limits the number"
+        return [("videos", text)]
+    enough = [length >= clip.num_frames for length in videos.lengths(rate)]
+    short = list(dict.fromkeys(itertools.compress(videos.paths, map(operator.not_, enough))))
+    usable = list(itertools.compress(videos.seconds, enough))
     held_out = plan.options.held_out or "a tenth of the videos"
-    if plan.options.held_out is None and len(videos.seconds) < MIN_FILES:
+    if plan.options.held_out is None and len(set(itertools.compress(videos.paths, enough))) < MIN_FILES:
         held_out = f"the end of each video, because there are fewer than {MIN_FILES}"
     if plan.is_done("data"):
         held_out = str(plan.folder / "data" / "held_out")
-    rows = [("videos", f"{len(videos.seconds)} usable, {duration(sum(videos.seconds))} in all")]
+    rows = [("videos", f"{len(usable)} usable, {duration(sum(usable))} in all")]
     rows += [
         ("sizes", _counted(f"{width}x{height}" for height, width in videos.sizes)),
         ("frame rates", _counted(f"{one:g}" for one in videos.frame_rates) + " per second"),
@@ -291,9 +299,14 @@ def describe_videos(plan: Plan) -> list[tuple[str, str]]:
             f"{clip.width}x{clip.height} at {rate:g} per second",
         ),
     ]
-    rows += [("not usable", f"{path}: {reason}") for path, reason in list(videos.refused.items())[:10]]
-    if len(videos.refused) > 10:
-        rows.append(("not usable", f"and {len(videos.refused) - 10} more"))
+    if short:
+        names = ", ".join(short[:_NAMED]) + (", ..." if len(short) > _NAMED else "")
+        rows.append(
+            ("too short", f"{len(short)}, with fewer than {clip.num_frames} frames at {rate:g} per second: {names}")
+        )
+    rows += [("not usable", f"{path}: {reason}") for path, reason in list(videos.refused.items())[:_NAMED]]
+    if len(videos.refused) > _NAMED:
+        rows.append(("not usable", f"and {len(videos.refused) - _NAMED} more"))
     return rows
 
 
@@ -301,15 +314,26 @@ def _counted(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(5))
 
 
+def expected(plan: Plan, stage: str) -> str:
+    """The estimated time of a stage, in words."""
+    return "unknown" if stage in plan.unknown else f"about {duration(plan.seconds[stage])}"
+
+
+def without(plan: Plan) -> str:
+    """The stages that sums leave out, in words."""
+    return f" without {' and '.join(plan.unknown)}" if plan.unknown else ""
+
+
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """Stage, time and what it does, as rows of a table."""
     rows = []
     for stage, commands in plan.commands.items():
-        text = "done" if plan.is_done(stage) else f"about {duration(plan.seconds[stage])}"
+        text = "done" if plan.is_done(stage) else expected(plan, stage)
         steps = [f"{one.settings['max_steps']} steps" for one in commands if "max_steps" in one.settings]
         memory = [f"{plan.memory[stage] / GIB:.1f} GiB of memory"] if stage in plan.memory else []
         rows.append((stage, text, ", ".join([MEANINGS[stage], *steps, *memory])))
-    rows.append(("all", f"about {duration(plan.remaining)}", f"{plan.disk / GIB:.2f} GiB on disk"))
+    left_out = without(plan)
+    rows.append(("all", f"about {duration(plan.remaining)}{left_out}", f"{plan.disk / GIB:.2f} GiB on disk{left_out}"))
     return rows
 
 

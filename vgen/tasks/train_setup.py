@@ -149,9 +149,10 @@ def choose_codec(options: TrainOptions, preset: Mapping[str, Any], changes: Mapp
         return Codec(None, changes.get("vae", {}).get("model", preset["vae"]["model"]))
     config = vae_config(source)
     if "temperal_downsample" not in config:
+        advice = "pass --vae with" if options.vae else "pass --from with a model that has"
         raise ValueError(
-            f"{source} has an {config['_class_name']}, which vgen train does not support: it needs a CausalVideoVAE "
-            "or an AutoencoderKLWan"
+            f"{source} has an {config['_class_name']}, which vgen train does not support: {advice} a CausalVideoVAE "
+            "or an AutoencoderKLWan, or leave it out to train one"
         )
     return Codec(source, {name: value for name, value in config.items() if not name.startswith("_")})
 

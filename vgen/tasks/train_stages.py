@@ -145,7 +145,7 @@ def fine_tuning(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
     modes = model.get("group_modes", ["full"])
     kept["groups"] = {mode: weight for mode, weight in kept["groups"].items() if mode in modes}
     if not model.get("keyframe_slots"):
-        kept["known"] = {kind: weight for kind, weight in kept["known"].items() if kind != "keyframes"}
+        kept["known"] = {kind: weight for kind, weight in kept["known"].items() if kind in ("none", "leading")}
     return kept | {"learning_rate": FINE_TUNING_RATE[setup.options.train_only]}
 
 

@@ -10,22 +10,27 @@ from pathlib import Path
 
 import numpy as np
 
-from vgen.data.clips import Listed, count_frames
-from vgen.data.inspection import first_reasons, list_originals
+from vgen.data.clips import Sampling, count_frames
+from vgen.data.inspection import Original, Survey, list_originals
 from vgen.data.prepare import MIN_FILES, SUMMARY
-from vgen.data.video_io import VideoInfo, iter_video, resampled_length
+from vgen.data.video_io import iter_video, resampled_length
 from vgen.io.records import read_json
 from vgen.training.needs import ClipShape
 
 _DECODED = 200.0
 """Frames that are decoded per second, where it was not measured."""
 _DECODED_FRAMES = 12
+_NUM_PICTURES = 4
+LIMIT = "--set data.max_videos"
+"""The option that limits the number of videos."""
 
 
 @dataclass(frozen=True)
 class Videos:
     """What the headers of a source's videos say."""
 
+    paths: list[str]
+    """Path of each readable video; segments of a file have the same."""
     seconds: list[float]
     """Length of each readable video."""
     frame_rates: list[float]
@@ -38,7 +43,7 @@ class Videos:
     refused: dict[str, str]
     """Videos that cannot be read, with the reasons."""
     decoded_per_second: float
-    """Frames of one of them that were decoded per second."""
+    """Frames that were decoded per second."""
     pictures: list[np.ndarray]
     """Frames of up to four of them."""
     is_stream: bool = False
@@ -51,8 +56,12 @@ class Videos:
 
     def num_clips(self, clip: ClipShape, frame_rate: float, hop: int) -> int:
         """Number of clips that begin `hop` frames apart."""
-        frames = [resampled_length(seconds, frame_rate) for seconds in self.seconds]
+        frames = self.lengths(frame_rate)
         return sum((count - clip.num_frames) // hop + 1 for count in frames if count >= clip.num_frames)
+
+    def lengths(self, frame_rate: float) -> list[int]:
+        """Number of frames of each readable video at a frame rate."""
+        return [resampled_length(seconds, frame_rate) for seconds in self.seconds]
 
 
 def inspect_videos(data: str, num_frames: int, max_videos: int | None = None) -> Videos:
@@ -62,41 +71,56 @@ def inspect_videos(data: str, num_frames: int, max_videos: int | None = None) ->
         FileNotFoundError: There is no such source.
         ValueError: None of its videos can be read.
     """
-    listed = list_originals(data, num_frames, max_videos)
+    listed = list_originals(data, num_frames, max_videos, limit=LIMIT)
     if not isinstance(listed, list):
-        return Videos([], [], [], [], 0, {}, _DECODED, [], is_stream=True)
-    found: list[tuple[Listed, VideoInfo]] = []
-    refused: dict[str, str] = {}
-    for one in listed:
-        try:
-            count_frames(one, info := one.info(), None)
-        except (ValueError, OSError) as error:
-            refused[str(one.path)] = str(error).removeprefix(f"{one.path}: ")
-        else:
-            found.append((one, info))
+        return Videos([], [], [], [], [], 0, {}, _DECODED, [], is_stream=True)
+    survey = Survey(Sampling(num_frames=1))
+    found = list(survey.usable(listed))
+    found, pictures, decoded_per_second = _decode_some(found, survey)
     if not found:
-        raise ValueError(f"none of the videos of {data} can be used: {first_reasons(refused)}")
-    pictures, begin, decoded = [], time.monotonic(), 0
-    for one, info in found[:: -(-len(found) // 4)]:
-        start = (one.start or 0.0) + _length(one, info) / 3
-        frames = list(itertools.islice(iter_video(one.file(), start=start, end=one.end), _DECODED_FRAMES))
-        pictures.append(frames[0])
-        decoded += len(frames)
+        raise survey.nothing_usable(data, listed)
+    lengths = [count_frames(*one, None) for one in found]
     return Videos(
-        [_length(*one) for one in found],
-        [info.frame_rate or 1.0 for _, info in found],
-        [(info.height, info.width) for _, info in found],
-        [text for one, _ in found for text in one.captions if text],
-        sum(any(one.captions) for one, _ in found),
-        refused,
-        decoded / (time.monotonic() - begin),
+        [str(one.listed.path) for one in found],
+        [count / rate for count, rate in lengths],
+        [rate for _, rate in lengths],
+        [(one.info.height, one.info.width) for one in found],
+        [text for one in found for text in one.listed.captions if text],
+        sum(any(one.listed.captions) for one in found),
+        survey.refused,
+        decoded_per_second,
         pictures,
     )
 
 
-def _length(listed: Listed, info: VideoInfo) -> float:
-    count, rate = count_frames(listed, info, None)
-    return count / rate
+def _decode_some(videos: list[Original], survey: Survey) -> tuple[list[Original], list[np.ndarray], float]:
+    """Decodes frames of a few videos that are spread over the list, and refuses those that are damaged.
+
+    Returns:
+        The videos without the damaged ones, a frame of each decoded one, and the number of frames decoded per second.
+    """
+    step = max(1, -(-len(videos) // _NUM_PICTURES))
+    order = sorted(range(len(videos)), key=lambda index: index % step)  # every step-th one, then those after them
+    pictures: list[np.ndarray] = []
+    damaged: set[int] = set()
+    decoded, seconds = 0, 0.0
+    for index in order:
+        if len(pictures) == _NUM_PICTURES:
+            break
+        listed, begin = videos[index].listed, time.monotonic()
+        count, rate = count_frames(*videos[index], None)
+        start = (listed.start or 0.0) + count / rate / 3
+        try:
+            frames = list(itertools.islice(iter_video(listed.file(), start=start, end=listed.end), _DECODED_FRAMES))
+        except (ValueError, OSError) as error:
+            survey.refuse(listed, str(error))
+            damaged.add(index)
+            continue
+        pictures.append(frames[0])
+        decoded += len(frames)
+        seconds += time.monotonic() - begin
+    usable = [one for index, one in enumerate(videos) if index not in damaged]
+    return usable, pictures, decoded / seconds if decoded else _DECODED
 
 
 def choose_rate(videos: Videos, wanted: float, num_frames: int) -> float:
@@ -126,7 +150,7 @@ def check_videos(videos: Videos, clip: ClipShape, rate: float, *, is_split: bool
     """
     if videos.is_stream:
         return
-    lengths = [resampled_length(seconds, rate) for seconds in videos.seconds]
+    lengths = videos.lengths(rate)
     enough = max(lengths) >= clip.num_frames
     if not is_split:
         several = sum(length >= clip.num_frames for length in lengths)
