@@ -59,13 +59,15 @@ class Plan(Setup):
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Stages whose time and size are unknown, because the videos are streamed: both are 0 in the sums."""
+        """Stages whose time and size are unknown until the videos of a stream are copied."""
         return ("data", "latents") if self.videos.is_stream else ()
 
     @property
     def remaining(self) -> float:
-        """Estimated seconds of the stages that are not finished."""
-        return sum(self.seconds[stage] for stage in self.commands if not self.is_done(stage))
+        """Estimated seconds of the stages that are not finished, without the unknown ones."""
+        return sum(
+            self.seconds[stage] for stage in self.commands if not self.is_done(stage) and stage not in self.unknown
+        )
 
 
 def make_plan(options: TrainOptions, machine: Machine | None = None, measured: dict[str, float] | None = None) -> Plan:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
+from transformers import AutoModelForTextEncoding
 
 from vgen.checks import check_integer
-from vgen.tasks.train_setup import Setup
+from vgen.tasks.train_setup import Setup, text_config
 from vgen.tasks.train_stages import EVALUATED, EVALUATIONS, LEAST_STEPS, MOST_HELD_OUT, NUM_SAMPLES
-from vgen.training.needs import COPIES_OF_TRAINED, ClipShape, Step, denoiser_step, vae_step
+from vgen.training.needs import COPIES_OF_TRAINED, ClipShape, Step, denoiser_step, encoding_memory, vae_step
 from vgen.training.throughput import BACKWARD
 
 ENCODING_SHARE = 0.1
@@ -21,6 +22,8 @@ CHECKPOINTS = 12
 """Bytes of checkpoints and results relative to those of the weights in float32."""
 MARGIN = 1.5
 """Size of the copies of videos relative to the training clips, which leaves room for random crops."""
+_ENCODED_AT_ONCE = 16
+"""Clips that `encode_latents.py` encodes at once by default."""
 _OVERHEAD = 45.0
 """Seconds that a script takes to start and to save its result."""
 
@@ -95,10 +98,21 @@ class Costs:
         """Clips per forward pass."""
         return max(1, self.setup.wanted(stage, "batch_size") // (self.parts(stage) * self.setup.preset["processes"]))
 
-    @property
+    @cached_property
     def memory(self) -> dict[str, float]:
-        """Calculated bytes of memory of the stages that train a large network."""
-        return {stage: needs["memory"] for stage, needs in self.needs.items()}
+        """Calculated bytes of memory of the stages with large networks."""
+        return {stage: needs["memory"] for stage, needs in self.needs.items()} | {"latents": self.latents_memory()}
+
+    def latents_memory(self) -> float:
+        """Bytes of memory of the VAE and of a pretrained text encoder, which encode clips and captions."""
+        setup = self.setup
+        batch_size = setup.wanted("latents", "batch_size") or _ENCODED_AT_ONCE
+        text = None
+        if setup.pretrained_text is not None:
+            text = partial(AutoModelForTextEncoding.from_config, text_config(setup.pretrained_text))
+        return encoding_memory(
+            setup.codec.model, setup.clip, batch_size, self.precision("latents"), text, setup.text_length
+        )
 
     @property
     def disk(self) -> float:

@@ -86,9 +86,10 @@ def check_memory(name: str, memory: Mapping[str, float], machine: Machine) -> No
     """
     for stage, needed in memory.items():
         if needed > machine.memory:
+            smaller = "VAE or text encoder" if stage == "latents" else "preset"
             raise ValueError(
-                f"preset {name}: the {stage} needs about {needed / GIB:.1f} GiB of memory, and {machine.name} has "
-                f"{machine.memory / GIB:.1f}: choose a smaller preset, or halve {stage}.batch_size with --set"
+                f"preset {name}: the stage {stage} needs about {needed / GIB:.1f} GiB of memory, and {machine.name} "
+                f"has {machine.memory / GIB:.1f}: choose a smaller {smaller}, or halve {stage}.batch_size with --set"
             )
 
 

@@ -104,7 +104,7 @@ class Setup:
 
     def wanted(self, stage: str, name: str) -> Any:
         """A setting of a stage: that of `--set`, or else of the preset."""
-        return self.changes.get(stage, {}).get(name, self.preset[stage].get(name))
+        return self.changes.get(stage, {}).get(name, self.preset.get(stage, {}).get(name))
 
     def changes_of(self, stage: str) -> dict[str, Any]:
         """The settings of `--set` for the commands of a stage; the denoiser's `model` is completed elsewhere."""
@@ -128,6 +128,11 @@ class Setup:
         return channels | {"keyframe_slots": self.codec.time} | own | changes.get("model", {})
 
     @property
+    def pretrained_text(self) -> str | None:
+        """The pretrained text encoder that embeds the captions."""
+        return (self.options.text_encoder or self.options.init) if self.captioned else None
+
+    @property
     def text_length(self) -> int:
         """Tokens per prompt."""
         if self.pipe is not None:
@@ -139,7 +144,8 @@ class Setup:
         """Channels of the prompts' embeddings."""
         if self.pipe is not None:
             return self.denoiser_model.get("text_dim") or self.denoiser_model["cross_attention_dim"]
-        return text_dim_of(self.options.text_encoder) if self.options.text_encoder else self.preset["text"]["dim"]
+        source = self.options.text_encoder
+        return self.preset["text"]["dim"] if source is None else text_config(source).hidden_size
 
 
 def choose_codec(options: TrainOptions, preset: Mapping[str, Any], changes: Mapping[str, Any]) -> Codec:
@@ -168,9 +174,9 @@ def read_pipeline(source: str) -> dict[str, Any]:
     return {"max_sequence_length": 512, **defaults, "denoiser": kind, "model": model}
 
 
-def text_dim_of(source: str) -> int:
-    """Channels of the embeddings of a text encoder, from its config."""
-    return int(AutoConfig.from_pretrained(locate(source), subfolder="text_encoder").hidden_size)
+def text_config(source: str) -> Any:
+    """The config of a text encoder."""
+    return AutoConfig.from_pretrained(locate(source), subfolder="text_encoder")
 
 
 def clip_of(pipe: Mapping[str, Any]) -> dict[str, Any]:

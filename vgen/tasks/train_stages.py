@@ -57,8 +57,8 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
             | {"augment": augment(setup)},
         )]  # fmt: skip
     encode: dict[str, Any] = {"vae": vae} | shape | rates | {"keyframes": True}
-    if setup.captioned and not setup.trains_text:
-        encode |= {"text_encoder": setup.options.text_encoder or setup.options.init}
+    if setup.pretrained_text is not None:
+        encode |= {"text_encoder": setup.pretrained_text}
         encode |= {"max_sequence_length": setup.text_length}
     latents = setup.folder / "latents"
     found["latents"] = [

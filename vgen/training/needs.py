@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
@@ -22,6 +25,7 @@ COPIES_OF_TRAINED = 4
 _RESERVE = 1.2
 """Temporary memory of operations and fragmentation, as a factor."""
 _SECONDS = 4.0
+_CAPTIONS = 64  # that are embedded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,45 @@ class Step:
         return sum(times[1:]) / (len(times) - 1)
 
 
+def encoding_memory(
+    vae: Mapping[str, Any],
+    clip: ClipShape,
+    batch_size: int,
+    precision: str = "no",
+    text_encoder: Callable[[], nn.Module] | None = None,
+    max_sequence_length: int = 0,
+) -> float:
+    """Bytes of memory for encoding clips and their frames, and captions, all without gradients or a real device.
+
+    Args:
+        vae: Arguments of the `CausalVideoVAE`, whose weights are in float32.
+        clip: Shape of the clips in pixels.
+        batch_size: Clips that are encoded at once.
+        precision: That of the VAE's forward pass: `no` (float32), `bf16` or `fp16`.
+        text_encoder: Makes the text encoder, which is kept in float32; `None` if there is none.
+        max_sequence_length: Tokens per caption.
+    """
+    shapes = [(batch_size, clip.num_frames), (batch_size * min(4, clip.num_frames - 1), 1)]
+    with torch.device("meta"), torch.no_grad():
+        network: Any = CausalVideoVAE(**vae).eval()
+        networks = [network]
+
+        def encode(dtype: torch.dtype) -> int:
+            inputs = [torch.zeros(size, 3, frames, clip.height, clip.width, dtype=dtype) for size, frames in shapes]
+            return max(_peak_bytes(lambda pixels=pixels: network.encode(pixels)) for pixels in inputs)
+
+        activations: float = encode(torch.float32)
+        if precision != "no":  # autocast keeps about half of them in float32
+            nn.Module.to(network, torch.bfloat16)
+            activations = (activations + encode(torch.bfloat16)) / 2
+        if text_encoder is not None:
+            networks.append(text := text_encoder().eval())
+            tokens = torch.ones(_CAPTIONS, max_sequence_length, dtype=torch.long)
+            activations = max(activations, _peak_bytes(lambda: text(tokens)))
+        weights = 4 * sum(one.numel() for network in networks for one in network.parameters())
+    return _RESERVE * (weights + activations)
+
+
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -145,6 +188,31 @@ def denoiser_step(
         }
 
     return Step(make, inputs)
+
+
+def _peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes of tensors that a computation keeps at once, without those that exist before it."""
+    with _Live() as live, _FlashAttention():
+        run()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations make, as long as something refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for one in tree_leaves(output):
+            if torch.is_tensor(one):
+                storage = one.untyped_storage()
+                self.sizes[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return output
 
 
 def _to_half(value: Any) -> Any:
