@@ -391,8 +391,6 @@ def test_the_memory_for_latents_is_that_of_the_networks_that_encode(folder):
     with_text = plan_of(folder, minutes=60, text_encoder=text)
     added = with_text.memory["latents"] - plan.memory["latents"]
     assert added >= 4 * sum(one.numel() for one in encoder.parameters())
-    more = plan_of(folder, minutes=60, changes=["latents.batch_size=64"])
-    assert more.memory["latents"] > 2 * plan.memory["latents"]
     with pytest.raises(ValueError, match="the stage latents needs .* GiB of memory.*latents.batch_size"):
         plan_of(folder, minutes=60, changes=["latents.batch_size=10000"])
 
