@@ -379,6 +379,7 @@ def test_the_plan_of_a_stream_says_what_is_unknown(folder):
     rows = {stage: (seconds, what) for stage, seconds, what in plan_rows(plan)}
     assert rows["data"][0] == rows["latents"][0] == "unknown"
     assert rows["vae"][0].startswith("about")
+    assert "captions, if there are any" in rows["text"][1]
     assert rows["all"][0].endswith(" without data and latents")
     assert rows["all"][1].endswith(" on disk without data and latents")
 

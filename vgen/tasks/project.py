@@ -331,7 +331,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
         text = "done" if plan.is_done(stage) else expected(plan, stage)
         steps = [f"{one.settings['max_steps']} steps" for one in commands if "max_steps" in one.settings]
         memory = [f"{plan.memory[stage] / GIB:.1f} GiB of memory"] if stage in plan.memory else []
-        rows.append((stage, text, ", ".join([MEANINGS[stage], *steps, *memory])))
+        captions = ["if there are any"] if stage == "text" and plan.videos.is_stream else []
+        rows.append((stage, text, ", ".join([MEANINGS[stage], *captions, *steps, *memory])))
     left_out = without(plan)
     rows.append(("all", f"about {duration(plan.remaining)}{left_out}", f"{plan.disk / GIB:.2f} GiB on disk{left_out}"))
     return rows
