@@ -357,6 +357,7 @@ def test_a_vae_that_is_not_supported_says_what_to_do(tmp_path, option, name):
 
 @pytest.mark.parametrize("option", ["data", "held_out"])
 def test_moving_mnist_needs_a_number_of_videos(folder, option):
+    pytest.importorskip("idx2numpy")
     digits = np.random.default_rng(0).integers(0, 255, (10, 28, 28), dtype=np.uint8)
     path = folder.parent / "train-images-idx3-ubyte"
     path.write_bytes(struct.pack(">4i", 2051, *digits.shape) + digits.tobytes())
