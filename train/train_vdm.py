@@ -138,6 +138,8 @@ class VDMConfig(SampleConfig):
             )
         if self.init is None:
             make_scheduler(self.prediction, self.scheduler, self.level_shift, self.zero_terminal_snr)
+            if self.model.get("residual") and self.prediction != "flow":
+                raise ValueError(f"residual in model needs prediction=flow, got {self.prediction}")
         if self.train_only == "lora" and (self.init is None or self.train_text_encoder or self.lora_rank < 1):
             raise ValueError(
                 "train_only=lora needs a pipeline as init, train_text_encoder=false and lora_rank of at least 1, got "

@@ -21,6 +21,7 @@ TINY = {
 }  # fmt: skip
 LAYOUTS = {
     "1.5": {},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
     "2.1": {"attention_head_dim": (1, 2), "use_linear_projection": True, "upcast_attention": True},
     "deeper": {"block_out_channels": (8, 16, 16), "layers_per_block": 2, "transformer_layers_per_block": 2,
                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -98,7 +99,6 @@ def test_mismatched_2d_weights_raise_errors_that_name_the_keys(randomize, tmp_pa
             {"addition_embed_type": "text", "addition_embed_type_num_heads": 1},
             "addition_embed_type must be None, got 'text'",
         ),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         (
             {
                 "addition_embed_type": "text_time",

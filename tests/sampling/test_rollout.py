@@ -53,9 +53,12 @@ def latents_of(rollout, monkeypatch):
     return torch.cat(parts, dim=2), pixels
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("given", [1, 5, 9])
-def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(randomize, video, monkeypatch, given):
-    pipe = build(randomize, chunk_size=2, window=6)
+def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
+    randomize, video, monkeypatch, given, residual
+):
+    pipe = build(randomize, chunk_size=2, window=6, residual=residual)
     rollout = pipe.rollout(PROMPT, video[:given], num_frames=8, generator=seeded())
     latents, _ = latents_of(rollout, monkeypatch)
     known = (given - 1) // 4 + 1

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import is_xformers_available
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vgen.models.compilation import RecordsCompilation
 
@@ -18,6 +20,10 @@ def expand_frame_rate(frame_rate: float | Tensor, batch_size: int, device: torch
     if isinstance(frame_rate, Tensor):
         return frame_rate.to(device, torch.float32).expand(batch_size)
     return torch.full((batch_size,), frame_rate, dtype=torch.float32, device=device)
+
+
+VARIANCE_AROUND_KNOWN = 0.25
+"""Variance around filled keyframes in `estimate_linearly`; that of normalized latents around zero is 1."""
 
 
 class FrameRateEmbedder(nn.Module):
@@ -121,6 +127,91 @@ def pack_keyframes(images: Mapping[tuple[int, int], Tensor], num_latents: int, n
         slots[:, slot, :c, latent] = image
         slots[:, slot, c, latent] = 1
     return slots.flatten(1, 2)
+
+
+def fill_keyframes(
+    keyframes: Tensor | None,
+    latents: Tensor,
+    num_leading: Tensor | int,
+    num_slots: int,
+    previous: Tensor | None = None,
+) -> Tensor:
+    """Fills empty keyframe slots with the known frames before and after them, blended linearly in time.
+
+    Known are the frames in the slots and the last leading latent, which stands for its last frame. Slots before the
+    first known frame and after the last one repeat it. Masks and the slots of leading latents stay as they are. So the
+    input of a prediction begins with the last frame repeated, and that of an interpolation with a linear blend.
+
+    Args:
+        keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
+        latents: Latents `(b, c, t, h, w)`; those that follow the leading ones are not read.
+        num_leading: Number of leading known latents, one for all videos or `(b,)`.
+        num_slots: Slots per latent frame, `s`.
+        previous: The latent `(b, c, h, w)` before the first one; `None` if there is none.
+
+    Returns:
+        Keyframe slots of the same shape.
+
+    Source: Repeated image latents as channels of the input: Stable Video Diffusion, arXiv 2311.15127.
+    """
+    (b, c, t, h, w), device = latents.shape, latents.device
+    if keyframes is None:
+        keyframes = latents.new_zeros(b, num_slots * (c + 1), t, h, w)
+    slots = rearrange(keyframes, "b (s c) t h w -> b (t s) c h w", s=num_slots)
+    # one place in front of the slots is for the last frame before them
+    first = latents.new_zeros(b, c, h, w) if previous is None else previous.to(latents)
+    values = torch.cat([first[:, None].to(slots), slots[:, :, :c]], dim=1)
+    known = F.pad(slots[:, :, c, 0, 0] > 0, (1, 0), value=previous is not None)
+    videos, places = torch.arange(b, device=device), torch.arange(t * num_slots + 1, device=device)
+    leading = torch.as_tensor(num_leading, device=device).expand(b)
+    last = latents[videos, :, (leading - 1).clamp_min(0)]
+    begin = (leading * num_slots)[:, None]
+    at_begin = (places == begin) & (leading > 0)[:, None]
+    values = torch.where(at_begin[..., None, None, None], last[:, None].to(slots), values)
+    known = torch.where(places < begin, False, known | at_begin)
+    end = len(places)
+    before = torch.where(known, places, -1).cummax(1).values
+    after = torch.where(known, places, end).flip(1).cummin(1).values.flip(1)
+    before, after = torch.where(before < 0, after, before), torch.where(after == end, before, after)
+    is_known = (before >= 0) & (before < end)
+    before, after = before.clamp(0, end - 1), after.clamp(0, end - 1)
+    share = ((places - before) / (after - before).clamp_min(1)).to(slots)[..., None, None, None]
+    blend = values[videos[:, None], before].lerp(values[videos[:, None], after], share)
+    fill = (is_known & ~known & (places > begin))[..., None, None, None]
+    filled = torch.cat([torch.where(fill, blend, values)[:, 1:], slots[:, :, c:]], dim=2)
+    at_leading = (places[1:] <= begin)[..., None, None, None]
+    return rearrange(torch.where(at_leading, slots, filled), "b (t s) c h w -> b (s c) t h w", s=num_slots)
+
+
+def estimate_linearly(noisy: Tensor, timestep: Tensor, keyframes: Tensor | None) -> Tensor:
+    """Estimates the velocity of flow matching without layers: the best estimate if latents were Gaussian.
+
+    The clean latents are taken to be normally distributed around the mean of the filled keyframe slots, or around zero
+    where nothing is known. A network that adds to this estimate begins with the quality of a linear blend, or of the
+    last frame repeated.
+
+    Args:
+        noisy: Noisy latents `(b, c, t, h, w)`.
+        timestep: Noise levels as timesteps from 0 to 1000, `(b, 1)` or `(b, n)`; `t` is a multiple of `n`.
+        keyframes: Filled keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
+
+    Returns:
+        Velocity `(b, c, t, h, w)` in float32.
+
+    Source: The preconditioning in Elucidating the design space of diffusion-based generative models, arXiv 2206.00364,
+        for flow matching and a mean that is known in part.
+    """
+    noisy, c = noisy.float(), noisy.shape[1]
+    level = (timestep.float() / 1000).repeat_interleave(noisy.shape[2] // timestep.shape[1], dim=1)
+    level = level[:, None, :, None, None]
+    variance, mean = torch.ones_like(level), torch.zeros_like(noisy)
+    if keyframes is not None:
+        slots = rearrange(keyframes, "b (s c) t h w -> b s c t h w", c=c + 1)[:, :, :c]
+        mean = slots.float().mean(1)
+        is_known = slots.flatten(4).any(4).flatten(1, 2).any(1)[:, None, :, None, None]
+        variance = torch.where(is_known, VARIANCE_AROUND_KNOWN, 1.0)
+    total = (1 - level).square() * variance + level.square()
+    return ((level - (1 - level) * variance) * noisy - level * mean) / total
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vgen.checks import check_choice, check_choices
 from vgen.models.convert import refuse_nonzero, with_same_weights
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of, expand_frame_rate
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of, estimate_linearly, expand_frame_rate
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -250,6 +250,9 @@ class SpacetimeTransformer(
         sink: Number of token frames at the start of a stream that are never evicted from the KV cache.
         keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
+            linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
+            slots for it (`fill_keyframes`); whoever calls the network alone does that before.
         trained_frame_rates: Lowest and highest frame rate of the training clips in frames per second, for messages
             only; `None` if unknown.
 
@@ -298,6 +301,7 @@ class SpacetimeTransformer(
         sink: int = 0,
         keyframe_slots: int = 0,
         frame_rate_embedding: bool = False,
+        residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -333,6 +337,9 @@ class SpacetimeTransformer(
             for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch))
+        if residual:
+            for weight in self.proj_out.parameters():
+                nn.init.zeros_(weight)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         register_state_keys(self)
@@ -413,6 +420,9 @@ class SpacetimeTransformer(
             mask = cache.mask_empty(mask, n, math.prod(joined), like)
         rotary_emb = self.rope(positions, rows, columns)
 
+        estimate = None
+        if self.config.residual:
+            estimate = estimate_linearly(hidden_states, self._timesteps(timestep, b, n), keyframes)
         tokens = self.patch_embedding(hidden_states)
         if keyframes is not None:
             tokens = tokens + self._embed_keyframes(keyframes)
@@ -456,6 +466,7 @@ class SpacetimeTransformer(
             "b (n h w) (i j k c) -> b c (n i) (h j) (w k)",
             n=n, h=rows, w=columns, i=p_t, j=p_h, k=p_w,
         )  # fmt: skip
+        output = output if estimate is None else (output + estimate).to(like.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @classmethod

@@ -37,8 +37,8 @@ from diffusers.utils import apply_lora_scale, logging
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vgen.checks import check_choices
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, expand_frame_rate
+from vgen.checks import check_choice, check_choices
+from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, estimate_linearly, expand_frame_rate
 from vgen.models.loading import StrictLoading, load_strictly
 from vgen.models.transformer import Task
 from vgen.temporal.attention import (
@@ -58,6 +58,7 @@ from vgen.temporal.state import History, TemporalState, network_identity, regist
 
 logger = logging.get_logger(__name__)
 
+TimeNorm = Literal["default", "scale_shift"]
 DownBlock = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
 UpBlock = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
 
@@ -354,6 +355,7 @@ class Settings:
     use_linear_projection: bool
     upcast_attention: bool
     temporal_head_dim: int
+    time_norm: str
 
     def resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
         """A residual block of diffusers."""
@@ -364,6 +366,7 @@ class Settings:
             eps=self.eps,
             groups=self.groups,
             non_linearity=self.act_fn,
+            time_embedding_norm=self.time_norm,
         )
 
     def attention(self, channels: int, heads: int, num_layers: int) -> Transformer2DModel:
@@ -405,6 +408,8 @@ class UNet3D(
         layers_per_block: Residual blocks per resolution in the downsampling path; the upsampling path has one more.
         downsample_padding: Padding of the downsampling convolutions.
         act_fn: Activation function, as diffusers names it.
+        resnet_time_scale_shift: How noise levels enter residual blocks: added (`default`), or as scale and shift of
+            the second norm (`scale_shift`).
         norm_num_groups: Groups of the norms, which are computed per frame.
         norm_eps: Epsilon of the norms.
         cross_attention_dim: Channels of the prompt embeddings.
@@ -424,6 +429,9 @@ class UNet3D(
         sink: Number of latent frames at the start of a stream that are never evicted from the KV cache.
         keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
+            linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
+            slots for it (`fill_keyframes`); whoever calls the network alone does that before.
         trained_frame_rates: Lowest and highest frame rate of the training clips in frames per second, for messages
             only; `None` if unknown.
 
@@ -459,6 +467,7 @@ class UNet3D(
         layers_per_block: int = 2,
         downsample_padding: int = 1,
         act_fn: str = "silu",
+        resnet_time_scale_shift: TimeNorm = "default",
         norm_num_groups: int = 32,
         norm_eps: float = 1e-5,
         cross_attention_dim: int = 1280,
@@ -476,11 +485,13 @@ class UNet3D(
         sink: int = 0,
         keyframe_slots: int = 0,
         frame_rate_embedding: bool = False,
+        residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         depth = len(block_out_channels)
         check_choices("tasks", tasks, Task)
+        check_choice("resnet_time_scale_shift", resnet_time_scale_shift, TimeNorm)
         blocks: tuple[tuple[str, Sequence[str], Any], ...] = (
             ("down_block_types", down_block_types, DownBlock),
             ("up_block_types", up_block_types, UpBlock),
@@ -501,7 +512,7 @@ class UNet3D(
         time_dim = 4 * channels[0]
         settings = Settings(
             time_dim, norm_num_groups, norm_eps, act_fn, cross_attention_dim, use_linear_projection,
-            upcast_attention, temporal_head_dim,
+            upcast_attention, temporal_head_dim, resnet_time_scale_shift,
         )  # fmt: skip
         self.rope = RotaryPositions(temporal_head_dim)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -544,6 +555,9 @@ class UNet3D(
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
         self.conv_act = get_activation(act_fn)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        if residual:
+            for weight in self.conv_out.parameters():
+                nn.init.zeros_(weight)
         register_state_keys(self)
         self.state_identity = network_identity(self)
 
@@ -643,7 +657,10 @@ class UNet3D(
             raise ValueError(
                 f"(h, w) of the latents must be multiples of {unit}, got {(height, width)} (nearest: {nearest})"
             )
-        num_visible = n
+        noisy, num_visible, estimate = hidden_states, n, None
+        if self.config.residual:
+            levels = _levels(timestep, b, n, hidden_states.device)
+            estimate = estimate_linearly(noisy, levels, keyframes)
         if conv_context is not None:
             if state is not None or gap_index is None:
                 raise ValueError("conv_context needs gap_index and cannot be used with a state")
@@ -702,6 +719,7 @@ class UNet3D(
             cache.write(context.written)
             cache.state.commit(context.history)
         output = rearrange(x, "(b n) c h w -> b c n h w", n=n)[:, :, :num_visible]
+        output = output if estimate is None else (output + estimate).to(noisy.dtype)
         return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
     @classmethod
@@ -814,7 +832,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
     "time_cond_proj_dim": (None,),
-    "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,),
     "mid_block_scale_factor": (1,),

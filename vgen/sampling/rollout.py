@@ -393,7 +393,13 @@ class Rollout(VideoStream):
         steps = state.options.num_inference_steps
         assert steps is not None
         return sampler.denoise(
-            noise, conditions, steps, state.generator, state=state.denoiser, on_step=self.hooks.on_step
+            noise,
+            conditions,
+            steps,
+            state.generator,
+            state=state.denoiser,
+            on_step=self.hooks.on_step,
+            previous=state.history[-1][0][:, :, -1] if state.history else None,
         )
 
     def _redraw(self, latents: Tensor, changed: list[int]) -> Tensor:

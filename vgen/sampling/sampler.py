@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vgen.checks import check_type
 from vgen.diffusion import flow_sample, level_to_timestep
+from vgen.models.denoiser import fill_keyframes
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.locks import lock_of
 from vgen.models.transformer import SpacetimeTransformer
@@ -139,6 +140,7 @@ class Sampler:
         on_step: OnStep | None = None,
         start: Start | None = None,
         custom: Mapping[str, Sequence[float]] | None = None,
+        previous: Tensor | None = None,
     ) -> Tensor:
         """Denoises noise to latents `(b, c, t, h, w)`.
 
@@ -152,7 +154,15 @@ class Sampler:
             on_step: Called after each step.
             start: Latents to start from, with noise of an intermediate level; `None` starts from pure noise.
             custom: `timesteps` or `sigmas` instead of the scheduler's own.
+            previous: The clean latent `(b, c, h, w)` before the first one, for denoisers with `residual`.
         """
+        network = self.denoiser.config
+        if network.residual and network.keyframe_slots:
+            num_leading = 0 if known is None else known.layout.num_leading
+            latents = noise if known is None else known.overwrite_latents(noise)
+            latents = latents.to(self.device, self.denoiser.dtype)
+            slots = fill_keyframes(conditions.keyframes, latents, num_leading, network.keyframe_slots, previous)
+            conditions = replace(conditions, keyframes=slots)
         token, guidance = running_sampler.set(self), self.guidance
         self._prompts = PromptCaches()
         self.attention_kwargs = conditions.attention_kwargs

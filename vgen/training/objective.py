@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.diffusion import flow_sample, level_to_timestep, prediction_of
+from vgen.models.denoiser import fill_keyframes
 from vgen.models.prompts import embed
 from vgen.temporal.attention import Groups
 
@@ -134,6 +135,7 @@ class PromptedDenoiser(nn.Module):
         input_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        num_leading: Tensor | None = None,
         groups: Groups = "full",
         gap_order: Tensor | None = None,
         num_gaps: int | None = None,
@@ -147,6 +149,7 @@ class PromptedDenoiser(nn.Module):
             input_ids: Tokens of the prompts, `(b, l)`, with `prompt_mask`.
             prompt_mask: 1 for tokens of the prompt.
             prompt_embeds: Embedded prompts `(b, l, d)`, in place of `input_ids`.
+            num_leading: Number of leading known latents of each video, `(b,)`, for networks with `residual`.
             groups: Attention groups of token frames; see the denoiser.
             gap_order: A permutation `(b,)` of the videos that puts those with a gap first.
             num_gaps: Number of videos with a gap. The others are then computed without `conv_context`. `None` computes
@@ -156,6 +159,10 @@ class PromptedDenoiser(nn.Module):
         if input_ids is not None:
             assert prompt_mask is not None
             prompt_embeds = embed(self.text_encoder, input_ids, prompt_mask)
+        network: Any = self.denoiser
+        if num_leading is not None and network.config.residual and network.config.keyframe_slots:
+            slots = network.config.keyframe_slots
+            conditions["keyframes"] = fill_keyframes(conditions.get("keyframes"), latents, num_leading, slots)
         inputs = {
             "hidden_states": latents, "timestep": timestep, "encoder_hidden_states": prompt_embeds, "groups": groups,
         } | conditions  # fmt: skip

@@ -44,8 +44,8 @@ from vgen.training.run import RunConfig, generators
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 CONDITIONING_KEYS = (
-    "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "conv_context", "gap_index", "groups",
-    "gap_order", "num_gaps",
+    "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "num_leading", "conv_context", "gap_index",
+    "groups", "gap_order", "num_gaps",
 )  # fmt: skip
 
 
@@ -423,9 +423,10 @@ def make_sample(
 
     Returns:
         `latents` and `noise` `(c, t, h, w)`; `levels` `(n,)`, the noise level of each token frame; `groups` `(n,)`;
-        `generated`, bool `(n,)`, false for leading known frames; `real`, bool `(n,)`, false for padding; `frame_rate`,
-        NaN without frame-rate conditioning. Depending on the settings also `conv_context` and `gap_index` (see
-        `UNet3D`), `adjacent` and `motion` for the temporal loss, and `keyframes` (see `pack_keyframes`).
+        `generated`, bool `(n,)`, false for leading known frames; `num_leading`, the number of their latents; `real`,
+        bool `(n,)`, false for padding; `frame_rate`, NaN without frame-rate conditioning. Depending on the settings
+        also `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and `motion` for the temporal loss, and
+        `keyframes` (see `pack_keyframes`).
     """
     p = spec.patch_frames
     kind = choose(config.windows, rng)
@@ -443,6 +444,7 @@ def make_sample(
         "noise": torch.randn(latents.shape, generator=generator),
         "groups": groups,
         "generated": torch.arange(length) >= num_leading,
+        "num_leading": torch.tensor(num_leading * p),
         "real": real,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
