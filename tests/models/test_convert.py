@@ -43,8 +43,9 @@ def test_layers_that_diffusers_lacks_are_dropped_if_zero_and_raise_otherwise():
         with pytest.raises(ValueError, match="cannot be converted"):
             network.to_diffusers()
         part.data.zero_()
-    with pytest.raises(ValueError, match="divided"):
-        SpacetimeTransformer(**TRANSFORMER, attention="divided").to_diffusers()
+    for setting in ({"attention": "divided"}, {"residual": True}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            SpacetimeTransformer(**TRANSFORMER, **setting).to_diffusers()
 
 
 def test_unsupported_layouts_raise_errors_that_name_the_setting():

@@ -502,10 +502,13 @@ class SpacetimeTransformer(
         """Converts to diffusers' class. Layers that it lacks are dropped if their weights are all zero.
 
         Raises:
-            ValueError: Attention is divided, or the keyframe or frame-rate embedding is not zero.
+            ValueError: Attention is divided, the network is residual, or the keyframe or frame-rate embedding is not
+                zero.
         """
         if self.config.attention != "joint":
             raise ValueError("WanTransformer3DModel does not support attention='divided'")
+        if self.config.residual:
+            raise ValueError("WanTransformer3DModel does not support residual=True")
         for part in _BEYOND_WAN:
             refuse_nonzero(
                 self,
