@@ -54,6 +54,7 @@ from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import CutCaptions, embed, load_text_encoder, load_tokenizer, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import from_main_process, locked_output_dir, this_process
+from vgen.sampling.known_frames import still_clips
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.ray_engine import ItemError, ray_pool
 from vgen.temporal.flow import FlowMethod, measure_motion
@@ -119,6 +120,9 @@ class EncodeConfig(EngineOptions):
     encoded at all of them."""
     keyframes: bool = False
     """Whether to also encode each frame as an image, for training with keyframes; doubles the time."""
+    still_keyframes: bool = False
+    """Whether each such frame is encoded as a clip in which it stands still, for denoisers with `still_keyframes`;
+    multiplies that time by the length of the clip, one more than the temporal compression."""
     flow: FlowMethod | None = None
     """Method of `vgen.temporal.flow.optical_flow` for the motion between latents, which `warping_weight` needs; `None`
     stores no motion."""
@@ -372,9 +376,12 @@ class Shard:
             self.real.append(torch.cat([batch.real[:, :1], batch.real[:, 1:].unflatten(1, (-1, s)).all(2)], dim=1))
         self.latents.append(encode(self.codec, clip, config.mixed_precision))
         if config.keyframes:
-            alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w").split(4 * config.batch_size)
-            images = torch.cat([encode(self.codec, images, config.mixed_precision) for images in alone])
-            self.frames.append(rearrange(images, "(b f) c 1 h w -> b f c h w", b=len(clip)))
+            alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w")
+            if config.still_keyframes:
+                alone = still_clips(alone, self.codec.temporal_compression_ratio)
+            parts = alone.split(4 * config.batch_size)
+            images = torch.cat([encode(self.codec, part, config.mixed_precision)[:, :, -1] for part in parts])
+            self.frames.append(rearrange(images, "(b f) c h w -> b f c h w", b=len(clip)))
         if config.flow:  # from the last frame of each latent to that of the next one
             motion = measure_motion(clip[:, :, :: self.codec.temporal_compression_ratio], config.flow)
             scaled = motion.scaled_down(clip.shape[-1] // self.latents[-1].shape[-1])

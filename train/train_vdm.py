@@ -50,6 +50,7 @@ from vgen.training.sample import (
     Source,
     check_encoders,
     check_motion,
+    check_stills,
     conditioning,
     denoiser_temporal_loss,
     record_frame_rates,
@@ -189,6 +190,7 @@ def main(config: VDMConfig) -> None:
     if pipe.text_encoder is None:
         check_unprompted(config, both)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in both)
+    check_stills(pipe.denoiser, both)
     check_encoders(both, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
     spec, tokenizer = DenoiserSpec.of(pipe.denoiser), None if embedded else pipe.tokenizer

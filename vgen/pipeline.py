@@ -1256,7 +1256,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         }
         if given:
             warn_unlike_training(self.video_vae, given[min(given)], device)
-        return encode_known_frames(pixels, num_frames, self.grid, self.video_vae)
+        still = self.denoiser.config.still_keyframes
+        return encode_known_frames(pixels, num_frames, self.grid, self.video_vae, still)
 
 
 def load_rollout(

@@ -58,6 +58,17 @@ def test_leading_latents_are_those_of_the_whole_clip_and_slots_hold_single_frame
         assert (slots[:, slot, -1, 2] == 1).all()
 
 
+def test_a_still_keyframe_is_the_last_latent_of_a_clip_that_repeats_it(make_vae):
+    vae = make_vae()
+    clip = torch.rand(2, 3, 9, 16, 16) * 2 - 1
+    known = encode_known_frames({i: clip[:, :, i] for i in (0, 3, 8)}, 9, LatentGrid(4), vae, still=True)
+    slots = known.keyframes.unflatten(1, (4, -1))
+    for index, latent, slot in ((3, 1, 2), (8, 2, 3)):
+        still = clip[:, :, [index] * 5]
+        expected = vae.normalize(vae.encode(still).latent_dist.mode())[:, :, 1]
+        torch.testing.assert_close(slots[:, slot, :-1, latent], expected, atol=1e-5, rtol=0)
+
+
 def test_images_of_every_kind_are_the_same_pixels():
     array = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array).movedim(-1, 0)

@@ -1,7 +1,9 @@
 """What the denoiser is trained on: windows, known frames, levels, losses between frames."""
 
 import itertools
+import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +15,13 @@ from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import write_video
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
-from vgen.sampling.known_frames import encode_known_frames
+from vgen.sampling.known_frames import encode_known_frames, encode_slots
 from vgen.temporal.grid import LatentGrid
 from vgen.training.sample import (
     DenoiserSpec,
     SampleConfig,
+    Source,
+    check_stills,
     denoiser_temporal_loss,
     make_sample,
     record_frame_rates,
@@ -211,3 +215,31 @@ def test_convolutions_get_the_latents_before_what_follows_a_gap(long_latents):
     assert seen == {1, 2, 3}
     _, sample = next(samples(long_latents, length=3, windows={"start": 1.0}, conv_history=2))
     assert "conv_context" not in sample
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_single_frames_must_be_encoded_as_the_denoiser_expects_them(long_latents, tmp_path, stored):
+    folder = tmp_path / "latents"
+    shutil.copytree(long_latents, folder)
+    settings = json.loads((folder / "settings.json").read_text()) | {"still_keyframes": stored}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    config = mixture_of(folder)
+    source = Source(LatentSet(folder), config)
+    denoiser = SimpleNamespace(config=SimpleNamespace(still_keyframes=stored, keyframe_slots=4))
+    check_stills(denoiser, [source])
+    denoiser.config.still_keyframes = not stored
+    with pytest.raises(ValueError, match=f"still_keyframes={stored}, and the denoiser has .*={not stored}"):
+        check_stills(denoiser, [source])
+    denoiser.config.keyframe_slots = 0  # no keyframes are used
+    check_stills(denoiser, [source])
+
+
+def test_frames_encoded_as_stills_are_what_the_pipeline_gives_the_denoiser(vae_run, tmp_path):
+    encode(vae_run, tmp_path, **{"--num_frames": 9, "--keyframes": "true", "--still_keyframes": "true"})
+    vae, clip = CausalVideoVAE.from_pretrained(vae_run / "vae"), LatentSet(tmp_path)[3]
+    pixels = render([ShapesWorld().scene(3)], num_frames=9, height=16, width=16, frame_rate=clip.frame_rate)
+    slots = encode_slots(vae, {(0, index): pixels[:, :, index] for index in range(1, 9)}, still=True)
+    expected = torch.cat(list(slots.values()))
+    torch.testing.assert_close(clip.frames.float(), expected, atol=0.1, rtol=0)
+    alone = torch.cat(list(encode_slots(vae, {(0, index): pixels[:, :, index] for index in range(1, 9)}).values()))
+    assert (expected - alone).abs().max() > 0.3

@@ -249,6 +249,8 @@ class SpacetimeTransformer(
         window: Number of recent token frames in the KV cache.
         sink: Number of token frames at the start of a stream that are never evicted from the KV cache.
         keyframe_slots: Keyframe slots per latent, equal to the temporal compression of the VAE; 0 disables keyframes.
+        still_keyframes: Whether the latent of a keyframe is that of a clip in which the frame stands still, so that it
+            looks like the latents around it. Otherwise it is that of the frame alone, the first of a video.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
         residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
             linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
@@ -300,6 +302,7 @@ class SpacetimeTransformer(
         window: int | None = None,
         sink: int = 0,
         keyframe_slots: int = 0,
+        still_keyframes: bool = False,
         frame_rate_embedding: bool = False,
         residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,

@@ -244,7 +244,7 @@ class Interpolator:
         sampler, config, grid = self.sampler, self.sampler.denoiser.config, self.sampler.grid
         slots = lay_out(frames, grid.num_frames(num_latents + 1), grid).slots
         places = {(latent - offset, slot): self.state.given[frame] for frame, (latent, slot) in slots.items()}
-        images = encode_slots(sampler.vae, places) if places else {}
+        images = encode_slots(sampler.vae, places, config.still_keyframes) if places else {}
         mode = widest_mode(config.group_modes)
         groups: Any = make_groups(mode, count, leading.shape[2], config.chunk_size)
         keyframes = pack_keyframes(images, count, grid.compression, leading[:, :, 0]).to(sampler.denoiser.dtype)

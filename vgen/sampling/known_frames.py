@@ -120,6 +120,7 @@ def encode_known_frames(
     num_frames: int,
     grid: LatentGrid,
     vae: CausalVideoVAE | PerFrameVAE | None = None,
+    still: bool = False,
 ) -> KnownFrames:
     """Encodes given frames: the leading run as a clip, every other frame on its own.
 
@@ -128,6 +129,7 @@ def encode_known_frames(
         num_frames: Length of the video.
         grid: Frame arithmetic of the model.
         vae: Encodes the frames; `None` if latents are pixels.
+        still: Whether keyframes are encoded as still clips; see `still_keyframes` of the denoisers.
 
     Raises:
         ValueError: See `lay_out`.
@@ -137,7 +139,7 @@ def encode_known_frames(
     if layout.num_leading:
         leading = encode_clip(vae, torch.stack([frames[index] for index in range(layout.leading_frames)], dim=2))
     if layout.slots:
-        images = encode_slots(vae, {slot: frames[index] for index, slot in layout.slots.items()})
+        images = encode_slots(vae, {slot: frames[index] for index, slot in layout.slots.items()}, still)
         like = next(iter(images.values()))
         keyframes = pack_keyframes(images, grid.num_latents(num_frames), grid.compression, like)
     return KnownFrames(layout, leading, keyframes, dict(frames))
@@ -183,12 +185,26 @@ def warn_unlike_training(vae: CausalVideoVAE | PerFrameVAE | None, frame: Tensor
 
 
 def encode_slots(
-    vae: CausalVideoVAE | PerFrameVAE | None, frames: Mapping[tuple[int, int], Tensor]
+    vae: CausalVideoVAE | PerFrameVAE | None, frames: Mapping[tuple[int, int], Tensor], still: bool = False
 ) -> dict[tuple[int, int], Tensor]:
-    """Normalized latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded on its own, by (latent, slot)."""
+    """Normalized latents `(b, c, h, w)` of frames `(b, 3, h, w)`, each encoded on its own, by (latent, slot).
+
+    Args:
+        vae: Encodes the frames; `None` if latents are pixels.
+        frames: Frames by latent and slot.
+        still: Whether each is encoded as a still clip; see `still_keyframes` of the denoisers.
+    """
     alone = torch.stack(list(frames.values()))
-    images = encode_clip(vae, alone.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, alone.shape[:2])
+    clips = alone.flatten(0, 1).unsqueeze(2)
+    if still and vae is not None:
+        clips = still_clips(clips, vae.temporal_compression_ratio)
+    images = encode_clip(vae, clips)[:, :, -1].unflatten(0, alone.shape[:2])
     return dict(zip(frames, images, strict=True))
+
+
+def still_clips(frames: Tensor, compression: int) -> Tensor:
+    """Clips `(b, 3, 1 + s, h, w)` in which frames `(b, 3, 1, h, w)` stand still; they have two latents."""
+    return frames.expand(-1, -1, 1 + compression, -1, -1)
 
 
 def collect_given_frames(image: Any, frames: Mapping[int, Any] | None, count: int) -> dict[int, Tensor]:

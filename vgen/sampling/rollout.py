@@ -366,7 +366,9 @@ class Rollout(VideoStream):
             check_tasks(sampler.denoiser.config, grid, {"keyframes"})
             rest = zip(layout.slots.values(), waiting[whole:], strict=True)
             self.state.keyframes = encode_slots(
-                sampler.vae, {(latent - layout.num_leading, slot): frame for (latent, slot), frame in rest}
+                sampler.vae,
+                {(latent - layout.num_leading, slot): frame for (latent, slot), frame in rest},
+                sampler.denoiser.config.still_keyframes,
             )
         self.state.num_given = len(layout.slots)
 

@@ -177,11 +177,17 @@ class Costs:
         video = denoising + 2 * self.encoding
         return {
             "data": _OVERHEAD + self.setup.videos.num_frames / self.setup.videos.decoded_per_second,
-            "latents": 2 * _OVERHEAD + 2 * self.encoding * self.encoded,  # frames are encoded alone too
+            "latents": 2 * _OVERHEAD + self.encodings * self.encoding * self.encoded,
             **({"text": 2 * _OVERHEAD} if self.setup.trains_text else {}),
             "evaluation": 2 * _OVERHEAD + EVALUATED * (NUM_SAMPLES + 3) * video,
             "report": _OVERHEAD + 8 * video,
         }
+
+    @property
+    def encodings(self) -> int:
+        """How often the VAE encodes a clip: once whole, and its frames alone or as stills."""
+        stills = self.setup.denoiser_model.get("still_keyframes")
+        return 2 + self.setup.codec.time if stills else 2
 
     @property
     def encoding(self) -> float:
@@ -202,6 +208,6 @@ class Costs:
         most = self.setup.videos.num_clips(self.setup.clip, self.setup.frame_rate, 1)
         if self.setup.videos.is_stream or not most:
             return self.setup.clip.num_frames, 1
-        affordable = round(ENCODING_SHARE * self.setup.limit / (2 * self.encoding))
+        affordable = round(ENCODING_SHARE * self.setup.limit / (self.encodings * self.encoding))
         wanted = max(1, min(self.setup.preset["target_clips"], affordable))
         return max(1, most // wanted), max(1, min(MOST_REPEATS, wanted // most))

@@ -57,6 +57,8 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
             | {"augment": augment(setup)},
         )]  # fmt: skip
     encode: dict[str, Any] = {"vae": vae} | shape | rates | {"keyframes": True}
+    if setup.denoiser_model.get("still_keyframes"):
+        encode["still_keyframes"] = True
     if setup.pretrained_text is not None:
         encode |= {"text_encoder": setup.pretrained_text}
         encode |= {"max_sequence_length": setup.text_length}

@@ -180,6 +180,24 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
     return Source(data, replace(config, window_lengths=lengths))
 
 
+def check_stills(denoiser: Any, sources: Sequence[Source]) -> None:
+    """Checks that single frames were encoded as the denoiser expects its keyframes.
+
+    Raises:
+        ValueError: They were not.
+    """
+    wanted = denoiser.config.still_keyframes
+    for source in sources:
+        folder = source.config.latents_dir
+        path = folder / "settings.json"
+        stored = read_json(path).get("still_keyframes", False) if path.is_file() else wanted
+        if source.data.has_frames and denoiser.config.keyframe_slots and stored != wanted:
+            raise ValueError(
+                f"the keyframes in {folder} were encoded with still_keyframes={stored}, and the denoiser has "
+                f"still_keyframes={wanted}: encode the clips again, or change the setting in model"
+            )
+
+
 def record_frame_rates(denoiser: Any, data: Sequence[LatentSet]) -> None:
     """Adds the frame rates of all clips to the range of trained frame rates in a denoiser's config."""
     rates = torch.cat([one.frame_rates for one in data])
