@@ -178,9 +178,8 @@ def fill_keyframes(
     share = ((places - before) / (after - before).clamp_min(1)).to(slots)[..., None, None, None]
     blend = values[videos[:, None], before].lerp(values[videos[:, None], after], share)
     fill = (is_known & ~known & (places > begin))[..., None, None, None]
-    filled = torch.cat([torch.where(fill, blend, values)[:, 1:], slots[:, :, c:]], dim=2)
-    at_leading = (places[1:] <= begin)[..., None, None, None]
-    return rearrange(torch.where(at_leading, slots, filled), "b (t s) c h w -> b (s c) t h w", s=num_slots)
+    filled = torch.where(fill[:, 1:], blend[:, 1:], slots[:, :, :c])
+    return rearrange(torch.cat([filled, slots[:, :, c:]], dim=2), "b (t s) c h w -> b (s c) t h w", s=num_slots)
 
 
 def estimate_linearly(noisy: Tensor, timestep: Tensor, keyframes: Tensor | None) -> Tensor:

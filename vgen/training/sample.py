@@ -180,6 +180,12 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
     return Source(data, replace(config, window_lengths=lengths))
 
 
+def _encoding_settings(source: Source) -> dict[str, Any]:
+    """The settings that `encode_latents.py` stored with the clips; empty if there are none."""
+    path = source.config.latents_dir / "settings.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def check_stills(denoiser: Any, sources: Sequence[Source]) -> None:
     """Checks that single frames were encoded as the denoiser expects its keyframes.
 
@@ -188,9 +194,8 @@ def check_stills(denoiser: Any, sources: Sequence[Source]) -> None:
     """
     wanted = denoiser.config.still_keyframes
     for source in sources:
-        folder = source.config.latents_dir
-        path = folder / "settings.json"
-        stored = read_json(path).get("still_keyframes", False) if path.is_file() else wanted
+        folder, settings = source.config.latents_dir, _encoding_settings(source)
+        stored = settings.get("still_keyframes", False) if settings else wanted
         if source.data.has_frames and denoiser.config.keyframe_slots and stored != wanted:
             raise ValueError(
                 f"the keyframes in {folder} were encoded with still_keyframes={stored}, and the denoiser has "
@@ -244,9 +249,7 @@ def check_encoders(sources: Sequence[Source], vae: Any, text_encoder: Any | None
     if text_encoder is not None:
         text = {"max_sequence_length": max_sequence_length, "text_encoder_sha256": weights_digest(text_encoder)}
     for source in sources:
-        folder = source.config.latents_dir
-        path = folder / "settings.json"
-        settings = read_json(path) if path.is_file() else {}
+        folder, settings = source.config.latents_dir, _encoding_settings(source)
         if settings.get("vae_sha256", digest) != digest:
             raise ValueError(
                 f"the latents in {folder} were encoded with another VAE than this pipeline's: encode them again, or "
