@@ -51,7 +51,7 @@ from vgen.io.settings import parse_settings
 from vgen.machine import fast_precision, warn_if_slow
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
-from vgen.models.prompts import CutCaptions, embed, load_text_encoder, load_tokenizer, tokenize
+from vgen.models.prompts import CAPTIONS_PER_BATCH, CutCaptions, embed, load_text_encoder, load_tokenizer, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import from_main_process, locked_output_dir, this_process
 from vgen.sampling.known_frames import still_clips
@@ -416,8 +416,9 @@ class TextEncoder:
         if not self.cut.num_reported:  # not only at the end
             self.cut.warn()
         found = []
-        for begin in range(0, len(captions), 64):
-            batch = tokenize(self.tokenizer, captions[begin : begin + 64], self.config.max_sequence_length)
+        for begin in range(0, len(captions), CAPTIONS_PER_BATCH):
+            part = captions[begin : begin + CAPTIONS_PER_BATCH]
+            batch = tokenize(self.tokenizer, part, self.config.max_sequence_length)
             input_ids, mask = (x.to(self.network.device) for x in batch)
             found.append(embed(self.network, input_ids, mask).half().cpu())
         return torch.cat(found)

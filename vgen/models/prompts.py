@@ -31,6 +31,9 @@ from vgen.models.locks import lock_of
 
 logger = logging.get_logger(__name__)
 
+CAPTIONS_PER_BATCH = 64
+"""Captions of training clips that are embedded at once."""
+
 
 def load_text_encoder(source: str) -> Any:
     """Loads the text encoder of a pipeline in float32.

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vgen.models.prompts import CAPTIONS_PER_BATCH
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -25,7 +26,6 @@ COPIES_OF_TRAINED = 4
 _RESERVE = 1.2
 """Temporary memory of operations and fragmentation, as a factor."""
 _SECONDS = 4.0
-_CAPTIONS = 64  # that are embedded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def encoding_memory(
         activations *= 1 if precision == "no" else 0.75  # autocast keeps about half of them in float32
         if text_encoder is not None:
             networks.append(text := text_encoder().eval())
-            tokens = torch.ones(_CAPTIONS, max_sequence_length, dtype=torch.long)
+            tokens = torch.ones(CAPTIONS_PER_BATCH, max_sequence_length, dtype=torch.long)
             activations = max(activations, _peak_bytes(text, text, tokens))
         weights = 4 * sum(one.numel() for network in networks for one in network.parameters())
     return _RESERVE * (weights + activations)
