@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
     from vgen.pipeline import VideoGenPipeline as VideoGenPipeline
     from vgen.pipeline import load_rollout as load_rollout
+    from vgen.recognition import Recognizer as Recognizer
+    from vgen.recognition import create_recognizer as create_recognizer
     from vgen.sampling.options import InterpolationOptions as InterpolationOptions
     from vgen.sampling.options import RolloutOptions as RolloutOptions
     from vgen.sampling.rollout import Rollout as Rollout
@@ -21,12 +23,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalVideoVAE": "vgen.models.vae",
     "InterpolationOptions": "vgen.sampling.options",
+    "Recognizer": "vgen.recognition",
     "Rollout": "vgen.sampling.rollout",
     "RolloutOptions": "vgen.sampling.options",
     "SpacetimeTransformer": "vgen.models.transformer",
     "TemporalState": "vgen.temporal.state",
     "UNet3D": "vgen.models.unet",
     "VideoGenPipeline": "vgen.pipeline",
+    "create_recognizer": "vgen.recognition",
     "load_rollout": "vgen.pipeline",
 }
 __all__ = [*_HOMES, "__version__"]
