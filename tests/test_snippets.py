@@ -68,6 +68,7 @@ SMALL = {
     "vgen interpolate": "--steps 1 --model tiny",
     "vgen rollout": "--steps 1 --model tiny --num-frames 24",
     "vgen evaluate": "--steps 1 --num-clips 2",
+    "vgen classify": "",
     "vgen compare": "",
     "vgen data": "",
     "vgen doctor": "--no-benchmark",
@@ -84,6 +85,7 @@ SMALL = {
     "train/train_vdm.py": f"{TRAINING} --compile false --num_score_prompts 2 --defaults.num_inference_steps 1 "
     "--optimizer adamw",
     "train/train_convlstm.py": f"{TRAINING} --num_score_clips 2 --model.channels [8]",
+    "train/train_recognizer.py": f"{TRAINING} --test_clips 1 --model.channels [8]",
     "benchmarks/moving_mnist.py": "--vae-minutes 0 --minutes 0 --num-samples 1",
 }
 
@@ -170,6 +172,10 @@ def checkout(folder, tiny, page, request):
     if page.name == "training.md":  # its Python makes what a command needs
         (folder / "stable-diffusion-folder").symlink_to(request.getfixturevalue("stable_diffusion"))
         run("-c", "\n".join(blocks(page, "python")), cwd=folder)
+    if page.name == "recognition.md":
+        for name in ("my-videos/run", "my-videos/sit", "my-test-videos/run", "my-test-videos/sit"):
+            (folder / name).mkdir(parents=True)
+            shutil.copy(folder / "clip.mp4", folder / name)
     if page.name == "moving_mnist.md":
         prepare_moving_mnist(folder)
     return folder

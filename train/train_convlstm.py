@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgen.data.clips import Sampling
 from vgen.io.atomic import atomic_directory
@@ -97,7 +97,8 @@ def main(config: ConvLSTMConfig) -> None:
     def save_result(weights: dict[str, Tensor] | None) -> None:
         result = model if weights is None else copy_of(model, weights)
         with atomic_directory(config.output_dir / "convlstm") as folder:
-            result.to(torch.float16).save_pretrained(folder)
+            nn.Module.to(result, torch.float16)  # diffusers would warn
+            result.save_pretrained(folder)
 
     run.end(save_result, "convlstm", "vgen evaluate --task prediction --convlstm {} -o runs/evaluation")
 

@@ -15,7 +15,7 @@ import typer
 
 from vgen.checks import check_choice, check_integer
 from vgen.data.formats import OutputOptions, check_output_options, check_video_input, check_video_output, is_video
-from vgen.hub import find_checkpoint
+from vgen.hub import find_checkpoint, locate
 from vgen.io.allocator import bound_memory
 from vgen.io.errors import one_line_errors, printable
 from vgen.io.flags import FLAGS
@@ -531,6 +531,54 @@ def anomaly(
 
 
 @app.command()
+def classify(
+    videos: Annotated[list[Path], typer.Argument(help="Videos to label.")],
+    model: Annotated[str, typer.Option(help="A recognizer of train_recognizer.py or transformers: folder or Hub id.")],
+    top: Annotated[int, typer.Option(help="Number of labels to show.", min=1)] = 3,
+    clips: Annotated[int, typer.Option(help="Most clips per video over which probabilities are averaged.", min=1)] = 4,
+    crops: Annotated[int, typer.Option(help="Crops of each clip over which they are averaged.", min=1)] = 1,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Show what happens when.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all probabilities as JSON.")] = False,
+    device: Device = None,
+) -> None:
+    """Label videos, as a whole or over time."""
+    import json
+
+    with one_line_errors():
+        for video in videos:
+            check_video_input(video)
+        locate(model)
+        from vgen.recognition import load_recognizer
+        from vgen.tasks.classification import classify as label
+        from vgen.tasks.classification import events_of
+        from vgen.tasks.classification import timeline as over_time
+
+        network = load_recognizer(model).to(_device(device))
+        found: dict[str, Any] = {}
+        table = _table("video", *(["start", "end"] if timeline else []), "label", "probability")
+        for video in videos:
+            if timeline:
+                moments = over_time(network, video)
+                found[str(video)] = [
+                    {"time": one.time, "probabilities": dict(zip(network.labels, one.probabilities, strict=True))}
+                    for one in moments
+                ]
+                rows: list[tuple[str, ...]] = [
+                    (f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.probability:.3f}")
+                    for one in events_of(moments, network.labels)
+                ]
+            else:
+                found[str(video)] = labels = label(network, video, clips, crops)
+                rows = [(name, f"{probability:.3f}") for name, probability in list(labels.items())[:top]]
+            for row in rows:
+                table.add_row(printable(str(video)), *map(printable, row))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _console().print(table)
+
+
+@app.command()
 def doctor(
     benchmark: Annotated[
         bool, typer.Option(help="Measure how fast vgen/shapes-64 generates, in a few seconds.")
@@ -722,6 +770,15 @@ def _print_tables(results: dict[str, Any]) -> None:
 
 def _load(model: str, device: str | None, options: LoadOptions | None = None, *, streams: bool = False) -> Any:
     """Loads a pipeline onto a device, for videos that are made chunk by chunk if it `streams`."""
+    return load_checkpoint(model, options or LoadOptions(), _device(device), streams=streams)
+
+
+def _device(device: str | None) -> str:
+    """The device that was asked for, or the fastest one.
+
+    Raises:
+        ValueError: It is not available.
+    """
     import torch
 
     if device is None:
@@ -730,7 +787,7 @@ def _load(model: str, device: str | None, options: LoadOptions | None = None, *,
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
-    return load_checkpoint(model, options or LoadOptions(), device, streams=streams)
+    return device
 
 
 if __name__ == "__main__":

@@ -375,7 +375,7 @@ def test_a_parquet_table_may_have_other_columns_alternatives_and_missing_caption
         ({"file_name": b"a.mp4", "text": "x"}, "row 1: file_name and text are required"),
         ({"file_name": "../a.mp4", "text": "x"}, "row 1: ../a.mp4 is outside of"),
         ({"file_name": "a.mp4", "text": "x", "end": float("nan")}, "row 1: 0 <= start < end is required"),
-        ({"text": "x"}, "expected the columns file_name and text, got ['text']"),
+        ({"text": "x"}, "expected the columns file_name and text or label, got ['text']"),
     ],
 )
 def test_an_unusable_parquet_table_is_named(folder, row, message):

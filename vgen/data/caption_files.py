@@ -1,4 +1,4 @@
-"""Captions in text files, and in files of metadata that list videos."""
+"""Captions in text files, and captions and labels in files of metadata that list videos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from vgen.io.errors import one_line
 
 CAPTION_COLUMNS = ("text", "caption", "captions")
 """Names of the column of captions, in order of preference."""
-_COLUMNS = ("file_name", *CAPTION_COLUMNS, "start", "end")
+LABEL_COLUMN = "label"
+"""Name of the column of labels, for classifiers."""
+_COLUMNS = ("file_name", *CAPTION_COLUMNS, LABEL_COLUMN, "start", "end")
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 METADATA_FILES = "metadata.jsonl, metadata.csv or metadata.parquet"
 """The files of metadata, for messages."""
@@ -106,8 +108,8 @@ def _csv_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _check_columns(place: str, columns: Sequence[str]) -> None:
-    if "file_name" not in columns or not set(CAPTION_COLUMNS).intersection(columns):
-        raise ValueError(f"{place}: expected the columns file_name and text, got {list(columns)}")
+    if "file_name" not in columns or not {*CAPTION_COLUMNS, LABEL_COLUMN}.intersection(columns):
+        raise ValueError(f"{place}: expected the columns file_name and text or label, got {list(columns)}")
 
 
 @contextmanager

@@ -120,11 +120,11 @@ def list_videos(folder: Path) -> list[Listed]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    folders = _files_by_folder(folder)
+    folders = files_by_folder(folder)
     tables = {
         parent: table for parent, names in folders.items() if (table := find_metadata(parent, names)) is not None
     }
-    listed = [_listed_row(folder, table.parent, *row) for table in tables.values() for row in read_metadata(table)]
+    listed = [listed_row(folder, table.parent, *row) for table in tables.values() for row in read_metadata(table)]
     in_tables = {os.path.abspath(one.path) for one in listed}
     unused, unread, outside = [], [], []
     for parent, names in folders.items():
@@ -160,7 +160,7 @@ def _captions_in(text: Path) -> tuple[str, ...]:
     return tuple(split_lines(read_text(text)))
 
 
-def _files_by_folder(folder: Path) -> dict[Path, list[str]]:
+def files_by_folder(folder: Path) -> dict[Path, list[str]]:
     """The names of files in a folder and its subfolders. Each folder is there once, even if links lead to it."""
     found: dict[Path, list[str]] = {}
     seen: set[tuple[int, int]] = set()
@@ -202,7 +202,18 @@ def warn_once(message: str) -> None:
     logger.warning(one_line(message))
 
 
-def _listed_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) -> Listed:
+def listed_row(folder: Path, parent: Path, place: str, row: Mapping[str, Any]) -> Listed:
+    """The video that a row of a metadata file lists.
+
+    Args:
+        folder: Folder that is searched for videos.
+        parent: Folder of the metadata file.
+        place: Place of the row, for errors.
+        row: The row.
+
+    Raises:
+        ValueError: The row is invalid.
+    """
     name, text = row.get("file_name"), find_caption(row)
     if text is None and any(column in row for column in CAPTION_COLUMNS):
         text = ""
@@ -487,8 +498,14 @@ class VideoFolder:
         """A clip of epoch 0."""
         return self.clip(index)
 
-    def clip(self, index: int, epoch: int = 0) -> Clip | None:
-        """A clip, or `None` if its file is damaged; `skipped` then has the reason."""
+    def clip(self, index: int, epoch: int = 0, offset: tuple[float, float] | None = None) -> Clip | None:
+        """A clip, or `None` if its file is damaged; `skipped` then has the reason.
+
+        Args:
+            index: Number of the clip.
+            epoch: Epoch, for random choices.
+            offset: Position of the crop as in `Fit`; `None` leaves it to the augmentation.
+        """
         listed, number, available, frame_rate, aspect = self.clips[index]
         rng = random.Random((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
         indices, real = self.sampling.indices(available, number, rng)
@@ -510,7 +527,7 @@ class VideoFolder:
         real = sum(1 for place in indices[:real] if place - indices[0] in found)
         kept = [found.get(place - indices[0], found[max(found)]) for place in indices]
         augmentation, seed = self.augmentation or Augmentation(), rng.getrandbits(62)
-        fit = Fit(kept[0].shape[:2], self.size, aspect, draw_offset(augmentation, seed))
+        fit = Fit(kept[0].shape[:2], self.size, aspect, offset or draw_offset(augmentation, seed))
         pixels = augment(fit.to_target(np.stack(kept)), augmentation, seed, real)
         rate = self.sampling.clip_rate(available, frame_rate)
         return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForVideoClassification
+from transformers.utils import cached_file
 
+from vgen.io.records import read_json
 from vgen.recognition.network import ClipNetwork, RecognizerOutput
 from vgen.temporal.state import History
 
@@ -15,6 +19,39 @@ TRANSFORMERS = ("timesformer", "vivit", "videomae", "vjepa2")
 """Model types of transformers."""
 _NAMES = {"vjepa2": {"num_frames": "frames_per_clip", "image_size": "crop_size"}}
 _INPUTS = {"vjepa2": "pixel_values_videos"}
+
+
+_NOT_SIZES = (
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "problem_type",
+    "transformers_version",
+)
+
+
+def describe_transformers(config: Any, source: str) -> dict[str, Any]:
+    """Arguments of a `Recognizer` for a model of transformers.
+
+    Args:
+        config: Its config.
+        source: Its folder or Hub id, where `preprocessor_config.json` or `video_preprocessor_config.json` has the mean
+            and deviation of pixels.
+    """
+    names = _NAMES.get(config.model_type, {})
+    shape = {name: names.get(name, name) for name in ("num_frames", "image_size")}
+    ignored = (*_NOT_SIZES, *shape.values())
+    sizes: dict[str, Any] = {"config": {k: v for k, v in config.to_diff_dict().items() if k not in ignored}}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        if path is not None:  # without one, pixels stay in [-1, 1]
+            found = read_json(Path(path))
+            sizes |= {name: found[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in found}
+    about = {name: getattr(config, theirs) for name, theirs in shape.items()}
+    return about | {"num_classes": config.num_labels, "sizes": sizes}
 
 
 class Normalize(nn.Module):
@@ -66,8 +103,6 @@ class TransformersNetwork(ClipNetwork):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
-        from transformers import AutoConfig, AutoModelForVideoClassification
-
         super().__init__()
         names = _NAMES.get(model_type, {})
         shape = {"num_frames": num_frames, "image_size": image_size}

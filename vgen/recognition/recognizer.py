@@ -6,19 +6,30 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForVideoClassification
+from transformers.utils import cached_file
 
 from vgen.checks import check_integer
-from vgen.models.loading import StrictLoading
+from vgen.hub import locate
+from vgen.io.records import read_json
+from vgen.models.loading import StrictLoading, load_strictly
 from vgen.recognition.attention import SpacetimeNetwork, SwinNetwork
 from vgen.recognition.convolution import C3D, CausalCNN, InceptionNetwork, R2Plus1D
 from vgen.recognition.fusion import EarlyFusion, LateFusion, SingleFrame, SlowFusion
 from vgen.recognition.network import ClipNetwork, RecognizerOutput
-from vgen.recognition.pretrained import TRANSFORMERS, TorchvisionNetwork, TransformersNetwork
+from vgen.recognition.pretrained import (
+    TRANSFORMERS,
+    TorchvisionNetwork,
+    TransformersNetwork,
+    describe_transformers,
+)
 from vgen.recognition.recurrent import CNNRecurrent, ConvLSTMNetwork, RecurrentCNN, SpatialAttentionLSTM
 from vgen.recognition.streams import FrameDifference, SegmentNetwork, SlowFastNetwork, TwoStreamNetwork
 from vgen.temporal.state import TemporalState, network_identity
@@ -91,6 +102,29 @@ class Recognizer(StrictLoading, ModelMixin, ConfigMixin):
         make = network_of(name, sizes or {})
         self.network = make(num_classes=num_classes, num_frames=num_frames, image_size=image_size, **(sizes or {}))
         self._check(num_frames, (image_size, image_size))
+
+    @classmethod
+    def from_transformers(cls, source: str) -> Recognizer:
+        """Loads a video classifier of transformers with its weights and labels.
+
+        Args:
+            source: A folder or Hub id of a model of one of the types in `TRANSFORMERS`.
+
+        Raises:
+            ValueError: It is another model, or the weights do not match its config.
+        """
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in TRANSFORMERS:
+            raise ValueError(f"{source} must be one of {', '.join(TRANSFORMERS)}, got {config.model_type}")
+        load = AutoModelForVideoClassification.from_pretrained
+        public = load_strictly(load, "the classifier", source, dtype=torch.float32)
+        about = describe_transformers(config, source)
+        model = cls(config.model_type, labels=[config.id2label[index] for index in range(config.num_labels)], **about)
+        network: Any = model.network
+        network.head.load_state_dict(public.classifier.state_dict())
+        public.classifier = nn.Identity()
+        network.model.load_state_dict(public.state_dict())
+        return model.eval()
 
     def forward(
         self,
@@ -194,3 +228,24 @@ def create_recognizer(name: str, num_classes: int, num_frames: int, image_size: 
     """
     about = {key: sizes.pop(key) for key in ("labels", "frame_rate", "multi_label") if key in sizes}
     return Recognizer(name, num_classes, num_frames, image_size, sizes, **about)
+
+
+def load_recognizer(source: str) -> Recognizer:
+    """Loads a video classifier that `Recognizer.save_pretrained` wrote, or one of transformers.
+
+    Args:
+        source: A folder or Hub id.
+
+    Raises:
+        ValueError: There is no such folder, it is neither, or the weights do not match the config.
+    """
+    folder = str(locate(source))
+    path = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise ValueError(f"{source} is not a recognizer: it has no config.json")
+    config = read_json(Path(path))
+    if "model_type" in config:
+        return Recognizer.from_transformers(folder)
+    if config.get("_class_name") != Recognizer.__name__:
+        raise ValueError(f"{source} is not a recognizer, but a {config.get('_class_name')}")
+    return Recognizer.from_pretrained(folder).eval()

@@ -1,0 +1,62 @@
+from collections import Counter
+from typing import get_args
+
+import pytest
+import torch
+
+from vgen.data.shapes_tasks import ShapesTask, ShapesTasks
+
+
+@pytest.mark.parametrize("task", get_args(ShapesTask))
+def test_scenes_depend_on_seed_and_index_only_and_have_all_classes_equally_often(task):
+    tasks = ShapesTasks(task)
+    assert tasks.scene(7) == ShapesTasks(task).scene(7) != ShapesTasks(task, seed=1).scene(7)
+    counts = Counter(tasks.scene(index).label for index in range(60 * len(tasks.classes)))
+    assert sorted(counts) == list(range(len(tasks.classes))) and min(counts.values()) > 30
+    clips = tasks.clips([tasks.scene(index) for index in range(2)], size=32)
+    assert clips.shape == (2, 3, 17, 32, 32)
+
+
+def moving(clip):
+    """Whether each frame differs from the one before."""
+    return (clip[:, 1:] - clip[:, :-1]).abs().amax((0, 2, 3)) > 0.02
+
+
+def test_the_shapes_of_first_move_one_early_and_one_late():
+    tasks = ShapesTasks("first")
+    for index in range(20):
+        scene = tasks.scene(index)
+        starts = [{item.shape: item.position for item in frame.objects} for frame in scene.frames]
+        first, second = tasks.classes[scene.label], tasks.classes[1 - scene.label]
+        assert starts[4][first] != starts[0][first] and starts[4][first] == starts[16][first]
+        assert starts[12][second] == starts[0][second] != starts[16][second]
+        clip = tasks.clips([scene])[0]
+        assert moving(clip).tolist() == [True] * 4 + [False] * 8 + [True] * 4
+
+
+def test_a_single_frame_does_not_show_which_shape_moved_first():
+    """Both orders of the same scene have the same first frame, and the same last one."""
+    tasks = ShapesTasks("first")
+    scene = next(one for one in map(tasks.scene, range(100)))
+    ends = {item.shape: item.position for item in scene.frames[-1].objects}
+    assert {item.shape: item.position for item in scene.frames[0].objects}.keys() == ends.keys()
+    assert all(frame.objects[0].velocity == (0.0, 0.0) for frame in scene.frames)
+
+
+def test_directions_are_those_of_the_rendered_shapes():
+    tasks = ShapesTasks("direction")
+    for index in range(10):
+        scene = tasks.scene(index)
+        clip = tasks.clips([scene])[0]
+        background = clip[:, 0, 0, 0]
+        shape = (clip - background.view(3, 1, 1, 1)).abs().amax(0) > 0.1
+        centers = [mask.nonzero()[:, 1].float().mean() for mask in (shape[0], shape[-1])]
+        assert (centers[1] > centers[0]) == (tasks.classes[scene.label] == "right")
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="task must be"):
+        ShapesTasks("colour")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed"):
+        ShapesTasks("color", seed=-1)
+    assert torch.equal(*(ShapesTasks("speed").clips([ShapesTasks("speed").scene(3)]) for _ in range(2)))

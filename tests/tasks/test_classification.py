@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForVideoClassification
+from typer.testing import CliRunner
+
+from tests.data.test_clips import write_clip
+from tests.recognition.test_networks import TINY
+from vgen.cli import app
+from vgen.data.clips import Listed, Sampling, stack_clips
+from vgen.data.views import views_of
+from vgen.recognition import Recognizer, create_recognizer, load_recognizer
+from vgen.tasks.classification import Event, Moment, classify, events_of, timeline
+
+LABELS = ["a", "b", "c"]
+
+
+def make(name="cnn_gru", num_frames=8, **sizes):
+    torch.manual_seed(0)
+    return create_recognizer(name, 3, num_frames, 16, labels=LABELS, frame_rate=10.0, **sizes).eval()
+
+
+@pytest.fixture
+def video(tmp_path):
+    write_clip(tmp_path / "a.mp4")
+    return tmp_path / "a.mp4"
+
+
+def test_the_probabilities_of_a_video_are_the_mean_over_its_clips(video):
+    model = make("pooled", channels=[8])
+    found = classify(model, video, num_clips=3)
+    clips = views_of(Listed(path=video), Sampling(num_frames=8, frame_rate=10.0), 16, num_clips=3)
+    with torch.no_grad():
+        expected = model(stack_clips(clips, torch.device("cpu"))[0]).logits.softmax(-1).mean(0)
+    assert sum(found.values()) == pytest.approx(1) and list(found.values()) == sorted(found.values(), reverse=True)
+    assert [found[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_the_timeline_of_a_streamed_network_has_each_frame(video):
+    model = make("cnn_gru", channels=[8])
+    moments = timeline(model, video)
+    clips = views_of(Listed(path=video), Sampling(num_frames=20, frame_rate=10.0), 16)
+    with torch.no_grad():
+        expected = model(stack_clips(clips, torch.device("cpu"))[0]).frame_logits[0].softmax(-1)
+    assert [moment.time for moment in moments] == pytest.approx([frame / 10 for frame in range(20)])
+    torch.testing.assert_close(torch.tensor([moment.probabilities for moment in moments]), expected)
+
+
+def test_the_timeline_of_other_networks_has_overlapping_windows(video):
+    moments = timeline(make("pooled", channels=[8]), video)
+    assert [moment.time for moment in moments] == pytest.approx([0.35 + 0.2 * index for index in range(7)])
+
+
+def test_events_are_spans_with_one_most_probable_label():
+    rows = [[0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]
+    moments = [Moment(index / 2, row) for index, row in enumerate(rows)]
+    assert events_of(moments, ["a", "b"]) == [
+        Event("a", 0.0, 1.0, pytest.approx(0.8)), Event("b", 1.0, 1.5, 0.8), Event("a", 1.5, 2.0, 0.6),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["timesformer", "vivit", "videomae", "vjepa2"])
+def test_classifiers_of_transformers_load_with_weights_labels_and_normalization(model_type, tmp_path):
+    torch.manual_seed(0)
+    own = {"vjepa2": {"crop_size": 16, "frames_per_clip": 8, "pred_hidden_size": 16, "pred_num_attention_heads": 2,
+                      "pred_num_hidden_layers": 1, "num_pooler_layers": 1}}  # fmt: skip
+    sizes = own.get(model_type, {"image_size": 16, "num_frames": 8}) | {"id2label": dict(enumerate(LABELS))}
+    patch = {"tubelet_size": [2, 8, 8]} if model_type == "vivit" else {"patch_size": 8}
+    public = AutoModelForVideoClassification.from_config(AutoConfig.for_model(model_type, **TINY, **patch, **sizes))
+    public.eval().save_pretrained(tmp_path)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    model = load_recognizer(str(tmp_path))
+    clip = torch.rand(2, 3, 8, 16, 16) * 2 - 1
+    pixels = ((clip + 1) / 2 - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+    name = "pixel_values_videos" if model_type == "vjepa2" else "pixel_values"
+    with torch.no_grad():
+        torch.testing.assert_close(model(clip).logits, public(**{name: pixels.transpose(1, 2)}).logits)
+    assert model.labels == LABELS
+    model.save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(load_recognizer(str(tmp_path / "ours"))(clip).logits, model(clip).logits)
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["classify", *map(str, words)])
+
+
+def test_the_command_prints_labels_times_or_json(video, tmp_path):
+    model = make("cnn_gru", channels=[8])
+    model.save_pretrained(tmp_path / "model")
+    shown = run(video, "--model", tmp_path / "model", "--top", 1)
+    best = next(iter(classify(model, video)))
+    assert shown.exit_code == 0 and best in shown.output and str(video) in shown.output
+    found = json.loads(run(video, "--model", tmp_path / "model", "--json").output)
+    assert found == {str(video): pytest.approx(classify(model, video))}
+    moments = json.loads(run(video, "--model", tmp_path / "model", "--json", "--timeline").output)[str(video)]
+    assert len(moments) == 20 and set(moments[0]) == {"time", "probabilities"}
+    assert "start" in run(video, "--model", tmp_path / "model", "--timeline").output
+
+
+def test_mistakes_are_named(video, tmp_path):
+    make(channels=[8], num_frames=30).save_pretrained(tmp_path / "long")
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        ((tmp_path / "no.mp4", "--model", tmp_path / "long"), "no such file"),
+        ((video, "--model", tmp_path / "nowhere"), "nowhere"),
+        ((video, "--model", tmp_path / "empty"), "is not a recognizer: it has no config.json"),
+        ((video, "--model", "vgen/shapes-64"), "is not a recognizer"),
+        ((video, "--model", tmp_path / "long"), "20 frames at 10 per second; a clip needs 30"),
+        ((video, "--model", tmp_path / "long", "--device", "cuda:9"), "--device cuda:9 is not available"),
+    ]:
+        done = run(*words)
+        assert done.exit_code in (1, 2) and message in done.output, done.output
+        assert "Traceback" not in done.output
+    assert isinstance(load_recognizer(str(tmp_path / "long")), Recognizer)

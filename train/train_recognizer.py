@@ -1,0 +1,252 @@
+"""Trains a video classifier on labeled videos, or on a task of ShapesWorld.
+
+accelerate launch train/train_recognizer.py --data my-videos --score_data my-test-videos --output_dir runs/recognizer
+accelerate launch train/train_recognizer.py --task motion --network cnn_gru --output_dir runs/shapes-recognizer
+
+Videos are in one folder for each class, or a metadata file has their labels in its column `label`. The result is
+OUTPUT_DIR/recognizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from vgen.checks import check_number
+from vgen.data.augment import Augmentation
+from vgen.data.clips import Sampling, SamplingKind, Short, stack_clips
+from vgen.data.labels import classes_of, list_labeled
+from vgen.data.shapes_tasks import ShapesTask
+from vgen.data.views import views_of
+from vgen.io.atomic import atomic_directory
+from vgen.io.errors import one_line_errors
+from vgen.recognition import Recognizer, create_recognizer
+from vgen.recognition.objective import classification_loss, classification_scores, mixup
+from vgen.training.feed import Feed
+from vgen.training.labeled import LabeledShapes, LabeledVideos
+from vgen.training.run import Run, RunConfig, config_text, copy_of, parse_config, start
+from vgen.training.sources import ClipBatches, consecutive_clips
+
+
+@dataclass(kw_only=True)
+class RecognizerConfig(RunConfig):
+    """Settings for training a classifier."""
+
+    data: str | None = None
+    """A folder of labeled videos; see `vgen.data.labels.list_labeled`. `None` generates ShapesWorld."""
+    score_data: str | None = None
+    """A folder of labeled videos for scores; `None` scores the training videos, or new scenes of ShapesWorld."""
+    task: ShapesTask = "motion"
+    """Task of ShapesWorld: see `vgen.data.shapes_tasks.ShapesTask`."""
+    network: str = "cnn_gru"
+    """Name of the network: see `vgen.recognition.NETWORKS`. Ignored with `--init`."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Further sizes of the network, for `create_recognizer`. Ignored with `--init`."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes in their order; other labels are then errors. An empty list takes all labels."""
+    multi_label: bool = False
+    """Whether a video may have several labels."""
+    num_frames: int = 17
+    """Frames per clip."""
+    image_size: int = 64
+    """Height and width of clips in pixels."""
+    frame_rate: float | None = 8.0
+    """Frames per second that videos are resampled to; `None` keeps their own rate."""
+    sampling: SamplingKind = "random"
+    """Which frames of a video make a clip: a `kind` of `vgen.data.clips.Sampling`."""
+    stride: int = 1
+    """Step between the frames of a `random` or `sliding` clip."""
+    short: Short = "skip"
+    """How to treat videos with too few frames: `skip` them, or `pad` them with copies of the last frame. Networks that
+    take a mask do not see the copies."""
+    augment: dict[str, Any] = field(default_factory=dict)
+    """Settings of `vgen.data.augment.Augmentation`, for training videos. All frames of a clip change alike."""
+    balance: bool = False
+    """Whether to draw all classes equally often, however many videos each has."""
+    mixup: float = 0.0
+    """Blends clips and labels in shares from Beta(mixup, mixup); 0 blends none."""
+    label_smoothing: float = 0.0
+    """Share of the targets that is spread over all classes."""
+    num_score_clips: int = 256
+    """Number of scenes of ShapesWorld for a score."""
+    test_clips: int = 4
+    """Most clips per video over which probabilities are averaged in scores."""
+    test_crops: int = 1
+    """Crops of each clip over which probabilities are averaged in scores, from one end of the frame to the other."""
+
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        super().check()
+        Augmentation(**self.augment)
+        check_number("mixup", self.mixup, 0)
+        check_number("label_smoothing", self.label_smoothing, 0, 1)
+        for name in ("num_frames", "image_size", "num_score_clips", "test_clips", "test_crops"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.data is None:
+            ignored = ("score_data", "augment", "classes", "multi_label", "balance")
+            wrong = [name for name in ignored if getattr(self, name)]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} need videos (--data)")
+        if self.compile or self.gradient_checkpointing:
+            raise ValueError("train_recognizer.py does not support compile or gradient_checkpointing")
+
+
+def main(config: RecognizerConfig) -> None:
+    """Trains a classifier; the same call resumes an interrupted run."""
+    if config.dry_run:
+        print(config_text(config))
+        return
+    source, fresh = open_source(config), open_score_source(config)
+    accelerator = start(config)
+    model = make_model(config, source.classes)
+    batches = ClipBatches(source, partial(consecutive_clips, config.batch_size, config.num_frames))
+    run = Run(config, accelerator, model, batches.name, data=source.digest)
+    feed = Feed(run, batches)
+    loss_of = partial(classification_loss, multi_label=config.multi_label, smoothing=config.label_smoothing)
+
+    for step in run.steps():
+        total = torch.zeros((), device=accelerator.device)
+        for part in run.parts(config.batch_size):
+            batch = next(feed)
+            clip, real = source.clips(batch, accelerator.device)
+            rng = np.random.default_rng((config.seed, step, part.start))
+            clip, targets = mixup(clip, batch["targets"], config.mixup, rng)
+            logits = run.network(clip, mask=mask_of(model, real, config)).logits
+            run.count(len(clip), clip[:, 0].numel(), clip.shape, lambda network, clip=clip: network(clip))
+            loss = loss_of(logits, targets).sum() / config.batch_size
+            run.backward(loss)
+            total += loss.detach()
+        run.update()
+        run.log(loss=total)
+        if run.scores_are_due:
+            with run.average:
+                scores = score(model, fresh, config, accelerator)
+            run.report(scores, next(iter(scores)))
+        run.save()
+
+    def save_result(weights: dict[str, Tensor] | None) -> None:
+        result = model if weights is None else copy_of(model, weights)
+        with atomic_directory(config.output_dir / "recognizer") as folder:
+            nn.Module.to(result, torch.float16)  # diffusers would warn
+            result.save_pretrained(folder)
+
+    run.end(save_result, "recognizer", "vgen classify VIDEO --model {}")
+
+
+def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
+    """The network with random weights, or with those of `init`.
+
+    Raises:
+        ValueError: The classes of `init` are others.
+    """
+    if not config.init:
+        about = {"labels": classes, "frame_rate": config.frame_rate, "multi_label": config.multi_label}
+        return create_recognizer(
+            config.network, len(classes), config.num_frames, config.image_size, **config.model, **about
+        )
+    model = Recognizer.from_pretrained(config.init)
+    if model.labels != classes:
+        raise ValueError(
+            f"the classes of {config.init} are {', '.join(model.labels)}, those of the data {', '.join(classes)}"
+        )
+    return model
+
+
+def open_source(config: RecognizerConfig) -> LabeledShapes | LabeledVideos:
+    """Opens the training data."""
+    if config.data is None:
+        return LabeledShapes(config.task, config.num_frames, config.image_size, config.seed)
+    videos = list_labeled(Path(config.data))
+    classes = classes_of(videos, config.classes or None)
+    check_labels(config, config.data, videos)
+    augmentation = Augmentation(**config.augment)
+    sampling = sampling_of(config)
+    return LabeledVideos(videos, classes, sampling, config.image_size, config.seed, augmentation, config.balance)
+
+
+def open_score_source(config: RecognizerConfig) -> LabeledShapes | LabeledVideos:
+    """Opens the data for scores: other scenes, or videos without augmentation."""
+    if config.data is None:
+        return LabeledShapes(config.task, config.num_frames, config.image_size, config.seed + 1)
+    classes = classes_of(list_labeled(Path(config.data)), config.classes or None)
+    videos = list_labeled(Path(config.score_data or config.data))
+    classes_of(videos, classes)
+    check_labels(config, config.score_data or config.data, videos)
+    return LabeledVideos(videos, classes, sampling_of(config), config.image_size, config.seed)
+
+
+def sampling_of(config: RecognizerConfig) -> Sampling:
+    """Which frames make a clip."""
+    return Sampling(
+        num_frames=config.num_frames,
+        kind=config.sampling,
+        frame_rate=config.frame_rate,
+        stride=config.stride,
+        short=config.short,
+    )
+
+
+def check_labels(config: RecognizerConfig, data: str, videos: list[Any]) -> None:
+    """Checks that videos have one label each, unless they may have several.
+
+    Raises:
+        ValueError: One has several.
+    """
+    several = [one for one in videos if len(one.labels) > 1]
+    if several and not config.multi_label:
+        path, labels = several[0].video.path, ", ".join(several[0].labels)
+        raise ValueError(f"{path} of {data} has several labels ({labels}): pass --multi_label true")
+
+
+def mask_of(model: Recognizer, real: Tensor, config: RecognizerConfig) -> Tensor | None:
+    """The mask of real frames, for networks that take one, if clips may be padded."""
+    return real.bool() if config.short == "pad" and model.network.takes_mask else None
+
+
+@torch.no_grad()
+def score(
+    model: Recognizer, source: LabeledShapes | LabeledVideos, config: RecognizerConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """Scores on new scenes or on videos, whose probabilities are averaged over clips and crops.
+
+    The processes divide them among them.
+    """
+    model.eval()
+    found: list[tuple[int, Tensor, Tensor]] = []
+    here, there = accelerator.process_index, accelerator.num_processes
+    if isinstance(source, LabeledShapes):
+        for first in range(0, config.num_score_clips, config.batch_size):
+            if first // config.batch_size % there == here:
+                numbers = range(first, min(first + config.batch_size, config.num_score_clips))
+                batch = source.batch(numbers, config.num_frames)
+                clip, _ = source.clips(batch, accelerator.device)
+                found.append((first, model.probabilities(model(clip).logits).cpu(), batch["targets"]))
+    else:
+        for number, video in list(enumerate(source.usable()))[here::there]:
+            clips = views_of(video, source.folder.sampling, config.image_size, config.test_clips, config.test_crops)
+            clip, real = stack_clips(clips, accelerator.device)
+            logits = model(clip, mask=mask_of(model, real, config)).logits
+            mean = model.probabilities(logits).mean(0, keepdim=True)
+            found.append((number, mean.cpu(), source.target(video)[None]))
+    model.train()
+    found = sorted(gather_object(found), key=lambda one: one[0])
+    probabilities, targets = (torch.cat([one[index] for one in found]) for index in (1, 2))
+    return classification_scores(probabilities, targets, config.multi_label)
+
+
+if __name__ == "__main__":
+    with one_line_errors(Path(__file__).name):
+        main(parse_config(RecognizerConfig, __doc__))

@@ -1,0 +1,90 @@
+"""Labels of videos, for classifiers: from a metadata file, or from the names of folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vgen.data.caption_files import LABEL_COLUMN, METADATA_FILES, find_caption, find_metadata, is_text, read_metadata
+from vgen.data.clips import Listed, files_by_folder, listed_row
+from vgen.data.formats import VIDEO_SUFFIXES
+
+
+class Labeled(NamedTuple):
+    """A video, or a segment of one, with its labels."""
+
+    video: Listed
+    labels: tuple[str, ...]
+
+
+def list_labeled(folder: Path) -> list[Labeled]:
+    """The videos of a folder and its subfolders with their labels, in a fixed order.
+
+    Labels are the column `label` of a `metadata.jsonl`, `metadata.csv` or `metadata.parquet`: a string, or in jsonl
+    and parquet also a list of several. With `start` and `end` in seconds, a row labels a segment. Without such a file,
+    the label of a video is the name of its folder: `CLASS/VIDEO.mp4`.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ValueError: There are no videos, or a video has no label. The error names some.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    folders = files_by_folder(folder)
+    found: list[Labeled] = []
+    tables = {parent: find_metadata(parent, names) for parent, names in folders.items()}
+    for parent, names in folders.items():
+        if (table := tables[parent]) is not None:
+            found += [_labeled_row(folder, parent, *row) for row in read_metadata(table)]
+        elif not any(tables.get(above) for above in parent.parents):
+            label = () if parent == folder else (parent.name,)
+            videos = (parent / file for file in sorted(names) if Path(file).suffix.lower() in VIDEO_SUFFIXES)
+            found += [Labeled(Listed(path=path, root=folder), label) for path in videos]
+    if not found:
+        raise ValueError(f"{folder} contains no videos ({', '.join(VIDEO_SUFFIXES)}) and lists none")
+    without = [str(one.video.path) for one in found if not one.labels]
+    if without:
+        examples = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        raise ValueError(
+            f"{len(without)} of {len(found)} videos of {folder} have no label: expected a column {LABEL_COLUMN} in "
+            f"{METADATA_FILES}, or one folder for each class ({examples})"
+        )
+    return found
+
+
+def _labeled_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) -> Labeled:
+    value = row.get(LABEL_COLUMN)
+    labels = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(labels, list) or not all(is_text(label) and label for label in labels):
+        raise ValueError(f"{place}: {LABEL_COLUMN} must be a string or a list of strings, got {value!r}")
+    caption = find_caption(row)
+    return Labeled(listed_row(folder, parent, place, {**row, "text": caption or ""}), tuple(dict.fromkeys(labels)))
+
+
+def classes_of(videos: Iterable[Labeled], classes: Sequence[str] | None = None) -> list[str]:
+    """The names of the classes of labeled videos, in alphabetical order.
+
+    Args:
+        videos: The videos.
+        classes: Names that labels must have, in their order; `None` takes those that occur.
+
+    Raises:
+        ValueError: A label is unknown, or a class has no video, or there is only one class.
+    """
+    counts = Counter(label for one in videos for label in one.labels)
+    if classes is None:
+        if len(counts) < 2:
+            raise ValueError(f"a classifier needs at least two classes, got {', '.join(counts) or 'none'}")
+        return sorted(counts)
+    unknown = sorted(set(counts) - set(classes))
+    if unknown:
+        raise ValueError(f"unknown labels: {', '.join(unknown[:5])}; the classes are {', '.join(classes)}")
+    missing = [name for name in classes if name not in counts]
+    if missing:
+        raise ValueError(f"no video has the label {', '.join(missing[:5])}")
+    return list(classes)

@@ -1,0 +1,112 @@
+"""Labeled clips of ShapesWorld: tasks that need time in different ways, for classifiers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vgen.checks import check_choice, check_integer
+from vgen.data.captions import COLORS, DIRECTIONS, MOTIONS, SHAPES, ShapeDescription
+from vgen.data.shapes import CLIP_SECONDS, Scene, make_scene, render
+
+ShapesTask = Literal["color", "direction", "motion", "first", "speed"]
+"""`color`: of the shape, which needs no time. `direction`: whether a shape moves left or right. `motion`: which of all
+motions. `first`: whether a circle or a square moved first, one early and one late in the clip; needs a long memory.
+`speed`: whether a shape moves slowly or quickly; needs fine steps."""
+_CLASSES = {
+    "color": COLORS,
+    "direction": ("left", "right"),
+    "motion": MOTIONS,
+    "first": ("circle", "square"),
+    "speed": ("slow", "quick"),
+}
+_MOVING = 0.25
+"""Fraction of a clip of `first` in which each shape moves."""
+
+
+class LabeledScene(NamedTuple):
+    """A scene with its label. The scene of a clip of `first` differs from frame to frame."""
+
+    frames: tuple[Scene, ...]
+    """One scene for all frames, or one still scene for each frame."""
+    label: int
+    """Index of the class."""
+
+
+class ShapesTasks:
+    """An endless list of labeled clips. Each depends only on the seed and its index; classes are equally likely.
+
+    Args:
+        task: What the labels say.
+        num_frames: Frames per clip, at 8 per second.
+        seed: Seed of the scenes, at least 0.
+
+    Raises:
+        ValueError: The task is unknown, or a number is out of range.
+    """
+
+    def __init__(self, task: ShapesTask, num_frames: int = 17, seed: int = 0) -> None:
+        check_choice("task", task, ShapesTask)
+        check_integer("num_frames", num_frames, 1)
+        check_integer("seed", seed, 0)
+        self.task, self.num_frames, self.seed = task, num_frames, seed
+        self.classes: tuple[str, ...] = _CLASSES[task]
+
+    def scene(self, index: int) -> LabeledScene:
+        """Returns a labeled scene by its index, 0 or greater."""
+        rng = random.Random(f"{self.task} {self.seed} {index}")
+        label = rng.randrange(len(self.classes))
+        name = self.classes[label]
+        background = rng.choice(("black", "gray", "brown", "navy"))
+        if self.task == "first":
+            return LabeledScene(self._in_turn(name, background, rng), label)
+        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
+        motion, speed = rng.choice(list(DIRECTIONS)), rng.choice(("slow", "normal", "quick"))
+        if self.task == "color":
+            color = name
+        elif self.task == "speed":
+            speed = name
+        else:
+            motion = name
+        if (shape, motion) == ("circle", "spin"):
+            shape = rng.choice(SHAPES[1:])
+        size = rng.choice(("small", "medium", "large"))
+        item = ShapeDescription(color=color, shape=shape, motion=motion, size=size, speed=speed)
+        return LabeledScene((make_scene([item], background, rng),), label)
+
+    def clips(self, scenes: list[LabeledScene], size: int = 64, device: str | torch.device = "cpu") -> Tensor:
+        """Renders labeled scenes to clips `(b, 3, f, size, size)` in [-1, 1]."""
+        if self.task != "first":
+            whole = [scene.frames[0] for scene in scenes]
+            return render(whole, num_frames=self.num_frames, height=size, width=size, device=device)
+        stills = [frame for scene in scenes for frame in scene.frames]
+        frames = render(stills, num_frames=1, height=size, width=size, device=device)
+        return rearrange(frames, "(b f) c 1 h w -> b c f h w", b=len(scenes))
+
+    def _in_turn(self, first: str, background: str, rng: random.Random) -> tuple[Scene, ...]:
+        """Still scenes of a circle and a square that move one after the other, with a pause between."""
+        colors = rng.sample(COLORS, 2)
+        shapes = ["circle", "square"]
+        rng.shuffle(shapes)  # which of them is on top, and where
+        items = [
+            ShapeDescription(color=color, shape=shape, motion=rng.choice(list(DIRECTIONS)), speed="quick")
+            for color, shape in zip(colors, shapes, strict=True)
+        ]
+        scene = make_scene(items, background, rng)
+        starts = {name: 0.0 if name == first else 1 - _MOVING for name in shapes}
+        last = max(1, self.num_frames - 1)
+        frames = []
+        for frame in range(self.num_frames):
+            objects = []
+            for item in scene.objects:
+                share = min(1.0, max(0.0, (frame / last - starts[item.shape]) / _MOVING))
+                (x, y), (right, down), time = item.position, item.velocity, CLIP_SECONDS * share
+                moved = (x + time * right, y + time * down)  # frames are square
+                objects.append(replace(item, position=moved, velocity=(0.0, 0.0)))
+            frames.append(replace(scene, objects=tuple(objects)))
+        return tuple(frames)

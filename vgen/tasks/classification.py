@@ -1,0 +1,130 @@
+"""Labels of videos: of whole videos, and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgen.data.clips import Listed, Sampling, VideoFolder, stack_clips
+from vgen.data.resize import Fit
+from vgen.data.video_io import iter_video, video_info
+from vgen.data.views import views_of
+from vgen.io.pixels import from_frames
+from vgen.recognition import Recognizer
+from vgen.temporal.state import TemporalState
+
+
+class Moment(NamedTuple):
+    """The probabilities of the classes at a time."""
+
+    time: float
+    """Seconds from the start of the video."""
+    probabilities: list[float]
+
+
+class Event(NamedTuple):
+    """A span of time with one most probable label."""
+
+    label: str
+    start: float
+    """Seconds."""
+    end: float
+    """Seconds."""
+    probability: float
+    """Mean over the span."""
+
+
+@torch.no_grad()
+def classify(model: Recognizer, video: Path, num_clips: int = 4, num_crops: int = 1) -> dict[str, float]:
+    """The probability of each label for a video, in descending order.
+
+    Args:
+        model: The classifier, in evaluation mode.
+        video: The file.
+        num_clips: Most clips over which probabilities are averaged, at equal distances.
+        num_crops: Crops of each clip over which they are averaged, from one end of the frame to the other.
+
+    Raises:
+        ValueError: The video is damaged or too short.
+    """
+    views = views_of(Listed(path=video), _sampling(model), model.config.image_size, num_clips, num_crops)
+    clip, _ = stack_clips(views, model.device)
+    probabilities = torch.cat([model.probabilities(model(one[None]).logits) for one in clip]).mean(0)
+    found = dict(zip(model.labels, probabilities.tolist(), strict=True))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+@torch.no_grad()
+def timeline(model: Recognizer, video: Path) -> list[Moment]:
+    """The probabilities of the labels over time.
+
+    Networks that run over streams classify each frame from itself and earlier ones. Others classify windows of their
+    length, a quarter of it apart; the time of a window is its middle.
+
+    Args:
+        model: The classifier, in evaluation mode.
+        video: The file.
+
+    Raises:
+        ValueError: The video is damaged or too short.
+    """
+    return list(_frames(model, video) if model.network.is_streamed else _windows(model, video))
+
+
+def _frames(model: Recognizer, video: Path) -> Iterator[Moment]:
+    state, rate, aspect = TemporalState(), _rate(model, video), video_info(video).pixel_aspect_ratio
+    size = (model.config.image_size,) * 2
+    for number, frame in enumerate(iter_video(video, frame_rate=rate)):
+        pixels = from_frames(torch.from_numpy(Fit(frame.shape[:2], size, aspect).to_target(frame[None]))[None])
+        output = model(pixels.to(model.device), state=state)
+        yield Moment(number / rate, model.probabilities(output.frame_logits)[0, 0].tolist())
+
+
+def _windows(model: Recognizer, video: Path) -> Iterator[Moment]:
+    sampling = _sampling(model)
+    length, rate = sampling.num_frames, _rate(model, video)
+    size = model.config.image_size
+    windows = VideoFolder([Listed(path=video)], replace(sampling, kind="sliding", hop=max(1, length // 4)), size, size)
+    for number in range(len(windows)):
+        window = windows[number]
+        if window is None:
+            raise ValueError(f"{video}: {windows.skipped[Listed(path=video)]}")
+        clip, _ = stack_clips([window], model.device)
+        probabilities: Tensor = model.probabilities(model(clip).logits)
+        yield Moment(window.first + (length - 1) / 2 / rate, probabilities[0].tolist())
+
+
+def _sampling(model: Recognizer) -> Sampling:
+    return Sampling(num_frames=model.config.num_frames, frame_rate=model.config.frame_rate)
+
+
+def _rate(model: Recognizer, video: Path) -> float:
+    rate = model.config.frame_rate or video_info(video).frame_rate
+    if rate is None:
+        raise ValueError(f"{video}: its frame rate is unknown")
+    return rate
+
+
+def events_of(moments: list[Moment], labels: list[str]) -> list[Event]:
+    """Spans of time in which one label is the most probable one.
+
+    Args:
+        moments: The probabilities over time, at least one.
+        labels: Names of the classes.
+    """
+    best = [max(range(len(labels)), key=moment.probabilities.__getitem__) for moment in moments]
+    step = (moments[-1].time - moments[0].time) / max(1, len(moments) - 1)
+    events, begin = [], 0
+    for label, group in groupby(best):
+        count = len(list(group))
+        span = moments[begin : begin + count]
+        mean = sum(one.probabilities[label] for one in span) / count
+        events.append(Event(labels[label], span[0].time, span[-1].time + step, mean))
+        begin += count
+    return events
