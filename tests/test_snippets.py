@@ -71,6 +71,7 @@ SMALL = {
     "vgen classify": "",
     "vgen compare": "",
     "vgen data": "",
+    "vgen label": "",
     "vgen doctor": "--no-benchmark",
     "pipelines/encode_latents.py": "--num_clips 4 --height 64 --width 64 --mixed_precision no",
     "pipelines/evaluate.py": "--num_inference_steps 1 --num_clips 2 --dtype float32",
@@ -173,7 +174,13 @@ def checkout(folder, tiny, page, request):
         (folder / "stable-diffusion-folder").symlink_to(request.getfixturevalue("stable_diffusion"))
         run("-c", "\n".join(blocks(page, "python")), cwd=folder)
     if page.name == "recognition.md":
-        for name in ("my-videos/run", "my-videos/sit", "my-test-videos/run", "my-test-videos/sit"):
+        for name in (
+            "my-videos/run",
+            "my-videos/sit",
+            "my-test-videos/run",
+            "my-test-videos/sit",
+            "my-unlabeled-videos",
+        ):
             (folder / name).mkdir(parents=True)
             shutil.copy(folder / "clip.mp4", folder / name)
     if page.name == "moving_mnist.md":

@@ -549,7 +549,7 @@ def classify(
             check_video_input(video)
         locate(model)
         from vgen.recognition import load_recognizer
-        from vgen.tasks.classification import classify as label
+        from vgen.tasks.classification import classify as classify_file
         from vgen.tasks.classification import events_of
         from vgen.tasks.classification import timeline as over_time
 
@@ -568,7 +568,7 @@ def classify(
                     for one in events_of(moments, network.labels)
                 ]
             else:
-                found[str(video)] = labels = label(network, video, clips, crops)
+                found[str(video)] = labels = classify_file(network, video, clips, crops)
                 rows = [(name, f"{probability:.3f}") for name, probability in list(labels.items())[:top]]
             for row in rows:
                 table.add_row(printable(str(video)), *map(printable, row))
@@ -576,6 +576,38 @@ def classify(
         typer.echo(json.dumps(found))
     else:
         _console().print(table)
+
+
+@app.command()
+def label(
+    folder: Annotated[Path, typer.Argument(help="Folder of videos to label.")],
+    model: Annotated[str, typer.Option(help="A recognizer of train_recognizer.py or transformers: folder or Hub id.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; by default metadata.jsonl in the folder.")
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Most clips per video over which probabilities are averaged.", min=1)] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Least probability of a label, for recognizers of several labels.", min=0, max=1)
+    ] = 0.5,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Label the videos of a folder, in a metadata.jsonl that training reads."""
+    with one_line_errors():
+        output = output or folder / "metadata.jsonl"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        _check_output(output, overwrite)
+        if output.suffix != ".jsonl" or not folder.resolve().is_relative_to(output.resolve().parent):
+            raise ValueError(f"--output must be a .jsonl file in {folder} or above it, got {output}")
+        locate(model)
+        from vgen.recognition import load_recognizer
+        from vgen.tasks.classification import label_folder
+
+        count, failed = label_folder(load_recognizer(model).to(_device(device)), folder, output, clips, threshold)
+    for path, reason in failed.items():
+        typer.echo(printable(f"not labeled: {path}: {reason}"), err=True)
+    typer.echo(printable(f"wrote {output}: {count} videos"))
 
 
 @app.command()

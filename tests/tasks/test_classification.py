@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from tests.data.test_clips import write_clip
 from tests.recognition.test_networks import TINY
 from vgen.cli import app
-from vgen.data.clips import Listed, Sampling, stack_clips
+from vgen.data.clips import Listed, Sampling, list_videos, stack_clips
+from vgen.data.labels import list_labeled
 from vgen.data.views import views_of
 from vgen.recognition import Recognizer, create_recognizer, load_recognizer
 from vgen.tasks.classification import Event, Moment, classify, events_of, timeline
@@ -98,6 +99,33 @@ def test_the_command_prints_labels_times_or_json(video, tmp_path):
     moments = json.loads(run(video, "--model", tmp_path / "model", "--json", "--timeline").output)[str(video)]
     assert len(moments) == 20 and set(moments[0]) == {"time", "probabilities"}
     assert "start" in run(video, "--model", tmp_path / "model", "--timeline").output
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_are_written_where_training_reads_them(several, tmp_path):
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "deep/b.mp4"):
+        write_clip(folder / name)
+    write_clip(folder / "short.mp4", num_frames=3)
+    (folder / "a.txt").write_text("a caption")
+    model = make("cnn_gru", channels=[8], multi_label=several)
+    model.save_pretrained(tmp_path / "model")
+    words = ["label", str(folder), "--model", str(tmp_path / "model"), "--threshold", "0"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "2 videos" in done.output, done.output
+    assert "not labeled:" in done.output and "short.mp4: 3 frames" in done.output
+    found = {one.video.path.name: one.labels for one in list_labeled(folder)}
+    expected = {name: tuple(classify(model, folder / name)) for name in ("a.mp4", "deep/b.mp4")}
+    count = 3 if several else 1
+    assert found == {name.split("/")[-1]: labels[:count] for name, labels in expected.items()}
+    captions = {one.path.name: one.captions for one in list_videos(folder)}
+    assert captions == {"a.mp4": ("a caption",), "b.mp4": expected["deep/b.mp4"][:count]}
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "exists already" in done.output
+    for output, message in [("elsewhere.jsonl", None), ("videos/deep/x.jsonl", "must be a .jsonl file in")]:
+        done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / output)])
+        assert (done.exit_code == 0) == (message is None) and (message or "wrote") in done.output
 
 
 def test_mistakes_are_named(video, tmp_path):

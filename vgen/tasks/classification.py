@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -10,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from vgen.data.clips import Listed, Sampling, VideoFolder, stack_clips
+from vgen.data.clips import Listed, Sampling, VideoFolder, list_videos, stack_clips
 from vgen.data.resize import Fit
 from vgen.data.video_io import iter_video, video_info
 from vgen.data.views import views_of
+from vgen.io.atomic import write_text
 from vgen.io.pixels import from_frames
 from vgen.recognition import Recognizer
 from vgen.temporal.state import TemporalState
@@ -41,19 +45,20 @@ class Event(NamedTuple):
 
 
 @torch.no_grad()
-def classify(model: Recognizer, video: Path, num_clips: int = 4, num_crops: int = 1) -> dict[str, float]:
+def classify(model: Recognizer, video: Path | Listed, num_clips: int = 4, num_crops: int = 1) -> dict[str, float]:
     """The probability of each label for a video, in descending order.
 
     Args:
         model: The classifier, in evaluation mode.
-        video: The file.
+        video: The file, or a listed segment of one.
         num_clips: Most clips over which probabilities are averaged, at equal distances.
         num_crops: Crops of each clip over which they are averaged, from one end of the frame to the other.
 
     Raises:
         ValueError: The video is damaged or too short.
     """
-    views = views_of(Listed(path=video), _sampling(model), model.config.image_size, num_clips, num_crops)
+    video = Listed(path=video) if isinstance(video, Path) else video
+    views = views_of(video, _sampling(model), model.config.image_size, num_clips, num_crops)
     clip, _ = stack_clips(views, model.device)
     probabilities = torch.cat([model.probabilities(model(one[None]).logits) for one in clip]).mean(0)
     found = dict(zip(model.labels, probabilities.tolist(), strict=True))
@@ -109,6 +114,48 @@ def _rate(model: Recognizer, video: Path) -> float:
     if rate is None:
         raise ValueError(f"{video}: its frame rate is unknown")
     return rate
+
+
+def label_folder(
+    model: Recognizer, folder: Path, output: Path, num_clips: int = 4, threshold: float = 0.5
+) -> tuple[int, dict[Path, str]]:
+    """Labels all videos of a folder and writes a metadata file that training reads, atomically.
+
+    Rows have `file_name`, `text` (the captions that the video has, or else its labels), `label`, and `probability`.
+
+    Args:
+        model: The classifier, in evaluation mode.
+        folder: Folder of videos; its captions are kept.
+        output: File to write, `.jsonl`, in the folder or above it.
+        num_clips: Most clips per video.
+        threshold: Least probability of a label, for classifiers of several labels. Others give the most probable one.
+
+    Returns:
+        The number of labeled videos, and the reason for each video that cannot be read.
+
+    Raises:
+        ValueError: There are no videos, or none can be read.
+    """
+    videos = list_videos(folder)
+    rows, failed = [], {}
+    for video in tqdm(videos, unit="video"):
+        try:
+            found = classify(model, video, num_clips)
+        except (ValueError, OSError) as error:
+            failed[video.path] = str(error)
+            continue
+        labels = [label for label, probability in found.items() if probability >= threshold]
+        if not model.config.multi_label:
+            labels = [next(iter(found))]
+        captions = [caption for caption in video.captions if caption]
+        row = {"file_name": os.path.relpath(video.path, output.parent), "text": captions or labels or [""]}
+        row |= {"label": labels, "probability": [round(found[label], 4) for label in labels]}
+        times = {"start": video.start, "end": video.end}
+        rows.append(row | {name: time for name, time in times.items() if time is not None})
+    if not rows:
+        raise ValueError(f"none of {len(videos)} videos can be read: {next(iter(failed.values()))}")
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return len(rows), failed
 
 
 def events_of(moments: list[Moment], labels: list[str]) -> list[Event]:
