@@ -412,7 +412,8 @@ def evaluate(
     ] = False,
     num_samples: Annotated[int, typer.Option(help="Number of predictions per clip.", min=1)] = 1,
     features: Annotated[
-        str | None, typer.Option(help="Video model of the transformers library, for distances between distributions.")
+        str | None,
+        typer.Option(help="Recognizer or video model of transformers for distances between distributions."),
     ] = None,
     convlstm: Annotated[str | None, typer.Option(help="ConvLSTM baseline for prediction; none turns it off.")] = None,
     steps: Steps = None,

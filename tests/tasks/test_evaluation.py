@@ -16,9 +16,11 @@ from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
 from vgen.data.clips import VideoFolder
 from vgen.data.video_io import write_video
+from vgen.io.fingerprint import weights_digest
 from vgen.io.settings import parse_settings
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
+from vgen.recognition import create_recognizer
 from vgen.tasks.evaluation import EvaluationConfig, evaluate, feature_frames, with_defaults
 
 
@@ -157,6 +159,15 @@ def test_distances_between_distributions_carry_their_protocol(model, videos, tmp
     )  # fmt: skip
     assert f"copy of the last frame: FVD {distance['value']:.3f} [{distance['low']:.3f}" in done.output
     assert "known_frames_counted False, resize bilinear" in done.output
+
+
+def test_distances_on_the_features_of_a_recognizer(model, videos, tmp_path):
+    recognizer = create_recognizer("pooled", 2, 4, 16, channels=[8], dim=8)
+    recognizer.save_pretrained(tmp_path / "recognizer")
+    options = settings(model, videos, tmp_path / "out", tasks=["prediction"], features=str(tmp_path / "recognizer"))
+    results = evaluate(EvaluationConfig(**options))
+    protocol = results["distances"]["prediction"]["copy of the last frame"]["FVD"]["protocol"]
+    assert protocol["feature_network"] == weights_digest(recognizer) and protocol["values"] == "from -1 to 1"
 
 
 def test_distances_of_a_task_do_not_depend_on_the_others():

@@ -239,13 +239,28 @@ def load_recognizer(source: str) -> Recognizer:
     Raises:
         ValueError: There is no such folder, it is neither, or the weights do not match the config.
     """
-    folder = str(locate(source))
-    path = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
+    folder, config = _config_of(source)
+    if config is None:
         raise ValueError(f"{source} is not a recognizer: it has no config.json")
-    config = read_json(Path(path))
     if "model_type" in config:
         return Recognizer.from_transformers(folder)
     if config.get("_class_name") != Recognizer.__name__:
         raise ValueError(f"{source} is not a recognizer, but a {config.get('_class_name')}")
     return Recognizer.from_pretrained(folder).eval()
+
+
+def is_recognizer(source: str) -> bool:
+    """Whether a folder or Hub id is what `Recognizer.save_pretrained` wrote.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    config = _config_of(source)[1]
+    return config is not None and config.get("_class_name") == Recognizer.__name__
+
+
+def _config_of(source: str) -> tuple[str, dict[str, Any] | None]:
+    """The folder or Hub id, and its `config.json`, if it has one."""
+    folder = str(locate(source))
+    path = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False)
+    return folder, None if path is None else read_json(Path(path))

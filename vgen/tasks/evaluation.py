@@ -54,6 +54,8 @@ from vgen.metrics.temporal import drift_slopes, seam_ratio, start_end_difference
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
+from vgen.recognition.features import RecognizerFeatures
+from vgen.recognition.recognizer import is_recognizer
 from vgen.sampling.known_frames import check_tasks
 from vgen.sampling.options import RolloutOptions
 from vgen.tasks.engine import Worker
@@ -72,6 +74,7 @@ from vgen.temporal.grid import LatentGrid
 
 logger = logging.get_logger(__name__)
 
+Features = FeatureNetwork | RecognizerFeatures | ScriptedFeatures
 Task = Literal["reconstruction", "prediction", "interpolation", "generation", "rollout"]
 TASKS: tuple[Task, ...] = get_args(Task)
 MODEL = "the model"
@@ -108,7 +111,8 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     lpips: bool = False
     """Whether to compute LPIPS, which needs the package `lpips`."""
     features: str | None = None
-    """Feature network of the distances between distributions: folder or Hub id of a video model of transformers."""
+    """Feature network of the distances between distributions: folder or Hub id of a video model of transformers, or of
+    a recognizer (`train/train_recognizer.py`)."""
     torchscript: Path | None = None
     """Feature network as a TorchScript file, such as I3D, instead of `features`."""
     trust_torchscript: bool = False
@@ -274,7 +278,7 @@ class Measurement:
         assert options.chunk_size is not None
         return self.pipe.grid.unit * options.chunk_size
 
-    def _check_lengths(self, network: FeatureNetwork | ScriptedFeatures) -> None:
+    def _check_lengths(self, network: Features) -> None:
         """Raises if clips have fewer new frames than the feature network needs."""
         for task in [task for task in FEATURED if task in self.tasks]:
             needed, available = feature_frames(self.config, network, task), countable_frames(self.config, task)
@@ -530,17 +534,18 @@ def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPre
     return ConvLSTMPredictor.from_pretrained(find_packaged(config.convlstm) or config.convlstm).eval().to(device)
 
 
-def open_features(config: EvaluationConfig, device: torch.device) -> FeatureNetwork | ScriptedFeatures | None:
+def open_features(config: EvaluationConfig, device: torch.device) -> Features | None:
     """Loads the feature network of the distances; `None` without one.
 
     Raises:
         ValueError: The network needs another number of frames than `num_feature_frames`, or cannot be loaded.
     """
-    network: FeatureNetwork | ScriptedFeatures
+    network: Features
     if config.torchscript is not None:
         network = ScriptedFeatures(config.torchscript, trusted=config.trust_torchscript)
     elif config.features is not None:
-        network = FeatureNetwork(config.features)
+        own = is_recognizer(config.features)
+        network = RecognizerFeatures(config.features) if own else FeatureNetwork(config.features)
     else:
         return None
     if config.num_feature_frames and network.num_frames not in (None, config.num_feature_frames):
@@ -555,7 +560,7 @@ def countable_frames(config: EvaluationConfig, task: str) -> int:
     return config.num_frames - (config.given if task == "prediction" and not config.count_known_frames else 0)
 
 
-def feature_frames(config: EvaluationConfig, network: FeatureNetwork | ScriptedFeatures, task: str) -> int:
+def feature_frames(config: EvaluationConfig, network: Features, task: str) -> int:
     """Frames per clip that the feature network gets."""
     return network.num_frames or config.num_feature_frames or countable_frames(config, task)
 
