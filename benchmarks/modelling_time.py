@@ -1,0 +1,168 @@
+"""Methods of modelling time: every recognizer, trained on tasks of ShapesWorld for the same time on one core.
+
+    pip install -c constraints.txt -e ".[benchmarks,evaluation]"
+    python benchmarks/modelling_time.py --output docs/results/modelling_time.json --chart docs/modelling_time.png
+
+Tasks: `color` needs no time, `direction` needs the order of frames, `first` (which of two shapes moved first) needs
+memory, `speed` needs fine steps. Each network trains once per task on new clips, with AdamW and a cosine schedule over
+time, and is scored on 512 others. Sizes make the networks similarly small. The same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import in_new_process
+from pairs import measure as cost_of
+
+from vgen.data.shapes_tasks import ShapesTasks
+from vgen.recognition import Recognizer, create_recognizer
+from vgen.recognition.objective import classification_loss
+from vgen.temporal.state import TemporalState
+from vgen.training.throughput import count_flops
+
+TASKS = ("color", "direction", "speed", "first")
+NUM_FRAMES, SIZE, BATCH, SCORED = 17, 64, 16, 512
+SMALL_TRANSFORMER = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "single_frame": {},
+    "pooled": {},
+    "late_fusion": {},
+    "early_fusion": {},
+    "slow_fusion": {},
+    "c3d": {"widths": [16, 32, 64, 64, 64], "dim": 128},
+    "i3d": {"width": 0.25},
+    "s3d": {"width": 0.25},
+    "s3d_channels": {"width": 0.25},
+    "r2plus1d": {"widths": [16, 32, 64, 128], "blocks": [1, 1, 1, 1]},
+    "causal_cnn": {},
+    "cnn_lstm": {},
+    "cnn_gru": {},
+    "convlstm": {},
+    "st_lstm": {},
+    "recurrent_cnn": {},
+    "divided_attention": {},
+    "joint_attention": {},
+    "factorized_attention": {},
+    "swin3d": {"dim": 48, "depths": [2, 2, 2], "heads": [2, 4, 8], "window": [8, 4, 4]},
+    "two_stream": {},
+    "tsn": {},
+    "slowfast": {"width": 16, "blocks": [1, 1, 1, 1]},
+    "frame_difference": {},
+    "timesformer": {"config": SMALL_TRANSFORMER | {"patch_size": 8}},
+}
+
+
+def main() -> None:
+    """Measures all entries, then draws the chart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="training time of each network on each task")
+    parser.add_argument("--entries", nargs="*", default=list(ENTRIES), choices=ENTRIES, metavar="NAME")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--chart", type=Path, help="draw accuracies against times per clip here")
+    args = parser.parse_args()
+    settings = {"seconds": args.seconds, "learning rate": args.learning_rate}
+    found: dict[str, Any] = {"settings": settings, "entries": {}}
+    if args.output and args.output.exists():
+        before = json.loads(args.output.read_text())
+        found = before if before["settings"] == settings else found
+    for name in args.entries:
+        if name in found["entries"]:
+            continue
+        found["entries"][name] = row = in_new_process(measure, name, args.seconds, args.learning_rate)
+        accuracies = "  ".join(f"{task} {row['accuracy'][task]:.1%}" for task in TASKS)
+        print(f"{name:<22}{accuracies}  {row['milliseconds per clip']:.1f} ms", flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
+    if args.chart:
+        draw(found["entries"], args.chart)
+
+
+def make(name: str, task: ShapesTasks) -> Recognizer:
+    """An entry for a task."""
+    torch.manual_seed(0)
+    return create_recognizer(name, len(task.classes), NUM_FRAMES, SIZE, **ENTRIES[name])
+
+
+def measure(name: str, seconds: float, learning_rate: float) -> dict[str, Any]:
+    """Costs of an entry, and its accuracy on each task."""
+    torch.set_num_threads(1)
+    model = make(name, ShapesTasks("color", NUM_FRAMES)).eval()
+    clip = torch.zeros(1, 3, NUM_FRAMES, SIZE, SIZE)
+    with torch.no_grad():
+        costs = cost_of(lambda: model(clip), 20)
+        per_clip = 1000 * costs["seconds"]
+        row = {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "flops per clip": count_flops(lambda: model(clip)),
+            "milliseconds per clip": per_clip,
+            "milliseconds per new frame": per_frame(model, clip) if model.network.is_streamed else per_clip,
+            "MiB": costs["MiB"],
+            "streams": model.network.is_streamed,
+        }
+    trained = {task: train(make(name, ShapesTasks(task, NUM_FRAMES)), task, seconds, learning_rate) for task in TASKS}
+    row["accuracy"] = {task: accuracy for task, (accuracy, _) in trained.items()}
+    row["steps"] = {task: steps for task, (_, steps) in trained.items()}
+    return row
+
+
+def per_frame(model: Recognizer, clip: torch.Tensor) -> float:
+    """Milliseconds for the next frame of a stream."""
+    state = TemporalState()
+    model(clip, state=state)
+    return 1000 * cost_of(lambda: model(clip[:, :, :1], state=state), 20)["seconds"]
+
+
+def train(model: Recognizer, task: str, seconds: float, learning_rate: float) -> tuple[float, int]:
+    """Trains for a time that includes making the clips; returns the accuracy on new clips and the number of steps."""
+    world = ShapesTasks(task, NUM_FRAMES)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    model.train()
+    begin, step = time.perf_counter(), 0
+    while (share := (time.perf_counter() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:  # 50 steps of warmup, then a cosine over time
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
+        clip, labels = batch(world, range(step * BATCH, (step + 1) * BATCH))
+        targets = torch.nn.functional.one_hot(labels, len(world.classes)).float()
+        loss = classification_loss(model(clip).logits, targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+    fresh, right = ShapesTasks(task, NUM_FRAMES, seed=1), 0  # type: ignore[arg-type]
+    model.eval()
+    with torch.no_grad():
+        for first in range(0, SCORED, BATCH):
+            clip, labels = batch(fresh, range(first, first + BATCH))
+            right += int((model(clip).logits.argmax(1) == labels).sum())
+    return right / SCORED, step
+
+
+def batch(world: ShapesTasks, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips and labels."""
+    scenes = [world.scene(index) for index in indices]
+    return world.clips(scenes, SIZE), torch.tensor([scene.label for scene in scenes])
+
+
+def draw(entries: dict[str, Any], path: Path) -> None:
+    """Draws the accuracy of each task against the time per clip."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for axes, task in zip(figure.subplots(2, 2).flat, TASKS, strict=True):
+        for name, row in entries.items():
+            x, y = row["milliseconds per clip"], 100 * row["accuracy"][task]
+            axes.plot(x, y, "o" if row["streams"] else "s", color="tab:blue" if row["streams"] else "tab:gray")
+            axes.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set(xscale="log", xlabel="ms per clip", ylabel="accuracy in %", title=task, ylim=(0, 105))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
