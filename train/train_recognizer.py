@@ -4,7 +4,7 @@ accelerate launch train/train_recognizer.py --data my-videos --score_data my-tes
 accelerate launch train/train_recognizer.py --task motion --network cnn_gru --output_dir runs/shapes-recognizer
 
 Videos are in one folder for each class, or a metadata file has their labels in its column `label`. The result is
-OUTPUT_DIR/recognizer.
+OUTPUT_DIR/recognizer. With --per_frame true, labels have time stamps, and the result says what happens when.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from torch import Tensor, nn
 from vgen.checks import check_number
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Sampling, SamplingKind, Short, stack_clips
-from vgen.data.labels import classes_of, list_labeled
+from vgen.data.labels import classes_of, list_labeled, list_timelines
 from vgen.data.shapes_tasks import ShapesTask
 from vgen.data.views import views_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.recognition import Recognizer, create_recognizer
-from vgen.recognition.objective import classification_loss, classification_scores, mixup
+from vgen.recognition.detection import Segment, mean_average_precision
+from vgen.recognition.objective import classification_loss, classification_scores, frame_loss, mixup
+from vgen.tasks.classification import detect, timeline
 from vgen.training.feed import Feed
-from vgen.training.labeled import LabeledShapes, LabeledVideos
+from vgen.training.labeled import LabeledMoments, LabeledShapes, LabeledVideos
 from vgen.training.run import Run, RunConfig, config_text, copy_of, parse_config, start
 from vgen.training.sources import ClipBatches, consecutive_clips
+
+Source = LabeledShapes | LabeledVideos | LabeledMoments
 
 
 @dataclass(kw_only=True)
@@ -54,6 +58,11 @@ class RecognizerConfig(RunConfig):
     """Names of the classes in their order; other labels are then errors. An empty list takes all labels."""
     multi_label: bool = False
     """Whether a video may have several labels."""
+    per_frame: bool = False
+    """Whether labels hold from `start` to `end` in a video only, so that each frame is labeled. This needs a network
+    that classifies frames, such as `cnn_gru` or `causal_cnn`; several labels may hold at once."""
+    iou_weight: float = 0.0
+    """Weight of the temporal IoU loss with `per_frame`."""
     num_frames: int = 17
     """Frames per clip."""
     image_size: int = 64
@@ -95,8 +104,13 @@ class RecognizerConfig(RunConfig):
         for name in ("num_frames", "image_size", "num_score_clips", "test_clips", "test_crops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_number("iou_weight", self.iou_weight, 0)
+        if self.per_frame and (self.mixup or self.label_smoothing or self.balance):
+            raise ValueError("mixup, label_smoothing and balance do not support per_frame=true")
+        if self.iou_weight and not self.per_frame:
+            raise ValueError("iou_weight needs per_frame=true")
         if self.data is None:
-            ignored = ("score_data", "augment", "classes", "multi_label", "balance")
+            ignored = ("score_data", "augment", "classes", "multi_label", "balance", "per_frame")
             wrong = [name for name in ignored if getattr(self, name)]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} need videos (--data)")
@@ -109,13 +123,17 @@ def main(config: RecognizerConfig) -> None:
     if config.dry_run:
         print(config_text(config))
         return
-    source, fresh = open_source(config), open_score_source(config)
+    source = open_source(config)
+    fresh = open_score_source(config, source.classes)
     accelerator = start(config)
     model = make_model(config, source.classes)
     batches = ClipBatches(source, partial(consecutive_clips, config.batch_size, config.num_frames))
     run = Run(config, accelerator, model, batches.name, data=source.digest)
     feed = Feed(run, batches)
-    loss_of = partial(classification_loss, multi_label=config.multi_label, smoothing=config.label_smoothing)
+    if config.per_frame:
+        loss_of = partial(frame_loss, iou_weight=config.iou_weight)
+    else:
+        loss_of = partial(classification_loss, multi_label=config.multi_label, smoothing=config.label_smoothing)
 
     for step in run.steps():
         total = torch.zeros((), device=accelerator.device)
@@ -124,9 +142,12 @@ def main(config: RecognizerConfig) -> None:
             clip, real = source.clips(batch, accelerator.device)
             rng = np.random.default_rng((config.seed, step, part.start))
             clip, targets = mixup(clip, batch["targets"], config.mixup, rng)
-            logits = run.network(clip, mask=mask_of(model, real, config)).logits
+            output = run.network(clip, mask=mask_of(model, real, config))
             run.count(len(clip), clip[:, 0].numel(), clip.shape, lambda network, clip=clip: network(clip))
-            loss = loss_of(logits, targets).sum() / config.batch_size
+            losses = (
+                loss_of(output.frame_logits, targets, real) if config.per_frame else loss_of(output.logits, targets)
+            )
+            loss = losses.sum() / config.batch_size
             run.backward(loss)
             total += loss.detach()
         run.update()
@@ -134,7 +155,7 @@ def main(config: RecognizerConfig) -> None:
         if run.scores_are_due:
             with run.average:
                 scores = score(model, fresh, config, accelerator)
-            run.report(scores, next(iter(scores)))
+            run.report(scores, "mAP" if config.per_frame else next(iter(scores)))
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
@@ -143,7 +164,8 @@ def main(config: RecognizerConfig) -> None:
             nn.Module.to(result, torch.float16)  # diffusers would warn
             result.save_pretrained(folder)
 
-    run.end(save_result, "recognizer", "vgen classify VIDEO --model {}")
+    timeline = " --timeline" if config.per_frame else ""
+    run.end(save_result, "recognizer", f"vgen classify VIDEO --model {{}}{timeline}")
 
 
 def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
@@ -153,10 +175,17 @@ def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
         ValueError: The classes of `init` are others.
     """
     if not config.init:
-        about = {"labels": classes, "frame_rate": config.frame_rate, "multi_label": config.multi_label}
-        return create_recognizer(
+        about = {
+            "labels": classes,
+            "frame_rate": config.frame_rate,
+            "multi_label": config.multi_label or config.per_frame,
+        }
+        model = create_recognizer(
             config.network, len(classes), config.num_frames, config.image_size, **config.model, **about
         )
+        if config.per_frame and not model.network.is_streamed:
+            raise ValueError(f"per_frame needs a network that classifies each frame, got {config.network}")
+        return model
     model = Recognizer.from_pretrained(config.init)
     if model.labels != classes:
         raise ValueError(
@@ -165,27 +194,50 @@ def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
     return model
 
 
-def open_source(config: RecognizerConfig) -> LabeledShapes | LabeledVideos:
-    """Opens the training data."""
+def open_source(config: RecognizerConfig) -> Source:
+    """Opens the training data.
+
+    Raises:
+        ValueError: There are too few classes.
+    """
     if config.data is None:
         return LabeledShapes(config.task, config.num_frames, config.image_size, config.seed)
     videos = list_labeled(Path(config.data))
     classes = classes_of(videos, config.classes or None)
-    check_labels(config, config.data, videos)
-    augmentation = Augmentation(**config.augment)
-    sampling = sampling_of(config)
-    return LabeledVideos(videos, classes, sampling, config.image_size, config.seed, augmentation, config.balance)
+    if len(classes) < 2 and not (config.multi_label or config.per_frame):
+        raise ValueError(f"a classifier needs at least two classes, got {', '.join(classes)}")
+    return open_videos(config, config.data, classes, Augmentation(**config.augment), config.balance)
 
 
-def open_score_source(config: RecognizerConfig) -> LabeledShapes | LabeledVideos:
+def open_score_source(config: RecognizerConfig, classes: list[str]) -> Source:
     """Opens the data for scores: other scenes, or videos without augmentation."""
     if config.data is None:
         return LabeledShapes(config.task, config.num_frames, config.image_size, config.seed + 1)
-    classes = classes_of(list_labeled(Path(config.data)), config.classes or None)
-    videos = list_labeled(Path(config.score_data or config.data))
-    classes_of(videos, classes)
-    check_labels(config, config.score_data or config.data, videos)
-    return LabeledVideos(videos, classes, sampling_of(config), config.image_size, config.seed)
+    return open_videos(config, config.score_data or config.data, classes)
+
+
+def open_videos(
+    config: RecognizerConfig,
+    folder: str,
+    classes: list[str],
+    augmentation: Augmentation | None = None,
+    balance: bool = False,
+) -> LabeledVideos | LabeledMoments:
+    """Opens labeled videos.
+
+    Raises:
+        ValueError: A label is unknown, or a video has several without `multi_label`.
+    """
+    size = (config.image_size, config.seed, augmentation)
+    videos = list_labeled(Path(folder))
+    classes_of(videos, classes, complete=False)
+    if config.per_frame:
+        return LabeledMoments(list_timelines(Path(folder)), classes, sampling_of(config), *size)
+    several = [one for one in videos if len(one.labels) > 1]
+    if several and not config.multi_label:
+        path, labels = several[0].video.path, ", ".join(several[0].labels)
+        raise ValueError(f"{path} of {folder} has several labels ({labels}): pass --multi_label true")
+    return LabeledVideos(videos, classes, sampling_of(config), *size, balance)
 
 
 def sampling_of(config: RecognizerConfig) -> Sampling:
@@ -199,34 +251,24 @@ def sampling_of(config: RecognizerConfig) -> Sampling:
     )
 
 
-def check_labels(config: RecognizerConfig, data: str, videos: list[Any]) -> None:
-    """Checks that videos have one label each, unless they may have several.
-
-    Raises:
-        ValueError: One has several.
-    """
-    several = [one for one in videos if len(one.labels) > 1]
-    if several and not config.multi_label:
-        path, labels = several[0].video.path, ", ".join(several[0].labels)
-        raise ValueError(f"{path} of {data} has several labels ({labels}): pass --multi_label true")
-
-
 def mask_of(model: Recognizer, real: Tensor, config: RecognizerConfig) -> Tensor | None:
     """The mask of real frames, for networks that take one, if clips may be padded."""
     return real.bool() if config.short == "pad" and model.network.takes_mask else None
 
 
 @torch.no_grad()
-def score(
-    model: Recognizer, source: LabeledShapes | LabeledVideos, config: RecognizerConfig, accelerator: Accelerator
-) -> dict[str, float]:
+def score(model: Recognizer, source: Source, config: RecognizerConfig, accelerator: Accelerator) -> dict[str, float]:
     """Scores on new scenes or on videos, whose probabilities are averaged over clips and crops.
 
     The processes divide them among them.
     """
     model.eval()
-    found: list[tuple[int, Tensor, Tensor]] = []
     here, there = accelerator.process_index, accelerator.num_processes
+    if isinstance(source, LabeledMoments):
+        scores = score_moments(model, source, here, there)
+        model.train()
+        return scores
+    found: list[tuple[int, Tensor, Tensor]] = []
     if isinstance(source, LabeledShapes):
         for first in range(0, config.num_score_clips, config.batch_size):
             if first // config.batch_size % there == here:
@@ -245,6 +287,16 @@ def score(
     found = sorted(gather_object(found), key=lambda one: one[0])
     probabilities, targets = (torch.cat([one[index] for one in found]) for index in (1, 2))
     return classification_scores(probabilities, targets, config.multi_label)
+
+
+def score_moments(model: Recognizer, source: LabeledMoments, here: int, there: int) -> dict[str, float]:
+    """Mean average precision of the segments that are detected in whole videos."""
+    found = [
+        (str(video.path), detect(timeline(model, video.path), model.labels))
+        for video in list(source.events)[here::there]
+    ]
+    true = {str(video.path): [Segment(*event) for event in events] for video, events in source.events.items()}
+    return mean_average_precision(dict(gather_object(found)), true)
 
 
 if __name__ == "__main__":

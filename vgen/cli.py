@@ -565,8 +565,8 @@ def classify(
                     for one in moments
                 ]
                 rows: list[tuple[str, ...]] = [
-                    (f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.probability:.3f}")
-                    for one in events_of(moments, network.labels)
+                    (f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.score:.3f}")
+                    for one in events_of(moments, network)
                 ]
             else:
                 found[str(video)] = labels = classify_file(network, video, clips, crops)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.data.test_clips import write_clip
 from vgen.data.clips import Listed, Sampling
-from vgen.data.labels import Labeled, classes_of, list_labeled
+from vgen.data.labels import Labeled, classes_of, list_labeled, list_timelines
 from vgen.data.views import views_of
 
 
@@ -68,8 +68,26 @@ def test_classes_must_be_known_and_have_videos(folder):
         classes_of(found, ["run", "walk"])
     with pytest.raises(ValueError, match="no video has the label walk"):
         classes_of(found, ["run", "sit", "walk"])
-    with pytest.raises(ValueError, match="a classifier needs at least two classes, got run"):
-        classes_of(found[:2])
+    assert classes_of(found, ["run", "sit", "walk"], complete=False) == ["run", "sit", "walk"]
+
+
+def test_timelines_have_all_segments_of_a_video(folder):
+    write_rows(
+        folder,
+        {"file_name": "run/a.mp4", "label": "jump", "start": 0.5, "end": 1},
+        {"file_name": "run/a.mp4", "label": ["run", "fall"], "start": 1.2},
+        {"file_name": "run/b.mp4", "label": "run"},
+    )
+    assert [(one.video.path.name, one.events) for one in list_timelines(folder)] == [
+        ("a.mp4", (("jump", 0.5, 1.0), ("run", 1.2, 2.0), ("fall", 1.2, 2.0))), ("b.mp4", (("run", 0.0, 2.0),)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("times", [{"start": 0, "end": 3}, {"start": 2.5, "end": 2.6}])
+def test_time_stamps_outside_of_the_video_are_named(folder, times):
+    write_rows(folder, {"file_name": "run/a.mp4", "label": "run"} | times)
+    with pytest.raises(ValueError, match=r"a\.mp4 lasts 2 s, but its label run is for"):
+        list_timelines(folder)
 
 
 def shown(clips):

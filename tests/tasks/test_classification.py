@@ -12,7 +12,8 @@ from vgen.data.clips import Listed, Sampling, list_videos, stack_clips
 from vgen.data.labels import list_labeled
 from vgen.data.views import views_of
 from vgen.recognition import Recognizer, create_recognizer, load_recognizer
-from vgen.tasks.classification import Event, Moment, classify, events_of, timeline
+from vgen.recognition.detection import Segment
+from vgen.tasks.classification import Moment, classify, events_of, timeline
 
 LABELS = ["a", "b", "c"]
 
@@ -56,9 +57,14 @@ def test_the_timeline_of_other_networks_has_overlapping_windows(video):
 def test_events_are_spans_with_one_most_probable_label():
     rows = [[0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]
     moments = [Moment(index / 2, row) for index, row in enumerate(rows)]
-    assert events_of(moments, ["a", "b"]) == [
-        Event("a", 0.0, 1.0, pytest.approx(0.8)), Event("b", 1.0, 1.5, 0.8), Event("a", 1.5, 2.0, 0.6),
+    model = create_recognizer("pooled", 2, 8, 16, labels=["a", "b"])
+    assert events_of(moments, model) == [
+        Segment("a", 0.0, 1.0, pytest.approx(0.8)), Segment("b", 1.0, 1.5, 0.8), Segment("a", 1.5, 2.0, 0.6),
     ]  # fmt: skip
+    several = create_recognizer("pooled", 2, 8, 16, labels=["a", "b"], multi_label=True)
+    found = events_of(moments, several)
+    assert [one[:3] for one in found] == [("a", 0.0, 1.0), ("b", 1.0, 1.5), ("a", 1.5, 2.0)]
+    assert all(one.score >= 0.5 for one in found)
 
 
 @pytest.mark.parametrize("model_type", ["timesformer", "vivit", "videomae", "vjepa2"])

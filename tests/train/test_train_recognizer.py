@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tests.data.test_clips import write_clip
+from vgen.data.clips import Sampling
+from vgen.data.labels import list_timelines
 from vgen.recognition import Recognizer
+from vgen.tasks.classification import events_of, timeline
+from vgen.training.labeled import LabeledMoments
 
 from .scripts import TINY, launch, logged, trained_alike
 
@@ -72,6 +76,43 @@ def test_videos_with_several_labels_need_the_setting(folder, tmp_path):
     assert logged(tmp_path / "run", "mean_average_precision")
 
 
+@pytest.fixture
+def moments(tmp_path):
+    """Videos that become brighter; the bright part is labeled."""
+    (tmp_path / "moments").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / "moments" / name)
+    rows = [{"file_name": name, "label": "bright", "start": 1.0, "end": 2.0} for name in ("a.mp4", "b.mp4")]
+    (tmp_path / "moments" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "moments"
+
+
+def test_labels_of_frames_are_learned_and_detected(moments, tmp_path):
+    options = {
+        "--data": moments, "--per_frame": "true", "--iou_weight": 1.0, "--frame_rate": 10, "--num_frames": 8,
+        "--max_steps": 60, "--sample_every": 60, "--learning_rate": 0.01, "--save_every": 100, "--log_every": 20,
+        "--ema_decay": 0, "--network": "causal_cnn",
+    }  # fmt: skip
+    train(tmp_path / "run", **options)
+    assert logged(tmp_path / "run", "mAP@0.5")[-1][1] == 1
+    model = Recognizer.from_pretrained(tmp_path / "run/recognizer").eval()
+    (event,) = events_of(timeline(model, moments / "a.mp4"), model)
+    assert (
+        event.label == "bright" and event.start == pytest.approx(1, abs=0.3) and event.end == pytest.approx(2, abs=0.3)
+    )
+
+
+def test_the_targets_of_a_clip_are_those_of_its_frames(moments):
+    source = LabeledMoments(list_timelines(moments), ["dark", "bright"], Sampling(num_frames=6, frame_rate=10.0), 16)
+    seen = set()
+    for index in range(8):
+        batch = source.batch(range(index, index + 1), 6)
+        bright = batch["frames"][0].float().mean((1, 2, 3)) > 95  # frame i has 10 i
+        assert batch["targets"].shape == (1, 6, 2) and torch.equal(batch["targets"][0, :, 1] > 0, bright)
+        seen |= set(bright.tolist())
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -83,6 +124,13 @@ def test_videos_with_several_labels_need_the_setting(folder, tmp_path):
         ({"--data": "VIDEOS", "--classes": '["run", "walk"]'}, "unknown labels: sit; the classes are run, walk"),
         ({"--data": "VIDEOS", "--num_frames": 100}, "none of 3 videos can be used"),
         ({"--data": "nowhere"}, "there is no folder nowhere"),
+        (
+            {"--data": "VIDEOS", "--classes": '["run", "sit"]', "--per_frame": "true", "--network": "pooled"},
+            "per_frame needs a network that classifies each frame, got pooled",
+        ),
+        ({"--data": "VIDEOS", "--per_frame": "true", "--sampling": "uniform"}, "need sampling=random or sliding"),
+        ({"--per_frame": "true"}, "per_frame need videos (--data)"),
+        ({"--iou_weight": 1}, "iou_weight needs per_frame=true"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(folder, tmp_path, options, message):

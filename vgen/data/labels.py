@@ -11,6 +11,8 @@ from vgen.data.caption_files import LABEL_COLUMN, METADATA_FILES, find_caption, 
 from vgen.data.clips import Listed, files_by_folder, listed_row
 from vgen.data.formats import VIDEO_SUFFIXES
 
+_TOLERANCE = 0.1  # seconds by which time stamps may be rounded up
+
 
 class Labeled(NamedTuple):
     """A video, or a segment of one, with its labels."""
@@ -57,6 +59,38 @@ def list_labeled(folder: Path) -> list[Labeled]:
     return found
 
 
+class Timeline(NamedTuple):
+    """A whole video, and what happens in it when."""
+
+    video: Listed
+    events: tuple[tuple[str, float, float], ...]
+    """Label, start and end in seconds."""
+
+
+def list_timelines(folder: Path) -> list[Timeline]:
+    """The videos of a folder with all their labeled segments, in a fixed order.
+
+    Args:
+        folder: A folder for `list_labeled`. Without `start` or `end`, a segment begins or ends with its video.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ValueError: As in `list_labeled`, or a segment does not end within its video.
+        OSError: A file cannot be read.
+    """
+    events: dict[Path, list[tuple[str, float, float]]] = {}
+    for video, labels in list_labeled(folder):
+        duration = video.info().duration
+        end = duration if video.end is None else video.end
+        if duration is None or end is None:
+            raise ValueError(f"{video.path}: its duration is unknown")
+        if (video.start or 0.0) >= duration or end > duration + _TOLERANCE:
+            span = f"{video.start or 0:g} to {end:g} s"
+            raise ValueError(f"{video.path} lasts {duration:g} s, but its label {labels[0]} is for {span}")
+        events.setdefault(video.path, []).extend((label, video.start or 0.0, end) for label in labels)
+    return [Timeline(Listed(path=path, root=folder), tuple(found)) for path, found in events.items()]
+
+
 def _labeled_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) -> Labeled:
     value = row.get(LABEL_COLUMN)
     labels = [value] if isinstance(value, str) else [] if value is None else value
@@ -66,25 +100,24 @@ def _labeled_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) ->
     return Labeled(listed_row(folder, parent, place, {**row, "text": caption or ""}), tuple(dict.fromkeys(labels)))
 
 
-def classes_of(videos: Iterable[Labeled], classes: Sequence[str] | None = None) -> list[str]:
+def classes_of(videos: Iterable[Labeled], classes: Sequence[str] | None = None, complete: bool = True) -> list[str]:
     """The names of the classes of labeled videos, in alphabetical order.
 
     Args:
         videos: The videos.
         classes: Names that labels must have, in their order; `None` takes those that occur.
+        complete: Whether each of these names must occur.
 
     Raises:
-        ValueError: A label is unknown, or a class has no video, or there is only one class.
+        ValueError: A label is unknown, or a class has no video.
     """
     counts = Counter(label for one in videos for label in one.labels)
     if classes is None:
-        if len(counts) < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {', '.join(counts) or 'none'}")
         return sorted(counts)
     unknown = sorted(set(counts) - set(classes))
     if unknown:
         raise ValueError(f"unknown labels: {', '.join(unknown[:5])}; the classes are {', '.join(classes)}")
     missing = [name for name in classes if name not in counts]
-    if missing:
+    if missing and complete:
         raise ValueError(f"no video has the label {', '.join(missing[:5])}")
     return list(classes)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, multiclass_accuracy
 
 from vgen.checks import check_number
+from vgen.recognition.detection import temporal_iou_loss
 
 
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool = False, smoothing: float = 0.0) -> Tensor:
@@ -34,6 +35,28 @@ def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool = Fal
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
     targets = targets * (1 - smoothing) + smoothing / logits.shape[-1]
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def frame_loss(logits: Tensor, targets: Tensor, real: Tensor, iou_weight: float = 0.0) -> Tensor:
+    """Loss of the labels of frames: binary cross entropy over real frames, and the temporal IoU loss.
+
+    Args:
+        logits: `(b, f, k)`.
+        targets: 1 for the labels of each frame and 0 for others, `(b, f, k)`.
+        real: 1 for real frames and 0 for padding, `(b, f)`.
+        iou_weight: Weight of `vgen.recognition.detection.temporal_iou_loss`.
+
+    Returns:
+        Losses `(b,)`.
+
+    Raises:
+        ValueError: `iou_weight` is negative.
+    """
+    check_number("iou_weight", iou_weight, 0)
+    logits, real = logits.float(), real.float()
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+    loss = (each * real).sum(1) / real.sum(1).clamp_min(1)
+    return loss + iou_weight * temporal_iou_loss(logits.sigmoid(), targets, real.bool()) if iou_weight else loss
 
 
 def mixup(clip: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

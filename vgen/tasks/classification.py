@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from vgen.data.views import views_of
 from vgen.io.atomic import write_text
 from vgen.io.pixels import from_frames
 from vgen.recognition import Recognizer
+from vgen.recognition.detection import DETECTION_THRESHOLDS, Segment, segments_of
 from vgen.temporal.state import TemporalState
 
 
@@ -30,18 +31,6 @@ class Moment(NamedTuple):
     time: float
     """Seconds from the start of the video."""
     probabilities: list[float]
-
-
-class Event(NamedTuple):
-    """A span of time with one most probable label."""
-
-    label: str
-    start: float
-    """Seconds."""
-    end: float
-    """Seconds."""
-    probability: float
-    """Mean over the span."""
 
 
 @torch.no_grad()
@@ -158,13 +147,21 @@ def label_folder(
     return len(rows), failed
 
 
-def events_of(moments: list[Moment], labels: list[str]) -> list[Event]:
-    """Spans of time in which one label is the most probable one.
+def events_of(moments: list[Moment], model: Recognizer) -> list[Segment]:
+    """What happens when: spans of time with one most probable label.
+
+    With several labels at once, they are spans in which the probability of a label is at least 0.5.
 
     Args:
         moments: The probabilities over time, at least one.
-        labels: Names of the classes.
+        model: The classifier.
+
+    Returns:
+        Segments in order of time, with the mean probability as score.
     """
+    labels = model.labels
+    if model.config.multi_label:
+        return sorted(detect(moments, labels, (0.5,)), key=lambda one: (one.start, one.label))
     best = [max(range(len(labels)), key=moment.probabilities.__getitem__) for moment in moments]
     step = (moments[-1].time - moments[0].time) / max(1, len(moments) - 1)
     events, begin = [], 0
@@ -172,6 +169,20 @@ def events_of(moments: list[Moment], labels: list[str]) -> list[Event]:
         count = len(list(group))
         span = moments[begin : begin + count]
         mean = sum(one.probabilities[label] for one in span) / count
-        events.append(Event(labels[label], span[0].time, span[-1].time + step, mean))
+        events.append(Segment(labels[label], span[0].time, span[-1].time + step, mean))
         begin += count
     return events
+
+
+def detect(
+    moments: list[Moment], labels: list[str], thresholds: Sequence[float] = DETECTION_THRESHOLDS
+) -> list[Segment]:
+    """Detections from the probabilities over time; see `vgen.recognition.detection.segments_of`.
+
+    Args:
+        moments: The probabilities over time, at least one.
+        labels: Names of the classes.
+        thresholds: Probabilities from which a label may occur; with one, segments of a label do not overlap.
+    """
+    probabilities = torch.tensor([moment.probabilities for moment in moments])
+    return segments_of([moment.time for moment in moments], probabilities, labels, thresholds)

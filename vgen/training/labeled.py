@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Clip, Listed, Sampling, VideoFolder, stack_frames
-from vgen.data.labels import Labeled
+from vgen.data.labels import Labeled, Timeline
 from vgen.data.shapes_tasks import ShapesTask, ShapesTasks
-from vgen.io.pixels import from_frames
-from vgen.training.sources import ClipSource
+from vgen.training.sources import ClipSource, DecodedSource
 
 
 class LabeledShapes(ClipSource):
@@ -48,7 +47,56 @@ class LabeledShapes(ClipSource):
         return f"scenes {indices.start} to {indices.stop - 1} of ShapesTasks({tasks.task}, seed={tasks.seed})"
 
 
-class LabeledVideos(ClipSource):
+class LabeledMoments(DecodedSource):
+    """Clips of videos whose labels have time stamps. The batches also have `targets` `(b, f, k)` for each frame.
+
+    Args:
+        videos: The videos with their labeled segments.
+        classes: Names of the classes.
+        sampling: Which frames of a video make a clip; they must be consecutive.
+        size: Height and width of the clips in pixels.
+        seed: Seed of random choices.
+        augmentation: Random augmentation of clips, except `reverse`.
+
+    Raises:
+        ValueError: No video can be used, or a setting does not suit labels of frames.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Timeline],
+        classes: Sequence[str],
+        sampling: Sampling,
+        size: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        if sampling.spreads or (augmentation and augmentation.reverse):
+            raise ValueError("labels of frames need sampling=random or sliding, and no reverse in augment")
+        self.classes, self.events = list(classes), {one.video: one.events for one in videos}
+        self.folder = VideoFolder(list(self.events), sampling, size, size, seed, augmentation)
+        self.digest = self.folder.digest
+
+    def batch(self, indices: range, num_frames: int, start: float = 0.0) -> dict[str, Any]:
+        """Decoded frames, and targets."""
+        samples = [self.folder.sample(index) for index in indices]
+        frames, real = stack_frames(samples)
+        return {"frames": frames, "real": real, "targets": torch.stack([self.targets(one) for one in samples])}
+
+    def name(self, indices: range, num_frames: int) -> str:
+        """Describes the files that the clips are taken from."""
+        return ", ".join(f"{one.source.path} at {one.first:.2f} s" for one in map(self.folder.sample, indices))
+
+    def targets(self, clip: Clip) -> Tensor:
+        """1 for the labels of each frame and 0 for others, `(f, k)`. A segment includes its start, not its end."""
+        times = clip.first + torch.arange(len(clip.frames)) / clip.frame_rate
+        found = torch.zeros(len(times), len(self.classes))
+        for label, start, end in self.events[clip.source]:
+            found[(times >= start - 1e-6) & (times < end - 1e-6), self.classes.index(label)] = 1.0
+        return found
+
+
+class LabeledVideos(DecodedSource):
     """Clips of labeled videos, repeated for any number of epochs. The batches also have `targets` `(b, k)`.
 
     Args:
@@ -93,10 +141,6 @@ class LabeledVideos(ClipSource):
         samples = [self._sample(index) for index in indices]
         frames, real = stack_frames(samples)
         return {"frames": frames, "real": real, "targets": torch.stack([self.target(one.source) for one in samples])}
-
-    def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Converts decoded frames to pixels."""
-        return from_frames(batch["frames"].to(device)), batch["real"].to(device).float()
 
     def name(self, indices: range, num_frames: int) -> str:
         """Describes the files that the clips are taken from."""

@@ -111,7 +111,15 @@ class ShapesSource(ClipSource):
         return f"scenes {indices.start} to {indices.stop - 1} of ShapesWorld(seed={self.world.seed})"
 
 
-class VideoSource(ClipSource):
+class DecodedSource(ClipSource):
+    """A source whose batches have decoded `frames`, and which of them are `real`."""
+
+    def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Converts decoded frames to pixels."""
+        return from_frames(batch["frames"].to(device)), batch["real"].to(device).float()
+
+
+class VideoSource(DecodedSource):
     """Clips of real videos, repeated for any number of epochs.
 
     Args:
@@ -162,10 +170,6 @@ class VideoSource(ClipSource):
         """Decoded frames."""
         frames, real = stack_frames(self._samples(indices, num_frames))
         return {"frames": frames, "real": real}
-
-    def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Converts decoded frames to pixels."""
-        return from_frames(batch["frames"].to(device)), batch["real"].to(device).float()
 
     def name(self, indices: range, num_frames: int) -> str:
         """Describes the files that the clips are taken from."""
