@@ -539,22 +539,32 @@ def classify(
     clips: Annotated[int, typer.Option(help="Most clips per video over which probabilities are averaged.", min=1)] = 4,
     crops: Annotated[int, typer.Option(help="Crops of each clip over which they are averaged.", min=1)] = 1,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show what happens when.")] = False,
+    attention: Annotated[
+        Path | None, typer.Option(help="Picture to write, .png: where a network with attention looks, over time.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all probabilities as JSON.")] = False,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Label videos, as a whole or over time."""
     import json
 
     with one_line_errors():
+        if attention is not None:
+            _check_output(attention, overwrite)
+            if attention.suffix != ".png" or len(videos) > 1:
+                raise ValueError("--attention must be a .png file, and needs a single video")
         for video in videos:
             check_video_input(video)
         locate(model)
         from vgen.recognition import load_recognizer
         from vgen.tasks.classification import classify as classify_file
-        from vgen.tasks.classification import events_of
+        from vgen.tasks.classification import draw_attention, events_of
         from vgen.tasks.classification import timeline as over_time
 
         network = load_recognizer(model).to(_device(device))
+        if attention is not None:
+            draw_attention(network, videos[0]).save(attention)
         found: dict[str, Any] = {}
         table = _table("video", *(["start", "end"] if timeline else []), "label", "probability")
         for video in videos:
@@ -575,8 +585,10 @@ def classify(
                 table.add_row(printable(str(video)), *map(printable, row))
     if as_json:
         typer.echo(json.dumps(found))
-    else:
-        _console().print(table)
+        return
+    _console().print(table)
+    if attention is not None:
+        typer.echo(printable(f"wrote {attention}"))
 
 
 @app.command()

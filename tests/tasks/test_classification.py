@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForVideoClassification
 from typer.testing import CliRunner
 
@@ -105,6 +107,37 @@ def test_the_command_prints_labels_times_or_json(video, tmp_path):
     moments = json.loads(run(video, "--model", tmp_path / "model", "--json", "--timeline").output)[str(video)]
     assert len(moments) == 20 and set(moments[0]) == {"time", "probabilities"}
     assert "start" in run(video, "--model", tmp_path / "model", "--timeline").output
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("st_lstm", {"channels": [8], "grid": 2}),
+        ("joint_attention", {"dim": 8, "depth": 1, "heads": 2, "patch_frames": 2}),
+        ("factorized_attention", {"dim": 8, "depth": 1, "temporal_depth": 1, "heads": 2}),
+    ],
+)
+def test_a_picture_of_attention_has_frames_and_below_them_what_is_attended_to(name, sizes, video, tmp_path):
+    model = make(name, **sizes)
+    model.save_pretrained(tmp_path / "model")
+    done = run(video, "--model", tmp_path / "model", "--attention", tmp_path / "a.png")
+    assert done.exit_code == 0 and "wrote" in done.output
+    picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    assert picture.shape == (32, 8 * 16, 3)
+    above, below = picture[:16], picture[16:]
+    shown = [round(above[:, 16 * index : 16 * index + 16].mean() / 10) for index in range(8)]
+    assert shown == list(range(6, 14))  # the middle clip
+    assert (below <= above + 1).all() and (below < above - 5).any()
+    brightest = (below / above.clip(1)).max()
+    assert brightest > 0.85
+
+
+def test_networks_without_attention_draw_none(video, tmp_path):
+    make(channels=[8]).save_pretrained(tmp_path / "model")
+    done = run(video, "--model", tmp_path / "model", "--attention", tmp_path / "a.png")
+    assert done.exit_code == 2 and "cnn_gru has no attention" in done.output and not (tmp_path / "a.png").exists()
+    done = run(video, "--model", tmp_path / "model", "--attention", tmp_path / "a.gif")
+    assert done.exit_code == 2 and "--attention must be a .png file" in done.output
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vgen.data.clips import Listed, Sampling, VideoFolder, list_videos, stack_clips
@@ -19,7 +22,7 @@ from vgen.data.resize import Fit
 from vgen.data.video_io import iter_video, video_info
 from vgen.data.views import views_of
 from vgen.io.atomic import write_text
-from vgen.io.pixels import from_frames
+from vgen.io.pixels import from_frames, to_uint8
 from vgen.recognition import Recognizer
 from vgen.recognition.detection import DETECTION_THRESHOLDS, Segment, segments_of
 from vgen.temporal.state import TemporalState
@@ -103,6 +106,34 @@ def _rate(model: Recognizer, video: Path) -> float:
     if rate is None:
         raise ValueError(f"{video}: its frame rate is unknown")
     return rate
+
+
+@torch.no_grad()
+def draw_attention(model: Recognizer, video: Path, most_frames: int = 9) -> Image.Image:
+    """Draws frames of the middle clip, and below each the same frame, dark where the recognizer does not look.
+
+    Args:
+        model: A classifier with attention, in evaluation mode.
+        video: The file.
+        most_frames: Most frames to draw, at equal distances.
+
+    Raises:
+        ValueError: The classifier has no attention, or the video is damaged or too short.
+    """
+    clip, _ = stack_clips(views_of(Listed(path=video), _sampling(model), model.config.image_size), model.device)
+    weights = model(clip).attention
+    if weights is None:
+        raise ValueError(
+            f"{model.config.name} has no attention: expected st_lstm, or one of the names with _attention"
+        )
+    frames = rearrange(clip[0], "c f h w -> f c h w").cpu()
+    brightness = weights[0, :, None].cpu() / weights.amax()
+    brightness = F.interpolate(brightness, size=frames.shape[-2:], mode="bilinear", align_corners=False)
+    brightness = brightness.repeat_interleave(len(frames) // len(brightness), dim=0)
+    chosen = torch.linspace(0, len(brightness) - 1, min(most_frames, len(brightness))).round().long()
+    darkened = (frames[chosen] + 1) * brightness[chosen] - 1
+    pixels = rearrange(torch.stack([frames[chosen], darkened]), "r f c h w -> (r h) (f w) c")
+    return Image.fromarray(to_uint8(pixels).numpy())
 
 
 def label_folder(
