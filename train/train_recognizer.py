@@ -172,25 +172,23 @@ def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
     """The network with random weights, or with those of `init`.
 
     Raises:
-        ValueError: The classes of `init` are others.
+        ValueError: The classes of `init` are others, or the network does not suit the labels.
     """
-    if not config.init:
-        about = {
-            "labels": classes,
-            "frame_rate": config.frame_rate,
-            "multi_label": config.multi_label or config.per_frame,
-        }
-        model = create_recognizer(
-            config.network, len(classes), config.num_frames, config.image_size, **config.model, **about
-        )
-        if config.per_frame and not model.network.is_streamed:
-            raise ValueError(f"per_frame needs a network that classifies each frame, got {config.network}")
-        return model
-    model = Recognizer.from_pretrained(config.init)
+    multi_label = config.multi_label or config.per_frame
+    if config.init:
+        model = Recognizer.from_pretrained(config.init)
+    else:
+        size = (len(classes), config.num_frames, config.image_size)
+        about = {"labels": classes, "frame_rate": config.frame_rate, "multi_label": multi_label}
+        model = create_recognizer(config.network, *size, **config.model, **about)
     if model.labels != classes:
         raise ValueError(
             f"the classes of {config.init} are {', '.join(model.labels)}, those of the data {', '.join(classes)}"
         )
+    if model.config.multi_label != multi_label:
+        raise ValueError(f"{config.init} has multi_label={model.config.multi_label}, the settings {multi_label}")
+    if config.per_frame and not model.network.is_streamed:
+        raise ValueError(f"per_frame needs a network that classifies each frame, got {model.config.name}")
     return model
 
 

@@ -58,6 +58,13 @@ def test_videos_train_with_augmentation_balance_mixup_and_smoothing(folder, tmp_
     assert model.labels == ["run", "sit"] and model.config.frame_rate == 10
     assert 0 <= logged(tmp_path / "run", "accuracy")[-1][1] <= 1
     train(tmp_path / "more", **{"--data": folder, "--init": tmp_path / "run/recognizer"})
+    (tmp_path / "test/run").mkdir(parents=True)  # a class may be missing among the videos for scores
+    write_clip(tmp_path / "test/run/a.mp4", num_frames=12)
+    train(tmp_path / "tested", **{"--data": folder, "--score_data": tmp_path / "test"})
+    done = train(tmp_path / "wrong", check=False, **{
+        "--data": folder, "--init": tmp_path / "run/recognizer", "--multi_label": "true",
+    })  # fmt: skip
+    assert done.returncode == 2 and "has multi_label=False, the settings True" in done.stderr
     done = train(tmp_path / "other", check=False, **{"--init": tmp_path / "run/recognizer"})
     assert done.returncode == 2 and "the classes of" in done.stderr
 

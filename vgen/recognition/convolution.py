@@ -266,7 +266,7 @@ class InceptionNetwork(ClipNetwork):
 
     def _layer(self, channels: int, out_channels: int, size: Any, stride: Any, groups: int = 1) -> list[nn.Module]:
         conv = SameConv3d(channels, out_channels, size, stride, groups, self.time_padding)
-        return [conv, nn.BatchNorm3d(out_channels, eps=1e-3, momentum=1e-3), nn.ReLU()]
+        return [conv, nn.BatchNorm3d(out_channels, eps=1e-3), nn.ReLU()]
 
 
 class InceptionBlock(nn.Module):

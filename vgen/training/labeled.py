@@ -109,7 +109,7 @@ class LabeledVideos(DecodedSource):
         balance: Whether classes are drawn equally often, instead of clips.
 
     Raises:
-        ValueError: No video can be used, or none of a class.
+        ValueError: No video can be used, or none of those with some label.
     """
 
     def __init__(
@@ -128,7 +128,9 @@ class LabeledVideos(DecodedSource):
             self.labels.setdefault(video, set()).update(labels)
         self.folder = VideoFolder(list(self.labels), sampling, size, size, seed, augmentation)
         self.digest = self.folder.digest
-        self._by_class: dict[str, list[int]] = {name: [] for name in self.classes}
+        self._by_class: dict[str, list[int]] = {
+            label: [] for labels in self.labels.values() for label in sorted(labels)
+        }
         for index, (listed, *_) in enumerate(self.folder.clips):
             for label in self.labels[listed]:
                 self._by_class[label].append(index)
@@ -158,6 +160,6 @@ class LabeledVideos(DecodedSource):
         if not self.balance:
             return self.folder.sample(number)
         rng = random.Random(f"balance {self.seed} {number}")
-        epoch, clips = number // len(self.folder), self._by_class[rng.choice(self.classes)]
+        epoch, clips = number // len(self.folder), self._by_class[rng.choice(sorted(self._by_class))]
         clip = self.folder.clip(rng.choice(clips), epoch)
         return self.folder.sample(number) if clip is None else clip  # the file is damaged
