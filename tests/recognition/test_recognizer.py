@@ -142,6 +142,7 @@ def test_unknown_sizes_and_missing_labels_are_named(sizes, message):
     ("name", "shape", "message"),
     [
         ("tsn", (2, 3, 32, 32), r"clip must be \(b, 3, f, h, w\), got \(2, 3, 32, 32\)"),
+        ("cnn_gru", (2, 3, 0, 32, 32), r"got \(2, 3, 0, 32, 32\)"),
         ("tsn", (2, 1, 16, 32, 32), r"got \(2, 1, 16, 32, 32\)"),
         ("tsn", (2, 3, 2, 32, 32), "tsn needs at least 3 frames, got 2"),
         ("tsn", (2, 3, 16, 4, 32), "tsn needs frames of at least 8 pixels per side, got 4"),

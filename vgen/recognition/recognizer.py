@@ -95,8 +95,8 @@ class Recognizer(StrictLoading, ModelMixin, ConfigMixin):
         multi_label: bool = False,
     ) -> None:
         super().__init__()
-        for setting in ("num_classes", "num_frames", "image_size"):
-            check_integer(setting, locals()[setting], 1)
+        for setting, value in (("num_classes", num_classes), ("num_frames", num_frames), ("image_size", image_size)):
+            check_integer(setting, value, 1)
         if labels is not None and len(labels) != num_classes:
             raise ValueError(f"labels must name all {num_classes} classes, got {len(labels)}")
         make = network_of(name, sizes or {})
@@ -146,7 +146,7 @@ class Recognizer(StrictLoading, ModelMixin, ConfigMixin):
                 or masks, or the state belongs to another network.
         """
         network = self.network
-        if clip.ndim != 5 or clip.shape[1] != 3:
+        if clip.ndim != 5 or clip.shape[1] != 3 or clip.shape[2] == 0:
             raise ValueError(f"clip must be (b, 3, f, h, w), got {tuple(clip.shape)}")
         if state is not None and not network.is_streamed:
             raise ValueError(f"{self.config.name} sees whole clips and cannot run over a stream")
