@@ -15,7 +15,7 @@ from tests.warm import warm_python
 from vgen.cli import app
 from vgen.data.video_io import write_video
 from vgen.io.records import read_json
-from vgen.tasks.project import SPEED, corrected
+from vgen.tasks.project import LOGGED, corrected
 from vgen.tasks.train_commands import Command
 from vgen.training.logs import Logs
 
@@ -119,13 +119,15 @@ def test_a_folder_becomes_a_model_and_an_interrupted_run_goes_on(folder):
     assert last[0].startswith("vgen generate") and last[1].startswith("vgen predict")
 
 
-def test_the_time_per_step_follows_the_speed_of_the_vae(tmp_path):
+def test_the_time_per_step_follows_that_of_the_vae(tmp_path, monkeypatch):
     commands = {name: [Command("", {"batch_size": 8, "compile": True})] for name in ("vae", "denoiser")}
     plan = SimpleNamespace(folder=tmp_path, per_step={"vae": 4.0, "denoiser": 6.0}, commands=commands)
     assert corrected(plan, "vae") == plan.per_step  # nothing was logged
     logs = Logs(tmp_path / "vae" / "logs", 1)
-    for step, speed in enumerate((1.0, 8.0, 8.0), start=1):
-        logs.write({SPEED: speed}, step)
+    for step, seconds in ((10, 50), (20, 60), (30, 70), (40, 100), (50, 110)):  # the fourth has an evaluation
+        monkeypatch.setattr(time, "time", lambda now=seconds: now)
+        logs.write({LOGGED: 8.0}, step)
+    monkeypatch.undo()
     del logs
     assert corrected(plan, "vae") == {"vae": 1.0, "denoiser": 1.5}
     assert corrected(plan, "latents") == plan.per_step

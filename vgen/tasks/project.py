@@ -34,7 +34,8 @@ from vgen.tasks.train_report import draw_samples, judge, render
 from vgen.tasks.train_videos import LIMIT
 
 _NAMED = 10  # videos in a table
-SPEED = "throughput/clips_per_second"
+LOGGED = "throughput/clips_per_second"
+"""A scalar of each entry in the logs of a run."""
 Show = Callable[[list[Any], str], None]
 
 
@@ -198,10 +199,11 @@ def corrected(plan: Plan, stage: str) -> dict[str, float]:
         return plan.per_step
     events = EventAccumulator(str(logs))
     events.Reload()
-    if SPEED not in events.Tags()["scalars"]:
+    logged = events.Scalars(LOGGED) if LOGGED in events.Tags()["scalars"] else []
+    each = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in itertools.pairwise(logged) if b.step > a.step]
+    if not each:
         return plan.per_step
-    speed = median(one.value for one in events.Scalars(SPEED))  # of most steps: images are not clips
-    factor = plan.commands["vae"][0].settings["batch_size"] / speed / plan.per_step["vae"]
+    factor = median(each) / plan.per_step["vae"]  # most entries are not interrupted by an evaluation
     compiled = {name: plan.commands[name][0].settings.get("compile", False) for name in ("vae", "denoiser")}
     alike = compiled["vae"] == compiled["denoiser"]
     return (
