@@ -41,3 +41,17 @@ def test_freed_blocks_are_returned_to_the_system():
     assert growth("glibc") > 30  # of 64 MiB
     assert growth("bound") < 4
     assert growth("bound", MALLOC_MMAP_THRESHOLD_=str(2**25)) > 30  # the user's setting takes precedence
+
+
+def test_other_programs_can_allocate_as_usual():
+    code = (
+        "import os\nfrom vgen.io.allocator import bound_memory, usual_environment\nbefore = dict(os.environ)\n"
+        "bound_memory()\nassert usual_environment() == before\nprint(len(os.environ) - len(before))"
+    )
+
+    def added(**environment):
+        command = [sys.executable, "-c", code]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    assert added() == 2
+    assert added(MALLOC_MMAP_THRESHOLD_="65536", THP_MEM_ALLOC_ENABLE="0") == 0  # those of the user stay

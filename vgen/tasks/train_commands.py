@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import vgen
+from vgen.io.allocator import usual_environment
 from vgen.io.settings import parse_settings
 
 
@@ -56,7 +57,8 @@ class Command:
         """
         _, *rest = self.words()
         launcher = [] if self.processes == 1 else ["-m", "accelerate.commands.launch"]
-        process = subprocess.Popen([sys.executable, *launcher, *rest[len(launcher) // 2 :]])
+        words = [sys.executable, *launcher, *rest[len(launcher) // 2 :]]
+        process = subprocess.Popen(words, env=usual_environment())
         asked: list[int] = []
 
         def forward(number: int, _: object) -> None:
