@@ -49,7 +49,8 @@ from vgen.io.errors import one_line_errors
 with one_line_errors(), VideoWriter(sys.argv[1]) as writer:
     writer.append(np.zeros((2, 16, 16, 3), np.uint8))
     print("writing", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal just before a long sleep would be handled after it
+        time.sleep(0.1)
 """
 
 
@@ -70,6 +71,7 @@ WRONG = {
     "train/train_vdm.py": (["--output_dir=out", "--latents_dir=a", "--ema_decay=2"], "ema_decay must be in [0, 1)"),
     "train/train_text_encoder.py": (["--output_dir=out", "--keep_last=0"], "keep_last must be at least 1"),
     "train/train_convlstm.py": (["--output_dir=out", "--save_every=0"], "save_every must be at least 1"),
+    "train/train_recognizer.py": (["--output_dir=out", "--mixup=-1"], "mixup must be"),
     "pipelines/encode_latents.py": (["--output_dir=out", "--vae=missing", "--data=missing"], "missing"),
     "pipelines/evaluate.py": (["--output_dir=out", "--model=missing"], "missing"),
     "pipelines/interpolate.py": (["--output_dir=out", "--videos=missing"], "missing: No such file or directory"),
