@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vgen.checks import check_number
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Sampling, SamplingKind, Short, stack_clips
-from vgen.data.labels import classes_of, list_labeled, list_timelines
+from vgen.data.labels import Labeled, classes_of, list_labeled, list_timelines
 from vgen.data.shapes_tasks import ShapesTask
 from vgen.data.views import views_of
 from vgen.io.atomic import atomic_directory
@@ -204,19 +204,27 @@ def open_source(config: RecognizerConfig) -> Source:
     classes = classes_of(videos, config.classes or None)
     if len(classes) < 2 and not (config.multi_label or config.per_frame):
         raise ValueError(f"a classifier needs at least two classes, got {', '.join(classes)}")
-    return open_videos(config, config.data, classes, Augmentation(**config.augment), config.balance)
+    return open_videos(config, config.data, videos, classes, Augmentation(**config.augment), config.balance)
 
 
 def open_score_source(config: RecognizerConfig, classes: list[str]) -> Source:
-    """Opens the data for scores: other scenes, or videos without augmentation."""
+    """Opens the data for scores: other scenes, or videos without augmentation.
+
+    Raises:
+        ValueError: A video has an unknown label.
+    """
     if config.data is None:
         return LabeledShapes(config.task, config.num_frames, config.image_size, config.seed + 1)
-    return open_videos(config, config.score_data or config.data, classes)
+    folder = config.score_data or config.data
+    videos = list_labeled(Path(folder))
+    classes_of(videos, classes, complete=False)
+    return open_videos(config, folder, videos, classes)
 
 
 def open_videos(
     config: RecognizerConfig,
     folder: str,
+    videos: list[Labeled],
     classes: list[str],
     augmentation: Augmentation | None = None,
     balance: bool = False,
@@ -224,11 +232,9 @@ def open_videos(
     """Opens labeled videos.
 
     Raises:
-        ValueError: A label is unknown, or a video has several without `multi_label`.
+        ValueError: A video has several labels without `multi_label`.
     """
     size = (config.image_size, config.seed, augmentation)
-    videos = list_labeled(Path(folder))
-    classes_of(videos, classes, complete=False)
     if config.per_frame:
         return LabeledMoments(list_timelines(Path(folder)), classes, sampling_of(config), *size)
     several = [one for one in videos if len(one.labels) > 1]
