@@ -312,6 +312,16 @@ def test_short_clips_shorten_everything_that_depends_on_them(folder):
     assert evaluation["given"] < 5 and evaluation["factor"] <= 4
 
 
+def test_the_evaluation_is_repeated_with_one_denoising_step(folder):
+    held_out, _, one = plan_of(folder).commands["evaluation"]
+    assert "num_inference_steps" not in held_out.settings and one.settings["num_inference_steps"] == 1
+    assert one.settings["output_dir"] != held_out.settings["output_dir"]
+    assert one.settings["data"] == held_out.settings["data"]
+    assert len(plan_of(folder, changes=["denoiser.num_inference_steps=1"]).commands["evaluation"]) == 2
+    for command in plan_of(folder, changes=["evaluation.num_inference_steps=3"]).commands["evaluation"]:
+        assert command.settings["num_inference_steps"] == 3
+
+
 def damage(path):
     """Overwrites the data in the middle of a video; its header remains."""
     content = path.read_bytes()

@@ -27,7 +27,7 @@ TINY = [
     "patch_size: [1, 2, 2], group_modes: [full, causal, chunk], frame_rate_embedding: true, chunk_size: 1, window: 1, "
     "sink: 1}",
     "clip.height=32", "clip.width=32", "clip.num_frames=5", "vae.num_frames=5", "vae.max_steps=20",
-    "denoiser.max_steps=20", "denoiser.num_inference_steps=1", "text.max_steps=2", "vae.compile=false",
+    "denoiser.max_steps=20", "denoiser.num_inference_steps=2", "text.max_steps=2", "vae.compile=false",
     "denoiser.compile=false", "vae.batch_size=2", "denoiser.batch_size=2", "vae.num_calibration_clips=8",
     "vae.num_score_clips=4", "latents.repeats=1", "latents.hop=4", "evaluation.num_clips=2",
     "evaluation.num_samples=2", "evaluation.given=3", "evaluation.factor=2",
@@ -107,6 +107,8 @@ def test_a_folder_becomes_a_model_and_an_interrupted_run_goes_on(folder):
         "VAE reconstructs held-out clips",
         "Prediction: ",
         "Interpolation: ",
+        "With one denoising step",
+        "evaluation/held_out_one_step/report.html",
         "data:image/webp",
         "vgen predict",
     ):

@@ -49,3 +49,13 @@ def test_what_is_wrong_is_said(held_out, training, part):
 
 def test_a_model_is_only_judged_by_what_was_measured():
     assert judge({"tasks": {}}, {"tasks": {}}) == []
+
+
+def test_one_step_has_a_sentence_of_its_own():
+    found = texts(results(16.0, 17.0), results(16.0, 17.0), results(18.3, 17.1, interpolation=22.5, blend=22.3))
+    (text,) = (text for text in found if "one denoising step" in text)
+    assert found[text] and "prediction 18.3 dB (repeating the last frame: 17.1 dB)" in text
+    assert "interpolation 22.5 dB (linear blending: 22.3 dB)" in text
+    worse = texts(results(16.0, 17.0), results(16.0, 17.0), results(18.3, 17.1, interpolation=22.0, blend=22.3))
+    assert not next(good for text, good in worse.items() if "one denoising step" in text)
+    assert judge({"tasks": {}}, {"tasks": {}}, {"tasks": {}}) == []

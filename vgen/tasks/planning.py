@@ -142,7 +142,7 @@ def _plan_stages(setup: Setup, measured: dict[str, float] | None) -> Plan:
     for stage, entry in setup.record.items():  # what has begun keeps its settings, except those of --set
         begun = [Command(**one) for one in entry["commands"]]
         changes = {} if entry.get("done") else setup.changes_of(stage)
-        commands[stage] = [replace(one, settings=plain_settings(one.settings | changes)) for one in begun]
+        commands[stage] = [replace(one, settings=plain_settings(stage, one.settings | changes)) for one in begun]
     return Plan(
         **vars(setup), commands=commands, seconds=seconds, memory=costs.memory, per_step=costs.per_step,
         disk=costs.disk,

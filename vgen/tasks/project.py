@@ -31,6 +31,7 @@ from vgen.tasks.loading import LoadOptions, load_checkpoint
 from vgen.tasks.planning import Plan, make_plan, save_record
 from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_report import draw_samples, judge, render
+from vgen.tasks.train_stages import ONE_STEP
 from vgen.tasks.train_videos import LIMIT
 
 _NAMED = 10  # videos in a table
@@ -224,7 +225,8 @@ def duration(seconds: float) -> str:
 def write_report(plan: Plan) -> None:
     """Writes `report.html` with samples, what the model can do and cannot, and the next commands."""
     folder = plan.folder
-    held_out, training = (read_json(folder / "evaluation" / name / "results.json") for name in ("held_out", "train"))
+    results = {path.parent.name: read_json(path) for path in folder.glob("evaluation/*/results.json")}
+    held_out = results["held_out"]
     settings = plan.commands["evaluation"][0].settings
     suite = open_suite(
         SuiteConfig(**{one.name: settings[one.name] for one in fields(SuiteConfig) if one.name in settings})
@@ -237,8 +239,9 @@ def write_report(plan: Plan) -> None:
     pictures = folder / "data" / "pictures.png"
     html = render(
         title=f"{folder.name}: trained on {plan.options.data}",
-        verdicts=judge(held_out, training),
+        verdicts=judge(held_out, results["train"], results.get(ONE_STEP)),
         num_clips=len(held_out["numbers"]),
+        one_step=ONE_STEP if ONE_STEP in results else None,
         commands=next_commands(plan),
         samples=draw_samples(pipe, samples.clips, settings, prompts),
         pictures=b64encode(pictures.read_bytes()).decode() if pictures.exists() else None,

@@ -173,13 +173,16 @@ class Costs:
     def other_seconds(self) -> dict[str, float]:
         """Estimated time of the stages that do not train a large network."""
         denoising = self.per_step["denoiser"] / self.setup.wanted("denoiser", "batch_size") / (1 + BACKWARD)
-        denoising *= self.setup.num_inference_steps
-        video = denoising + 2 * self.encoding
+        coding = 2 * self.encoding
+        video = denoising * self.setup.num_inference_steps + coding
+        evaluation = 2 * _OVERHEAD + EVALUATED * (NUM_SAMPLES + 3) * video
+        if self.setup.compares_one_step:
+            evaluation += _OVERHEAD + EVALUATED * (NUM_SAMPLES + 1) * (denoising + coding)
         return {
             "data": _OVERHEAD + self.setup.videos.num_frames / self.setup.videos.decoded_per_second,
             "latents": 2 * _OVERHEAD + self.encodings * self.encoding * self.encoded,
             **({"text": 2 * _OVERHEAD} if self.setup.trains_text else {}),
-            "evaluation": 2 * _OVERHEAD + EVALUATED * (NUM_SAMPLES + 3) * video,
+            "evaluation": evaluation,
             "report": _OVERHEAD + 8 * video,
         }
 

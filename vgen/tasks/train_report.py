@@ -37,12 +37,15 @@ def middle(results: Mapping[str, Any], task: str, method: str, metric: str = "ps
     return median(values) if values else None
 
 
-def judge(held_out: Mapping[str, Any], training: Mapping[str, Any]) -> list[Verdict]:
+def judge(
+    held_out: Mapping[str, Any], training: Mapping[str, Any], one_step: Mapping[str, Any] | None = None
+) -> list[Verdict]:
     """Says what the results mean.
 
     Args:
         held_out: `results.json` of the evaluation on held-out videos.
         training: That on training videos.
+        one_step: That on held-out videos with one denoising step.
     """
     verdicts = []
     vae = middle(held_out, "reconstruction", ALONE)
@@ -57,7 +60,24 @@ def judge(held_out: Mapping[str, Any], training: Mapping[str, Any]) -> list[Verd
         verdicts.append(
             Verdict(ours > blend, f"Interpolation: {ours:.1f} dB, {than} linear blending ({blend:.1f} dB).")
         )
-    return verdicts
+    return verdicts + ([] if one_step is None else _judge_one_step(one_step))
+
+
+def _judge_one_step(results: Mapping[str, Any]) -> list[Verdict]:
+    """Says how far the mean of what may follow is from the truth, which one denoising step predicts."""
+    parts, good = [], True
+    for task, baseline, words in (
+        ("prediction", COPY, "repeating the last frame"),
+        ("interpolation", BLEND, "linear blending"),
+    ):
+        ours, simple = (middle(results, task, one) for one in (MODEL, baseline))
+        if ours is not None and simple is not None:
+            good = good and ours > simple
+            parts.append(f"{task} {ours:.1f} dB ({words}: {simple:.1f} dB)")
+    if not parts:
+        return []
+    text = f"With one denoising step (--steps 1), which shows a blurred mean of what may be: {', '.join(parts)}."
+    return [Verdict(good, text)]
 
 
 def _judge_prediction(held_out: Mapping[str, Any], training: Mapping[str, Any]) -> list[Verdict]:

@@ -118,6 +118,11 @@ class Setup:
         return own or self.wanted("denoiser", "num_inference_steps")
 
     @property
+    def compares_one_step(self) -> bool:
+        """Whether the evaluation is repeated with one denoising step, which predicts the mean of what may follow."""
+        return self.num_inference_steps > 1 and "num_inference_steps" not in self.changes.get("evaluation", {})
+
+    @property
     def denoiser_model(self) -> dict[str, Any]:
         """Arguments of the denoiser."""
         if self.pipe is not None:

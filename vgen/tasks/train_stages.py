@@ -19,6 +19,8 @@ MOST_HELD_OUT = 500
 """Most held-out clips that are encoded."""
 EVALUATED, NUM_SAMPLES = 24, 8
 """Clips of an evaluation, and predictions of each on held-out videos."""
+ONE_STEP = "held_out_one_step"
+"""Folder of the evaluation with one denoising step, which predicts the mean of what may follow."""
 FINE_TUNING_RATE = {"all": 2e-4, "temporal": 5e-4, "lora": 1e-3}
 """Learning rates of fine-tuning, with AdamW."""
 DIRECTIONS = {
@@ -83,13 +85,16 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
         ("pipelines/evaluate.py", evaluation_settings(setup, held_out, "held_out", NUM_SAMPLES)),
         ("pipelines/evaluate.py", evaluation_settings(setup, train, "train", 1)),
     ]
+    if setup.compares_one_step:
+        settings = evaluation_settings(setup, held_out, ONE_STEP, NUM_SAMPLES) | {"num_inference_steps": 1}
+        found["evaluation"].append(("pipelines/evaluate.py", settings))
     commands: dict[str, list[Command]] = {}
     for stage, calls in found.items():
         rest = {} if stage in ("data", "evaluation") else setup.preset.get(stage, {})
         rest = fine_tuning(setup, rest) if stage == "denoiser" and setup.pipe else rest
         processes = setup.preset["processes"] if stage not in ("data", "text") else 1
         commands[stage] = [
-            Command(script, plain_settings(_merged(rest, settings, setup.changes_of(stage))), processes)
+            Command(script, plain_settings(stage, _merged(rest, settings, setup.changes_of(stage))), processes)
             for script, settings in calls
         ]
     return commands | {"report": []}
@@ -188,10 +193,11 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a script as JSON values, without those that are only for the plan."""
+def plain_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage's script as JSON values, without those that are only for the plan."""
+    planned = ("num_inference_steps",) if stage == "denoiser" else ()
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
-        if name != "num_inference_steps" and value is not None
+        if name not in planned and value is not None
     }
