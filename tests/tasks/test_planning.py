@@ -41,8 +41,9 @@ def videos(seconds, rates=None, captions=()):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Six videos of two seconds, and steps that seem to take a second."""
+    """Six videos of two seconds, and steps that seem to take a second and half a GiB."""
     monkeypatch.setattr(Step, "seconds", lambda self, device, precision: 1.0)
+    monkeypatch.setattr(Step, "needs", lambda self, precision: {"weights": GIB / 100, "memory": GIB / 2})
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for number in range(6):

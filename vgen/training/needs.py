@@ -1,4 +1,4 @@
-"""What a training step needs: memory and operations, calculated on the meta device, and seconds, measured."""
+"""What a training step needs: memory, calculated on the meta device, and seconds, measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.grid import LatentGrid
-from vgen.training.throughput import BACKWARD, count_flops
 
 COPIES_OF_TRAINED = 4
 """Copies in float32 that only trained weights have: gradients, two moments of AdamW, and the moving average."""
@@ -52,7 +51,7 @@ class Step:
     inputs: Callable[[], Mapping[str, Any]]
 
     def needs(self, precision: str = "no") -> dict[str, float]:
-        """Bytes of `weights`, bytes of `memory` with activations, and `operations`, all without a real device.
+        """Bytes of `weights`, and bytes of `memory` with activations, without a real device.
 
         `memory` counts weights, gradients, optimizer, moving average and all tensors that the backward pass needs,
         except those that gradient checkpointing computes again.
@@ -62,14 +61,13 @@ class Step:
         """
         with torch.device("meta"):
             network, inputs = self.make(), self.inputs()
-            operations = (1 + BACKWARD) * count_flops(lambda: network(**inputs))
             activations: float = _saved_bytes(network, inputs)
             if precision != "no":  # autocast keeps about half of them in float32
                 half = {name: _to_half(value) for name, value in inputs.items()}
                 activations = (activations + _saved_bytes(nn.Module.to(network, torch.bfloat16), half)) / 2
         weights = 4 * sum(one.numel() for one in network.parameters())
         memory = _RESERVE * ((1 + COPIES_OF_TRAINED) * weights + activations)
-        return {"weights": weights, "memory": memory, "operations": operations}
+        return {"weights": weights, "memory": memory}
 
     def seconds(self, device: torch.device, precision: str = "no") -> float:
         """Measures forward and backward passes for a few seconds, after one that is not counted."""
