@@ -28,6 +28,8 @@ def find_checkpoint(name: str | Path) -> Path | str:
     if isinstance(source, Path) and not (source / "model_index.json").is_file():
         if source.is_file():
             raise ValueError(f"{source} is a file, expected the folder of a pipeline")
+        if find_packaged(str(name)) is not None:
+            raise ValueError(f"{name} is no pipeline; those in the package are {', '.join(packaged_checkpoints())}")
         raise ValueError(f"{source} contains no pipeline: it has no model_index.json")
     return source
 
@@ -39,8 +41,7 @@ def locate(name: str | Path) -> Path | str:
         ValueError: There is none.
     """
     text = str(name)
-    packaged = find_packaged(text)
-    if packaged is not None and (packaged / "model_index.json").is_file():
+    if (packaged := find_packaged(text)) is not None:
         return packaged
     path = Path(text).expanduser()
     if path.exists():

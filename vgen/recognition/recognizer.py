@@ -241,6 +241,8 @@ def load_recognizer(source: str) -> Recognizer:
     """
     folder, config = _config_of(source)
     if config is None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"no recognizer {source!r}: no such folder, and the Hub has none or cannot be reached")
         raise ValueError(f"{source} is not a recognizer: it has no config.json")
     if "model_type" in config:
         return Recognizer.from_transformers(folder)

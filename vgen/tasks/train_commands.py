@@ -96,6 +96,11 @@ def check_command(stage: str, command: Command) -> None:
         config.check()
 
 
+def default_setting(script: str, name: str) -> Any:
+    """The default of a script's setting."""
+    return getattr(_settings_of(script), name)
+
+
 @cache
 def _settings_of(script: str) -> type:
     """The class of a script's settings."""

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForTextEncoding
 
 from vgen.checks import check_integer
+from vgen.tasks.train_commands import default_setting
 from vgen.tasks.train_setup import Setup, text_config
 from vgen.tasks.train_stages import EVALUATED, EVALUATIONS, LEAST_STEPS, MOST_HELD_OUT, NUM_SAMPLES
 from vgen.training.needs import COPIES_OF_TRAINED, ClipShape, Step, denoiser_step, encoding_memory, vae_step
@@ -22,8 +23,6 @@ CHECKPOINTS = 12
 """Bytes of checkpoints and results relative to those of the weights in float32."""
 MARGIN = 1.5
 """Size of the copies of videos relative to the training clips, which leaves room for random crops."""
-_ENCODED_AT_ONCE = 16
-"""Clips that `encode_latents.py` encodes at once by default."""
 _OVERHEAD = 45.0
 """Seconds that a script takes to start and to save its result."""
 
@@ -106,7 +105,8 @@ class Costs:
     def latents_memory(self) -> float:
         """Bytes of memory of the VAE and of a pretrained text encoder, which encode clips and captions."""
         setup = self.setup
-        batch_size = setup.wanted("latents", "batch_size") or _ENCODED_AT_ONCE
+        default = default_setting("pipelines/encode_latents.py", "batch_size")
+        batch_size = setup.wanted("latents", "batch_size") or default
         text = None
         if setup.pretrained_text is not None:
             text = partial(AutoModelForTextEncoding.from_config, text_config(setup.pretrained_text))
