@@ -35,7 +35,14 @@ PREPARED = {
         first_frame, a, b, c = clip[0], clip[0], clip[7], clip[16]
         writer = VideoWriter("written.mp4", frame_rate=8.0)
     """,
+    "docs/export.md": """
+        from pathlib import Path
+        from vgen import create_recognizer
+        from vgen.tasks.export import recognizer_graph, write_onnx
+        write_onnx(recognizer_graph(create_recognizer("frame_difference", 3, 8, 64)), Path("recognizer.onnx"))
+    """,
 }
+EXPORTED = "takes a minute; tests/tasks/test_export.py exports smaller networks"
 # shell commands that are not run, and why
 NOT_RUN = {
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
@@ -48,6 +55,10 @@ NOT_RUN = {
     "--ray_address auto": "needs a Ray cluster; tests/tasks/test_ray_engine.py runs such commands",
     "accelerate launch pipelines/predict.py --videos s3://bucket/clips --output_dir s3://bucket/futures": "needs S3; "
     "tests/io/test_remote.py has a local server",
+    "vgen export runs/my-recognizer/recognizer recognizer.onnx": EXPORTED,
+    "vgen export vgen/shapes-64 denoiser.onnx --part denoiser": EXPORTED,
+    "vgen export vgen/shapes-64 decoder.onnx --part decoder": EXPORTED,
+    "vgen export vgen/shapes-64 encoder.onnx --part encoder --stream": EXPORTED,
     "pre-commit install": "changes the hooks of the repository",
     "bash .ci/run": "runs these tests",
     "python -m pytest -n auto --dist worksteal": "runs these tests",

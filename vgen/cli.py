@@ -624,6 +624,36 @@ def label(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A recognizer, or with --part a pipeline: folder, packaged, or Hub id.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File to write, .onnx.")],
+    part: Annotated[
+        Literal["encoder", "decoder", "denoiser"] | None, typer.Option(help="What to export of a pipeline.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Export an encoder or decoder for streams: two files, -first and -next.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a network to ONNX."""
+    with one_line_errors():
+        if output.suffix != ".onnx":
+            raise ValueError(f"the output must be an .onnx file, got {output}")
+        names = [output.with_stem(f"{output.stem}-{name}") for name in ("first", "next")] if stream else [output]
+        for name in names:
+            _check_output(name, overwrite)
+        locate(model)
+        typer.echo("exporting, which takes up to a minute per file", err=True)
+        from vgen.tasks.export import export as write
+
+        for path, shapes in write(model, output, part, stream=stream).items():
+            inputs = (f"{name} ({', '.join(map(str, shape))})" for name, shape in shapes.items())
+            typer.echo(printable(f"wrote {path}: takes {', '.join(inputs)}"))
+
+
+@app.command()
 def doctor(
     benchmark: Annotated[
         bool, typer.Option(help="Measure how fast vgen/shapes-64 generates, in a few seconds.")

@@ -480,27 +480,6 @@ def test_parallelism_is_rejected_with_a_reason(case, tmp_path):
             load(case, tmp_path, parallel_config=config)
 
 
-@pytest.mark.parametrize("kind", ["joint", "divided", pytest.param("unet", marks=pytest.mark.slow)])
-@torch.no_grad()
-def test_a_denoiser_is_exported_with_dynamic_batch_frames_height_and_width(kind, make_transformer, make_unet):
-    options = {"frame_rate_embedding": True, "num_layers": 1, "attention": kind}
-    network = make_unet(frame_rate_embedding=True) if kind == "unet" else make_transformer(**options)
-    latents = "sample" if kind == "unet" else "hidden_states"
-
-    def draw(b, n, h, w):
-        inputs = {latents: torch.randn(b, 3, n, h, w), "timestep": 900 * torch.rand(b)}
-        return inputs | {"encoder_hidden_states": torch.randn(b, 6, 5), "frame_rate": 2.0 + torch.arange(b)}
-
-    b, n, h, w = (torch.export.Dim(name, max=64) for name in ("b", "n", "h", "w"))
-    shapes = {latents: {0: b, 2: n, 3: 2 * h, 4: 2 * w}} | {
-        name: {0: b} for name in ("timestep", "encoder_hidden_states", "frame_rate")
-    }
-    exported = torch.export.export(network, (), draw(2, 3, 8, 6), dynamic_shapes=shapes).module()
-    for size in ((1, 2, 4, 4), (3, 7, 6, 10)):
-        inputs = draw(*size)
-        torch.testing.assert_close(exported(**inputs).sample, network(**inputs).sample, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["transformer", "unet"])
 def test_fused_projections_are_an_error(kind, request):
     with pytest.raises(ValueError, match="fused projections .* are not supported"):

@@ -637,7 +637,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         return LatentGrid(self.temporal_compression_ratio)
 
     def _encode(self, clip: Tensor, history: History | None) -> Tensor:
-        if history is None:
+        if history is None and not torch.compiler.is_exporting():  # then the number may be a symbol
             self.grid.check(clip.shape[2], "the number of frames")
         x = patchify(clip, self.config.patch_size)
         moments = self.quant_conv(self.encoder(_channels_last(x), history))

@@ -178,8 +178,6 @@ class SpacetimeNetwork(ClipNetwork):
         return RecognizerOutput(logits=self.head(features), features=features, attention=attention)
 
     def _positions(self, num_tokens: int) -> Tensor:
-        if num_tokens == len(self.in_time):
-            return self.in_time
         return F.interpolate(self.in_time.T[None], num_tokens, mode="linear")[0].T
 
 

@@ -41,6 +41,8 @@ class ClipNetwork(nn.Module):
     """Whether clips must have the number of frames that it was made for."""
     fixed_size = False
     """Whether clips must have the size that it was made for."""
+    is_exported = True
+    """Whether it can be exported to ONNX."""
     min_frames = 1
     """Least number of frames."""
     min_size = 8

@@ -41,12 +41,29 @@ class StreamedRNN(nn.Module):
         if history is not None:
             hidden, cell = (history.get(f"{self.state_key}.{name}") for name in ("hidden", "cell"))
             states = hidden if cell is None else (hidden, cell)
-        frames, states = self.rnn(frames, states)
+        frames, states = (self._unrolled if torch.compiler.is_exporting() else self.rnn)(frames, states)
         if history is not None:
             pair = states if isinstance(states, tuple) else (states,)
             for name, value in zip(("hidden", "cell"), pair, strict=False):
                 history.put(f"{self.state_key}.{name}", value)
         return frames
+
+    def _unrolled(self, frames: Tensor, states: Any) -> tuple[Tensor, Any]:
+        """The layers, frame by frame in plain operations: exported layers would have a fixed batch size."""
+        is_lstm = isinstance(self.rnn, nn.LSTM)
+        if states is None:
+            zeros = frames.new_zeros(self.rnn.num_layers, len(frames), self.rnn.hidden_size)
+            states = (zeros, zeros) if is_lstm else zeros
+        current: list[Any] = list(zip(*states, strict=True)) if is_lstm else list(states)
+        outputs = []
+        for x in frames.unbind(1):
+            for index, state in enumerate(current):
+                weights = self.rnn.all_weights[index]
+                current[index] = (torch.lstm_cell if is_lstm else torch.gru_cell)(x, state, *weights)
+                x = current[index][0] if is_lstm else current[index]
+            outputs.append(x)
+        after = tuple(map(torch.stack, zip(*current, strict=True))) if is_lstm else torch.stack(current)
+        return torch.stack(outputs, dim=1), after
 
 
 def classify_states(states: Tensor, head: nn.Module, mask: Tensor | None, **others: Any) -> RecognizerOutput:

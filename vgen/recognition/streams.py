@@ -34,6 +34,8 @@ class TwoStreamNetwork(ClipNetwork):
     Source: Two-stream convolutional networks for action recognition in videos, arXiv 1406.2199.
     """
 
+    is_exported = False
+
     def __init__(
         self,
         num_classes: int,
@@ -97,13 +99,13 @@ class SegmentNetwork(ClipNetwork):
 
     def forward(self, clip: Tensor, history: History | None = None, mask: Tensor | None = None) -> RecognizerOutput:
         """See `ClipNetwork.forward`."""
-        bounds = [index * clip.shape[2] // self.num_segments for index in range(self.num_segments + 1)]
-        spans = list(zip(bounds, bounds[1:], strict=False))
+        bounds = torch.arange(self.num_segments + 1, device=clip.device) * clip.shape[2] // self.num_segments
+        begins, ends = bounds[:-1], bounds[1:]
+        picked = (begins + ends - 1) // 2
         if self.training:
-            picked = [int(torch.randint(begin, end, ())) for begin, end in spans]
-        else:
-            picked = [(begin + end - 1) // 2 for begin, end in spans]
-        features = per_frame(self.cnn, clip[:, :, picked]).mean(1)  # the mean of linear scores is that of features
+            picked = begins + (torch.rand(len(begins), device=clip.device) * (ends - begins)).long()
+        # the mean of linear scores is that of features
+        features = per_frame(self.cnn, clip.index_select(2, picked)).mean(1)
         return RecognizerOutput(logits=self.head(features), features=features)
 
 
@@ -131,10 +133,14 @@ class FrameDifference(ClipNetwork):
 
     def forward(self, clip: Tensor, history: History | None = None, mask: Tensor | None = None) -> RecognizerOutput:
         """See `ClipNetwork.forward`."""
-        past = None if history is None else history.get("last")
-        before = torch.cat([clip[:, :, :1] if past is None else past, clip[:, :, :-1]], dim=2)
+        past = clip[:, :, :1]
         if history is not None:
+            last, started = history.get("last"), history.get("started")
+            if last is not None and started is not None:
+                past = torch.where(started > 0, last, past)  # an exported stream begins with zeros
             history.put("last", clip[:, :, -1:].clone())
+            history.put("started", torch.ones(1, device=clip.device))
+        before = torch.cat([past, clip[:, :, :-1]], dim=2)
         frames = per_frame(self.cnn, torch.cat([clip, clip - before], dim=1))
         features = self.mean(frames, history, mask)
         return RecognizerOutput(logits=self.head(features), features=features, frame_logits=self.head(frames))
