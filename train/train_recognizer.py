@@ -133,7 +133,7 @@ def main(config: RecognizerConfig) -> None:
     if config.per_frame:
         loss_of = partial(frame_loss, iou_weight=config.iou_weight)
     else:
-        loss_of = partial(classification_loss, multi_label=config.multi_label, smoothing=config.label_smoothing)
+        loss_of = partial(classification_loss, multi_label=model.config.multi_label, smoothing=config.label_smoothing)
 
     for step in run.steps():
         total = torch.zeros((), device=accelerator.device)
@@ -174,7 +174,7 @@ def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
     Raises:
         ValueError: The classes of `init` are others, or the network does not suit the labels.
     """
-    multi_label = config.multi_label or config.per_frame
+    multi_label = config.multi_label or config.per_frame or (config.data is None and config.task == "scene")
     if config.init:
         model = Recognizer.from_pretrained(config.init)
     else:
@@ -290,7 +290,7 @@ def score(model: Recognizer, source: Source, config: RecognizerConfig, accelerat
     model.train()
     found = sorted(gather_object(found), key=lambda one: one[0])
     probabilities, targets = (torch.cat([one[index] for one in found]) for index in (1, 2))
-    return classification_scores(probabilities, targets, config.multi_label)
+    return classification_scores(probabilities, targets, model.config.multi_label)
 
 
 def score_moments(model: Recognizer, source: LabeledMoments, here: int, there: int) -> dict[str, float]:

@@ -4,10 +4,12 @@ from typing import get_args
 import pytest
 import torch
 
-from vgen.data.shapes_tasks import ShapesTask, ShapesTasks
+from vgen.data.captions import COLORS, SHAPES, parse_caption
+from vgen.data.shapes import ShapesWorld, combinations
+from vgen.data.shapes_tasks import SCENE_LABELS, ShapesTask, ShapesTasks, scene_labels
 
 
-@pytest.mark.parametrize("task", get_args(ShapesTask))
+@pytest.mark.parametrize("task", [task for task in get_args(ShapesTask) if task != "scene"])
 def test_scenes_depend_on_seed_and_index_only_and_have_all_classes_equally_often(task):
     tasks = ShapesTasks(task)
     assert tasks.scene(7) == ShapesTasks(task).scene(7) != ShapesTasks(task, seed=1).scene(7)
@@ -15,6 +17,19 @@ def test_scenes_depend_on_seed_and_index_only_and_have_all_classes_equally_often
     assert sorted(counts) == list(range(len(tasks.classes))) and min(counts.values()) > 30
     clips = tasks.clips([tasks.scene(index) for index in range(2)], size=32)
     assert clips.shape == (2, 3, 17, 32, 32)
+
+
+def test_the_labels_of_a_scene_are_what_its_caption_says():
+    assert scene_labels(parse_caption("a big red ball flies to the upper right and a cyan star is still")) == (
+        "red circle", "red moves up right", "cyan star", "cyan stays still"
+    )  # fmt: skip
+    tasks, world = ShapesTasks("scene", seed=3), ShapesWorld(split="all", seed=3)
+    assert tasks.multi_label and len(SCENE_LABELS) == len(set(SCENE_LABELS)) == 8 * (4 + 13)
+    for index in range(20):
+        labels = [tasks.classes[label] for label in tasks.scene(index).labels]
+        assert sorted(labels) == sorted(scene_labels(parse_caption(world.caption(index))))
+    several = {frozenset(scene_labels(parse_caption(f"a {c} {s} moves up"))) for c in COLORS for s in SHAPES}
+    assert len(several) == 8 * 4 and len(combinations("all")) == 8 * (4 * 13 - 1)
 
 
 def moving(clip):

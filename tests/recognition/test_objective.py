@@ -45,7 +45,9 @@ def test_scores_of_one_and_of_several_labels():
     # the clips of class 0 are at ranks 1 and 4, those of class 1 at ranks 1 and 2; no clip has class 2
     ranked = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.3, 0.1], [0.4, 0.8, 0.1], [0.5, 0.4, 0.1]])
     expected = ((1 / 1 + 2 / 4) / 2 + 1.0) / 2
-    assert classification_scores(ranked, labels, True) == pytest.approx({"mean_average_precision": expected})
+    exact = ((ranked >= 0.5) == labels.bool()).all(1).float().mean().item()
+    found = classification_scores(ranked, labels, True)
+    assert found == pytest.approx({"mean_average_precision": expected, "exact_match": exact})
 
 
 @pytest.mark.parametrize("call", [lambda x: classification_loss(x, x, smoothing=1.5),

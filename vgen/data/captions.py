@@ -175,12 +175,17 @@ def caption(scene: SceneDescription, rng: random.Random) -> str:
     return _add_background(text, scene.background, may_open=not opening, rng=rng)
 
 
+def plain_motion(motion: str) -> str:
+    """The plainest words for a motion, such as `moves up right`."""
+    verb = (TRAVEL_VERBS if motion in DIRECTIONS else OTHER_VERBS[motion])[0][0]
+    return _join(verb, COMPLEMENTS[motion][0])
+
+
 def _plain_clause(item: ShapeDescription) -> str:
     size = "" if item.size == "medium" else item.size
-    verb = (TRAVEL_VERBS if item.motion in DIRECTIONS else OTHER_VERBS[item.motion])[0][0]
     speed = SPEED_WORDS[item.speed][0] if _mentions_speed(item) else ""
     subject = _with_article(_join(size, item.color, item.shape))
-    return _join(subject, verb, COMPLEMENTS[item.motion][0], speed)
+    return _join(subject, plain_motion(item.motion), speed)
 
 
 def _clause(item: ShapeDescription, participle: bool, terse: bool, rng: random.Random) -> str:

@@ -11,19 +11,24 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.checks import check_choice, check_integer
-from vgen.data.captions import COLORS, DIRECTIONS, MOTIONS, SHAPES, ShapeDescription
-from vgen.data.shapes import CLIP_SECONDS, Scene, make_scene, render
+from vgen.data.captions import COLORS, DIRECTIONS, MOTIONS, SHAPES, SceneDescription, ShapeDescription, plain_motion
+from vgen.data.shapes import CLIP_SECONDS, Scene, ShapesWorld, make_scene, render
 
-ShapesTask = Literal["color", "direction", "motion", "first", "speed"]
+ShapesTask = Literal["color", "direction", "motion", "first", "speed", "scene"]
 """`color`: of the shape, which needs no time. `direction`: whether a shape moves left or right. `motion`: which of all
 motions. `first`: whether a circle or a square moved first, one early and one late in the clip; needs a long memory.
-`speed`: whether a shape moves slowly or quickly; needs fine steps."""
+`speed`: whether a shape moves slowly or quickly; needs fine steps. `scene`: the labels of `scene_labels`, several for
+each clip, of all scenes of `ShapesWorld`."""
+SCENE_LABELS = tuple(
+    f"{color} {text}" for color in COLORS for text in (*SHAPES, *(plain_motion(motion) for motion in MOTIONS))
+)
 _CLASSES = {
     "color": COLORS,
     "direction": ("left", "right"),
     "motion": MOTIONS,
     "first": ("circle", "square"),
     "speed": ("slow", "quick"),
+    "scene": SCENE_LABELS,
 }
 _MOVING = 0.25
 """Fraction of a clip of `first` in which each shape moves."""
@@ -34,12 +39,28 @@ class LabeledScene(NamedTuple):
 
     frames: tuple[Scene, ...]
     """One scene for all frames, or one still scene for each frame."""
-    label: int
-    """Index of the class."""
+    labels: tuple[int, ...]
+    """Indices of the classes: one, except in the task `scene`."""
+
+    @property
+    def label(self) -> int:
+        """Index of the first class."""
+        return self.labels[0]
+
+
+def scene_labels(scene: SceneDescription) -> tuple[str, ...]:
+    """What is to be seen in a scene: the shape and the motion of each object, whose color no other object has.
+
+    `a red circle moves right` has the labels `red circle` and `red moves right`. So clips with the same labels show
+    objects of the same colors, shapes and motions.
+    """
+    return tuple(f"{item.color} {text}" for item in scene.objects for text in (item.shape, plain_motion(item.motion)))
 
 
 class ShapesTasks:
-    """An endless list of labeled clips. Each depends only on the seed and its index; classes are equally likely.
+    """An endless list of labeled clips. Each depends only on the seed and its index.
+
+    Classes are equally likely, except in the task `scene`.
 
     Args:
         task: What the labels say.
@@ -56,15 +77,24 @@ class ShapesTasks:
         check_integer("seed", seed, 0)
         self.task, self.num_frames, self.seed = task, num_frames, seed
         self.classes: tuple[str, ...] = _CLASSES[task]
+        self._world = ShapesWorld(split="all", seed=seed)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether clips have several labels."""
+        return self.task == "scene"
 
     def scene(self, index: int) -> LabeledScene:
         """Returns a labeled scene by its index, 0 or greater."""
+        if self.task == "scene":
+            scene = self._world.scene(index)
+            return LabeledScene((scene,), tuple(map(self.classes.index, scene_labels(scene))))
         rng = random.Random(f"{self.task} {self.seed} {index}")
         label = rng.randrange(len(self.classes))
         name = self.classes[label]
         background = rng.choice(("black", "gray", "brown", "navy"))
         if self.task == "first":
-            return LabeledScene(self._in_turn(name, background, rng), label)
+            return LabeledScene(self._in_turn(name, background, rng), (label,))
         color, shape = rng.choice(COLORS), rng.choice(SHAPES)
         motion, speed = rng.choice(list(DIRECTIONS)), rng.choice(("slow", "normal", "quick"))
         if self.task == "color":
@@ -77,7 +107,7 @@ class ShapesTasks:
             shape = rng.choice(SHAPES[1:])
         size = rng.choice(("small", "medium", "large"))
         item = ShapeDescription(color=color, shape=shape, motion=motion, size=size, speed=speed)
-        return LabeledScene((make_scene([item], background, rng),), label)
+        return LabeledScene((make_scene([item], background, rng),), (label,))
 
     def clips(self, scenes: list[LabeledScene], size: int = 64, device: str | torch.device = "cpu") -> Tensor:
         """Renders labeled scenes to clips `(b, 3, f, size, size)` in [-1, 1]."""

@@ -6,7 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision, multiclass_accuracy
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    multiclass_accuracy,
+    multilabel_exact_match,
+)
 
 from vgen.checks import check_number
 from vgen.recognition.detection import temporal_iou_loss
@@ -93,14 +97,15 @@ def classification_scores(probabilities: Tensor, targets: Tensor, multi_label: b
         multi_label: Whether a clip may have several labels.
 
     Returns:
-        `accuracy` and, as the mean over the classes that occur, `mean_class_accuracy`; with `multi_label` only
-        `mean_average_precision`.
+        `accuracy` and, as the mean over the classes that occur, `mean_class_accuracy`; with `multi_label`
+        `mean_average_precision` and `exact_match`, the share of clips with the right labels at a probability of 0.5.
     """
     count = targets.shape[1]
     if multi_label:
         occurring = [index for index in range(count) if targets[:, index].any()]
         each = [binary_average_precision(probabilities[:, index], targets[:, index].long()) for index in occurring]
-        return {"mean_average_precision": torch.stack(each).mean().item()}
+        exact = multilabel_exact_match(probabilities, targets.long(), num_labels=count)
+        return {"mean_average_precision": torch.stack(each).mean().item(), "exact_match": exact.item()}
     labels = targets.argmax(1)
     scores = {"accuracy": "micro", "mean_class_accuracy": "macro"}
     return {

@@ -33,8 +33,10 @@ class LabeledShapes(ClipSource):
     def batch(self, indices: range, num_frames: int, start: float = 0.0) -> dict[str, Any]:
         """Scenes that are not yet rendered, and targets."""
         scenes = [self.tasks.scene(index) for index in indices]
-        labels = torch.tensor([scene.label for scene in scenes])
-        return {"scenes": scenes, "targets": torch.nn.functional.one_hot(labels, len(self.classes)).float()}
+        targets = torch.zeros(len(scenes), len(self.classes))
+        for row, scene in zip(targets, scenes, strict=True):
+            row[list(scene.labels)] = 1.0
+        return {"scenes": scenes, "targets": targets}
 
     def clips(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
         """Renders the scenes."""
