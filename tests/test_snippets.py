@@ -59,6 +59,7 @@ NOT_RUN = {
     "vgen export vgen/shapes-64 denoiser.onnx --part denoiser": EXPORTED,
     "vgen export vgen/shapes-64 decoder.onnx --part decoder": EXPORTED,
     "vgen export vgen/shapes-64 encoder.onnx --part encoder --stream": EXPORTED,
+    "vgen watch 0 --model runs/my-recognizer/recognizer": "needs a camera; tests/tasks/test_classification.py has one",
     "pre-commit install": "changes the hooks of the repository",
     "bash .ci/run": "runs these tests",
     "python -m pytest -n auto --dist worksteal": "runs these tests",

@@ -415,6 +415,9 @@ def evaluate(
         str | None,
         typer.Option(help="Recognizer or video model of transformers for distances between distributions."),
     ] = None,
+    recognizer: Annotated[
+        str | None, typer.Option(help="Recognizer that says whether videos show what was asked for.")
+    ] = None,
     convlstm: Annotated[str | None, typer.Option(help="ConvLSTM baseline for prediction; none turns it off.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -429,7 +432,7 @@ def evaluate(
         config = EvaluationConfig(
             output_dir=output, model=model, suite=suite, data=data, tasks=tasks, num_clips=num_clips,
             num_frames=num_frames, hop=hop, given=given, factor=factor, prompted=prompted, num_samples=num_samples,
-            features=features, convlstm=convlstm,
+            features=features, recognizer=recognizer, convlstm=convlstm,
             num_inference_steps=steps, guidance_scale=guidance, seed=seed,
         )  # fmt: skip
         results = run(config)
@@ -539,6 +542,9 @@ def classify(
     clips: Annotated[int, typer.Option(help="Most clips per video over which probabilities are averaged.", min=1)] = 4,
     crops: Annotated[int, typer.Option(help="Crops of each clip over which they are averaged.", min=1)] = 1,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show what happens when.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write, .png, .svg or .pdf: probabilities over time.")
+    ] = None,
     attention: Annotated[
         Path | None, typer.Option(help="Picture to write, .png: where a network with attention looks, over time.")
     ] = None,
@@ -554,12 +560,16 @@ def classify(
             _check_output(attention, overwrite)
             if attention.suffix != ".png" or len(videos) > 1:
                 raise ValueError("--attention must be a .png file, and needs a single video")
+        if plot is not None:
+            _check_output(plot, overwrite)
+            if plot.suffix not in (".png", ".svg", ".pdf") or not timeline or len(videos) > 1:
+                raise ValueError("--plot must be a .png, .svg or .pdf file, and needs --timeline and a single video")
         for video in videos:
             check_video_input(video)
         locate(model)
         from vgen.recognition import load_recognizer
         from vgen.tasks.classification import classify as classify_file
-        from vgen.tasks.classification import draw_attention, events_of
+        from vgen.tasks.classification import draw_attention, draw_timeline, events_of
         from vgen.tasks.classification import timeline as over_time
 
         network = load_recognizer(model).to(_device(device))
@@ -570,6 +580,8 @@ def classify(
         for video in videos:
             if timeline:
                 moments = over_time(network, video)
+                if plot is not None:
+                    draw_timeline(moments, network).savefig(plot)
                 found[str(video)] = [
                     {"time": one.time, "probabilities": dict(zip(network.labels, one.probabilities, strict=True))}
                     for one in moments
@@ -587,8 +599,31 @@ def classify(
         typer.echo(json.dumps(found))
         return
     _console().print(table)
-    if attention is not None:
-        typer.echo(printable(f"wrote {attention}"))
+    for written in (attention, plot):
+        if written is not None:
+            typer.echo(printable(f"wrote {written}"))
+
+
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="Number of a camera, such as 0, URL of a stream, or video file.")],
+    model: Annotated[str, typer.Option(help="A recognizer of train_recognizer.py that streams: folder or Hub id.")],
+    device: Device = None,
+) -> None:
+    """Label what a camera or a stream shows, as it comes. Ctrl-C stops."""
+    with one_line_errors():
+        locate(model)
+        from vgen.recognition import load_recognizer
+        from vgen.tasks.classification import watch as frames_of
+
+        network, before = load_recognizer(model).to(_device(device)), None
+        for moment in frames_of(network, source):
+            ranked = sorted(zip(moment.probabilities, network.labels, strict=True), reverse=True)
+            shown = [one for one in ranked if one[0] >= 0.5] if network.config.multi_label else ranked[:1]
+            if [label for _, label in shown] != before:
+                before = [label for _, label in shown]
+                text = ", ".join(f"{label} ({probability:.2f})" for probability, label in shown) or "nothing"
+                typer.echo(printable(f"{moment.time:.1f} s: {text}"))
 
 
 @app.command()
@@ -837,6 +872,8 @@ def _print_tables(results: dict[str, Any]) -> None:
         for method, cells in rows.items():
             table.add_row(method, *(cell.partition(" ")[0] for cell in cells))
         _console().print(table)
+        for method, share in results["agreement"][task].items():
+            typer.echo(f"{task}, {method}: recognizer and checker agree on {share:.1%} of the videos")
     for task, methods in results["distances"].items():
         for method, measured in methods.items():
             for one in map(Distance.from_dict, measured.values()):

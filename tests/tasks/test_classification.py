@@ -15,7 +15,7 @@ from vgen.data.labels import list_labeled
 from vgen.data.views import views_of
 from vgen.recognition import Recognizer, create_recognizer, load_recognizer
 from vgen.recognition.detection import Segment
-from vgen.tasks.classification import Moment, classify, events_of, timeline
+from vgen.tasks.classification import Moment, classify, draw_timeline, events_of, timeline, watch
 
 LABELS = ["a", "b", "c"]
 
@@ -107,6 +107,73 @@ def test_the_command_prints_labels_times_or_json(video, tmp_path):
     moments = json.loads(run(video, "--model", tmp_path / "model", "--json", "--timeline").output)[str(video)]
     assert len(moments) == 20 and set(moments[0]) == {"time", "probabilities"}
     assert "start" in run(video, "--model", tmp_path / "model", "--timeline").output
+
+
+def test_a_plot_shows_the_probabilities_over_time(video, tmp_path):
+    make("cnn_gru", channels=[8]).save_pretrained(tmp_path / "model")
+    done = run(video, "--model", tmp_path / "model", "--timeline", "--plot", tmp_path / "a.svg")
+    assert done.exit_code == 0 and f"wrote {tmp_path / 'a.svg'}" in done.output
+    moments = [Moment(0.0, [0.1, 0.6, 0.3]), Moment(0.5, [0.2, 0.7, 0.1])]
+    lines = {line.get_label(): line for line in draw_timeline(moments, make("pooled"), most=2).axes[0].lines}
+    assert set(lines) == {"b", "c"} and lines["b"].get_xydata().tolist() == [[0.0, 0.6], [0.5, 0.7]]
+    for words in ((), ("--timeline", video)):
+        wrong = run(video, *words, "--model", tmp_path / "model", "--plot", tmp_path / "b.svg")
+        assert wrong.exit_code == 2 and "--plot must be" in wrong.output
+
+
+def test_a_watched_file_has_the_timeline_of_the_file(video):
+    model = make("cnn_gru", channels=[8])
+    expected, found = timeline(model, video), list(watch(model, str(video)))
+    assert [moment.time for moment in found] == pytest.approx([moment.time for moment in expected], abs=0.01)
+    probabilities = [torch.tensor([moment.probabilities for moment in moments]) for moments in (found, expected)]
+    torch.testing.assert_close(*probabilities, atol=0.02, rtol=0.0)  # OpenCV decodes in its own way
+    model.register_to_config(frame_rate=5.0)
+    slower = list(watch(model, str(video)))
+    assert [moment.time for moment in slower] == pytest.approx([index / 5 for index in range(10)], abs=0.01)
+
+
+def test_a_camera_has_the_times_at_which_its_frames_come(monkeypatch):
+    clock = iter(np.arange(100) / 30)
+    frames = [np.full((12, 20, 3), 8 * index, np.uint8) for index in range(24)]
+
+    class Camera:
+        def __init__(self, number):
+            assert number == 0
+            self.left = iter(frames)
+
+        def isOpened(self):  # noqa: N802
+            return True
+
+        def grab(self):
+            self.frame = next(self.left, None)
+            return self.frame is not None
+
+        def retrieve(self):
+            return True, self.frame
+
+        def release(self):
+            self.left = None
+
+    monkeypatch.setattr("cv2.VideoCapture", Camera)
+    monkeypatch.setattr("vgen.tasks.classification.time.monotonic", lambda: next(clock))
+    times = [moment.time for moment in watch(make("cnn_gru", channels=[8]), "0")]
+    assert 8 <= len(times) <= 9 and np.diff(times) == pytest.approx(0.1, abs=0.04)  # 10 of 30 frames per second
+
+
+def test_the_watch_command_prints_changes_of_the_label_and_one_line_for_mistakes(video, tmp_path):
+    make("cnn_gru", channels=[8]).save_pretrained(tmp_path / "model")
+    make("pooled", channels=[8]).save_pretrained(tmp_path / "whole")
+    done = CliRunner().invoke(app, ["watch", str(video), "--model", str(tmp_path / "model")])
+    lines = done.output.splitlines()
+    labels = [line.split(": ")[1].split(" (")[0] for line in lines if " s: " in line]
+    events = events_of(timeline(make("cnn_gru", channels=[8]), video), make("cnn_gru", channels=[8]))
+    assert done.exit_code == 0 and labels == [event.label for event in events]
+    for source, model, message in (
+        (video, "whole", "pooled sees whole clips"),
+        (tmp_path / "nothing.mp4", "model", "cannot open"),
+    ):
+        done = CliRunner().invoke(app, ["watch", str(source), "--model", str(tmp_path / model)])
+        assert done.exit_code == 2 and message in done.output
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from tests.test_pipeline import PROMPT, make_pipeline
 from vgen.cli import app
 from vgen.data.clips import VideoFolder
+from vgen.data.shapes_tasks import SCENE_LABELS
 from vgen.data.video_io import write_video
 from vgen.io.fingerprint import weights_digest
 from vgen.io.settings import parse_settings
+from vgen.metrics.suites import SuiteConfig, open_suite
 from vgen.models.convlstm import ConvLSTMPredictor
 from vgen.pipeline import VideoGenPipeline
 from vgen.recognition import create_recognizer
@@ -39,6 +41,9 @@ def videos(tmp_path_factory):
         write_video(frames.repeat(2, 1).repeat(2, 2), folder / f"{index}.mp4", frame_rate=8)
         (folder / f"{index}.txt").write_text(PROMPT)
     return str(folder)
+
+
+SHAPE = {"num_frames": 9, "height": 16, "width": 16, "frame_rate": 8.0}
 
 
 def settings(model, videos, output_dir, **options):
@@ -168,6 +173,54 @@ def test_distances_on_the_features_of_a_recognizer(model, videos, tmp_path):
     results = evaluate(EvaluationConfig(**options))
     protocol = results["distances"]["prediction"]["copy of the last frame"]["FVD"]["protocol"]
     assert protocol["feature_network"] == weights_digest(recognizer) and protocol["values"] == "from -1 to 1"
+
+
+def test_a_recognizer_says_whether_videos_show_what_was_asked_for(model, videos, tmp_path):
+    for name, path in zip("aab", sorted(Path(videos).glob("*.mp4")), strict=True):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "data" / name)
+    torch.manual_seed(0)
+    recognizer = create_recognizer("pooled", 2, 4, 16, channels=[8], dim=8, labels=["b", "a"]).eval()
+    recognizer.save_pretrained(tmp_path / "recognizer")
+    options = {"tasks": ["reconstruction", "prediction"], "recognizer": str(tmp_path / "recognizer")}
+    options = settings(model, str(tmp_path / "data"), tmp_path / "out", **options)
+    results = evaluate(EvaluationConfig(**options))
+    suite = open_suite(SuiteConfig(suite="folder", data=options["data"], **SHAPE))
+    expected = []
+    for number in results["numbers"]:
+        label = recognizer.labels[recognizer(suite.samples(range(number, number + 1)).clips).logits.argmax()]
+        expected.append(float(label in suite.labels(number)))
+        assert suite.labels(number) == {suite.source.clips[suite.numbers[number]][0].path.parent.name}
+    assert results["tasks"]["reconstruction"]["true clips"]["recognized"] == expected
+    assert "recognized" not in results["tasks"]["prediction"]["the model"] and "correct" not in str(
+        results["agreement"]
+    )
+    assert (
+        results["distances"]["prediction"]["the model"]["FVD"]["protocol"]["feature_network"]
+        == (results["settings"]["recognizer_sha256"])
+    )
+    create_recognizer("pooled", 2, 4, 16, channels=[8], dim=8, labels=["b", "c"]).save_pretrained(tmp_path / "other")
+    wrong = options | {"recognizer": str(tmp_path / "other"), "output_dir": tmp_path / "wrong"}
+    with pytest.raises(ValueError, match="does not know the label 'a' of the suite folder"):
+        evaluate(EvaluationConfig(**wrong))
+    with pytest.raises(ValueError, match="have no label"):
+        evaluate(EvaluationConfig(**options | {"data": videos, "output_dir": tmp_path / "wrong"}))
+
+
+def test_the_agreement_of_recognizer_and_checker_is_reported(model, tmp_path):
+    sizes = {"channels": [8], "dim": 8, "labels": list(SCENE_LABELS), "multi_label": True}
+    create_recognizer("pooled", len(SCENE_LABELS), 9, 16, **sizes).save_pretrained(tmp_path / "recognizer")
+    done = run(
+        "evaluate", model, "-o", tmp_path / "out", "--steps", 1, "--num-clips", 3, "--num-frames", 9,
+        "--task", "generation", "--recognizer", tmp_path / "recognizer",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    values = results["tasks"]["generation"]["true clips"]
+    share = np.mean(np.equal(values["correct"], values["recognized"]))
+    assert results["agreement"]["generation"]["true clips"] == share
+    assert f"true clips: recognizer and checker agree on {share:.1%}" in done.output
+    assert "The recognizer and the checker agree on" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_distances_of_a_task_do_not_depend_on_the_others():

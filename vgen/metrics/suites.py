@@ -6,7 +6,9 @@ Clips are `(b, 3, f, h, w)` in [-1, 1].
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 
 from vgen.checks import check_choice, check_integer, check_number
-from vgen.data.clips import Sampling, VideoFolder, stack_clips
+from vgen.data.clips import Listed, Sampling, VideoFolder, stack_clips
+from vgen.data.labels import list_labeled
 from vgen.data.moving_mnist import MovingMNIST
 from vgen.data.shapes import ShapesWorld, render
+from vgen.data.shapes_tasks import scene_labels
 from vgen.data.sources import VideoStream, open_clips
 from vgen.io.pixels import from_uint8, to_uint8
 from vgen.metrics.prompt import check
@@ -127,6 +131,13 @@ class Suite(Protocol):
     def correct(self, number: int, clip: Tensor) -> dict[str, float]:
         """Scores whether a clip `(3, f, h, w)` shows what the caption says; empty if that cannot be checked."""
 
+    def labels(self, number: int) -> set[str]:
+        """What a recognizer should see in a clip.
+
+        Raises:
+            ValueError: The suite has no labels.
+        """
+
 
 def open_suite(config: SuiteConfig) -> Suite:
     """Opens the suite that the settings describe.
@@ -182,12 +193,17 @@ class Shapes:
         """Returns 1 if color, shape and motion of every object match the caption, else 0."""
         return {"correct": float(check(clip, self.world.scene(number)).correct)}
 
+    def labels(self, number: int) -> set[str]:
+        """The shapes and motions of the scene's colors."""
+        return set(scene_labels(self.world.scene(number)))
+
 
 class Videos:
     """A fixed random choice of windows of a folder's videos."""
 
     def __init__(self, config: SuiteConfig, source: VideoFolder):
         self.source, self.numbers = source, list(range(len(source)))
+        self.folder = Path(str(config.data))
         random.Random(config.suite_seed).shuffle(self.numbers)
         del self.numbers[config.num_clips :]
         self.captioned = all(any(source.clips[number][0].captions) for number in self.numbers)
@@ -223,6 +239,22 @@ class Videos:
         """Returns nothing, because the content of real videos is not checked."""
         return {}
 
+    def labels(self, number: int) -> set[str]:
+        """The labels of the video: those of a metadata file, or the name of its folder.
+
+        Raises:
+            ValueError: A video has none.
+        """
+        video = self.source.clips[self.numbers[number]][0]
+        return self._labels[replace(video, captions=())]
+
+    @cached_property
+    def _labels(self) -> dict[Listed, set[str]]:
+        found: dict[Listed, set[str]] = {}
+        for video, labels in list_labeled(self.folder):
+            found.setdefault(replace(video, captions=()), set()).update(labels)
+        return found
+
 
 class Digits:
     """Moving MNIST, with trajectories that training never uses."""
@@ -248,6 +280,10 @@ class Digits:
     def correct(self, number: int, clip: Tensor) -> dict[str, float]:
         """Returns nothing, because the digits have no captions."""
         return {}
+
+    def labels(self, number: int) -> set[str]:
+        """Raises an error, because the digits have no labels."""
+        raise ValueError("the suite moving-mnist has no labels for a recognizer")
 
 
 def copy_last(clip: Tensor, given: int) -> Tensor:

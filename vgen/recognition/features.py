@@ -1,6 +1,8 @@
-"""Features of clips for distances between distributions, from a recognizer of one's own domain."""
+"""What a recognizer of one's own domain says about clips: labels, and features for distances between distributions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +40,30 @@ class RecognizerFeatures(nn.Module):
         """Hash of the weights."""
         return weights_digest(self.network)
 
-    @torch.no_grad()
     def forward(self, clip: Tensor) -> Tensor:
         """Computes features `(b, d)` of clips `(b, 3, f, h, w)` in [-1, 1].
 
         Raises:
             ValueError: The recognizer does not take clips of this length.
         """
+        return self._classify(clip).features
+
+    def labels_of(self, clip: Tensor) -> list[set[str]]:
+        """What it sees in clips: the most likely label or, if it gives several, all of at least 0.5.
+
+        Raises:
+            ValueError: As in `forward`.
+        """
+        probabilities = self.network.probabilities(self._classify(clip).logits)
+        best = probabilities == probabilities.amax(-1, keepdim=True)
+        seen = probabilities >= 0.5 if self.network.config.multi_label else best
+        return [{name for name, one in zip(self.network.labels, row, strict=True) if one} for row in seen.tolist()]
+
+    @torch.no_grad()
+    def _classify(self, clip: Tensor) -> Any:
         size = (self.network.config.image_size,) * 2
         if clip.shape[-2:] != size:
             frames = clip.transpose(1, 2).flatten(0, 1)
             frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
             clip = frames.unflatten(0, (len(clip), -1)).transpose(1, 2)
-        return self.network(clip.float()).features
+        return self.network(clip.float())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -81,6 +82,72 @@ def _frames(model: Recognizer, video: Path) -> Iterator[Moment]:
         pixels = from_frames(torch.from_numpy(Fit(frame.shape[:2], size, aspect).to_target(frame[None]))[None])
         output = model(pixels.to(model.device), state=state)
         yield Moment(number / rate, model.probabilities(output.frame_logits)[0, 0].tolist())
+
+
+@torch.no_grad()
+def watch(model: Recognizer, source: str) -> Iterator[Moment]:
+    """Classifies the frames of a camera, a network stream or a file as they come, with OpenCV.
+
+    Frames between those of the model's frame rate are dropped. The times of cameras and network streams are those at
+    which frames arrive.
+
+    Args:
+        model: A classifier that runs over streams, in evaluation mode.
+        source: Number of a camera, URL, or file.
+
+    Raises:
+        ValueError: The classifier sees whole clips, or the source cannot be opened.
+        ImportError: OpenCV is not installed.
+    """
+    if not model.network.is_streamed:
+        raise ValueError(f"{model.config.name} sees whole clips: choose a network that streams, such as cnn_gru")
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("this needs OpenCV: pip install vgen[flow]") from error
+    capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    if not capture.isOpened():
+        raise ValueError(f"cannot open {source}: expected the number of a camera, a URL or a file")
+    is_live = source.isdecimal() or "://" in source
+    state, size, due = TemporalState(), (model.config.image_size,) * 2, 0.0
+    period = 1 / model.config.frame_rate if model.config.frame_rate else 0.0
+    begin = None
+    try:
+        while capture.grab():
+            begin = time.monotonic() if begin is None else begin
+            now = time.monotonic() - begin if is_live else capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if now < due - period / 8:  # times are rounded
+                continue
+            due = max(due, now - period) + period
+            found, frame = capture.retrieve()
+            if found:
+                rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                pixels = from_frames(torch.from_numpy(Fit(rgb.shape[:2], size).to_target(rgb[None]))[None])
+                output = model(pixels.to(model.device), state=state)
+                yield Moment(now, model.probabilities(output.frame_logits)[0, 0].tolist())
+    finally:
+        capture.release()
+
+
+def draw_timeline(moments: Sequence[Moment], model: Recognizer, most: int = 6) -> Any:
+    """Plots the probabilities over time as a Matplotlib figure: of the labels that reach the highest ones.
+
+    Args:
+        moments: The probabilities over time, at least one.
+        model: The classifier.
+        most: Most labels to plot.
+    """
+    from matplotlib.figure import Figure
+
+    columns = list(zip(*(moment.probabilities for moment in moments), strict=True))
+    ranked = sorted(range(len(columns)), key=lambda label: -max(columns[label]))
+    figure: Any = Figure(figsize=(8, 3), layout="constrained")
+    axis = figure.subplots()
+    for label in sorted(ranked[:most]):
+        axis.plot([moment.time for moment in moments], columns[label], label=model.labels[label])
+    axis.set(xlabel="time, s", ylabel="probability", ylim=(0, 1))
+    figure.legend(loc="outside right", fontsize="small")
+    return figure
 
 
 def _windows(model: Recognizer, video: Path) -> Iterator[Moment]:

@@ -108,6 +108,9 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     convlstm: str | None = None
     """ConvLSTM baseline for prediction (`train/train_convlstm.py`): a packaged checkpoint, a folder or a Hub id. By
     default the packaged one, if the clips are like those that it was trained on; `none` turns the baseline off."""
+    recognizer: str | None = None
+    """Recognizer (`train/train_recognizer.py`) that says whether videos show what was asked for: folder or Hub id. Its
+    features are the default of `features`."""
     lpips: bool = False
     """Whether to compute LPIPS, which needs the package `lpips`."""
     features: str | None = None
@@ -221,6 +224,7 @@ class Measurement:
         self.lpips = LPIPS().to(pipe.device) if config.lpips else None
         self.convlstm = open_convlstm(config, pipe.device) if "prediction" in self.tasks else None
         self.features = open_features(config, pipe.device)
+        self.recognizer = open_recognizer(config, self.suite, self.features)
         if self.features is not None:
             self._check_lengths(self.features)
 
@@ -235,6 +239,7 @@ class Measurement:
         """Hashes of the clips and of the networks outside the pipeline."""
         digests = {} if self.suite.digest is None else {"clips_sha256": self.suite.digest}
         digests |= {} if self.convlstm is None else {"convlstm_sha256": weights_digest(self.convlstm)}
+        digests |= {} if self.recognizer is None else {"recognizer_sha256": self.recognizer.digest}
         return digests if self.features is None else digests | {"features_sha256": self.features.digest}
 
     def _required_tasks(self, task: str) -> set[str]:
@@ -340,6 +345,12 @@ class Measurement:
         if task in ("reconstruction", "generation"):
             each = [self.suite.correct(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
             values |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
+            if self.recognizer is not None:
+                seen = self.recognizer.labels_of(clips.to(self.pipe.device))
+                asked = map(self.suite.labels, samples.numbers)
+                several = self.recognizer.network.config.multi_label
+                right = [a == b if several else a <= b for a, b in zip(seen, asked, strict=True)]
+                values["recognized"] = torch.tensor(right, dtype=torch.float32)
         return values
 
     def _reconstruction(self, samples: Samples) -> tuple[dict[str, Tensor], list[int]]:
@@ -482,6 +493,9 @@ def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> Evaluatio
     """Fills in the checkpoint's defaults for settings that are 0, and the packaged ConvLSTM where it applies."""
     names = ("num_frames", "height", "width", "frame_rate")
     config = replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
+    if config.recognizer and not (config.features or config.torchscript) and config.num_clips > 1:
+        features = set(FEATURED) & set(config.tasks or FEATURED)
+        config = replace(config, features=config.recognizer if features else None)
     applies = config.convlstm is None and all(getattr(config, name) == one for name, one in CONVLSTM_CLIPS.items())
     return replace(config, convlstm=CONVLSTM) if applies else config
 
@@ -503,6 +517,7 @@ def gather_results(
         "curves": average(join([batch["curves"] for batch in batches])),
         "distances": {},
     }
+    results["agreement"] = agreement(results["tasks"])
     features = join([batch["features"] for batch in batches])
     for task, methods in features.items():
         real = torch.tensor(methods.pop(TRUE), dtype=torch.float64)
@@ -555,6 +570,22 @@ def open_features(config: EvaluationConfig, device: torch.device) -> Features | 
     return network.to(device)
 
 
+def open_recognizer(config: EvaluationConfig, suite: Suite, features: Features | None) -> RecognizerFeatures | None:
+    """The recognizer that judges videos, which may be the feature network; `None` without one.
+
+    Raises:
+        ValueError: It is not a recognizer, or does not know the labels of the suite.
+    """
+    if config.recognizer is None:
+        return None
+    shared = isinstance(features, RecognizerFeatures) and features.name == config.recognizer
+    network: Any = features if shared else RecognizerFeatures(config.recognizer)
+    unknown = sorted(set().union(*map(suite.labels, range(len(suite)))) - set(network.network.labels))
+    if unknown:
+        raise ValueError(f"{config.recognizer} does not know the label {unknown[0]!r} of the suite {config.suite}")
+    return network
+
+
 def countable_frames(config: EvaluationConfig, task: str) -> int:
     """Frames per clip that count in distances: all but the given ones, unless `count_known_frames` is set."""
     return config.num_frames - (config.given if task == "prediction" and not config.count_known_frames else 0)
@@ -572,6 +603,18 @@ def draw_strip(clip: Tensor) -> str:
     file = BytesIO()
     Image.fromarray(to_uint8(row).numpy()).save(file, "png")
     return b64encode(file.getvalue()).decode()
+
+
+def agreement(tasks: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Share of videos on which a recognizer and the checker of ShapesWorld agree, by task and method."""
+    return {
+        task: {
+            method: float(np.mean(np.equal(values["correct"], values["recognized"])))
+            for method, values in methods.items()
+            if {"correct", "recognized"} <= set(values)
+        }
+        for task, methods in tasks.items()
+    }
 
 
 def tolist(values: dict[str, Tensor]) -> dict[str, list]:
