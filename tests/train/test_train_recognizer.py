@@ -8,6 +8,7 @@ import torch
 from tests.data.test_clips import write_clip
 from vgen.data.clips import Sampling
 from vgen.data.labels import list_timelines
+from vgen.data.shapes_tasks import SCENE_LABELS
 from vgen.recognition import Recognizer
 from vgen.tasks.classification import events_of, timeline
 from vgen.training.labeled import LabeledMoments
@@ -44,6 +45,13 @@ def test_a_classifier_learns_a_task_of_shapes_and_a_resumed_run_equals_an_uninte
     model = Recognizer.from_pretrained(tmp_path / "whole/recognizer")
     assert model.labels == (["circle", "square"] if task == "first" else model.labels) and model.dtype == torch.float32
     assert [step for step, _ in logged(tmp_path / "whole", "accuracy")] == [2, 4]
+
+
+def test_a_classifier_learns_all_labels_of_scenes_in_half_precision(tmp_path):
+    train(tmp_path, **{"--task": "scene", "--mixed_precision": "bf16"})
+    model = Recognizer.from_pretrained(tmp_path / "recognizer")
+    assert model.labels == list(SCENE_LABELS) and model.config.multi_label
+    assert [step for step, _ in logged(tmp_path, "exact_match")] == [2, 4]
 
 
 def test_videos_train_with_augmentation_balance_mixup_and_smoothing(folder, tmp_path):

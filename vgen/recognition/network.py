@@ -22,7 +22,7 @@ class RecognizerOutput(BaseOutput):
 
     logits: Tensor
     """Scores of the classes `(b, k)`, before softmax or sigmoid. In a stream, those of all frames so far."""
-    features: Tensor
+    features: Tensor = None  # type: ignore[assignment]  # accelerate makes outputs from dictionaries
     """Features `(b, d)` that the last layer classifies."""
     frame_logits: Tensor | None = None
     """Scores of each frame `(b, f, k)`, from that frame and earlier ones; `None` for networks that see whole clips."""
