@@ -79,10 +79,11 @@ def test_classifiers_of_transformers_load_with_weights_labels_and_normalization(
     public = AutoModelForVideoClassification.from_config(AutoConfig.for_model(model_type, **TINY, **patch, **sizes))
     public.eval().save_pretrained(tmp_path)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    processor = {"image_mean": mean, "image_std": std, "rescale_factor": 1 / 127.5, "offset": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     model = load_recognizer(str(tmp_path))
     clip = torch.rand(2, 3, 8, 16, 16) * 2 - 1
-    pixels = ((clip + 1) / 2 - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+    pixels = (clip - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
     name = "pixel_values_videos" if model_type == "vjepa2" else "pixel_values"
     with torch.no_grad():
         torch.testing.assert_close(model(clip).logits, public(**{name: pixels.transpose(1, 2)}).logits)

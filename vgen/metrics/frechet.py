@@ -20,6 +20,7 @@ from vgen.checks import check_integer
 from vgen.io.fingerprint import file_digest, weights_digest
 from vgen.io.pixels import to_byte_range
 from vgen.metrics.temporal import check_clip
+from vgen.models.processor import read_processor
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class FeatureNetwork(nn.Module):
         self.image_size = getattr(config, "image_size", getattr(config, "crop_size", None))
         if self.num_frames is None or self.image_size is None:
             raise ValueError(f"{source} must be a video model, got {type(self.network).__name__}")
-        processor = _read_processor(source)
+        processor = read_processor(source)
         mean, std = (processor["image_mean"], processor["image_std"]) if processor["do_normalize"] else (0.0, 1.0)
         self.mean, self.std = ([float(x) for x in torch.tensor(values).expand(3)] for values in (mean, std))
         self.scale, self.offset = 255 * processor["rescale_factor"], float(processor["offset"])
@@ -83,22 +84,6 @@ class FeatureNetwork(nn.Module):
         frames = frames * self.scale - self.offset
         pixels = rearrange((frames - mean) / std, "(b f) c h w -> b f c h w", b=len(clip))
         return self.network(**{self.network.main_input_name: pixels}).last_hidden_state.mean(1)
-
-
-def _read_processor(source: str | Path) -> dict[str, Any]:
-    """Reads how a model's processor normalizes values. Without a config it warns and returns common defaults."""
-    from transformers import ImageProcessingMixin
-    from transformers.video_processing_utils import BaseVideoProcessor
-
-    defaults = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "rescale_factor": 1 / 255, "offset": False}
-    for read in (BaseVideoProcessor.get_video_processor_dict, ImageProcessingMixin.get_image_processor_dict):
-        try:
-            config, _ = read(source)
-        except OSError:
-            continue
-        return defaults | {name: config[name] for name in defaults if config.get(name) is not None}
-    logger.warning(f"{source} has no processor config: a mean and a standard deviation of 0.5 are assumed")
-    return defaults
 
 
 class ScriptedFeatures(nn.Module):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForVideoClassification
-from transformers.utils import cached_file
 
-from vgen.io.records import read_json
+from vgen.models.processor import read_processor
 from vgen.recognition.network import ClipNetwork, RecognizerOutput
 from vgen.temporal.state import History
 
@@ -38,18 +36,17 @@ def describe_transformers(config: Any, source: str) -> dict[str, Any]:
 
     Args:
         config: Its config.
-        source: Its folder or Hub id, where `preprocessor_config.json` or `video_preprocessor_config.json` has the mean
-            and deviation of pixels.
+        source: Its folder or Hub id, whose processor has the mean and deviation of pixels.
     """
     names = _NAMES.get(config.model_type, {})
     shape = {name: names.get(name, name) for name in ("num_frames", "image_size")}
     ignored = (*_NOT_SIZES, *shape.values())
     sizes: dict[str, Any] = {"config": {k: v for k, v in config.to_diff_dict().items() if k not in ignored}}
-    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-        if path is not None:  # without one, pixels stay in [-1, 1]
-            found = read_json(Path(path))
-            sizes |= {name: found[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in found}
+    processor = read_processor(source)
+    mean, std = (processor["image_mean"], processor["image_std"]) if processor["do_normalize"] else (0.0, 1.0)
+    scale = 255 * processor["rescale_factor"]  # of pixels in [0, 1], which are then moved by the offset
+    sizes["mean"] = [(float(value) + processor["offset"]) / scale for value in torch.tensor(mean).expand(3)]
+    sizes["std"] = [float(value) / scale for value in torch.tensor(std).expand(3)]
     about = {name: getattr(config, theirs) for name, theirs in shape.items()}
     return about | {"num_classes": config.num_labels, "sizes": sizes}
 
