@@ -4,8 +4,8 @@
     python benchmarks/modelling_time.py --output docs/results/modelling_time.json --chart docs/modelling_time.png
 
 Tasks: `color` needs no time, `direction` needs the order of frames, `first` (which of two shapes moved first) needs
-memory, `speed` needs fine steps. Each network trains once per task on new clips of 17 frames of 32x32, with AdamW and a
-cosine schedule over CPU time, and is scored on 512 others. Sizes make the networks similarly small. The same command
+memory, `speed` needs fine steps. Each network trains once per task on new clips of 17 frames of 32x32, with AdamW and
+a cosine schedule over CPU time, and is scored on 512 others. Sizes make the networks similarly small. The same command
 goes on where it stopped.
 """
 
@@ -120,7 +120,7 @@ def per_frame(model: Recognizer, clip: torch.Tensor) -> float:
 
 
 def train(model: Recognizer, task: str, seconds: float, learning_rate: float) -> tuple[float, int]:
-    """Trains for a CPU time that includes making the clips; returns the accuracy on new clips and the number of steps."""
+    """Trains for a CPU time, with that of making clips; returns the accuracy on new clips and the number of steps."""
     world = ShapesTasks(task, NUM_FRAMES)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     model.train()
