@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vgen.checks import check_number
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Sampling, SamplingKind, Short, stack_clips
-from vgen.data.labels import Labeled, classes_of, list_labeled, list_timelines
+from vgen.data.labels import Labeled, classes_of, list_labeled, timelines_of
 from vgen.data.shapes_tasks import ShapesTask
 from vgen.data.views import views_of
 from vgen.io.atomic import atomic_directory
@@ -236,7 +236,7 @@ def open_videos(
     """
     size = (config.image_size, config.seed, augmentation)
     if config.per_frame:
-        return LabeledMoments(list_timelines(Path(folder)), classes, sampling_of(config), *size)
+        return LabeledMoments(timelines_of(videos), classes, sampling_of(config), *size)
     several = [one for one in videos if len(one.labels) > 1]
     if several and not config.multi_label:
         path, labels = several[0].video.path, ", ".join(several[0].labels)

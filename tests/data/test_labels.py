@@ -4,7 +4,7 @@ import pytest
 
 from tests.data.test_clips import write_clip
 from vgen.data.clips import Listed, Sampling
-from vgen.data.labels import Labeled, classes_of, list_labeled, list_timelines
+from vgen.data.labels import Labeled, classes_of, list_labeled, timelines_of
 from vgen.data.views import views_of
 
 
@@ -78,7 +78,7 @@ def test_timelines_have_all_segments_of_a_video(folder):
         {"file_name": "run/a.mp4", "label": ["run", "fall"], "start": 1.2},
         {"file_name": "run/b.mp4", "label": "run"},
     )
-    assert [(one.video.path.name, one.events) for one in list_timelines(folder)] == [
+    assert [(one.video.path.name, one.events) for one in timelines_of(list_labeled(folder))] == [
         ("a.mp4", (("jump", 0.5, 1.0), ("run", 1.2, 2.0), ("fall", 1.2, 2.0))), ("b.mp4", (("run", 0.0, 2.0),)),
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_timelines_have_all_segments_of_a_video(folder):
 def test_time_stamps_outside_of_the_video_are_named(folder, times):
     write_rows(folder, {"file_name": "run/a.mp4", "label": "run"} | times)
     with pytest.raises(ValueError, match=r"a\.mp4 lasts 2 s, but its label run is for"):
-        list_timelines(folder)
+        timelines_of(list_labeled(folder))
 
 
 def shown(clips):

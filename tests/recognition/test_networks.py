@@ -124,6 +124,32 @@ def test_only_networks_that_model_time_distinguish_a_clip_from_its_reverse(name)
     assert torch.allclose(forward, backward, rtol=0, atol=1e-9) == (name in ORDERLESS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tsn"])  # which sees random frames in training
+def test_networks_that_model_time_learn_to_tell_clips_from_their_reverses(name):
+    clip = torch.full((4, 3, 17, 32, 32), -1.0)
+    for index in range(4):  # a square that moves right
+        for frame in range(17):
+            clip[index, :, frame, 6 * index : 6 * index + 8, frame : frame + 8] = 1.0
+    clips, labels = torch.cat([clip, clip.flip(2)]), torch.arange(2).repeat_interleave(4)
+    model = make(name, 2, num_frames=17).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    least, steps = math.inf, 30 if name in ORDERLESS else 400
+    while least > 0.4 and steps:
+        loss = nn.functional.cross_entropy(model(clips).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        least, steps = min(least, loss.item()), steps - 1
+    if name in ORDERLESS:  # scores that are the same for both labels have a cross entropy of at least log 2
+        assert least > math.log(2) - 1e-5
+    else:
+        assert least < 0.4
+
+
 @pytest.mark.parametrize("kernels", ["full", "space_time", "channels"])
 def test_an_inflated_network_on_a_still_clip_equals_the_image_network(kernels):
     torch.manual_seed(0)

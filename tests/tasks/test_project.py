@@ -122,6 +122,13 @@ def test_a_folder_becomes_a_model_and_an_interrupted_run_goes_on(folder):
     assert last[0].startswith("vgen generate") and last[1].startswith("vgen predict")
 
 
+def test_a_script_that_is_killed_is_named_with_the_signal(tmp_path, monkeypatch):
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("vgen.tasks.train_commands.scripts_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"killed.py was stopped by SIGKILL \(the system may have run out of memory"):
+        Command("killed.py", {}, 1).run()
+
+
 def test_the_time_per_step_follows_that_of_the_vae(tmp_path, monkeypatch):
     commands = {name: [Command("", {"batch_size": 8, "compile": True})] for name in ("vae", "denoiser")}
     plan = SimpleNamespace(folder=tmp_path, per_step={"vae": 4.0, "denoiser": 6.0}, commands=commands)

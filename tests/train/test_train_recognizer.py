@@ -7,7 +7,7 @@ import torch
 
 from tests.data.test_clips import write_clip
 from vgen.data.clips import Sampling
-from vgen.data.labels import list_timelines
+from vgen.data.labels import list_labeled, timelines_of
 from vgen.data.shapes_tasks import SCENE_LABELS
 from vgen.recognition import Recognizer
 from vgen.tasks.classification import events_of, timeline
@@ -118,7 +118,9 @@ def test_labels_of_frames_are_learned_and_detected(moments, tmp_path):
 
 
 def test_the_targets_of_a_clip_are_those_of_its_frames(moments):
-    source = LabeledMoments(list_timelines(moments), ["dark", "bright"], Sampling(num_frames=6, frame_rate=10.0), 16)
+    source = LabeledMoments(
+        timelines_of(list_labeled(moments)), ["dark", "bright"], Sampling(num_frames=6, frame_rate=10.0), 16
+    )
     seen = set()
     for index in range(8):
         batch = source.batch(range(index, index + 1), 6)

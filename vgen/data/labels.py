@@ -67,19 +67,19 @@ class Timeline(NamedTuple):
     """Label, start and end in seconds."""
 
 
-def list_timelines(folder: Path) -> list[Timeline]:
-    """The videos of a folder with all their labeled segments, in a fixed order.
+def timelines_of(videos: Iterable[Labeled]) -> list[Timeline]:
+    """Videos with all their labeled segments, in the same order.
 
     Args:
-        folder: A folder for `list_labeled`. Without `start` or `end`, a segment begins or ends with its video.
+        videos: Labeled segments, as `list_labeled` lists them. Without `start` or `end`, a segment begins or ends with
+            its video.
 
     Raises:
-        FileNotFoundError: The folder does not exist.
-        ValueError: As in `list_labeled`, or a segment does not end within its video.
+        ValueError: A segment does not end within its video, whose duration must be known.
         OSError: A file cannot be read.
     """
-    events: dict[Path, list[tuple[str, float, float]]] = {}
-    for video, labels in list_labeled(folder):
+    events: dict[Listed, list[tuple[str, float, float]]] = {}
+    for video, labels in videos:
         duration = video.info().duration
         end = duration if video.end is None else video.end
         if duration is None or end is None:
@@ -87,8 +87,9 @@ def list_timelines(folder: Path) -> list[Timeline]:
         if (video.start or 0.0) >= duration or end > duration + _TOLERANCE:
             span = f"{video.start or 0:g} to {end:g} s"
             raise ValueError(f"{video.path} lasts {duration:g} s, but its label {labels[0]} is for {span}")
-        events.setdefault(video.path, []).extend((label, video.start or 0.0, end) for label in labels)
-    return [Timeline(Listed(path=path, root=folder), tuple(found)) for path, found in events.items()]
+        whole = Listed(path=video.path, root=video.root)
+        events.setdefault(whole, []).extend((label, video.start or 0.0, end) for label in labels)
+    return [Timeline(whole, tuple(found)) for whole, found in events.items()]
 
 
 def _labeled_row(folder: Path, parent: Path, place: str, row: dict[str, Any]) -> Labeled:

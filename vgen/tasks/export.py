@@ -241,8 +241,12 @@ def memory_of(network: nn.Module, run: Run, *examples: Sequence[Tensor]) -> tupl
     return one, axes
 
 
-class _Function(nn.Module):
-    """A graph with tensors as inputs and outputs, in order."""
+class Function(nn.Module):
+    """A graph with tensors as inputs and outputs, in order: first those of the graph, then the memory.
+
+    Args:
+        graph: The graph.
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
@@ -252,6 +256,7 @@ class _Function(nn.Module):
         self.zeros = {key: (shape[1], shape[2], shape[4] // side) for key, shape in shapes.items()}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Computes the outputs and the memory after the call."""
         graph, count = self.graph, len(self.graph.inputs)
         histories = graph.history(dict(zip(graph.given, tensors[count:], strict=True)))
         outputs = graph.run(self.network, *tensors[:count], *histories)
@@ -289,7 +294,7 @@ def write_onnx(graph: Graph, path: Path) -> dict[str, list[Any]]:
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                _Function(graph).eval(),
+                Function(graph).eval(),
                 (*graph.inputs.values(), *graph.given.values()),
                 dynamo=True,
                 verbose=False,

@@ -72,6 +72,10 @@ class Command:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if code < 0 and not asked:
+            name = signal.Signals(-code).name
+            hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+            raise ValueError(f"{self.script} was stopped by {name}{hint}; the same command goes on")
         if code and not asked:
             raise ValueError(f"{self.script} failed, see above; when the cause is mended, the same command goes on")
         return not asked
