@@ -24,7 +24,7 @@ from vgen.checks import check_number
 from vgen.data.augment import Augmentation
 from vgen.data.clips import Sampling, SamplingKind, Short, stack_clips
 from vgen.data.labels import Labeled, classes_of, list_labeled, timelines_of
-from vgen.data.shapes_tasks import ShapesTask
+from vgen.data.shapes_tasks import ShapesTask, ShapesTasks
 from vgen.data.views import views_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
@@ -174,7 +174,9 @@ def make_model(config: RecognizerConfig, classes: list[str]) -> Recognizer:
     Raises:
         ValueError: The classes of `init` are others, or the network does not suit the labels.
     """
-    multi_label = config.multi_label or config.per_frame or (config.data is None and config.task == "scene")
+    multi_label = (
+        config.multi_label or config.per_frame or (config.data is None and ShapesTasks(config.task).multi_label)
+    )
     if config.init:
         model = Recognizer.from_pretrained(config.init)
     else:

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -77,11 +78,16 @@ def timeline(model: Recognizer, video: Path) -> list[Moment]:
 
 def _frames(model: Recognizer, video: Path) -> Iterator[Moment]:
     state, rate, aspect = TemporalState(), _rate(model, video), video_info(video).pixel_aspect_ratio
-    size = (model.config.image_size,) * 2
     for number, frame in enumerate(iter_video(video, frame_rate=rate)):
-        pixels = from_frames(torch.from_numpy(Fit(frame.shape[:2], size, aspect).to_target(frame[None]))[None])
-        output = model(pixels.to(model.device), state=state)
-        yield Moment(number / rate, model.probabilities(output.frame_logits)[0, 0].tolist())
+        yield Moment(number / rate, _classify_frame(model, frame, state, aspect))
+
+
+def _classify_frame(model: Recognizer, frame: np.ndarray, state: TemporalState, aspect: float = 1.0) -> list[float]:
+    """Probabilities of the next frame `(h, w, 3)` of a stream, with the aspect ratio of its pixels."""
+    size = (model.config.image_size,) * 2
+    pixels = from_frames(torch.from_numpy(Fit(frame.shape[:2], size, aspect).to_target(frame[None]))[None])
+    output = model(pixels.to(model.device), state=state)
+    return model.probabilities(output.frame_logits)[0, 0].tolist()
 
 
 @torch.no_grad()
@@ -109,7 +115,7 @@ def watch(model: Recognizer, source: str) -> Iterator[Moment]:
     if not capture.isOpened():
         raise ValueError(f"cannot open {source}: expected the number of a camera, a URL or a file")
     is_live = source.isdecimal() or "://" in source
-    state, size, due = TemporalState(), (model.config.image_size,) * 2, 0.0
+    state, due = TemporalState(), 0.0
     period = 1 / model.config.frame_rate if model.config.frame_rate else 0.0
     begin = None
     try:
@@ -121,10 +127,7 @@ def watch(model: Recognizer, source: str) -> Iterator[Moment]:
             due = max(due, now - period) + period
             found, frame = capture.retrieve()
             if found:
-                rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                pixels = from_frames(torch.from_numpy(Fit(rgb.shape[:2], size).to_target(rgb[None]))[None])
-                output = model(pixels.to(model.device), state=state)
-                yield Moment(now, model.probabilities(output.frame_logits)[0, 0].tolist())
+                yield Moment(now, _classify_frame(model, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), state))
     finally:
         capture.release()
 
