@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from tests.warm import warm_python
 from vgen.io.errors import describe, loading, one_line_errors
@@ -28,6 +29,13 @@ def test_an_expected_error_is_one_line_and_status_two(capsys, error, line):
         raise error
     assert describe(error) == line and capsys.readouterr().err == f"train.py: {line}\n"
     assert stop.value.code == 2 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys):
+    with pytest.raises(SystemExit), tqdm(total=2) as bar, one_line_errors("train.py"):
+        bar.update()
+        raise ValueError("wrong")
+    assert "\rtrain.py: wrong\n" in capsys.readouterr().err
 
 
 def test_other_errors_keep_their_traceback():

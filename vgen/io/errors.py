@@ -64,14 +64,21 @@ def one_line_errors(program: str = "vgen") -> Iterator[None]:
     try:
         yield
     except EXPECTED as error:
-        print(f"{program}: {describe(error)}", file=sys.stderr)
+        _print(f"{program}: {describe(error)}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        _print(f"{program}: interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def _print(message: str) -> None:
+    """Prints a line to the standard error, not on the line of a progress bar."""
+    from tqdm import tqdm  # takes time to import, and errors are rare
+
+    tqdm.write(message, file=sys.stderr)
 
 
 def _exit(number: int, _: object) -> None:
