@@ -416,7 +416,8 @@ def evaluate(
         typer.Option(help="Recognizer or video model of transformers for distances between distributions."),
     ] = None,
     recognizer: Annotated[
-        str | None, typer.Option(help="Recognizer that says whether videos show what was asked for.")
+        str | None,
+        typer.Option(help="Recognizer that says whether videos show what was asked for; none turns it off."),
     ] = None,
     convlstm: Annotated[str | None, typer.Option(help="ConvLSTM baseline for prediction; none turns it off.")] = None,
     steps: Steps = None,
@@ -616,13 +617,13 @@ def watch(
         from vgen.recognition import load_recognizer
         from vgen.tasks.classification import watch as frames_of
 
-        network, before = load_recognizer(model).to(_device(device)), None
+        network = load_recognizer(model).to(_device(device))
+        before: set[str] | None = None
         for moment in frames_of(network, source):
-            ranked = sorted(zip(moment.probabilities, network.labels, strict=True), reverse=True)
-            shown = [one for one in ranked if one[0] >= 0.5] if network.config.multi_label else ranked[:1]
-            if [label for _, label in shown] != before:
-                before = [label for _, label in shown]
-                text = ", ".join(f"{label} ({probability:.2f})" for probability, label in shown) or "nothing"
+            seen = network.seen(moment.probabilities)
+            if set(seen) != before:
+                before = set(seen)
+                text = ", ".join(f"{label} ({probability:.2f})" for label, probability in seen.items()) or "nothing"
                 typer.echo(printable(f"{moment.time:.1f} s: {text}"))
 
 

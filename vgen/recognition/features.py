@@ -49,15 +49,13 @@ class RecognizerFeatures(nn.Module):
         return self._classify(clip).features
 
     def labels_of(self, clip: Tensor) -> list[set[str]]:
-        """What it sees in clips: the most likely label or, if it gives several, all of at least 0.5.
+        """What it sees in clips; see `Recognizer.seen`.
 
         Raises:
             ValueError: As in `forward`.
         """
         probabilities = self.network.probabilities(self._classify(clip).logits)
-        best = probabilities == probabilities.amax(-1, keepdim=True)
-        seen = probabilities >= 0.5 if self.network.config.multi_label else best
-        return [{name for name, one in zip(self.network.labels, row, strict=True) if one} for row in seen.tolist()]
+        return [set(self.network.seen(row)) for row in probabilities.tolist()]
 
     @torch.no_grad()
     def _classify(self, clip: Tensor) -> Any:

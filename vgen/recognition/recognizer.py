@@ -167,6 +167,16 @@ class Recognizer(StrictLoading, ModelMixin, ConfigMixin):
         """Probabilities of the classes, of the same shape as the logits."""
         return logits.sigmoid() if self.config.multi_label else logits.softmax(-1)
 
+    def seen(self, probabilities: Sequence[float], threshold: float = 0.5) -> dict[str, float]:
+        """What a video shows: labels with their probabilities, the most probable first.
+
+        Args:
+            probabilities: Those of all classes.
+            threshold: Least probability with `multi_label`. Otherwise the result is the most probable label.
+        """
+        ranked = sorted(zip(self.labels, probabilities, strict=True), key=lambda one: -one[1])
+        return dict([one for one in ranked if one[1] >= threshold] if self.config.multi_label else ranked[:1])
+
     @property
     def labels(self) -> list[str]:
         """Names of the classes."""

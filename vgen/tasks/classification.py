@@ -234,12 +234,10 @@ def label_folder(
         except (ValueError, OSError) as error:
             failed[video.path] = str(error)
             continue
-        labels = [label for label, probability in found.items() if probability >= threshold]
-        if not model.config.multi_label:
-            labels = [next(iter(found))]
+        seen = model.seen([found[label] for label in model.labels], threshold)
         captions = [caption for caption in video.captions if caption]
-        row = {"file_name": os.path.relpath(video.path, output.parent), "text": captions or labels or [""]}
-        row |= {"label": labels, "probability": [round(found[label], 4) for label in labels]}
+        row = {"file_name": os.path.relpath(video.path, output.parent), "text": captions or list(seen) or [""]}
+        row |= {"label": list(seen), "probability": [round(probability, 4) for probability in seen.values()]}
         times = {"start": video.start, "end": video.end}
         rows.append(row | {name: time for name, time in times.items() if time is not None})
     if not rows:
