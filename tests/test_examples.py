@@ -5,11 +5,9 @@ import runpy
 import subprocess
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from tests.warm import warm_python
 from vgen import VideoGenPipeline
@@ -59,11 +57,12 @@ def test_an_example_runs(tmp_path, name):
 
 @pytest.mark.slow
 def test_the_notebook_runs_and_shows_animations(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert notebook.nbformat_minor == 5 and not any(cell.outputs or cell.execution_count for cell in cells)
-    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = {cell.id: cell.outputs for cell in cells}
     for name in ("generate", "predict", "interpolate", "rollout"):
         [shown] = outputs[name]
