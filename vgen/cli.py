@@ -539,7 +539,10 @@ def anomaly(
 def classify(
     videos: Annotated[list[Path], typer.Argument(help="Videos to label.")],
     model: Annotated[str, typer.Option(help="A recognizer of train_recognizer.py or transformers: folder or Hub id.")],
-    top: Annotated[int, typer.Option(help="Number of labels to show.", min=1)] = 3,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Number of labels to show; by default 3, or all with a probability of at least 0.5.", min=1),
+    ] = None,
     clips: Annotated[int, typer.Option(help="Most clips per video over which probabilities are averaged.", min=1)] = 4,
     crops: Annotated[int, typer.Option(help="Crops of each clip over which they are averaged.", min=1)] = 1,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show what happens when.")] = False,
@@ -584,7 +587,11 @@ def classify(
                 if plot is not None:
                     draw_timeline(moments, network).savefig(plot)
                 found[str(video)] = [
-                    {"time": one.time, "probabilities": dict(zip(network.labels, one.probabilities, strict=True))}
+                    {
+                        "start": one.start,
+                        "end": one.end,
+                        "probabilities": dict(zip(network.labels, one.probabilities, strict=True)),
+                    }
                     for one in moments
                 ]
                 rows: list[tuple[str, ...]] = [
@@ -593,7 +600,8 @@ def classify(
                 ]
             else:
                 found[str(video)] = labels = classify_file(network, video, clips, crops)
-                rows = [(name, f"{probability:.3f}") for name, probability in list(labels.items())[:top]]
+                count = top or max(3, sum(probability >= 0.5 for probability in labels.values()))
+                rows = [(name, f"{probability:.3f}") for name, probability in list(labels.items())[:count]]
             for row in rows:
                 table.add_row(printable(str(video)), *map(printable, row))
     if as_json:
@@ -624,7 +632,7 @@ def watch(
             if set(seen) != before:
                 before = set(seen)
                 text = ", ".join(f"{label} ({probability:.2f})" for label, probability in seen.items()) or "nothing"
-                typer.echo(printable(f"{moment.time:.1f} s: {text}"))
+                typer.echo(printable(f"{moment.start:.1f} s: {text}"))
 
 
 @app.command()

@@ -54,10 +54,10 @@ def test_suppression_keeps_the_best_of_overlapping_segments_of_a_label():
 def test_segments_are_runs_of_high_probability():
     probabilities = torch.zeros(10, 2)
     probabilities[2:5, 0], probabilities[7:10, 1] = 0.9, 0.3
-    found = segments_of([index / 2 for index in range(10)], probabilities, ["a", "b"])
+    found = segments_of([index / 2 for index in range(11)], probabilities, ["a", "b"])
     assert [one[:3] for one in found] == [("a", 1.0, 2.5), ("b", 3.5, 5.0)]
     assert [one.score for one in found] == pytest.approx([0.9, 0.3])
-    assert segments_of([0.0, 0.5], torch.zeros(2, 2), ["a", "b"]) == []
+    assert segments_of([0.0, 0.5, 1.0], torch.zeros(2, 2), ["a", "b"]) == []
 
 
 def test_average_precision_of_a_known_ranking():

@@ -47,18 +47,25 @@ def test_the_timeline_of_a_streamed_network_has_each_frame(video):
     clips = views_of(Listed(path=video), Sampling(num_frames=20, frame_rate=10.0), 16)
     with torch.no_grad():
         expected = model(stack_clips(clips, torch.device("cpu"))[0]).frame_logits[0].softmax(-1)
-    assert [moment.time for moment in moments] == pytest.approx([frame / 10 for frame in range(20)])
+    assert [moment.start for moment in moments] == pytest.approx([frame / 10 for frame in range(20)])
+    assert [moment.end for moment in moments] == pytest.approx([(frame + 1) / 10 for frame in range(20)])
     torch.testing.assert_close(torch.tensor([moment.probabilities for moment in moments]), expected)
 
 
 def test_the_timeline_of_other_networks_has_overlapping_windows(video):
     moments = timeline(make("pooled", channels=[8]), video)
-    assert [moment.time for moment in moments] == pytest.approx([0.35 + 0.2 * index for index in range(7)])
+    edges = [0.0, *(0.5 + 0.2 * index for index in range(6)), 2.0]  # windows of 0.8 s, 0.2 s apart
+    assert [one.start for one in moments] == pytest.approx(edges[:-1])
+    assert [one.end for one in moments] == pytest.approx(edges[1:])
+    model = create_recognizer("pooled", 2, 20, 16, channels=[8], frame_rate=10.0, multi_label=True).eval()
+    [only] = timeline(model, video)
+    assert (only.start, only.end) == pytest.approx((0.0, 2.0))
+    assert all((one.start, one.end) == (only.start, only.end) for one in events_of([only], model))
 
 
 def test_events_are_spans_with_one_most_probable_label():
     rows = [[0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]
-    moments = [Moment(index / 2, row) for index, row in enumerate(rows)]
+    moments = [Moment(index / 2, (index + 1) / 2, row) for index, row in enumerate(rows)]
     model = create_recognizer("pooled", 2, 8, 16, labels=["a", "b"])
     assert events_of(moments, model) == [
         Segment("a", 0.0, 1.0, pytest.approx(0.8)), Segment("b", 1.0, 1.5, 0.8), Segment("a", 1.5, 2.0, 0.6),
@@ -106,7 +113,7 @@ def test_the_command_prints_labels_times_or_json(video, tmp_path):
     found = json.loads(run(video, "--model", tmp_path / "model", "--json").output)
     assert found == {str(video): pytest.approx(classify(model, video))}
     moments = json.loads(run(video, "--model", tmp_path / "model", "--json", "--timeline").output)[str(video)]
-    assert len(moments) == 20 and set(moments[0]) == {"time", "probabilities"}
+    assert len(moments) == 20 and set(moments[0]) == {"start", "end", "probabilities"}
     assert "start" in run(video, "--model", tmp_path / "model", "--timeline").output
 
 
@@ -114,9 +121,10 @@ def test_a_plot_shows_the_probabilities_over_time(video, tmp_path):
     make("cnn_gru", channels=[8]).save_pretrained(tmp_path / "model")
     done = run(video, "--model", tmp_path / "model", "--timeline", "--plot", tmp_path / "a.svg")
     assert done.exit_code == 0 and f"wrote {tmp_path / 'a.svg'}" in done.output
-    moments = [Moment(0.0, [0.1, 0.6, 0.3]), Moment(0.5, [0.2, 0.7, 0.1])]
-    lines = {line.get_label(): line for line in draw_timeline(moments, make("pooled"), most=2).axes[0].lines}
-    assert set(lines) == {"b", "c"} and lines["b"].get_xydata().tolist() == [[0.0, 0.6], [0.5, 0.7]]
+    moments = [Moment(0.0, 0.5, [0.1, 0.6, 0.3]), Moment(0.5, 1.5, [0.2, 0.7, 0.1])]
+    steps = {one.get_label(): one.get_data() for one in draw_timeline(moments, make("pooled"), most=2).axes[0].patches}
+    assert set(steps) == {"b", "c"}
+    assert list(steps["b"].values) == [0.6, 0.7] and list(steps["b"].edges) == [0.0, 0.5, 1.5]
     for words in ((), ("--timeline", video)):
         wrong = run(video, *words, "--model", tmp_path / "model", "--plot", tmp_path / "b.svg")
         assert wrong.exit_code == 2 and "--plot must be" in wrong.output
@@ -125,12 +133,12 @@ def test_a_plot_shows_the_probabilities_over_time(video, tmp_path):
 def test_a_watched_file_has_the_timeline_of_the_file(video):
     model = make("cnn_gru", channels=[8])
     expected, found = timeline(model, video), list(watch(model, str(video)))
-    assert [moment.time for moment in found] == pytest.approx([moment.time for moment in expected], abs=0.01)
+    assert [one.start for one in found] == pytest.approx([one.start for one in expected], abs=0.01)
     probabilities = [torch.tensor([moment.probabilities for moment in moments]) for moments in (found, expected)]
     torch.testing.assert_close(*probabilities, atol=0.02, rtol=0.0)  # OpenCV decodes in its own way
     model.register_to_config(frame_rate=5.0)
     slower = list(watch(model, str(video)))
-    assert [moment.time for moment in slower] == pytest.approx([index / 5 for index in range(10)], abs=0.01)
+    assert [one.start for one in slower] == pytest.approx([index / 5 for index in range(10)], abs=0.01)
 
 
 def test_a_camera_has_the_times_at_which_its_frames_come(monkeypatch):
@@ -157,7 +165,7 @@ def test_a_camera_has_the_times_at_which_its_frames_come(monkeypatch):
 
     monkeypatch.setattr("cv2.VideoCapture", Camera)
     monkeypatch.setattr("vgen.tasks.classification.time.monotonic", lambda: next(clock))
-    times = [moment.time for moment in watch(make("cnn_gru", channels=[8]), "0")]
+    times = [one.start for one in watch(make("cnn_gru", channels=[8]), "0")]
     assert 8 <= len(times) <= 9 and np.diff(times) == pytest.approx(0.1, abs=0.04)  # 10 of 30 frames per second
 
 

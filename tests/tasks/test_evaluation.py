@@ -232,13 +232,19 @@ def test_distances_of_a_task_do_not_depend_on_the_others():
     assert feature_frames(replace(config, num_feature_frames=3), network, "generation") == 3
 
 
-def test_the_packaged_convlstm_is_the_baseline_for_clips_like_its_training_data():
+def test_the_packaged_networks_serve_clips_like_their_training_data():
     pipe = SimpleNamespace(config={"num_frames": 17, "height": 64, "width": 64, "frame_rate": 8.0})
     config = EvaluationConfig(output_dir=Path())
-    assert with_defaults(config, pipe).convlstm == "vgen/shapes-64-convlstm"
-    assert with_defaults(replace(config, convlstm="none"), pipe).convlstm == "none"
+    own = with_defaults(config, pipe)
+    assert (own.convlstm, own.recognizer) == ("vgen/shapes-64-convlstm", "vgen/shapes-64-recognizer")
+    assert own.features == own.recognizer
+    assert with_defaults(replace(config, features="other"), pipe).features == "other"
+    assert with_defaults(replace(config, tasks=["interpolation"]), pipe).recognizer is None
+    off = with_defaults(with_defaults(replace(config, convlstm="none", recognizer="none"), pipe), pipe)
+    assert (off.convlstm, off.recognizer, off.features) == ("none", "none", None)
     for other in ({"height": 32}, {"suite": "folder"}, {"frame_rate": 16.0}):
-        assert with_defaults(replace(config, **other), pipe).convlstm is None
+        wrong = with_defaults(replace(config, **other), pipe)
+        assert wrong.convlstm is wrong.recognizer is wrong.features is None
 
 
 def test_results_of_a_folder_reject_clips_of_another_folder(model, videos, tmp_path):

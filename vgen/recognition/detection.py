@@ -81,7 +81,7 @@ def suppress(segments: Iterable[Segment], threshold: float = 0.5) -> list[Segmen
 
 
 def segments_of(
-    times: Sequence[float],
+    edges: Sequence[float],
     probabilities: Tensor,
     labels: Sequence[str],
     thresholds: Sequence[float] = DETECTION_THRESHOLDS,
@@ -89,28 +89,27 @@ def segments_of(
 ) -> list[Segment]:
     """Detections from the probabilities over time.
 
-    At each threshold, consecutive times with a higher probability make a segment, whose score is their mean
+    At each threshold, consecutive parts with a higher probability make a segment, whose score is their mean
     probability. Overlapping segments of all thresholds are suppressed.
 
     Args:
-        times: Times in ascending order, at equal distances.
-        probabilities: Probabilities of the classes at these times, `(n, k)`.
+        edges: Times between which the parts of a video are, `n + 1` in ascending order.
+        probabilities: Probabilities of the classes in these parts, `(n, k)`.
         labels: Names of the classes.
         thresholds: Probabilities from which a label may occur.
         overlap: See `suppress`.
 
     Source: The grouping of thresholded actionness in temporal action grouping, Zhao et al., arXiv 1704.06228.
     """
-    step = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
     found = []
     for index, label in enumerate(labels):
         column = probabilities[:, index]
         for threshold in thresholds:
-            edges = torch.diff((column >= threshold).int(), prepend=torch.zeros(1), append=torch.zeros(1))
-            begins, ends = ((edges == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+            steps = torch.diff((column >= threshold).int(), prepend=torch.zeros(1), append=torch.zeros(1))
+            begins, ends = ((steps == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
             for begin, end in zip(begins, ends, strict=True):
                 score = column[begin:end].mean().item()
-                found.append(Segment(label, times[begin], times[end - 1] + step, score))
+                found.append(Segment(label, edges[begin], edges[end], score))
     return suppress(found, overlap)
 
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -31,10 +30,11 @@ from vgen.temporal.state import TemporalState
 
 
 class Moment(NamedTuple):
-    """The probabilities of the classes at a time."""
+    """The probabilities of the classes for a part of a video."""
 
-    time: float
+    start: float
     """Seconds from the start of the video."""
+    end: float
     probabilities: list[float]
 
 
@@ -61,10 +61,11 @@ def classify(model: Recognizer, video: Path | Listed, num_clips: int = 4, num_cr
 
 @torch.no_grad()
 def timeline(model: Recognizer, video: Path) -> list[Moment]:
-    """The probabilities of the labels over time.
+    """The probabilities of the labels over time, without gaps.
 
     Networks that run over streams classify each frame from itself and earlier ones. Others classify windows of their
-    length, a quarter of it apart; the time of a window is its middle.
+    length, a quarter of it apart. A window stands for the time around its middle, halfway to the next ones; the first
+    and the last one reach to the ends of the video.
 
     Args:
         model: The classifier, in evaluation mode.
@@ -79,7 +80,7 @@ def timeline(model: Recognizer, video: Path) -> list[Moment]:
 def _frames(model: Recognizer, video: Path) -> Iterator[Moment]:
     state, rate, aspect = TemporalState(), _rate(model, video), video_info(video).pixel_aspect_ratio
     for number, frame in enumerate(iter_video(video, frame_rate=rate)):
-        yield Moment(number / rate, _classify_frame(model, frame, state, aspect))
+        yield Moment(number / rate, (number + 1) / rate, _classify_frame(model, frame, state, aspect))
 
 
 def _classify_frame(model: Recognizer, frame: np.ndarray, state: TemporalState, aspect: float = 1.0) -> list[float]:
@@ -127,7 +128,8 @@ def watch(model: Recognizer, source: str) -> Iterator[Moment]:
             due = max(due, now - period) + period
             found, frame = capture.retrieve()
             if found:
-                yield Moment(now, _classify_frame(model, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), state))
+                pixels = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                yield Moment(now, now + period, _classify_frame(model, pixels, state))
     finally:
         capture.release()
 
@@ -147,10 +149,15 @@ def draw_timeline(moments: Sequence[Moment], model: Recognizer, most: int = 6) -
     figure: Any = Figure(figsize=(8, 3), layout="constrained")
     axis = figure.subplots()
     for label in sorted(ranked[:most]):
-        axis.plot([moment.time for moment in moments], columns[label], label=model.labels[label])
+        axis.stairs(columns[label], _edges(moments), baseline=None, label=model.labels[label])
     axis.set(xlabel="time, s", ylabel="probability", ylim=(0, 1))
     figure.legend(loc="outside right", fontsize="small")
     return figure
+
+
+def _edges(moments: Sequence[Moment]) -> list[float]:
+    """The times between which the moments are."""
+    return [*(moment.start for moment in moments), moments[-1].end]
 
 
 def _windows(model: Recognizer, video: Path) -> Iterator[Moment]:
@@ -158,13 +165,18 @@ def _windows(model: Recognizer, video: Path) -> Iterator[Moment]:
     length, rate = sampling.num_frames, _rate(model, video)
     size = model.config.image_size
     windows = VideoFolder([Listed(path=video)], replace(sampling, kind="sliding", hop=max(1, length // 4)), size, size)
+    starts: list[float] = []
+    found: list[list[float]] = []
     for number in range(len(windows)):
         window = windows[number]
         if window is None:
             raise ValueError(f"{video}: {windows.skipped[Listed(path=video)]}")
         clip, _ = stack_clips([window], model.device)
-        probabilities: Tensor = model.probabilities(model(clip).logits)
-        yield Moment(window.first + (length - 1) / 2 / rate, probabilities[0].tolist())
+        starts.append(window.first)
+        found += model.probabilities(model(clip).logits).tolist()
+    between = [(one + next_one + length / rate) / 2 for one, next_one in pairwise(starts)]
+    for span, probabilities in zip(pairwise([0.0, *between, starts[-1] + length / rate]), found, strict=True):
+        yield Moment(*span, probabilities)
 
 
 def _sampling(model: Recognizer) -> Sampling:
@@ -262,13 +274,12 @@ def events_of(moments: list[Moment], model: Recognizer) -> list[Segment]:
     if model.config.multi_label:
         return sorted(detect(moments, labels, (0.5,)), key=lambda one: (one.start, one.label))
     best = [max(range(len(labels)), key=moment.probabilities.__getitem__) for moment in moments]
-    step = (moments[-1].time - moments[0].time) / max(1, len(moments) - 1)
     events, begin = [], 0
     for label, group in groupby(best):
         count = len(list(group))
         span = moments[begin : begin + count]
         mean = sum(one.probabilities[label] for one in span) / count
-        events.append(Segment(labels[label], span[0].time, span[-1].time + step, mean))
+        events.append(Segment(labels[label], span[0].start, span[-1].end, mean))
         begin += count
     return events
 
@@ -284,4 +295,4 @@ def detect(
         thresholds: Probabilities from which a label may occur; with one, segments of a label do not overlap.
     """
     probabilities = torch.tensor([moment.probabilities for moment in moments])
-    return segments_of([moment.time for moment in moments], probabilities, labels, thresholds)
+    return segments_of(_edges(moments), probabilities, labels, thresholds)

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -87,9 +87,11 @@ FEATURED = ("prediction", "generation")
 """Tasks whose videos are compared with the true clips as distributions."""
 STRIP = 9
 """Frames per strip of pictures."""
-CONVLSTM = "vgen/shapes-64-convlstm"
-CONVLSTM_CLIPS = {"suite": "shapes", "height": 64, "width": 64, "frame_rate": 8.0}
-"""The packaged ConvLSTM baseline, and settings of the clips that it was trained on."""
+CONVLSTM, RECOGNIZER = "vgen/shapes-64-convlstm", "vgen/shapes-64-recognizer"
+PACKAGED_CLIPS = {"suite": "shapes", "height": 64, "width": 64, "frame_rate": 8.0}
+"""The packaged ConvLSTM baseline and recognizer, and settings of the clips that both were trained on."""
+RECOGNIZED = ("reconstruction", "generation")
+"""Tasks whose videos are compared with their captions."""
 
 
 @dataclass(kw_only=True)
@@ -109,8 +111,9 @@ class EvaluationConfig(ModelConfig, SuiteConfig):
     """ConvLSTM baseline for prediction (`train/train_convlstm.py`): a packaged checkpoint, a folder or a Hub id. By
     default the packaged one, if the clips are like those that it was trained on; `none` turns the baseline off."""
     recognizer: str | None = None
-    """Recognizer (`train/train_recognizer.py`) that says whether videos show what was asked for: folder or Hub id. Its
-    features are the default of `features`."""
+    """Recognizer (`train/train_recognizer.py`) that says whether videos show what was asked for: a packaged
+    checkpoint, a folder or a Hub id. Its features are the default of `features`. By default the packaged one, if the
+    clips are like those that it was trained on; `none` turns it off."""
     lpips: bool = False
     """Whether to compute LPIPS, which needs the package `lpips`."""
     features: str | None = None
@@ -342,7 +345,7 @@ class Measurement:
         elif task in PAIRED:
             values = score_pairs(clips, samples.clips[:, :, : clips.shape[2]], counted, self.lpips)
         values |= score_time(clips)
-        if task in ("reconstruction", "generation"):
+        if task in RECOGNIZED:
             each = [self.suite.correct(number, clip) for number, clip in zip(samples.numbers, clips, strict=True)]
             values |= {name: torch.tensor([one[name] for one in each]) for name in each[0]}
             if self.recognizer is not None:
@@ -490,14 +493,22 @@ def check_evaluation(config: EvaluationConfig) -> None:
 
 
 def with_defaults(config: EvaluationConfig, pipe: VideoGenPipeline) -> EvaluationConfig:
-    """Fills in the checkpoint's defaults for settings that are 0, and the packaged ConvLSTM where it applies."""
+    """Fills in the checkpoint's defaults for settings that are 0, and the packaged networks where they apply."""
     names = ("num_frames", "height", "width", "frame_rate")
     config = replace(config, **{name: getattr(config, name) or pipe.config[name] for name in names})
-    if config.recognizer and not (config.features or config.torchscript) and config.num_clips > 1:
+    if all(getattr(config, name) == one for name, one in PACKAGED_CLIPS.items()):
+        config = replace(config, convlstm=config.convlstm or CONVLSTM)
+        if config.tasks is None or set(config.tasks) & set(RECOGNIZED):
+            config = replace(config, recognizer=config.recognizer or RECOGNIZER)
+    if is_set(config.recognizer) and not (config.features or config.torchscript) and config.num_clips > 1:
         features = set(FEATURED) & set(config.tasks or FEATURED)
         config = replace(config, features=config.recognizer if features else None)
-    applies = config.convlstm is None and all(getattr(config, name) == one for name, one in CONVLSTM_CLIPS.items())
-    return replace(config, convlstm=CONVLSTM) if applies else config
+    return config
+
+
+def is_set(network: str | None) -> TypeGuard[str]:
+    """Whether a setting names a network."""
+    return network not in (None, "none")
 
 
 def gather_results(
@@ -544,7 +555,7 @@ def gather_results(
 
 def open_convlstm(config: EvaluationConfig, device: torch.device) -> ConvLSTMPredictor | None:
     """Loads the ConvLSTM baseline; `None` without one."""
-    if config.convlstm in (None, "none"):
+    if not is_set(config.convlstm):
         return None
     return ConvLSTMPredictor.from_pretrained(find_packaged(config.convlstm) or config.convlstm).eval().to(device)
 
@@ -576,7 +587,7 @@ def open_recognizer(config: EvaluationConfig, suite: Suite, features: Features |
     Raises:
         ValueError: It is not a recognizer, or does not know the labels of the suite.
     """
-    if config.recognizer is None:
+    if not is_set(config.recognizer):
         return None
     shared = isinstance(features, RecognizerFeatures) and features.name == config.recognizer
     network: Any = features if shared else RecognizerFeatures(config.recognizer)
