@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.recognition.test_networks import NAMES, make, random_clip
-from vgen.recognition import Recognizer, create_recognizer
+from vgen.data.shapes_tasks import ShapesTasks
+from vgen.hub import find_packaged
+from vgen.recognition import Recognizer, create_recognizer, load_recognizer
 from vgen.temporal.state import TemporalState
 
 STREAMED = ["causal_cnn", "cnn_lstm", "cnn_gru", "convlstm", "st_lstm", "recurrent_cnn", "frame_difference"]
@@ -159,3 +161,14 @@ def test_clips_of_a_wrong_shape_are_refused(name, shape, message):
 def test_a_stage_without_a_place_for_a_non_local_block_is_refused():
     with pytest.raises(ValueError, match="non_local must be stages from 0 to 4, got 5"):
         make("c3d", non_local=[5])
+
+
+@torch.no_grad()
+def test_the_packaged_recognizer_names_what_moves_and_is_small():
+    folder = find_packaged("vgen/shapes-64-recognizer")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 3e6
+    model, tasks = load_recognizer("vgen/shapes-64-recognizer"), ShapesTasks("scene", 17, seed=123)
+    scenes = [tasks.scene(number) for number in range(8)]
+    rows = model.probabilities(model(tasks.clips(scenes)).logits).tolist()
+    for scene, row in zip(scenes, rows, strict=True):
+        assert set(model.seen(row)) == {tasks.classes[label] for label in scene.labels}
