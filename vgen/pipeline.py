@@ -77,7 +77,7 @@ from vgen.sampling.known_frames import (
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, accepts
 from vgen.sampling.prompts import PromptSchedule, check_prompts, fill_empty_prompts, has_prompt, is_single
 from vgen.sampling.rollout import FORMAT as ROLLOUT
-from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, locked_rollout, read_record
+from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, locked_rollout, new_state, read_record
 from vgen.sampling.sampler import (
     Generators,
     Sampler,
@@ -91,13 +91,12 @@ from vgen.sampling.sampler import (
 )
 from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
-from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
 _DEFAULTS: dict[str, Any] = {
     "height": 480, "width": 832, "num_frames": 81, "frame_rate": 16.0, "num_inference_steps": 50,
-    "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {},
+    "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {}, "sigmas": None,
 }  # fmt: skip
 _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
@@ -139,11 +138,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         width: Default width, in pixels.
         num_frames: Default number of frames.
         frame_rate: Default pixel frames per second of the content.
-        num_inference_steps: Default number of denoising steps.
+        num_inference_steps: Default number of denoising steps; with `sigmas`, their number.
         guidance_scale: Default weight of classifier-free guidance.
         max_sequence_length: Default length of prompts, in tokens.
         rollout_defaults: Defaults of `rollout` and `predict` that differ from those of single clips and of the
             denoiser: any fields of `RolloutOptions`.
+        sigmas: Noise levels in descending order, before the scheduler's shift, that replace the scheduler's own if the
+            number of steps is theirs. Few-step checkpoints are trained for these levels only.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
@@ -166,6 +167,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         guidance_scale: float | None = None,
         max_sequence_length: int | None = None,
         rollout_defaults: dict[str, Any] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
@@ -183,7 +185,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             "guidance_scale": guidance_scale,
             "max_sequence_length": max_sequence_length,
             "rollout_defaults": rollout_defaults,
+            "sigmas": None if sigmas is None else [float(one) for one in _custom_steps(None, sigmas)["sigmas"]],
         }
+        if sigmas is not None and num_inference_steps is None:
+            given["num_inference_steps"] = len(sigmas)
         network = transformer if unet is None else unet
         defaults = {} if network is None else _DEFAULTS_OF.get(network, {})
         defaults = _DEFAULTS | defaults | {name: value for name, value in given.items() if value is not None}
@@ -694,7 +699,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length=max_sequence_length,
             attention_kwargs=attention_kwargs and {name: float(value) for name, value in attention_kwargs.items()},
             generator=draw_generator() if generator is None else generator,
-            denoiser=TemporalState(options.window, options.sink),
+            denoiser=new_state(options),
         )
         hooks = self._hooks(state, sampler, callback_on_step_end, tensor_inputs)
         if prompt_embeds is not None:
@@ -1117,6 +1122,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             self.video_vae,
             device=self._execution_device,
             guidance=guidance,
+            sigmas=self.config.sigmas,
             siblings=self._samplers,
         )
         return self._last_sampler

@@ -69,13 +69,17 @@ def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
     torch.testing.assert_close(latents, whole[:, :, known:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("chunk_size", "window", "sink", "given"), [(1, 2, 1, 5), (2, 3, 0, 0), (2, 2, 2, 13)])
+@pytest.mark.parametrize(
+    ("chunk_size", "window", "sink", "given", "first"),
+    [(1, 2, 1, 5, 1), (2, 3, 0, 0, 1), (2, 2, 2, 13, 1), (2, 2, 1, 0, 2), (1, 2, 0, 9, 3)],
+)
 def test_after_eviction_it_equals_a_replay_of_everything_before(
-    randomize, video, monkeypatch, chunk_size, window, sink, given
+    randomize, video, monkeypatch, chunk_size, window, sink, given, first
 ):
     pipe = build(randomize, chunk_size=chunk_size, window=window, sink=sink)
     clip = video[:given] if given else None
-    rollout = pipe.rollout(PROMPT, clip, num_frames=24, generator=seeded(), guidance_scale=2.0, history_noise=0.1)
+    options = {"num_frames": 24, "guidance_scale": 2.0, "history_noise": 0.1, "first_chunk_size": first}
+    rollout = pipe.rollout(PROMPT, clip, generator=seeded(), **options)
     latents, pixels = latents_of(rollout, monkeypatch)
 
     embeds = torch.cat(pipe.encode_prompt(PROMPT)[::-1])
@@ -83,7 +87,7 @@ def test_after_eviction_it_equals_a_replay_of_everything_before(
     finished = [(frame, 0.0) for frame in known.split(1, dim=2) if given]
     noise_source, at = seeded(), 0
     while at < latents.shape[2]:
-        length = chunk_size if finished else 1
+        length = chunk_size if finished else first
         noise = torch.randn(1, 4, length, *latents.shape[-2:], generator=noise_source)
         pipe.scheduler.set_timesteps(2)
         x = noise
@@ -91,7 +95,7 @@ def test_after_eviction_it_equals_a_replay_of_everything_before(
             state = TemporalState(window, sink)
             done = 0
             while done < len(finished):
-                run = finished[done : done + (chunk_size if done else 1)]
+                run = finished[done : done + (chunk_size if done else first)]
                 if done < len(known[0, 0]) < done + len(run):
                     run = finished[done : len(known[0, 0])]
                 piece = torch.cat([frame for frame, _ in run], dim=2).repeat(2, 1, 1, 1, 1)

@@ -191,8 +191,8 @@ def test_pending_is_none_before_the_first_call():
 
 @pytest.mark.parametrize(
     "metadata",
-    [{}, {"format": "vgen.TemporalState/1"}]
-    + [{"format": "vgen.TemporalState/1", "branches": text} for text in ("{", "1", "[1]", "[{}]", '[{"branch": 1}]')],
+    [{}, {"format": "vgen.TemporalState/2"}]
+    + [{"format": "vgen.TemporalState/2", "branches": text} for text in ("{", "1", "[1]", "[{}]", '[{"branch": 1}]')],
 )
 def test_a_malformed_file_is_an_error_that_names_it(tmp_path, metadata):
     path = tmp_path / "state.safetensors"

@@ -17,6 +17,7 @@ from docstring_parser import parse_from_object
 from typing_extensions import Self
 
 from vgen.checks import check_choice, check_integer, check_number, check_type
+from vgen.temporal.grid import Positions
 
 PromptChange = Literal["recompute", "redraw", "cut"]
 """What happens to the frames in the KV cache when the prompt of a rollout changes."""
@@ -123,10 +124,15 @@ class RolloutOptions(SamplingOptions):
 
     chunk_size: int | None = None
     """Number of token frames that are generated at once."""
+    first_chunk_size: int | None = None
+    """Number of token frames of the first chunk of a new video; 1 by default."""
     window: int | None = None
     """Number of recent token frames in the KV cache."""
     sink: int | None = None
     """Number of token frames from the start of the video that stay in the KV cache."""
+    positions: Positions | None = None
+    """What the time positions in attention are counted from: the oldest frame in the KV cache (`relative`), so that
+    they never exceed those of training, or the start of the video (`absolute`). They differ only with a sink."""
     history_noise: float | None = None
     """Noise level that the denoiser is conditioned on when generated frames are written to the KV cache, from 0 to
     below 1; no noise is added."""
@@ -163,6 +169,8 @@ class RolloutOptions(SamplingOptions):
     def filled(self, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], *, prompted: bool) -> RolloutOptions:
         """The same options with every default filled in, unchecked; arguments as in `resolve`."""
         own = {
+            "first_chunk_size": 1,
+            "positions": "relative",
             "history_noise": 0.0,
             "history_guidance_scale": 1.0,
             "keyframe_interval": 1,
@@ -183,8 +191,10 @@ class RolloutOptions(SamplingOptions):
     def _checks(self) -> dict[str, Callable[[str, Any], None]]:
         return super()._checks() | {
             "chunk_size": partial(check_integer, minimum=1),
+            "first_chunk_size": partial(check_integer, minimum=1),
             "window": partial(check_integer, minimum=1),
             "sink": partial(check_integer, minimum=0),
+            "positions": partial(check_choice, choices=Positions),
             "keyframe_interval": partial(check_integer, minimum=1),
             "history_noise": partial(check_number, minimum=0, below=1),
             "history_guidance_scale": check_number,
@@ -204,6 +214,11 @@ class RolloutOptions(SamplingOptions):
             raise ValueError(
                 f"a rollout with chunk_size={self.chunk_size} needs a checkpoint trained with groups chunk (or causal "
                 f"for chunk_size=1); this one was trained with {', '.join(modes)}"
+            )
+        assert self.first_chunk_size is not None
+        if limit is not None and self.first_chunk_size > limit:
+            raise ValueError(
+                f"first_chunk_size must be at most {limit} token frames, as in training, got {self.first_chunk_size}"
             )
         total = self.sink + self.window + self.chunk_size
         if limit is not None and total > limit:

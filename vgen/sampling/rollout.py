@@ -34,7 +34,7 @@ from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "vgen.Rollout/4"
+FORMAT = "vgen.Rollout/5"
 LOCK_WAIT = 60.0
 """How long to wait for another process that reads or writes the same saved rollout, in seconds."""
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -328,7 +328,7 @@ class Rollout(VideoStream):
             return
         history, state.history = state.history, []
         sink = state.options.sink or 0
-        state.denoiser = TemporalState(state.options.window, sink)
+        state.denoiser = new_state(state.options)
         if state.options.prompt_change == "cut":
             state.decoder, state.keyframes, state.num_given = TemporalState(), {}, 0
         elif state.options.prompt_change == "redraw":
@@ -432,10 +432,11 @@ class Rollout(VideoStream):
 
     @property
     def _run_length(self) -> int:
-        """Token frames of the next chunk; the first chunk of a video has one."""
-        chunk_size = self.state.options.chunk_size
-        assert chunk_size is not None
-        return chunk_size if self.state.history else 1
+        """Token frames of the next chunk."""
+        options = self.state.options
+        length = options.chunk_size if self.state.history else options.first_chunk_size
+        assert length is not None
+        return length
 
     @property
     def _num_context(self) -> int:
@@ -467,6 +468,12 @@ class Rollout(VideoStream):
             assert window is not None
             surplus = max(0, len(state.history) - sink - self._num_context - window)
             del state.history[sink : sink + surplus]
+
+
+def new_state(options: RolloutOptions) -> TemporalState:
+    """The denoiser's state at the start of a video, for resolved options."""
+    assert options.positions is not None
+    return TemporalState(options.window, options.sink, options.positions)
 
 
 def _differ(before: Any, after: Any, index: int) -> bool:

@@ -86,6 +86,7 @@ class Sampler:
         vae: Encodes and decodes; `None` if latents are pixels.
         device: Device on which the networks run.
         guidance: How predictions are guided.
+        sigmas: Noise levels of as many steps, before the scheduler's shift, instead of the scheduler's own.
         siblings: Weak references to all samplers of a pipeline; this one and its copies are added.
     """
 
@@ -97,12 +98,14 @@ class Sampler:
         *,
         device: torch.device,
         guidance: Guidance | None = None,
+        sigmas: Sequence[float] | None = None,
         siblings: set[ref[Sampler]] | None = None,
     ):
         self.denoiser = denoiser
         self.scheduler = copy.deepcopy(scheduler)
         self.vae = vae
         self.device = device
+        self.sigmas = sigmas
         guidance = guidance or Guidance()
         self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
         self.last_guidance = self.guidance
@@ -125,8 +128,9 @@ class Sampler:
     def copy(self) -> Sampler:
         """An independent sampler with the same networks."""
         return Sampler(
-            self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance, siblings=self.siblings
-        )
+            self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance, sigmas=self.sigmas,
+            siblings=self.siblings,
+        )  # fmt: skip
 
     def denoise(
         self,
@@ -186,6 +190,8 @@ class Sampler:
 
         They stay on the host: schedulers read their values, and reading from the device would wait for it.
         """
+        if not custom and self.sigmas is not None and num_inference_steps == len(self.sigmas):
+            custom = {"sigmas": self.sigmas}
         for name in custom:
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"{type(self.scheduler).__name__} takes no {name}: use num_inference_steps")

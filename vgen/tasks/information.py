@@ -20,6 +20,7 @@ _MEANINGS = {
     "num_inference_steps": "Denoising steps: more take longer and change less and less.",
     "guidance_scale": "How strongly the prompt is followed; 1 turns guidance off.",
     "rollout_defaults": "Defaults of rollouts and predictions that differ from the others.",
+    "sigmas": "Noise levels of the steps that the checkpoint was trained for, before the scheduler's shift.",
     "tasks": "Trained for: text (vgen generate), leading (predict, animate, rollout), keyframes (interpolate).",
     "group_modes": "Which frames attend to which: full (all), causal (earlier ones), chunk (own and earlier chunks).",
     "trained_token_frames": "Longest training clip in token frames, the denoiser's units of time.",
@@ -43,8 +44,7 @@ def describe_pipeline(pipe: Any) -> list[tuple[str, str, str]]:
     """Name, value and meaning of a pipeline's defaults, capabilities and components."""
     values: dict[str, Any] = {name: pipe.config[name] for name in _MEANINGS if name in pipe.defaults}
     values |= {name: pipe.denoiser.config[name] for name in _DENOISER}
-    if not values["rollout_defaults"]:
-        del values["rollout_defaults"]
+    values = {name: value for name, value in values.items() if value or name not in ("rollout_defaults", "sigmas")}
     if pipe.video_vae is not None and values["trained_token_frames"] is not None:
         frames = pipe.grid.num_frames(values["trained_token_frames"] * pipe.grid.patch_frames)
         values["trained_token_frames"] = f"{values['trained_token_frames']} ({frames} frames)"

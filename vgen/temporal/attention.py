@@ -302,8 +302,8 @@ class HeadsRMSNorm(nn.RMSNorm):
 class FrameCache:
     """The KV cache of a stream: keys and values of past token frames, in the ring buffers of a `TemporalState`.
 
-    It keeps the first `sink` token frames of the stream and the most recent `window` ones. Positions are counted from
-    the oldest frame in the cache. They therefore stay below `sink + window`, however long the stream is.
+    It keeps the first `sink` token frames of the stream and the most recent `window` ones. Positions are those that
+    `TemporalState` describes: relative ones stay below `sink + window`, however long the stream is.
 
     Args:
         state: The state that holds the buffers. Its window must be set.
@@ -365,10 +365,13 @@ class FrameCache:
             return slots
         window, total = self.capacity - self.sink, self._total(device)
         moves = (slots >= self.sink) & (total > self.capacity)
-        return torch.where(moves, self.sink + (slots - total) % window, slots)
+        evicted = total - self.capacity if self.state.positions == "absolute" else 0
+        return torch.where(moves, self.sink + evicted + (slots - total) % window, slots)
 
     def next_positions(self, num_frames: int, device: torch.device) -> Tensor:
         """Time positions of the next `num_frames` token frames."""
+        if self.state.positions == "absolute":
+            return self._total(device) + torch.arange(num_frames, device=device)
         if self.padded:
             return self._total(device).clamp_max(self.capacity) + torch.arange(num_frames, device=device)
         return torch.arange(self.num_frames, self.num_frames + num_frames, device=device)

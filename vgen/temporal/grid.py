@@ -1,10 +1,14 @@
-"""LatentGrid: how pixel frames, latent frames and token frames of one model correspond."""
+"""How pixel frames, latent frames and token frames of one model correspond, and how token frames are counted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vgen.checks import check_integer
+
+Positions = Literal["relative", "absolute"]
+"""What the time positions of token frames in a KV cache are counted from; see `TemporalState`."""
 
 
 @dataclass(frozen=True)

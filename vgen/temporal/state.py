@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vgen.checks import check_integer
+from vgen.checks import check_choice, check_integer
 from vgen.io.atomic import atomic_file
 from vgen.io.fingerprint import digest_json
+from vgen.temporal.grid import Positions
 
-_FORMAT = "vgen.TemporalState/1"
-_HEADER = ("window", "sink", "identity", "num_frames")
+_FORMAT = "vgen.TemporalState/2"
+_HEADER = ("window", "sink", "positions", "identity", "num_frames")
 _IGNORED_SETTINGS = ("latents_mean", "latents_std")  # calibration may change these within a stream
 
 
@@ -80,17 +81,23 @@ class TemporalState:
         window: Number of recent token frames in the KV cache. `None` uses the network's `window`.
         sink: Number of token frames from the start of the stream that are never evicted from the KV cache. `None` uses
             the network's `sink`.
+        positions: Time positions of token frames in attention. `relative` counts from the oldest frame in the KV
+            cache, so that they stay below `sink + window`. `absolute` counts from the start of the stream, so the
+            distance between the sink and new frames grows. Without a sink, both give the same results.
 
     Raises:
-        ValueError: `window` is not an integer of at least 1, or `sink` not one of at least 0.
+        ValueError: `window` is not an integer of at least 1, or `sink` not one of at least 0, or `positions` is
+            unknown.
     """
 
-    def __init__(self, window: int | None = None, sink: int | None = None):
+    def __init__(self, window: int | None = None, sink: int | None = None, positions: Positions = "relative"):
         for name, value, least in (("window", window, 1), ("sink", sink, 0)):
             if value is not None:
                 check_integer(name, value, least)
+        check_choice("positions", positions, Positions)
         self.window = window
         self.sink = sink
+        self.positions: Positions = positions
         self.identity: dict[str, str] | None = None
         self.writable = True
         self.writes_at_once = False
@@ -192,7 +199,7 @@ class TemporalState:
         Calls with the snapshot never change this state, and later calls with this state never change the snapshot. It
         shares the tensors until this state is written to, so until then it costs no memory.
         """
-        view = TemporalState(self.window, self.sink)
+        view = TemporalState(self.window, self.sink, self.positions)
         view.identity = self.identity
         view.writable = False
         view._num_frames = self._num_frames
@@ -219,12 +226,12 @@ class TemporalState:
     def branch(self, name: str) -> TemporalState:
         """Returns the nested state of this name, which is created at first use.
 
-        It has this state's `window` and `sink`, but its own tensors. History guidance keeps its noisier copy of the
-        history in a branch, and a tiled VAE has one branch per tile. `copy`, `frozen`, `save`, `move_to` and
-        `num_bytes` include branches.
+        It has this state's `window`, `sink` and `positions`, but its own tensors. History guidance keeps its noisier
+        copy of the history in a branch, and a tiled VAE has one branch per tile. `copy`, `frozen`, `save`, `move_to`
+        and `num_bytes` include branches.
         """
         if name not in self._branches:
-            branch = TemporalState(self.window, self.sink)
+            branch = TemporalState(self.window, self.sink, self.positions)
             branch.writable, branch.writes_at_once = self.writable, self.writes_at_once
             self._branches[name] = branch
         return self._branches[name]
