@@ -44,7 +44,13 @@ PREPARED = {
 }
 EXPORTED = "takes a minute; tests/tasks/test_export.py exports smaller networks"
 # shell commands that are not run, and why
+PUBLIC = "needs the Hub; tests/models/test_convert_folder.py has tiny weights"
 NOT_RUN = {
+    "vgen generate a cat walks on the grass --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o cat.mp4": PUBLIC,
+    "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir .": PUBLIC,
+    "vgen convert checkpoints/self_forcing_dmd.pt --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --preset self-forcing "
+    "--dtype bfloat16 -o self-forcing": PUBLIC,
+    "vgen rollout a cat walks on the grass --model self-forcing --num-frames 1000 -o cat.mp4": PUBLIC,
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -695,6 +696,52 @@ def export(
         for path, shapes in write(model, output, part, stream=stream).items():
             inputs = (f"{name} ({', '.join(map(str, shape))})" for name, shape in shapes.items())
             typer.echo(printable(f"wrote {path}: takes {', '.join(inputs)}"))
+
+
+@app.command()
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="Public weights: .pt, .pth, .safetensors, the index of several, .gguf.")
+    ],
+    base: Annotated[
+        str, typer.Option(help="Pipeline that has the text encoder and the VAE: folder or Hub id; see vgen presets.")
+    ],
+    preset: Annotated[str, typer.Option(help="How the weights are sampled: see vgen presets, or a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    container: Annotated[
+        str | None, typer.Option(help="Entry of the file that has the weights; by default generator_ema or another.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Data type to write, such as bfloat16.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a pipeline of public weights in one file."""
+    with one_line_errors():
+        from vgen.models.convert.presets import find_preset
+
+        chosen = find_preset(preset)
+        _check_output(output, overwrite)
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}")
+        locate(base)
+        from vgen.models.convert.folder import convert_file
+        from vgen.models.loading import parse_dtype
+
+        convert_file(file, base, chosen, output, container, None if dtype is None else parse_dtype(dtype))
+        name = shlex.quote(printable(str(output)))
+        typer.echo(f'wrote {name}; next: vgen rollout "a prompt" --model {name} --num-frames 200 -o video.mp4')
+
+
+@app.command()
+def presets() -> None:
+    """List public weights that vgen convert reads."""
+    with one_line_errors():
+        from vgen.models.convert.presets import read_presets
+
+        table = _table("preset", "what it is", "file on the Hub", "base", "license")
+        for name, one in read_presets().items():
+            table.add_row(name, one.about, one.source, one.base, one.license)
+        _console().print(table)
+    typer.echo("vgen convert FILE --base BASE --preset PRESET -o FOLDER makes a pipeline of them.")
 
 
 @app.command()

@@ -42,7 +42,7 @@ from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.io.preview import animations_html
 from vgen.io.records import read_json
-from vgen.models.convert import check_wan, from_wan_index, with_same_weights
+from vgen.models.convert.networks import check_wan, from_wan_index, with_same_weights
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import (

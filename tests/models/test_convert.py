@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 
-from vgen.models.convert import inflate_kernel, load_inflated
+from vgen.models.convert.networks import inflate_kernel, load_inflated
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.conv import CausalConv3d

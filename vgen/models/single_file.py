@@ -20,14 +20,13 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from vgen.io.errors import loading, one_line
+from vgen.io.records import read_json
+from vgen.models.convert.files import Weights, unwrap
 from vgen.models.loading import PICKLED, check_finite, shorten
-
-Weights = dict[str, Tensor]
-"""Weights by name."""
 
 _HEAD_DIM = 128  # of all published Transformers of this family; the weights do not tell
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_PREFIX = "model.diffusion_model."
+_INDEX = ".safetensors.index.json"
 
 
 def load_single_file(network_class: Any, source: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
@@ -42,20 +41,15 @@ def load_single_file(network_class: Any, source: Any, weights: Weights | None = 
     if isinstance(source, dict):
         source, weights = "the given weights", source
     name = f"{network_class.__name__} in {source}"
-    weights = read_single_file(source) if weights is None else weights
-    weights = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
-    formats = SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]
-    if _is_original(weights):
-        with loading(name):
-            weights = formats["checkpoint_mapping_fn"](checkpoint=weights)
+    weights = with_our_names(network_class, read_single_file(source) if weights is None else weights, name)
     config, subfolder = kwargs.pop("config", None), kwargs.pop("subfolder", None)
     if config is None:
-        config = formats["config_of_weights"](weights, name)
+        config = config_of(network_class, weights, name)
     elif not isinstance(config, dict):
         config = network_class.load_config(config, subfolder=subfolder)
     with init_empty_weights():
         network = network_class.from_config(config)
-    _check(weights, network.state_dict(), name)
+    check_weights(weights, network.state_dict(), name)
     dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
     if any(hasattr(value, "quant_type") for value in weights.values()):
         kwargs.setdefault("quantization_config", GGUFQuantizationConfig(compute_dtype=dtype or torch.float32))
@@ -70,20 +64,53 @@ def load_single_file(network_class: Any, source: Any, weights: Weights | None = 
 
 
 def read_single_file(source: str | Path) -> Weights:
-    """Reads the weights of a `.safetensors` or `.gguf` file, or of a link to one on the Hub.
+    """Reads the weights of a `.safetensors` or `.gguf` file, of those in an index, or of a link to the Hub.
 
     Raises:
         ValueError: The file is pickled, malformed, or does not exist.
     """
     if str(source).endswith(PICKLED):
-        raise ValueError(f"{source} is pickled, and pickles can run code: pass a .safetensors or .gguf file")
+        raise ValueError(f"{source} is pickled, and pickles can run code: `vgen convert` makes safe files of it")
     if "://" not in str(source) and not Path(source).is_file():
         raise ValueError(f"there is no file {source}")
+    if str(source).endswith(_INDEX):
+        with loading(source):
+            files = sorted(set(read_json(Path(source))["weight_map"].values()))
+        parts = [read_single_file(Path(source).with_name(name)) for name in files]
+        return {name: weight for part in parts for name, weight in part.items()}
     try:
         with loading(source):
             return dict(load_single_file_checkpoint(str(source)))
     except OSError as error:
         raise ValueError(f"{source} is malformed or not available: {one_line(str(error))}") from error
+
+
+def with_our_names(network_class: Any, weights: Weights, name: str) -> Weights:
+    """Weights with the names of diffusers, which are ours: without wrappers, and converted from the original names.
+
+    Raises:
+        ValueError: They cannot be converted.
+    """
+    weights = unwrap(weights, name)
+    if not _is_original(weights):
+        return weights
+    with loading(name):
+        return SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]["checkpoint_mapping_fn"](checkpoint=weights)
+
+
+def config_of(network_class: Any, weights: Weights, name: str, head_dim: int = _HEAD_DIM) -> dict[str, Any]:
+    """The sizes of a network, from the shapes of its weights.
+
+    Args:
+        network_class: The class.
+        weights: The weights, with our names.
+        name: What they are, for errors.
+        head_dim: Channels of a head of a Transformer, which no weight shows.
+
+    Raises:
+        ValueError: A weight that shows a size is missing, or the sizes are none of this family.
+    """
+    return SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]["config_of_weights"](weights, name, head_dim)
 
 
 def holds_vae(weights: Weights) -> bool:
@@ -110,7 +137,17 @@ def _cast(weights: Weights, dtype: torch.dtype, kept: Collection[str]) -> Weight
     }
 
 
-def _check(weights: Weights, expected: Weights, name: str) -> None:
+def check_weights(weights: Weights, expected: Weights, name: str) -> None:
+    """Checks that weights are those of a network.
+
+    Args:
+        weights: The weights.
+        expected: The network's own, for names and shapes.
+        name: What they are, for the error.
+
+    Raises:
+        ValueError: Some are missing, unexpected, or of another shape. The error names them.
+    """
     problems = {
         "missing": sorted(expected.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - expected.keys()),
@@ -137,18 +174,18 @@ def _required_shape(weights: Weights, name: str, key: str) -> tuple[int, ...]:
     return _shape(weights[key])
 
 
-def _transformer_config(weights: Weights, name: str) -> dict[str, Any]:
+def _transformer_config(weights: Weights, name: str, head_dim: int) -> dict[str, Any]:
     """The config of a Transformer, from the shapes of its weights."""
     shape = partial(_required_shape, weights, name)
     inner, in_channels, *patch_size = shape("patch_embedding.weight")
-    if inner % _HEAD_DIM:
+    if inner % head_dim:
         raise ValueError(
-            f"{name} has {inner} channels, no multiple of {_HEAD_DIM}: pass config, a folder or a dictionary"
+            f"{name} has {inner} channels, no multiple of {head_dim}: pass config, a folder or a dictionary"
         )
     return {
         "patch_size": patch_size,
-        "num_attention_heads": inner // _HEAD_DIM,
-        "attention_head_dim": _HEAD_DIM,
+        "num_attention_heads": inner // head_dim,
+        "attention_head_dim": head_dim,
         "in_channels": in_channels,
         "out_channels": shape("proj_out.weight")[0] // math.prod(patch_size),
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
@@ -159,7 +196,7 @@ def _transformer_config(weights: Weights, name: str) -> dict[str, Any]:
     }
 
 
-def _vae_config(weights: Weights, name: str) -> dict[str, Any]:
+def _vae_config(weights: Weights, name: str, _: int) -> dict[str, Any]:
     """The config of a VAE, from the shapes of its weights; what they do not tell is as in Wan 2.1."""
     shape = partial(_required_shape, weights, name)
     return {"base_dim": shape("encoder.conv_in.weight")[0], "z_dim": shape("post_quant_conv.weight")[0]}

@@ -31,7 +31,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice, check_choices
-from vgen.models.convert import refuse_nonzero, with_same_weights
+from vgen.models.convert.networks import refuse_nonzero, with_same_weights
 from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of, estimate_linearly, expand_frame_rate
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.models.compilation import RecordsCompilation
-from vgen.models.convert import with_same_weights
+from vgen.models.convert.networks import with_same_weights
 from vgen.models.loading import StrictLoading
 from vgen.models.tiling import Tiling, run_tiled
 from vgen.temporal.conv import CausalConv3d, CausalDownsample, CausalUpsample, append

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.checks import check_choice
-from vgen.models.convert import load_inflated
+from vgen.models.convert.networks import load_inflated
 from vgen.recognition.network import ClipNetwork, GridPool, MeanSoFar, RecognizerOutput, per_frame
 from vgen.temporal.conv import CausalConv3d
 from vgen.temporal.state import History, register_state_keys

@@ -1,4 +1,4 @@
-"""Conversion between public weights and ours without loss, and inflation of 2D networks to 3D."""
+"""Networks with the weights of others: of diffusers without loss, and of 2D networks inflated to 3D."""
 
 from __future__ import annotations
 

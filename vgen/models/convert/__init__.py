@@ -1,0 +1,1 @@
+"""Conversion between public weights and ours."""
