@@ -73,13 +73,19 @@ def main() -> None:
         before = json.loads(args.output.read_text())
         found = before if before["settings"] == settings else found
     for name in args.entries:
-        if name in found["entries"]:
-            continue
-        found["entries"][name] = row = in_new_process(measure, name, args.seconds, args.learning_rate)
+        row = found["entries"].setdefault(name, {"accuracy": {}, "steps": {}})
+        if "parameters" not in row:
+            row |= in_new_process(costs, name)
+        for task in TASKS:
+            if task in row["accuracy"]:
+                continue
+            row["accuracy"][task], row["steps"][task] = in_new_process(
+                train, name, task, args.seconds, args.learning_rate
+            )
+            if args.output:
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
         accuracies = "  ".join(f"{task} {row['accuracy'][task]:.1%}" for task in TASKS)
         print(f"{name:<22}{accuracies}  {row['milliseconds per clip']:.1f} ms", flush=True)
-        if args.output:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
     if args.chart:
         draw(found["entries"], args.chart)
 
@@ -90,26 +96,22 @@ def make(name: str, task: ShapesTasks) -> Recognizer:
     return create_recognizer(name, len(task.classes), NUM_FRAMES, SIZE, **ENTRIES[name])
 
 
-def measure(name: str, seconds: float, learning_rate: float) -> dict[str, Any]:
-    """Costs of an entry, and its accuracy on each task."""
+def costs(name: str) -> dict[str, Any]:
+    """Costs of an entry."""
     torch.set_num_threads(1)
     model = make(name, ShapesTasks("color", NUM_FRAMES)).eval()
     clip = torch.zeros(1, 3, NUM_FRAMES, SIZE, SIZE)
     with torch.no_grad():
-        costs = cost_of(lambda: model(clip), 20)
-        per_clip = 1000 * costs["seconds"]
-        row = {
+        measured = cost_of(lambda: model(clip), 20)
+        per_clip = 1000 * measured["seconds"]
+        return {
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "flops per clip": count_flops(lambda: model(clip)),
             "milliseconds per clip": per_clip,
             "milliseconds per new frame": per_frame(model, clip) if model.network.is_streamed else per_clip,
-            "MiB": costs["MiB"],
+            "MiB": measured["MiB"],
             "streams": model.network.is_streamed,
         }
-    trained = {task: train(make(name, ShapesTasks(task, NUM_FRAMES)), task, seconds, learning_rate) for task in TASKS}
-    row["accuracy"] = {task: accuracy for task, (accuracy, _) in trained.items()}
-    row["steps"] = {task: steps for task, (_, steps) in trained.items()}
-    return row
 
 
 def per_frame(model: Recognizer, clip: torch.Tensor) -> float:
@@ -119,9 +121,11 @@ def per_frame(model: Recognizer, clip: torch.Tensor) -> float:
     return 1000 * cost_of(lambda: model(clip[:, :, :1], state=state), 20)["seconds"]
 
 
-def train(model: Recognizer, task: str, seconds: float, learning_rate: float) -> tuple[float, int]:
+def train(name: str, task: str, seconds: float, learning_rate: float) -> tuple[float, int]:
     """Trains for a CPU time, with that of making clips; returns the accuracy on new clips and the number of steps."""
+    torch.set_num_threads(1)
     world = ShapesTasks(task, NUM_FRAMES)  # type: ignore[arg-type]
+    model = make(name, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     model.train()
     begin, step = time.process_time(), 0

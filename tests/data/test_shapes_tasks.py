@@ -41,7 +41,7 @@ def test_the_shapes_of_first_move_one_early_and_one_late():
     tasks = ShapesTasks("first")
     for index in range(20):
         scene = tasks.scene(index)
-        starts = [{item.shape: item.position for item in frame.objects} for frame in scene.frames]
+        starts = [{item.color: item.position for item in frame.objects} for frame in scene.frames]
         first, second = tasks.classes[scene.label], tasks.classes[1 - scene.label]
         assert starts[4][first] != starts[0][first] and starts[4][first] == starts[16][first]
         assert starts[12][second] == starts[0][second] != starts[16][second]
@@ -53,8 +53,8 @@ def test_a_single_frame_does_not_show_which_shape_moved_first():
     """Both orders of the same scene have the same first frame, and the same last one."""
     tasks = ShapesTasks("first")
     scene = next(one for one in map(tasks.scene, range(100)))
-    ends = {item.shape: item.position for item in scene.frames[-1].objects}
-    assert {item.shape: item.position for item in scene.frames[0].objects}.keys() == ends.keys()
+    ends = {item.color: item.position for item in scene.frames[-1].objects}
+    assert {item.color: item.position for item in scene.frames[0].objects}.keys() == ends.keys()
     assert all(frame.objects[0].velocity == (0.0, 0.0) for frame in scene.frames)
 
 

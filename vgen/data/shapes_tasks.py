@@ -16,7 +16,7 @@ from vgen.data.shapes import CLIP_SECONDS, Scene, ShapesWorld, make_scene, rende
 
 ShapesTask = Literal["color", "direction", "motion", "first", "speed", "scene"]
 """`color`: of the shape, which needs no time. `direction`: whether a shape moves left or right. `motion`: which of all
-motions. `first`: whether a circle or a square moved first, one early and one late in the clip; needs a long memory.
+motions. `first`: whether a red or a blue shape moved first, one early and one late in the clip; needs a long memory.
 `speed`: whether a shape moves slowly or quickly; needs fine steps. `scene`: the labels of `scene_labels`, several for
 each clip, of all scenes of `ShapesWorld`."""
 SCENE_LABELS = tuple(
@@ -26,7 +26,7 @@ _CLASSES = {
     "color": COLORS,
     "direction": ("left", "right"),
     "motion": MOTIONS,
-    "first": ("circle", "square"),
+    "first": ("red", "blue"),
     "speed": ("slow", "quick"),
     "scene": SCENE_LABELS,
 }
@@ -119,22 +119,21 @@ class ShapesTasks:
         return rearrange(frames, "(b f) c 1 h w -> b c f h w", b=len(scenes))
 
     def _in_turn(self, first: str, background: str, rng: random.Random) -> tuple[Scene, ...]:
-        """Still scenes of a circle and a square that move one after the other, with a pause between."""
-        colors = rng.sample(COLORS, 2)
-        shapes = ["circle", "square"]
-        rng.shuffle(shapes)  # which of them is on top, and where
+        """Still scenes of two shapes that move one after the other, with a pause between."""
+        colors = list(_CLASSES["first"])
+        rng.shuffle(colors)  # which of them is on top, and where
         items = [
-            ShapeDescription(color=color, shape=shape, motion=rng.choice(list(DIRECTIONS)), speed="quick")
-            for color, shape in zip(colors, shapes, strict=True)
+            ShapeDescription(color=color, shape=rng.choice(SHAPES), motion=rng.choice(list(DIRECTIONS)), speed="quick")
+            for color in colors
         ]
         scene = make_scene(items, background, rng)
-        starts = {name: 0.0 if name == first else 1 - _MOVING for name in shapes}
+        starts = {color: 0.0 if color == first else 1 - _MOVING for color in colors}
         last = max(1, self.num_frames - 1)
         frames = []
         for frame in range(self.num_frames):
             objects = []
             for item in scene.objects:
-                share = min(1.0, max(0.0, (frame / last - starts[item.shape]) / _MOVING))
+                share = min(1.0, max(0.0, (frame / last - starts[item.color]) / _MOVING))
                 (x, y), (right, down), time = item.position, item.velocity, CLIP_SECONDS * share
                 moved = (x + time * right, y + time * down)  # frames are square
                 objects.append(replace(item, position=moved, velocity=(0.0, 0.0)))
