@@ -33,8 +33,9 @@ class TextToVideoConfig(JobConfig):
     """Height in pixels; the checkpoint's default if not set."""
     width: int | None = None
     """Width in pixels; the checkpoint's default if not set."""
-    groups: GroupMode = "full"
-    """Attention mask over frames: all frames, causal, or causal between chunks."""
+    groups: GroupMode | None = None
+    """Attention mask over frames: all frames, causal, or causal between chunks. By default all; checkpoints that were
+    not trained for that make a rollout."""
 
 
 def main(config: TextToVideoConfig) -> int:

@@ -565,3 +565,29 @@ def test_a_malformed_file_of_a_checkpoint_is_one_error(tmp_path, name):
         path.write_text(text)
         with pytest.raises((ValueError, OSError)):
             VideoGenPipeline.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_full_attention_makes_its_videos_as_a_rollout(video):
+    pipe = make_pipeline(tasks=["text", "leading"], group_modes=["chunk"], chunk_size=2, window=3, sink=1)
+    options = {"height": 16, "width": 16, "guidance_scale": 2.0}
+    made = pipe(PROMPT, num_frames=14, generator=seeded(), output_type="pt", **options).frames
+    chunks = list(pipe.rollout(PROMPT, num_frames=14, generator=seeded(), output_type="pt", **options))
+    assert torch.equal(made, torch.cat(chunks, dim=1 if chunks[0].ndim == 5 else 0).view_as(made))
+    assert made.shape == (1, 14, 3, 16, 16)  # any length
+
+    image, size = video[0], {"height": video.shape[1], "width": video.shape[2]}
+    from_image = pipe(PROMPT, image=image, num_frames=6, generator=seeded(), output_type="pt", **size).frames
+    later = pipe.predict(video[:1], 5, PROMPT, generator=seeded(), output_type="pt").frames
+    torch.testing.assert_close(from_image[:, 1:], later, atol=0.003, rtol=0.0)  # predictions are rounded to uint8
+    torch.testing.assert_close(from_image[0, 0], torch.from_numpy(image).movedim(-1, 0) / 255)
+
+    two = pipe([PROMPT, "a blue square"], num_frames=5, num_videos_per_prompt=2, output_type="np", **options).frames
+    assert two.shape == (4, 5, 16, 16, 3)
+    for wrong, message in (
+        ({"latents": torch.zeros(1, 4, 2, 2, 2)}, "takes no latents: pass groups"),
+        ({"output_type": "latent"}, "takes no output_type='latent'"),
+        ({"frames": {4: image[:16, :16]}}, "given frames must be the first ones, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPT, num_frames=9, height=16, width=16, **wrong)
+    assert pipe(PROMPT, num_frames=9, groups="chunk", output_type="latent", **options).frames.shape[2] == 3

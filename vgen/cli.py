@@ -126,9 +126,9 @@ def generate(
     guidance: Guidance = None,
     negative_prompt: Negative = None,
     groups: Annotated[
-        Literal["full", "causal", "chunk"],
-        typer.Option(help="Attention between frames: full, causal, or causal between chunks."),
-    ] = "full",
+        Literal["full", "causal", "chunk"] | None,
+        typer.Option(help="Attention between frames: full, causal, or causal between chunks; by default full."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,

@@ -423,7 +423,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        groups: str | Sequence[int] = "full",
+        groups: str | Sequence[int] | None = None,
         guider: BaseGuidance | None = None,
         output_type: OutputType = "np",
         return_dict: bool = True,
@@ -458,7 +458,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             latents: Noise `(b, c, t, h, w)` to start from.
             prompt_embeds: Embeddings `(b, l, d)` instead of `prompt`.
             negative_prompt_embeds: Embeddings `(b, l, d)` instead of `negative_prompt`.
-            groups: Which token frames attend to which: `full`, `causal`, `chunk`, or a list of integers.
+            groups: Which token frames attend to which: `full`, `causal`, `chunk`, or a list of integers. By default
+                `full`; checkpoints that were not trained for it make the video as a `rollout`.
             guider: One of diffusers' guiders, instead of classifier-free guidance with `guidance_scale`; those that
                 skip attention layers need a `skip_layer_config` that skips whole blocks.
             output_type: `np`, `pil`, `pt` or `latent`.
@@ -492,6 +493,23 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 )
         height = self.config.height if height is None else height
         width = self.config.width if width is None else width
+        if groups is None and "full" not in self.denoiser.config.group_modes:
+            unsupported = {"latents": latents, "video": video, "timesteps": timesteps, "sigmas": sigmas}
+            wrong = [name for name, value in unsupported.items() if value is not None]
+            wrong += ["output_type='latent'"] if output_type == "latent" else []
+            if wrong:
+                raise ValueError(f"this checkpoint makes videos as a rollout, which takes no {wrong[0]}: pass groups")
+            clip = self._roll_out(
+                prompt, prompt_embeds, negative_prompt_embeds, given, num_frames, num_videos_per_prompt,
+                height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt, frame_rate=frame_rate, generator=generator, guider=guider,
+                attention_kwargs=attention_kwargs, max_sequence_length=max_sequence_length,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )  # fmt: skip
+            videos = self._postprocess(clip, output_type)
+            return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+        groups = "full" if groups is None else groups
         if clips is not None and num_frames not in (None, clips.shape[2]):
             raise ValueError(f"num_frames must be the length of the video, {clips.shape[2]}, got {num_frames}")
         num_frames = clips.shape[2] if clips is not None else num_frames
@@ -582,6 +600,54 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         videos = latents if output_type == "latent" else self.decode_latents(latents, output_type, known)
         self.maybe_free_model_hooks()
         return VideoGenPipelineOutput(frames=videos) if return_dict else (videos,)
+
+    def _roll_out(
+        self,
+        prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        given: dict[int, Tensor],
+        num_frames: int | None,
+        num_videos_per_prompt: int,
+        **options: Any,
+    ) -> Tensor:
+        """Videos `(b, 3, f, h, w)` in [-1, 1] of a rollout, with the given frames at their start.
+
+        Raises:
+            ValueError: The given frames are not the first ones, or there is no frame to generate.
+        """
+        if sorted(given) != list(range(len(given))):
+            raise ValueError(
+                f"this checkpoint makes videos as a rollout: given frames must be the first ones, got {sorted(given)}"
+            )
+        num_frames = self.config.num_frames if num_frames is None else num_frames
+        check_integer("num_frames", num_frames, len(given) + 1)
+        check_integer("num_videos_per_prompt", num_videos_per_prompt, 1)
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        embeds = {
+            name: None if one is None else one.repeat_interleave(num_videos_per_prompt, dim=0)
+            for name, one in embeds.items()
+        }
+        prompts: Any = prompt
+        if num_videos_per_prompt > 1 and prompt is not None:
+            prompts = [
+                one for one in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_videos_per_prompt)
+            ]
+        parts = []
+        video: Any = None
+        if given:
+            leading = torch.stack([given[index] for index in range(len(given))], dim=2)
+            leading = leading.repeat_interleave(num_videos_per_prompt, dim=0)
+            parts.append(leading.cpu())
+            videos = list(((leading + 1) / 2).transpose(1, 2))
+            video = videos if len(videos) > 1 or isinstance(prompts, list) else videos[0]
+        rollout = self.rollout(prompts, video, num_frames=num_frames - len(given), **embeds, **options)
+        with self.progress_bar(total=num_frames - len(given)) as bar:
+            while not rollout.is_done:
+                parts.append(rollout.step().cpu())
+                bar.update(parts[-1].shape[2])
+        self.maybe_free_model_hooks()
+        return torch.cat(parts, dim=2)
 
     @accepts(RolloutOptions)
     @torch.no_grad()
