@@ -1,6 +1,7 @@
 from collections import Counter
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,18 @@ def test_a_single_frame_does_not_show_which_shape_moved_first():
     ends = {item.color: item.position for item in scene.frames[-1].objects}
     assert {item.color: item.position for item in scene.frames[0].objects}.keys() == ends.keys()
     assert all(frame.objects[0].velocity == (0.0, 0.0) for frame in scene.frames)
+
+
+def test_where_the_shapes_are_in_the_middle_does_not_show_which_one_moved_first():
+    tasks = ShapesTasks("first")
+    from_center = []
+    for scene in map(tasks.scene, range(400)):
+        middle = {item.color: item.position for item in scene.frames[8].objects}
+        first, second = (middle[tasks.classes[index]] for index in (scene.label, 1 - scene.label))
+        away = [min(abs(one - center) for center in (0.25, 0.5, 0.75)) for one in (*first, *second)]
+        from_center.append(sum(away[:2]) - sum(away[2:]))
+    mean, deviation = np.mean(from_center), np.std(from_center) / 20
+    assert abs(mean) < 3 * deviation
 
 
 def test_directions_are_those_of_the_rendered_shapes():

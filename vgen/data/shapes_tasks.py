@@ -119,7 +119,11 @@ class ShapesTasks:
         return rearrange(frames, "(b f) c 1 h w -> b c f h w", b=len(scenes))
 
     def _in_turn(self, first: str, background: str, rng: random.Random) -> tuple[Scene, ...]:
-        """Still scenes of two shapes that move one after the other, with a pause between."""
+        """Still scenes of two shapes that move one after the other, with a pause between.
+
+        Paths of ShapesWorld lead away from where there is most room. Half of them are reversed, so that no position
+        shows whether a shape has moved already.
+        """
         colors = list(_CLASSES["first"])
         rng.shuffle(colors)  # which of them is on top, and where
         items = [
@@ -128,12 +132,14 @@ class ShapesTasks:
         ]
         scene = make_scene(items, background, rng)
         starts = {color: 0.0 if color == first else 1 - _MOVING for color in colors}
+        is_reversed = {color: rng.random() < 0.5 for color in colors}
         last = max(1, self.num_frames - 1)
         frames = []
         for frame in range(self.num_frames):
             objects = []
             for item in scene.objects:
                 share = min(1.0, max(0.0, (frame / last - starts[item.color]) / _MOVING))
+                share = 1 - share if is_reversed[item.color] else share
                 (x, y), (right, down), time = item.position, item.velocity, CLIP_SECONDS * share
                 moved = (x + time * right, y + time * down)  # frames are square
                 objects.append(replace(item, position=moved, velocity=(0.0, 0.0)))
