@@ -700,9 +700,7 @@ def export(
 
 @app.command()
 def convert(
-    file: Annotated[
-        Path, typer.Argument(help="Public weights: .pt, .pth, .safetensors, the index of several, .gguf.")
-    ],
+    file: Annotated[Path, typer.Argument(help="Public weights: .pt, .pth, .safetensors, or the index of several.")],
     base: Annotated[
         str, typer.Option(help="Pipeline that has the text encoder and the VAE: folder or Hub id; see vgen presets.")
     ],

@@ -87,6 +87,8 @@ def test_shards_have_an_index_and_a_container_can_be_chosen(wan_folder, wan, pre
     folder = tmp_path / "out/transformer"
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
+    table = "scale_shift_table"  # stays in float32, as when it is loaded
+    assert load_file(folder / index["weight_map"][table])[table].dtype == torch.float32
     name = "proj_out.weight"
     stored = load_file(folder / index["weight_map"][name])[name]
     assert stored.dtype == torch.bfloat16 and torch.equal(stored, (wan[name] / 2).bfloat16())

@@ -57,7 +57,7 @@ def load_single_file(network_class: Any, source: Any, weights: Weights | None = 
         load = FromOriginalModelMixin.from_single_file.__func__  # type: ignore[attr-defined]
         network = load(network_class, weights, original_config=config, dtype=dtype, **kwargs)
     else:
-        weights = _cast(weights, dtype or _stored(weights), network._keep_in_fp32_modules or ())
+        weights = cast(weights, dtype or _stored(weights), network._keep_in_fp32_modules or ())
         network.load_state_dict(weights, assign=True)
     check_finite(network, name)
     return network.eval().to(kwargs.get("device"))
@@ -128,7 +128,7 @@ def _stored(weights: Weights) -> torch.dtype:
     return torch.bfloat16 if dtypes & {*_FLOAT8} else max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
-def _cast(weights: Weights, dtype: torch.dtype, kept: Collection[str]) -> Weights:
+def cast(weights: Weights, dtype: torch.dtype, kept: Collection[str]) -> Weights:
     """Weights in a data type, except those of modules that stay in float32, as `from_pretrained` keeps them."""
     half = dtype in (torch.float16, torch.bfloat16)
     return {

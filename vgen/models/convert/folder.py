@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vgen.models.convert.files import Weights, read_pickle, unwrap
 from vgen.models.convert.networks import from_wan_index
 from vgen.models.convert.presets import CheckpointPreset
 from vgen.models.loading import PICKLED
-from vgen.models.single_file import check_weights, config_of, read_single_file, with_our_names
+from vgen.models.single_file import cast, check_weights, config_of, read_single_file, with_our_names
 from vgen.models.transformer import SpacetimeTransformer
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -46,7 +47,7 @@ def convert_file(
     files are linked, not copied. A pickled file is read with `weights_only=True`, which runs no code.
 
     Args:
-        file: `.pt`, `.pth`, `.safetensors`, the index of several, or `.gguf`.
+        file: `.pt`, `.pth`, `.safetensors`, or the index of several.
         base: The pipeline: a folder or Hub id.
         preset: How to sample.
         output: The folder to write.
@@ -54,8 +55,10 @@ def convert_file(
         dtype: Data type of the written weights; by default that of the file.
 
     Raises:
-        ValueError: The weights are not those of a Transformer of this preset and base.
+        ValueError: The weights are quantized, or not those of a Transformer of this preset and base.
     """
+    if file.suffix == ".gguf":
+        raise ValueError(f"{file} is quantized: load it with SpacetimeTransformer.from_single_file")
     folder = _base_folder(base)
     index = _index_of(folder)
     name = f"SpacetimeTransformer in {file}"
@@ -70,7 +73,7 @@ def convert_file(
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with atomic_directory(output) as partial:
         network.save_config(partial / "transformer")
-        _write(weights, partial / "transformer", dtype)
+        _write(weights, partial / "transformer", dtype, network._keep_in_fp32_modules or ())
         scheduler.save_pretrained(partial / "scheduler")
         for part in _SHARED:
             shutil.copytree(folder / part, partial / part, copy_function=_link)
@@ -123,15 +126,15 @@ def _config_of(weights: Weights, name: str, folder: Path, preset: CheckpointPres
     return config
 
 
-def _write(weights: Weights, folder: Path, dtype: torch.dtype | None) -> None:
-    """Writes weights shard by shard, so that one shard is in memory at a time."""
+def _write(weights: Weights, folder: Path, dtype: torch.dtype | None, kept: Collection[str]) -> None:
+    """Writes weights shard by shard, so that one shard is in memory at a time; `kept` modules stay in float32."""
     split = split_torch_state_dict_into_shards(
         weights, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=_SHARD
     )
     with tqdm(total=len(weights), unit="weight") as bar:
         for file, names in split.filename_to_tensors.items():
-            shard = {name: weights[name].to(dtype or weights[name].dtype, copy=True).contiguous() for name in names}
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            shard = {name: weights[name].contiguous() for name in names}
+            save_file(shard if dtype is None else cast(shard, dtype, kept), folder / file, metadata={"format": "pt"})
             bar.update(len(names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
