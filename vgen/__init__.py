@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vgen.hub import extend_diffusers
 
 if TYPE_CHECKING:
+    from vgen.models.tiny_vae import TinyVideoVAE as TinyVideoVAE
     from vgen.models.transformer import SpacetimeTransformer as SpacetimeTransformer
     from vgen.models.unet import UNet3D as UNet3D
     from vgen.models.vae import CausalVideoVAE as CausalVideoVAE
@@ -28,6 +29,7 @@ _HOMES = {
     "RolloutOptions": "vgen.sampling.options",
     "SpacetimeTransformer": "vgen.models.transformer",
     "TemporalState": "vgen.temporal.state",
+    "TinyVideoVAE": "vgen.models.tiny_vae",
     "UNet3D": "vgen.models.unet",
     "VideoGenPipeline": "vgen.pipeline",
     "create_recognizer": "vgen.recognition",

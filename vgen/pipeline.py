@@ -57,6 +57,7 @@ from vgen.models.loading import (
 from vgen.models.locks import lock_of
 from vgen.models.lora import LoraLoaderMixin
 from vgen.models.prompts import check_text_encoder, encode_texts, warn_unknown_words
+from vgen.models.tiny_vae import TinyVideoVAE
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -662,6 +663,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         generator: Generators = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        decoder: TinyVideoVAE | None = None,
         guider: BaseGuidance | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int | None = None,
@@ -687,6 +689,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             generator: Source of the noise; a list has one for each video.
             prompt_embeds: Embeddings `(b, l, d)` instead of `prompt`.
             negative_prompt_embeds: Embeddings `(b, l, d)` instead of `negative_prompt`.
+            decoder: Decodes instead of the VAE, faster and less exactly, for previews.
             guider: As in the call of the pipeline, instead of `guidance_scale`.
             attention_kwargs: As in the call of the pipeline.
             max_sequence_length: Length of prompts in tokens.
@@ -751,7 +754,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if guidance.uses_weak_history and not is_flow(self.scheduler):
             raise ValueError(f"history guidance needs a flow-matching scheduler, got {type(self.scheduler).__name__}")
         check_generator(generator, count)
-        sampler = self.sampler(guidance)
+        sampler = self.sampler(guidance, decoder)
         if interval > 1:
             check_tasks(config, self.grid, {"keyframes"})
             check_factor(interval, self.grid, max_latents(sampler))
@@ -795,6 +798,21 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             rollout.take(clips)
             return rollout
         return begin_coarse_to_fine(sampler, state, hooks, output_type, next(iter(clips), None))
+
+    def _check_decoder(self, decoder: TinyVideoVAE) -> None:
+        """Checks that a decoder is for the latents of this pipeline.
+
+        Raises:
+            ValueError: It is not.
+        """
+        names = ("temporal_compression_ratio", "spatial_compression_ratio")
+        needed = [self.denoiser.config.in_channels, *(getattr(self.video_vae, name, 1) for name in names)]
+        found = [decoder.config.latent_channels, *(getattr(decoder, name) for name in names)]
+        if needed != found:
+            raise ValueError(
+                f"decoder must be for latents of {needed[0]} channels, {needed[1]} frames and {needed[2]}x{needed[2]} "
+                f"pixels, got {found[0]} channels, {found[1]} frames and {found[2]}x{found[2]} pixels"
+            )
 
     def _clips_to_continue(
         self, video: Any, single: bool, count: int, whole: bool, height: int | None, width: int | None
@@ -1169,12 +1187,18 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         with nullcontext() if denoiser is None else lock_of(denoiser):
             super().maybe_free_model_hooks()
 
-    def sampler(self, guidance: Guidance | None = None) -> Sampler:
+    def sampler(self, guidance: Guidance | None = None, decoder: TinyVideoVAE | None = None) -> Sampler:
         """Creates a sampler with this pipeline's networks and its own copy of the scheduler.
 
+        Args:
+            guidance: How predictions are guided.
+            decoder: Decodes instead of the VAE.
+
         Raises:
-            ValueError: There is no scheduler, or its settings contradict each other.
+            ValueError: There is no scheduler, its settings contradict each other, or the decoder is for other latents.
         """
+        if decoder is not None:
+            self._check_decoder(decoder)
         check_scheduler(self.scheduler)
         kind = prediction_type(self.scheduler)
         if self._prediction_type not in (None, kind):
@@ -1189,6 +1213,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             device=self._execution_device,
             guidance=guidance,
             sigmas=self.config.sigmas,
+            decoder=decoder,
             siblings=self._samplers,
         )
         return self._last_sampler
@@ -1336,6 +1361,7 @@ def load_rollout(
     folder: str | Path,
     pipe: VideoGenPipeline,
     *,
+    decoder: TinyVideoVAE | None = None,
     guider: BaseGuidance | None = None,
     callback_on_step_end: Callback | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -1346,6 +1372,7 @@ def load_rollout(
     Args:
         folder: Folder that `Rollout.save` or `CoarseToFine.save` wrote.
         pipe: The pipeline that made it, or the same one loaded again.
+        decoder: The decoder that the rollout was started with.
         guider: The guider that the rollout was started with.
         callback_on_step_end: As in `VideoGenPipeline.rollout`.
         callback_on_step_end_tensor_inputs: As in `VideoGenPipeline.rollout`.
@@ -1360,7 +1387,7 @@ def load_rollout(
         is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
         device = pipe._execution_device
         state = RolloutState.load(folder / "coarse" if is_coarse else folder, device, pipe.fingerprint())
-        sampler = pipe.sampler(Guidance.of(state.options, guider))
+        sampler = pipe.sampler(Guidance.of(state.options, guider), decoder)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         hooks = pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs)
         rollout = Rollout(sampler, state, hooks, output_type)

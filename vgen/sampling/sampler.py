@@ -25,6 +25,7 @@ from vgen.diffusion import flow_sample, level_to_timestep
 from vgen.models.denoiser import fill_keyframes
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.locks import lock_of
+from vgen.models.tiny_vae import TinyVideoVAE
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
@@ -87,6 +88,7 @@ class Sampler:
         device: Device on which the networks run.
         guidance: How predictions are guided.
         sigmas: Noise levels of as many steps, before the scheduler's shift, instead of the scheduler's own.
+        decoder: Decodes instead of the VAE; `None` uses the VAE.
         siblings: Weak references to all samplers of a pipeline; this one and its copies are added.
     """
 
@@ -99,6 +101,7 @@ class Sampler:
         device: torch.device,
         guidance: Guidance | None = None,
         sigmas: Sequence[float] | None = None,
+        decoder: TinyVideoVAE | None = None,
         siblings: set[ref[Sampler]] | None = None,
     ):
         self.denoiser = denoiser
@@ -106,6 +109,7 @@ class Sampler:
         self.vae = vae
         self.device = device
         self.sigmas = sigmas
+        self.decoder = decoder
         guidance = guidance or Guidance()
         self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
         self.last_guidance = self.guidance
@@ -129,7 +133,7 @@ class Sampler:
         """An independent sampler with the same networks."""
         return Sampler(
             self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance, sigmas=self.sigmas,
-            siblings=self.siblings,
+            decoder=self.decoder, siblings=self.siblings,
         )  # fmt: skip
 
     def denoise(
@@ -396,11 +400,11 @@ class Sampler:
 
     def decode(self, latents: Tensor, state: TemporalState | None = None) -> Tensor:
         """Pixels of normalized latents, see `decode_latents`."""
-        return decode_latents(self.vae, latents, state)
+        return decode_latents(self.vae if self.decoder is None else self.decoder, latents, state)
 
 
 def decode_latents(
-    vae: CausalVideoVAE | PerFrameVAE | None, latents: Tensor, state: TemporalState | None = None
+    vae: CausalVideoVAE | PerFrameVAE | TinyVideoVAE | None, latents: Tensor, state: TemporalState | None = None
 ) -> Tensor:
     """Pixels `(b, 3, f, h, w)` in [-1, 1] of normalized latents; with a state, of the next slice."""
     if vae is None:
