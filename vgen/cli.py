@@ -361,6 +361,7 @@ def models() -> None:
     typer.echo(
         "--model also takes a folder or a Hub id of a vgen pipeline or of Wan 2.1 text to video (diffusers' layout)."
     )
+    typer.echo("vgen presets lists public weights of causal models, which vgen convert makes pipelines of.")
     typer.echo("vgen info NAME shows the defaults of a checkpoint and what they mean.")
 
 
