@@ -602,7 +602,7 @@ def classify(
                 ]
             else:
                 found[str(video)] = labels = classify_file(network, video, clips, crops)
-                count = top or max(3, sum(probability >= 0.5 for probability in labels.values()))
+                count = top or max(3, len(network.seen([labels[label] for label in network.labels])))
                 rows = [(name, f"{probability:.3f}") for name, probability in list(labels.items())[:count]]
             for row in rows:
                 table.add_row(printable(str(video)), *map(printable, row))

@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(wan_folder, wan, preset, tmp_path):
     assert done.exit_code == 2 and "--preset must be one of self-forcing" in " ".join(done.output.split())
 
 
-def test_names_behind_wrappers_must_differ():
+def test_names_in_wrappers_must_differ():
     weights = {"model.a": torch.zeros(1), "model._orig_mod.a": torch.zeros(1)}
     with pytest.raises(ValueError, match="several weights of the same name"):
         unwrap(weights, "a.pt")

@@ -70,7 +70,7 @@ def unwrap(content: Any, name: str, container: str | None = None) -> Weights:
     while prefix := next((one for one in _PREFIXES if all(short.startswith(one) for short in names.values())), None):
         names = {key: short.removeprefix(prefix) for key, short in names.items()}
     if len(set(names.values())) < len(names):
-        raise ValueError(f"{name} has several weights of the same name behind different wrappers")
+        raise ValueError(f"{name} has several weights of the same name in different wrappers")
     return {short: found[key] for key, short in names.items()}
 
 
