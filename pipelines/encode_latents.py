@@ -8,6 +8,10 @@ With `--buckets`, the clips of each bucket are written to a subfolder of the out
 
 from __future__ import annotations
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import hashlib
 import itertools
 import math

@@ -3,6 +3,10 @@
 accelerate launch pipelines/evaluate.py --model vgen/shapes-64 --suite shapes --output_dir runs/evaluation
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import shlex
 import sys
 from pathlib import Path

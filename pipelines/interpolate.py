@@ -3,6 +3,10 @@
 accelerate launch pipelines/interpolate.py --videos clips --factor 4 --output_dir runs/slow
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import sys
 from dataclasses import dataclass
 from functools import partial

@@ -3,6 +3,10 @@
 accelerate launch pipelines/predict.py --videos clips --num_frames 16 --output_dir runs/futures
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import sys
 from dataclasses import dataclass
 from functools import partial

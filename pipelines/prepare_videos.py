@@ -3,6 +3,10 @@
 python pipelines/prepare_videos.py --data my-videos --output_dir runs/my-data
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import shlex
 from pathlib import Path
 

@@ -3,6 +3,10 @@
 accelerate launch pipelines/rollout.py --prompts prompts.txt --num_frames 1000 --output_dir runs/long
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import glob
 import shutil
 import sys

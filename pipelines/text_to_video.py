@@ -3,6 +3,10 @@
 accelerate launch pipelines/text_to_video.py --prompts prompts.txt --output_dir runs/videos
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import sys
 from dataclasses import dataclass
 from functools import partial

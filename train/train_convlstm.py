@@ -6,6 +6,10 @@ A small run for a CPU:
         --max_steps 20
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

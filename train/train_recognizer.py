@@ -9,6 +9,10 @@ OUTPUT_DIR/recognizer. With --per_frame true, labels have time stamps, and the r
 
 from __future__ import annotations
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

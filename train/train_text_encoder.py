@@ -7,6 +7,10 @@ masked words. For prompts in unrestricted English, use a pretrained text encoder
         --max_steps 20
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import hashlib
 import json
 from collections import defaultdict

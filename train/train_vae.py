@@ -6,6 +6,10 @@ A small run for a CPU:
         --image_steps 20 --max_steps 40
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial

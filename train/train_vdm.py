@@ -5,6 +5,10 @@ A small run for a CPU, after training a text encoder and a VAE and encoding clip
     accelerate launch train/train_vdm.py --config train/recipes/shapes-64.yaml --output_dir runs/try --max_steps 20
 """
 
+from vgen.io.spinning import stop_spinning
+
+stop_spinning()  # before torch is imported
+
 import hashlib
 import math
 from collections.abc import Iterator

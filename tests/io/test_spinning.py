@@ -1,8 +1,13 @@
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted([*ROOT.glob("train/*.py"), *ROOT.glob("pipelines/*.py")])
 
 SHOW = """
 import os, sys
@@ -22,3 +27,13 @@ def test_the_command_stops_spinning_before_it_imports_torch_unless_the_user_chos
     environment = {name: value for name, value in os.environ.items() if name not in own} | chosen
     done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["False", expected]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_stops_spinning_before_all_other_imports(script):
+    lines = [
+        ast.unparse(statement)
+        for statement in ast.parse(script.read_text(encoding="utf-8")).body[1:]
+        if getattr(statement, "module", None) != "__future__"
+    ]
+    assert lines[:2] == ["from vgen.io.spinning import stop_spinning", "stop_spinning()"]

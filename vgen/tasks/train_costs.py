@@ -23,8 +23,8 @@ CHECKPOINTS = 12
 """Bytes of checkpoints and results relative to those of the weights in float32."""
 MARGIN = 1.5
 """Size of the copies of videos relative to the training clips, which leaves room for random crops."""
-_OVERHEAD, _COMPILATION = 45.0, 60.0
-"""Seconds that a script takes to start and to save its result, and to compile a network."""
+_OVERHEAD, _COMPILATION, _PAUSE = 45.0, 60.0, 2.0
+"""Seconds that a script takes to start and to save its result, to compile a network, and to save a checkpoint."""
 
 
 class Costs:
@@ -168,7 +168,7 @@ class Costs:
         passes = EVALUATED / batch  # of the VAE
         if stage == "denoiser":  # losses on two sets of clips, and sample videos
             passes = (2 * EVALUATED + 4 * self.setup.num_inference_steps) / batch
-        fixed = _OVERHEAD + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
+        fixed = _OVERHEAD + EVALUATIONS * _PAUSE + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
         return fixed + self.per_step[stage] * (steps + EVALUATIONS * passes / (1 + BACKWARD))
 
     def other_seconds(self) -> dict[str, float]:
