@@ -81,6 +81,7 @@ from vgen.sampling.rollout import FORMAT as ROLLOUT
 from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, locked_rollout, new_state, read_record
 from vgen.sampling.sampler import (
     Generators,
+    LowNoise,
     Sampler,
     Start,
     check_generator,
@@ -98,12 +99,13 @@ logger = logging.get_logger(__name__)
 _DEFAULTS: dict[str, Any] = {
     "height": 480, "width": 832, "num_frames": 81, "frame_rate": 16.0, "num_inference_steps": 50,
     "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {}, "sigmas": None,
+    "boundary_ratio": None, "guidance_scale_2": None,
 }  # fmt: skip
 _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
 
 _DENOISERS = ("transformer", "unet")
-_COMPONENTS = ("scheduler", "vae", "transformer", "unet", "text_encoder", "tokenizer")
+_COMPONENTS = ("scheduler", "vae", "transformer", "unet", "transformer_2", "text_encoder", "tokenizer")
 
 OutputType = Literal["np", "pil", "pt", "latent"]
 
@@ -132,6 +134,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             `AutoencoderKLWan` is converted. Without a VAE, the denoiser works on pixels.
         transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
         unet: The denoiser, if it is a U-Net.
+        transformer_2: A second Transformer for low noise levels, as in Wan 2.2 A14B.
         text_encoder: Any transformers text encoder; without one, prompts must be embeddings. A denoiser that was
             trained without prompts (no `text` among its tasks) needs none.
         tokenizer: Of the text encoder.
@@ -146,10 +149,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             denoiser: any fields of `RolloutOptions`.
         sigmas: Noise levels in descending order, before the scheduler's shift, that replace the scheduler's own if the
             number of steps is theirs. Few-step checkpoints are trained for these levels only.
+        boundary_ratio: Noise level in [0, 1] below which `transformer_2` replaces the Transformer.
+        guidance_scale_2: Default weight of guidance below it; `None` is the weight above it.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
-    _optional_components = ["vae", "transformer", "unet", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->unet->vae"
+    _optional_components = ["vae", "transformer", "transformer_2", "unet", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = list(TENSOR_INPUTS)
 
     def __init__(
@@ -169,6 +174,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         max_sequence_length: int | None = None,
         rollout_defaults: dict[str, Any] | None = None,
         sigmas: Sequence[float] | None = None,
+        transformer_2: SpacetimeTransformer | WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        guidance_scale_2: float | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
@@ -177,6 +185,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             vae = with_same_weights(vae, CausalVideoVAE, shared=True)
         if isinstance(transformer, WanTransformer3DModel):
             transformer = with_same_weights(transformer, SpacetimeTransformer, shared=True)
+        if isinstance(transformer_2, WanTransformer3DModel):
+            transformer_2 = with_same_weights(transformer_2, SpacetimeTransformer, shared=True)
         given = {
             "height": height,
             "width": width,
@@ -187,6 +197,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             "max_sequence_length": max_sequence_length,
             "rollout_defaults": rollout_defaults,
             "sigmas": None if sigmas is None else [float(one) for one in _custom_steps(None, sigmas)["sigmas"]],
+            "boundary_ratio": boundary_ratio,
+            "guidance_scale_2": guidance_scale_2,
         }
         if sigmas is not None and num_inference_steps is None:
             given["num_inference_steps"] = len(sigmas)
@@ -194,11 +206,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         defaults = {} if network is None else _DEFAULTS_OF.get(network, {})
         defaults = _DEFAULTS | defaults | {name: value for name, value in given.items() if value is not None}
         RolloutOptions.from_json(defaults["rollout_defaults"], "rollout_defaults")
+        _check_experts(transformer, transformer_2, defaults["boundary_ratio"])
         self.register_modules(
             scheduler=scheduler,
             vae=vae,
             transformer=transformer,
             unet=unet,
+            transformer_2=transformer_2,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
@@ -213,7 +227,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
         """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
 
-        Folders of diffusers' `WanPipeline` (Wan 2.1 text to video) load too.
+        Folders of diffusers' `WanPipeline` (text to video of Wan 2.1, and of Wan 2.2 A14B) load too.
 
         Args:
             pretrained_model_name_or_path: Name of the checkpoint.
@@ -352,7 +366,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             kwargs: Components or defaults to replace, and `torch_dtype`; by default the weights keep their data type.
 
         Raises:
-            ValueError: It is another pipeline, or one of Wan 2.2.
+            ValueError: It is another pipeline, or Wan 2.2 TI2V-5B.
         """
         known = (cls, WanPipeline, WanVideoToVideoPipeline)
         if type(pipeline) not in known:
@@ -360,6 +374,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"pipeline must be one of {expected}, got {type(pipeline).__name__}")
         if type(pipeline) is WanPipeline:
             check_wan(pipeline.config)
+            kwargs = {"boundary_ratio": pipeline.config.boundary_ratio} | kwargs
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
@@ -382,6 +397,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             vae=self.vae.to_diffusers(),
             scheduler=copy.deepcopy(self.scheduler),
             transformer=self.denoiser.to_diffusers(),
+            transformer_2=None if self.transformer_2 is None else self.transformer_2.to_diffusers(),
+            boundary_ratio=self.config.boundary_ratio,
         )
 
     @classmethod
@@ -412,6 +429,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         *,
+        guidance_scale_2: float | None = None,
         image: Any = None,
         frames: Mapping[int, Any] | None = None,
         video: Any = None,
@@ -443,6 +461,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             num_frames: Length of the video, `1 + s*k`; by default that of `video`.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Weight of classifier-free guidance. Values up to 1 turn it off.
+            guidance_scale_2: The same for `transformer_2`; by default `guidance_scale`, if that is given.
             image: The first frame: a PIL image, an array `(h, w, 3)` or a tensor `(3, h, w)`, uint8 or in [0, 1]; a
                 list has one for each prompt. The same as `frames={0: image}`.
             frames: Known frames by index, in the format of `image`; they are returned unchanged at their positions.
@@ -521,8 +540,15 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         steps = len(next(iter(custom.values()))) if custom else steps
         self._check_guidance(guidance_scale, guider)
+        if guidance_scale_2 is not None:
+            if self.transformer_2 is None:
+                raise ValueError("guidance_scale_2 is for checkpoints with transformer_2: pass guidance_scale only")
+            check_number("guidance_scale_2", guidance_scale_2)
+        elif guidance_scale is None:
+            guidance_scale_2 = self.config.guidance_scale_2
         default = 1.0 if self.is_unprompted else self.config.guidance_scale
-        guidance = Guidance(scale=default if guidance_scale is None else guidance_scale, guider=guider)
+        scale = default if guidance_scale is None else guidance_scale
+        guidance = Guidance(scale=scale, guider=guider, low_noise_scale=guidance_scale_2)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt,
@@ -724,6 +750,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         prompted = has_prompt(prompt) or prompt_embeds is not None
         config = self.denoiser.config
         check_tasks(config, self.grid, {"leading"})
+        if self.transformer_2 is not None:
+            raise ValueError("a checkpoint with transformer_2 makes single clips only: it has no cache of two networks")
         options = RolloutOptions() if options is None else options
         check_type("options", options, RolloutOptions, "RolloutOptions")
         options = options.updated(**overrides)
@@ -1018,7 +1046,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             RuntimeError: xformers or CUDA is not available.
             ValueError: `attention_op` is given; xformers chooses its kernel.
         """
-        self.denoiser.set_use_memory_efficient_attention_xformers(valid, attention_op)
+        for network in (self.denoiser, self.transformer_2):
+            if network is not None:
+                network.set_use_memory_efficient_attention_xformers(valid, attention_op)
 
     def check_inputs(
         self,
@@ -1214,6 +1244,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             guidance=guidance,
             sigmas=self.config.sigmas,
             decoder=decoder,
+            low_noise=(
+                None if self.transformer_2 is None else LowNoise(self.transformer_2, self.config.boundary_ratio)
+            ),
             siblings=self._samplers,
         )
         return self._last_sampler
@@ -1221,6 +1254,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def fingerprint(self) -> dict[str, list[str | None]]:
         """Hashes that identify the configuration and all weights of each component, adapters included."""
         networks = {"denoiser": self.denoiser, "vae": self.vae, "text encoder": self.text_encoder}
+        if self.transformer_2 is not None:
+            networks["low-noise denoiser"] = self.transformer_2
         return fingerprint_components(self.scheduler, self.tokenizer, networks)
 
     @property
@@ -1392,6 +1427,29 @@ def load_rollout(
         hooks = pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs)
         rollout = Rollout(sampler, state, hooks, output_type)
         return load_coarse_to_fine(folder, rollout) if is_coarse else rollout
+
+
+def _check_experts(
+    transformer: SpacetimeTransformer | None, low_noise: SpacetimeTransformer | None, boundary: float | None
+) -> None:
+    """Checks the network for low noise levels.
+
+    Raises:
+        ValueError: It has another config than the Transformer, or the boundary between them is missing.
+    """
+    if low_noise is None:
+        return
+    if boundary is None:
+        raise ValueError("transformer_2 needs boundary_ratio, the noise level below which it is used")
+    check_number("boundary_ratio", boundary, 0, maximum=1)
+    config = {} if transformer is None else transformer.config
+    wrong = sorted(
+        name
+        for name in low_noise.config
+        if name[:1] != "_" and low_noise.config[name] != config.get(name, low_noise.config[name])
+    )
+    if transformer is None or wrong:
+        raise ValueError(f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}")
 
 
 def _one_per_video(prompt: Any, video: Any) -> Any:

@@ -26,6 +26,8 @@ class Guidance:
     """One of diffusers' guiders instead of classifier-free guidance with `scale`."""
     history_scale: float = 1.0
     """Weight of history guidance; off at 1."""
+    low_noise_scale: float | None = None
+    """Weight of classifier-free guidance for the expert of low noise levels; `None` is `scale`."""
 
     @classmethod
     def of(cls, options: SamplingOptions, guider: BaseGuidance | None = None) -> Guidance:
@@ -37,7 +39,7 @@ class Guidance:
     @property
     def needs_negative(self) -> bool:
         """Whether negative prompts are needed."""
-        return self.guider is not None or self.scale > 1
+        return self.guider is not None or max(self.scale, self.low_noise_scale or 0.0) > 1
 
     @property
     def uses_weak_history(self) -> bool:

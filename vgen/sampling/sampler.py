@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +56,16 @@ class Start:
     """The share of the steps that are done, above 0 and up to 1; the noise level follows from it."""
 
 
+@dataclass(frozen=True)
+class LowNoise:
+    """A second network that takes over from the denoiser at low noise levels, as in Wan 2.2 A14B."""
+
+    denoiser: SpacetimeTransformer
+    """The network."""
+    boundary: float
+    """Noise level in [0, 1] below which it is used."""
+
+
 def num_steps(steps: int, strength: float) -> int:
     """How many of the steps are done; rounded down, as diffusers does."""
     return min(int(steps * strength), steps)
@@ -89,6 +99,7 @@ class Sampler:
         guidance: How predictions are guided.
         sigmas: Noise levels of as many steps, before the scheduler's shift, instead of the scheduler's own.
         decoder: Decodes instead of the VAE; `None` uses the VAE.
+        low_noise: The network for low noise levels; `None` uses the denoiser for all.
         siblings: Weak references to all samplers of a pipeline; this one and its copies are added.
     """
 
@@ -102,6 +113,7 @@ class Sampler:
         guidance: Guidance | None = None,
         sigmas: Sequence[float] | None = None,
         decoder: TinyVideoVAE | None = None,
+        low_noise: LowNoise | None = None,
         siblings: set[ref[Sampler]] | None = None,
     ):
         self.denoiser = denoiser
@@ -110,6 +122,9 @@ class Sampler:
         self.device = device
         self.sigmas = sigmas
         self.decoder = decoder
+        self.low_noise = low_noise
+        self.network = denoiser
+        """The network of the running step: the denoiser, or the one for low noise levels."""
         guidance = guidance or Guidance()
         self.guidance = replace(guidance, guider=copy.deepcopy(guidance.guider))  # guiders count steps
         self.last_guidance = self.guidance
@@ -133,7 +148,7 @@ class Sampler:
         """An independent sampler with the same networks."""
         return Sampler(
             self.denoiser, self.scheduler, self.vae, device=self.device, guidance=self.guidance, sigmas=self.sigmas,
-            decoder=self.decoder, siblings=self.siblings,
+            decoder=self.decoder, low_noise=self.low_noise, siblings=self.siblings,
         )  # fmt: skip
 
     def denoise(
@@ -176,11 +191,12 @@ class Sampler:
         self.attention_kwargs = conditions.attention_kwargs
         try:
             with self._without_other_calls():
-                self.denoiser._reset_stateful_cache()  # a step cache must not compare with other latents' last step
+                for network in self._networks:  # a step cache must not compare with other latents' last step
+                    network._reset_stateful_cache()
                 self._set_timesteps(num_inference_steps, custom or {}, 1.0 if start is None else start.strength)
                 return self._denoise(noise, conditions, generator, known, state, on_step, start)
         finally:
-            self.current_timestep, self.interrupt = None, False
+            self.current_timestep, self.interrupt, self.network = None, False, self.denoiser
             self._prompts = None  # before the next call, adapters may change
             self.last_guidance, self.guidance = self.guidance, guidance  # a callback changes it for this call only
             running_sampler.reset(token)
@@ -233,6 +249,7 @@ class Sampler:
             if self.interrupt:
                 break
             self.current_timestep = timestep
+            self._choose_network(on_host[index])
             if self.guidance.guider is not None:
                 self.guidance.guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timestep)
             levels = timestep * generated if num_known else timestep
@@ -245,6 +262,25 @@ class Sampler:
                 latents, conditions = on_step(index, timestep, latents, conditions)
                 latents = keep(latents)
         return latents
+
+    @property
+    def _networks(self) -> list[SpacetimeTransformer | UNet3D]:
+        return [self.denoiser] if self.low_noise is None else [self.denoiser, self.low_noise.denoiser]
+
+    def _choose_network(self, timestep: Tensor) -> None:
+        if self.low_noise is None:
+            return
+        boundary = self.low_noise.boundary * self.scheduler.config.num_train_timesteps
+        chosen = self.low_noise.denoiser if timestep < boundary else self.denoiser
+        if chosen is not self.network:
+            self.network = chosen
+            self.forget_prompts()  # each network has its own projections of prompts
+
+    @property
+    def _scale(self) -> float:
+        """Weight of classifier-free guidance in the running step."""
+        low = self.guidance.low_noise_scale
+        return self.guidance.scale if low is None or self.network is self.denoiser else low
 
     def _add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         latents = latents.to(noise)
@@ -301,7 +337,7 @@ class Sampler:
 
     def _write(self, latents: Tensor, levels: Tensor, conditions: Conditions, state: TemporalState) -> None:
         timestep = level_to_timestep(self.scheduler, levels)
-        with lock_of(self.denoiser), _without_step_cache(self.denoiser):
+        with lock_of(self.network), _without_step_cache(self.network):
             if self.guidance.guider is None:
                 self._guided(latents, timestep, conditions, state)
                 return
@@ -319,7 +355,8 @@ class Sampler:
         """The guided prediction: one batch for classifier-free guidance, one evaluation per input for guiders."""
         if self.guidance.guider is not None:
             return self._guided_by_guider(latents, timestep, conditions, state, context)
-        is_guided = self.guidance.needs_negative
+        scale = self._scale
+        is_guided = scale > 1
         # a rollout's cache has rows for both prompts, also when a callback turns guidance off
         if conditions.negative_prompt_embeds is None or not (is_guided or state is not None):
             return self._evaluate(f"{context}cond", latents, timestep, conditions.prompt_embeds, conditions, state)
@@ -329,13 +366,13 @@ class Sampler:
                 self._evaluate(f"{context}{name}", latents, timestep, embeds, conditions, None)
                 for name, embeds in prompts.items()
             )
-            return negative + self.guidance.scale * (positive - negative)
+            return negative + scale * (positive - negative)
         both = conditions.doubled() if self._prompts is None else self._prompts.doubled(conditions)
         out = self._evaluate(
             f"{context}cond_uncond", torch.cat([latents, latents]), timestep, both.prompt_embeds, both, state
         )
         negative, positive = out.chunk(2)
-        return negative + self.guidance.scale * (positive - negative) if is_guided else positive
+        return negative + scale * (positive - negative) if is_guided else positive
 
     def _guided_by_guider(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, state: TemporalState | None, context: str
@@ -345,15 +382,15 @@ class Sampler:
         for one in inputs:
             name = getattr(one, guider._identifier_key)
             history = "negative" if one.prompts is conditions.negative_prompt_embeds else "positive"
-            with lock_of(self.denoiser):
-                guider.prepare_models(self.denoiser)
+            with lock_of(self.network):
+                guider.prepare_models(self.network)
                 try:
                     one.noise_pred = self._evaluate(
                         context + name, latents, timestep, one.prompts, conditions,
                         None if state is None else state.branch(history),
                     )  # fmt: skip
                 finally:
-                    guider.cleanup_models(self.denoiser)
+                    guider.cleanup_models(self.network)
         return guider(inputs)[0]
 
     def _evaluate(
@@ -370,16 +407,16 @@ class Sampler:
         Raises:
             ValueError: FasterCache is enabled with keyframes or a state, which it cannot halve.
         """
-        with lock_of(self.denoiser), self.denoiser.cache_context(name):
-            if isinstance(self.denoiser._cache_config, FasterCacheConfig) and not (
+        with lock_of(self.network), self.network.cache_context(name):
+            if isinstance(self.network._cache_config, FasterCacheConfig) and not (
                 conditions.keyframes is None and state is None
             ):
                 raise ValueError(
                     "FasterCache skips half of the batch, which keyframes, interpolation and rollouts do not allow: "
                     "call disable_cache(), or enable another cache"
                 )
-            out = self.denoiser(
-                hidden_states=latents.to(self.denoiser.dtype),
+            out = self.network(
+                hidden_states=latents.to(self.network.dtype),
                 timestep=timestep.expand(latents.shape[0], *timestep.shape),
                 encoder_hidden_states=prompts,
                 state=state,
@@ -391,11 +428,14 @@ class Sampler:
 
     @contextmanager
     def _without_other_calls(self) -> Iterator[None]:
-        """Blocks other threads for a whole call if the denoiser has a step cache."""
-        lock = lock_of(self.denoiser)
-        with lock:  # another thread may have disabled the cache for an evaluation
-            has_cache = self.denoiser._cache_config is not None
-        with lock if has_cache else nullcontext():
+        """Blocks other threads for a whole call if a network has a step cache."""
+        with ExitStack() as held:
+            for network in self._networks:
+                lock = lock_of(network)
+                with lock:  # another thread may have disabled the cache for an evaluation
+                    has_cache = network._cache_config is not None
+                if has_cache:
+                    held.enter_context(lock)
             yield
 
     def decode(self, latents: Tensor, state: TemporalState | None = None) -> Tensor:

@@ -19,6 +19,8 @@ _MEANINGS = {
     "frame_rate": "Frames per second of the content.",
     "num_inference_steps": "Denoising steps: more take longer and change less and less.",
     "guidance_scale": "How strongly the prompt is followed; 1 turns guidance off.",
+    "boundary_ratio": "Noise level below which transformer_2 takes over.",
+    "guidance_scale_2": "How strongly the prompt is followed below that level.",
     "rollout_defaults": "Defaults of rollouts and predictions that differ from the others.",
     "sigmas": "Noise levels of the steps that the checkpoint was trained for, before the scheduler's shift.",
     "tasks": "Trained for: text (vgen generate), leading (predict, animate, rollout), keyframes (interpolate).",
@@ -28,6 +30,7 @@ _MEANINGS = {
     "scheduler": "Noise levels, and the rule of a denoising step.",
     "vae": "Compresses videos to latents and decodes them.",
     "transformer": "The denoiser: it makes latents out of noise.",
+    "transformer_2": "The denoiser for low noise levels.",
     "unet": "The denoiser: it makes latents out of noise.",
     "text_encoder": "Turns the prompt into embeddings that the denoiser reads.",
     "tokenizer": "Splits the prompt into the tokens that the text encoder knows.",
@@ -37,6 +40,7 @@ PUBLIC_CHECKPOINTS = (
     ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text to video", "40.2 GB", "832x480 or 1280x720, 16 fps", "81"),
 )
 """Hub id, tasks, size of all weights in bfloat16, resolution and length of public checkpoints that load."""
+_OPTIONAL = ("rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2")
 _DENOISER = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates", "chunk_size", "window", "sink")
 
 
@@ -44,7 +48,7 @@ def describe_pipeline(pipe: Any) -> list[tuple[str, str, str]]:
     """Name, value and meaning of a pipeline's defaults, capabilities and components."""
     values: dict[str, Any] = {name: pipe.config[name] for name in _MEANINGS if name in pipe.defaults}
     values |= {name: pipe.denoiser.config[name] for name in _DENOISER}
-    values = {name: value for name, value in values.items() if value or name not in ("rollout_defaults", "sigmas")}
+    values = {name: value for name, value in values.items() if value or name not in _OPTIONAL}
     if pipe.video_vae is not None and values["trained_token_frames"] is not None:
         frames = pipe.grid.num_frames(values["trained_token_frames"] * pipe.grid.patch_frames)
         values["trained_token_frames"] = f"{values['trained_token_frames']} ({frames} frames)"

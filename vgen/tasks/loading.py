@@ -117,6 +117,8 @@ def load_checkpoint(model: str, options: LoadOptions, device: Any, *, streams: b
         pipe.set_adapters(list(weights), list(weights.values()))
     if options.compile:
         compile_blocks(pipe.denoiser)
+        if pipe.transformer_2 is not None:
+            compile_blocks(pipe.transformer_2)
     if pipe.device.type == "cpu":
         limit_threads(operations(pipe, streams=streams))
     return pipe

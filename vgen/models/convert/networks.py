@@ -71,19 +71,26 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
     ours = {name: index[name] for name in ("_diffusers_version", "scheduler", "text_encoder", "tokenizer")}
     ours["vae"] = ["vgen.models.vae", "CausalVideoVAE"]
     ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
+    if index.get("boundary_ratio") is not None:
+        ours |= {"transformer_2": ours["transformer"], "boundary_ratio": index["boundary_ratio"]}
     return {"_class_name": "VideoGenPipeline", **ours}
 
 
 def check_wan(config: Mapping[str, Any]) -> None:
-    """Checks that the config of a `WanPipeline` is one of Wan 2.1.
+    """Checks that the config of a `WanPipeline` is one of Wan 2.1, or of Wan 2.2 with two experts.
 
     Raises:
-        ValueError: It has entries of Wan 2.2. The error names one.
+        ValueError: It has another layout, or lacks one of the experts. The error names the entry.
     """
-    for part in ("transformer_2", "boundary_ratio", "expand_timesteps"):
-        value = config.get(part)
-        if value not in (None, False, (None, None)) and value != [None, None]:
-            raise ValueError(f"unsupported WanPipeline: {part}={value} is a layout of Wan 2.2")
+    if config.get("expand_timesteps"):
+        raise ValueError("unsupported WanPipeline: expand_timesteps=True is the layout of Wan 2.2 TI2V-5B")
+    experts = [name for name in ("transformer", "transformer_2") if (config.get(name) or [None])[0] is not None]
+    expected = ["transformer"] if config.get("boundary_ratio") is None else ["transformer", "transformer_2"]
+    if experts != expected:
+        raise ValueError(
+            f"unsupported WanPipeline: boundary_ratio={config.get('boundary_ratio')} needs {' and '.join(expected)}, "
+            f"got {' and '.join(experts) or 'none'}"
+        )
 
 
 def inflate_kernel(weight: Tensor, length: int, causal: bool) -> Tensor:

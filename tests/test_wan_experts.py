@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+from vgen import VideoGenPipeline
+
+PROMPT, NEGATIVE = "a red circle moves", "blue"
+SETTINGS = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def experts_folder(wan_folder, tmp_path_factory, randomize):
+    """A tiny random folder in the layout of Wan 2.2 T2V A14B."""
+    path = tmp_path_factory.mktemp("experts")
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    parts["transformer_2"] = randomize(WanTransformer3DModel.from_config(parts["transformer"].config), seed=5)
+    WanPipeline(**parts, boundary_ratio=0.8).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pipes(experts_folder):
+    """The pipelines of diffusers and of this package."""
+    both = WanPipeline.from_pretrained(experts_folder), VideoGenPipeline.from_pretrained(experts_folder)
+    for pipe in both:
+        pipe.set_progress_bar_config(disable=True)
+    return both
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 5.0])
+def test_videos_equal_those_of_diffusers(pipes, scale):
+    latents = [
+        pipe(PROMPT, NEGATIVE, **SETTINGS, guidance_scale_2=scale, generator=seeds(0)[0], output_type="latent").frames
+        for pipe in pipes
+    ]
+    torch.testing.assert_close(latents[1], latents[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_batches_and_output_types_equal_those_of_diffusers(pipes, output_type):
+    theirs, ours = (
+        pipe([PROMPT, "a blue square"], [NEGATIVE] * 2, **SETTINGS, generator=seeds(1, 2), output_type=output_type)
+        for pipe in pipes
+    )
+    if output_type == "pil":
+        pairs = zip(sum(theirs.frames, []), sum(ours.frames, []), strict=True)
+        assert max(np.abs(np.asarray(a, float) - np.asarray(b, float)).max() for a, b in pairs) <= 1
+    else:
+        np.testing.assert_allclose(np.asarray(ours.frames), np.asarray(theirs.frames), atol=1e-4)
+
+
+def test_each_network_is_used_on_its_side_of_the_boundary(pipes):
+    _, pipe = pipes
+    used = {"transformer": [], "transformer_2": []}
+    for name, levels in used.items():
+        network = getattr(pipe, name)
+        network.register_forward_pre_hook(
+            lambda _, args, kwargs, levels=levels: levels.append(kwargs["timestep"].flatten()[0].item()),
+            with_kwargs=True,
+        )
+    pipe(PROMPT, **SETTINGS, output_type="latent")
+    assert min(used["transformer"]) >= 800 > max(used["transformer_2"])
+    assert len(used["transformer"]) + len(used["transformer_2"]) == SETTINGS["num_inference_steps"]
+    pipe.register_to_config(boundary_ratio=0.0)  # the second one is never used
+    used["transformer_2"].clear()
+    pipe(PROMPT, **SETTINGS, output_type="latent")
+    assert not used["transformer_2"]
+
+
+def test_a_pipeline_survives_saving_and_conversion(pipes, tmp_path):
+    theirs, ours = pipes
+    ours.save_pretrained(tmp_path)
+    settings = SETTINGS | {"generator": None, "output_type": "latent"}
+    expected = ours(PROMPT, NEGATIVE, **settings | {"generator": seeds(3)[0]}).frames
+    for pipe in (VideoGenPipeline.from_pretrained(tmp_path), VideoGenPipeline.from_pipe(theirs), ours.to_diffusers()):
+        pipe.set_progress_bar_config(disable=True)
+        got = pipe(PROMPT, NEGATIVE, **settings | {"generator": seeds(3)[0]}).frames
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    marks = ours.fingerprint()
+    assert marks["low-noise denoiser"] != marks["denoiser"]
+
+
+def test_a_default_weight_for_the_second_network_gives_way_to_one_weight_for_both(pipes):
+    _, pipe = pipes
+    pipe.register_to_config(guidance_scale=3.0, guidance_scale_2=6.0)
+    settings = {name: value for name, value in SETTINGS.items() if name != "guidance_scale"}
+
+    def latents(**weights):
+        return pipe(PROMPT, NEGATIVE, **settings, **weights, generator=seeds(0)[0], output_type="latent").frames
+
+    torch.testing.assert_close(latents(), latents(guidance_scale=3.0, guidance_scale_2=6.0))
+    torch.testing.assert_close(latents(guidance_scale=3.0), latents(guidance_scale=3.0, guidance_scale_2=3.0))
+    assert not torch.equal(latents(), latents(guidance_scale=3.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boundary_ratio": None}, "boundary_ratio=None needs transformer, got transformer and transformer_2"),
+        ({"transformer_2": [None, None]}, "boundary_ratio=0.8 needs transformer and transformer_2, got transformer"),
+        ({"transformer": [None, None]}, "boundary_ratio=0.8 needs transformer and transformer_2, got transformer_2"),
+    ],
+)
+def test_half_a_pair_is_named(experts_folder, tmp_path, change, message):
+    index = json.loads((experts_folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(ValueError, match=message):
+        VideoGenPipeline.from_pretrained(tmp_path)
+
+
+def test_what_a_pair_cannot_do_is_named(pipes, wan_folder):
+    _, pipe = pipes
+    parts = pipe.components
+    with pytest.raises(ValueError, match="transformer_2 needs boundary_ratio"):
+        VideoGenPipeline(**parts | {"transformer": None})
+    with pytest.raises(ValueError, match="boundary_ratio must be a finite number"):
+        VideoGenPipeline(**parts, boundary_ratio=2.0)
+    pipe.transformer.register_to_config(tasks=["text", "leading"])
+    with pytest.raises(ValueError, match="makes single clips only"):
+        pipe.rollout(PROMPT)
+    with pytest.raises(ValueError, match="transformer_2 must have the config of transformer; see tasks"):
+        VideoGenPipeline(**parts)
+    single = VideoGenPipeline.from_pretrained(wan_folder)
+    with pytest.raises(ValueError, match="guidance_scale_2 is for checkpoints with transformer_2"):
+        single(PROMPT, **SETTINGS, guidance_scale_2=2.0)
