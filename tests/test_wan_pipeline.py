@@ -63,7 +63,7 @@ def test_it_is_saved_as_ours(wan_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"_class_name": "WanImageToVideoPipeline"}, "WanImageToVideoPipeline"),
+        ({"_class_name": "WanVACEPipeline"}, "WanVACEPipeline"),
         ({"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "transformer_2"),
         ({"boundary_ratio": 0.875}, "boundary_ratio"),

@@ -24,6 +24,7 @@ from diffusers import (
     DiffusionPipeline,
     FasterCacheConfig,
     SchedulerMixin,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
@@ -32,7 +33,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput, logging
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from vgen.checks import check_choice, check_integer, check_number, check_type, shown
 from vgen.diffusion import check_scheduler, is_flow, prediction_type
@@ -42,7 +43,7 @@ from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.io.preview import animations_html
 from vgen.io.records import read_json
-from vgen.models.convert.networks import check_wan, from_wan_index, with_same_weights
+from vgen.models.convert.networks import WAN_PIPELINES, check_wan, from_wan_index, with_same_weights
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import (
@@ -67,11 +68,15 @@ from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, loa
 from vgen.sampling.conditions import Conditions, Guidance
 from vgen.sampling.interpolation import Interpolator, check_factor, max_latents
 from vgen.sampling.known_frames import (
+    KnownFrameLayout,
     KnownFrames,
+    check_images,
     check_tasks,
     collect_given_frames,
     encode_clip,
+    encode_condition,
     encode_known_frames,
+    from_start,
     lay_out,
     warn_unlike_training,
 )
@@ -105,7 +110,10 @@ _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
 
 _DENOISERS = ("transformer", "unet")
-_COMPONENTS = ("scheduler", "vae", "transformer", "unet", "transformer_2", "text_encoder", "tokenizer")
+_COMPONENTS = (
+    "scheduler", "vae", "transformer", "unet", "transformer_2", "text_encoder", "tokenizer", "image_encoder",
+    "image_processor",
+)  # fmt: skip
 
 OutputType = Literal["np", "pil", "pt", "latent"]
 
@@ -135,6 +143,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
         unet: The denoiser, if it is a U-Net.
         transformer_2: A second Transformer for low noise levels, as in Wan 2.2 A14B.
+        image_encoder: Encodes known frames for Wan 2.1 image to video.
+        image_processor: Of the image encoder.
         text_encoder: Any transformers text encoder; without one, prompts must be embeddings. A denoiser that was
             trained without prompts (no `text` among its tasks) needs none.
         tokenizer: Of the text encoder.
@@ -153,8 +163,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         guidance_scale_2: Default weight of guidance below it; `None` is the weight above it.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->unet->vae"
-    _optional_components = ["vae", "transformer", "transformer_2", "unet", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->unet->vae"
+    _optional_components = [name for name in _COMPONENTS if name != "scheduler"]
     _callback_tensor_inputs = list(TENSOR_INPUTS)
 
     def __init__(
@@ -177,6 +187,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         transformer_2: SpacetimeTransformer | WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         guidance_scale_2: float | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        image_processor: BaseImageProcessor | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
@@ -215,6 +227,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             transformer_2=transformer_2,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
         )
         self.register_to_config(**copy.deepcopy(defaults))
         self._prediction_type = None if scheduler is None else prediction_type(scheduler)
@@ -227,7 +241,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
         """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
 
-        Folders of diffusers' `WanPipeline` (text to video of Wan 2.1, and of Wan 2.2 A14B) load too.
+        Folders of diffusers' `WanPipeline` and `WanImageToVideoPipeline` (Wan 2.1, and Wan 2.2 A14B) load too.
 
         Args:
             pretrained_model_name_or_path: Name of the checkpoint.
@@ -281,7 +295,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if "text_encoder" in loaded:
             check_text_encoder(folder / "text_encoder", loaded["text_encoder"], kwargs.get("variant"))
         # networks of other libraries, which do not check their weights
-        foreign = [name for name in ("text_encoder", "vae") if loaded.get(name) not in (None, "CausalVideoVAE")]
+        foreign = [
+            name
+            for name in ("text_encoder", "image_encoder", "vae")
+            if loaded.get(name) not in (None, "CausalVideoVAE")
+        ]
         if loaded.get("vae") == "AutoencoderKL":
             load = AutoencoderKL.from_pretrained  # here without reading weights
             load_strictly(load, "AutoencoderKL", folder / "vae", device_map="meta", variant=kwargs.get("variant"))
@@ -362,17 +380,18 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """A pipeline with the components of another one, without more memory for weights.
 
         Args:
-            pipeline: A pipeline of this class, or a `WanPipeline` or `WanVideoToVideoPipeline` of diffusers.
+            pipeline: A pipeline of this class, or a `WanPipeline`, `WanImageToVideoPipeline` or
+                `WanVideoToVideoPipeline` of diffusers.
             kwargs: Components or defaults to replace, and `torch_dtype`; by default the weights keep their data type.
 
         Raises:
             ValueError: It is another pipeline, or Wan 2.2 TI2V-5B.
         """
-        known = (cls, WanPipeline, WanVideoToVideoPipeline)
+        known = (cls, WanPipeline, WanImageToVideoPipeline, WanVideoToVideoPipeline)
         if type(pipeline) not in known:
             expected = ", ".join(one.__name__ for one in known)
             raise ValueError(f"pipeline must be one of {expected}, got {type(pipeline).__name__}")
-        if type(pipeline) is WanPipeline:
+        if type(pipeline).__name__ in WAN_PIPELINES:
             check_wan(pipeline.config)
             kwargs = {"boundary_ratio": pipeline.config.boundary_ratio} | kwargs
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
@@ -380,8 +399,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
         return result if dtype is None else result.to(dtype=dtype)
 
-    def to_diffusers(self) -> WanPipeline:
-        """A `WanPipeline` with copies of the networks that gives the same videos.
+    def to_diffusers(self) -> WanPipeline | WanImageToVideoPipeline:
+        """A pipeline of diffusers with copies of the networks that gives the same videos.
 
         Raises:
             ValueError: The networks have no counterparts in diffusers.
@@ -391,7 +410,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 "only a pipeline with a CausalVideoVAE and a SpacetimeTransformer becomes a WanPipeline, got "
                 f"{type(self.vae).__name__} and {type(self.denoiser).__name__}"
             )
-        return WanPipeline(
+        images = {"image_encoder": self.image_encoder, "image_processor": self.image_processor}
+        from_images = self.denoiser.condition_channels > 0
+        return (WanImageToVideoPipeline if from_images else WanPipeline)(
+            **(images if from_images else {}),
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
             vae=self.vae.to_diffusers(),
@@ -403,18 +425,19 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Reads `model_index.json`; that of a `WanPipeline` becomes one of this class.
+        """Reads `model_index.json`; that of one of `WAN_PIPELINES` becomes one of this class.
 
         Raises:
             ValueError: The index is that of another pipeline class. The error names it.
         """
         index = super().load_config(pretrained_model_name_or_path, **kwargs)
         name = index.get("_class_name") if isinstance(index, dict) else cls.__name__
-        if name == "WanPipeline":
+        if name in WAN_PIPELINES:
             return from_wan_index(index)
         if name != cls.__name__:
             raise ValueError(
-                f"{pretrained_model_name_or_path} must contain a {cls.__name__} or a WanPipeline, got a {name}"
+                f"{pretrained_model_name_or_path} must contain a {cls.__name__}, {' or '.join(WAN_PIPELINES)}, got a "
+                f"{name}"
             )
         return index
 
@@ -464,7 +487,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             guidance_scale_2: The same for `transformer_2`; by default `guidance_scale`, if that is given.
             image: The first frame: a PIL image, an array `(h, w, 3)` or a tensor `(3, h, w)`, uint8 or in [0, 1]; a
                 list has one for each prompt. The same as `frames={0: image}`.
-            frames: Known frames by index, in the format of `image`; they are returned unchanged at their positions.
+            frames: Known frames by index, in the format of `image`; -1 is the last one. They are returned unchanged
+                at their positions, except by image-to-video checkpoints of Wan, which only imitate them.
             video: A video to change, in the format of `rollout`; a list has one for each prompt.
             strength: How much `video` is changed: the share of the denoising steps that are done, above 0 and up to 1,
                 which starts from pure noise.
@@ -608,6 +632,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             negative_prompt_embeds=negative,
             frame_rate=frame_rate if self.denoiser.config.frame_rate_embedding else None,
             keyframes=None if known.keyframes is None else known.keyframes.to(sampler.device, self.denoiser.dtype),
+            condition=known.condition,
+            image_embeds=known.image_embeds,
             groups=groups,
             attention_kwargs=attention_kwargs,
         )
@@ -751,7 +777,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         config = self.denoiser.config
         check_tasks(config, self.grid, {"leading"})
         if self.transformer_2 is not None:
-            raise ValueError("a checkpoint with transformer_2 makes single clips only: it has no cache of two networks")
+            raise ValueError(
+                "a checkpoint with transformer_2 makes single clips only: it has no cache of two networks"
+            )
         options = RolloutOptions() if options is None else options
         check_type("options", options, RolloutOptions, "RolloutOptions")
         options = options.updated(**overrides)
@@ -834,7 +862,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             ValueError: It is not.
         """
         names = ("temporal_compression_ratio", "spatial_compression_ratio")
-        needed = [self.denoiser.config.in_channels, *(getattr(self.video_vae, name, 1) for name in names)]
+        needed = [
+            self.denoiser.config.out_channels or self.denoiser.config.in_channels,
+            *(getattr(self.video_vae, name, 1) for name in names),
+        ]
         found = [decoder.config.latent_channels, *(getattr(decoder, name) for name in names)]
         if needed != found:
             raise ValueError(
@@ -1379,6 +1410,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: An index is out of range, or the checkpoint cannot use what is given.
         """
+        given = from_start(given, num_frames)
+        if self.denoiser.condition_channels:
+            return self._encode_images(given, num_frames, num_videos_per_prompt)
         layout = lay_out(given.keys(), num_frames, self.grid)
         uses = {"leading": layout.num_leading > 0, "keyframes": bool(layout.slots)}
         check_tasks(self.denoiser.config, self.grid, {task for task, used in uses.items() if used})
@@ -1390,6 +1424,31 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             warn_unlike_training(self.video_vae, given[min(given)], device)
         still = self.denoiser.config.still_keyframes
         return encode_known_frames(pixels, num_frames, self.grid, self.video_vae, still)
+
+    def _encode_images(self, given: dict[int, Tensor], num_frames: int, num_videos_per_prompt: int) -> KnownFrames:
+        """Encodes known frames to extra channels of the denoiser's input, and to tokens of the image encoder.
+
+        Raises:
+            ValueError: The checkpoint cannot use what is given, or it has no image encoder.
+        """
+        config, device, dtype = self.denoiser.config, self._execution_device, self.denoiser.dtype
+        check_images(config, given.keys(), num_frames)
+        pixels = {index: given[index].to(device) for index in sorted(given)}
+        condition = encode_condition(pixels, num_frames, self.grid, self.video_vae)
+        tokens = None
+        if config.image_dim is not None:
+            if self.image_encoder is None or self.image_processor is None:
+                raise ValueError("this checkpoint needs its image_encoder and image_processor")
+            encoded = []
+            for frame in pixels.values():
+                images = list(to_frames(frame.unsqueeze(2))[:, 0])
+                inputs = self.image_processor(images=images, return_tensors="pt").to(device)
+                encoded.append(self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2])
+            tokens = torch.cat(encoded, dim=1).to(dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+        return KnownFrames(
+            KnownFrameLayout(0, 0, {}), None, None, {},
+            condition=condition.to(dtype).repeat_interleave(num_videos_per_prompt, dim=0), image_embeds=tokens,
+        )  # fmt: skip
 
 
 def load_rollout(
@@ -1449,7 +1508,9 @@ def _check_experts(
         if name[:1] != "_" and low_noise.config[name] != config.get(name, low_noise.config[name])
     )
     if transformer is None or wrong:
-        raise ValueError(f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}")
+        raise ValueError(
+            f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}"
+        )
 
 
 def _one_per_video(prompt: Any, video: Any) -> Any:

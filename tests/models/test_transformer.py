@@ -553,11 +553,12 @@ def test_writable_state_under_gradient_checkpointing_raises(make_transformer):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"image_dim": 8}, "image_dim must be None, got 8.*image-to-video"),
-        ({"added_kv_proj_dim": 8}, "added_kv_proj_dim must be None, got 8.*image-to-video"),
-        ({"pos_embed_seq_len": 8}, "pos_embed_seq_len must be None, got 8"),
+        ({"image_dim": 8}, "image_dim=8 needs added_kv_proj_dim=24, got None"),
+        ({"added_kv_proj_dim": 8}, "image_dim=None needs added_kv_proj_dim=None, got 8"),
+        ({"pos_embed_seq_len": 8}, "pos_embed_seq_len=8 needs image_dim"),
+        ({"in_channels": 5, "keyframe_slots": 4}, "keyframe_slots and residual are for networks without a condition"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be 'rms_norm_across_heads', got 'layer_norm'"),
-        ({"in_channels": 5}, "out_channels must equal in_channels=5"),
+        ({"in_channels": 2}, "out_channels must be at most in_channels=2"),
         ({"tasks": ("text", "video")}, "tasks must be one of 'text', 'leading', 'keyframes', got 'video'"),
         ({"attention": "axial"}, "attention must be one of 'joint', 'divided', got 'axial'"),
     ],

@@ -12,16 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import GGUFQuantizationConfig
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES, FromOriginalModelMixin
-from diffusers.loaders.single_file_utils import (
-    convert_wan_transformer_to_diffusers,
-    convert_wan_vae_to_diffusers,
-    load_single_file_checkpoint,
-)
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from torch import Tensor
 
 from vgen.io.errors import loading, one_line
 from vgen.io.records import read_json
 from vgen.models.convert.files import Weights, unwrap
+from vgen.models.convert.names import Network, from_original
 from vgen.models.loading import PICKLED, check_finite, shorten
 
 _HEAD_DIM = 128  # of all published Transformers of this family; the weights do not tell
@@ -91,11 +88,7 @@ def with_our_names(network_class: Any, weights: Weights, name: str) -> Weights:
     Raises:
         ValueError: They cannot be converted.
     """
-    weights = unwrap(weights, name)
-    if not _is_original(weights):
-        return weights
-    with loading(name):
-        return SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]["checkpoint_mapping_fn"](checkpoint=weights)
+    return from_original(_NETWORKS[network_class.__name__], unwrap(weights, name))
 
 
 def config_of(network_class: Any, weights: Weights, name: str, head_dim: int = _HEAD_DIM) -> dict[str, Any]:
@@ -116,11 +109,6 @@ def config_of(network_class: Any, weights: Weights, name: str, head_dim: int = _
 def holds_vae(weights: Weights) -> bool:
     """Whether the weights of a file are those of a VAE."""
     return any(key.startswith("decoder.") for key in weights)
-
-
-def _is_original(weights: Weights) -> bool:
-    """Whether the weights have the names of the original repository, and not those of diffusers."""
-    return "conv2.weight" in weights or any(key.startswith(("head.", "blocks.0.self_attn.")) for key in weights)
 
 
 def _stored(weights: Weights) -> torch.dtype:
@@ -193,7 +181,18 @@ def _transformer_config(weights: Weights, name: str, head_dim: int) -> dict[str,
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         "cross_attn_norm": "blocks.0.norm2.weight" in weights,
+        **_image_config(weights),
     }
+
+
+def _image_config(weights: Weights) -> dict[str, int]:
+    """The sizes of what a Transformer does with image tokens."""
+    places = {
+        "image_dim": ("condition_embedder.image_embedder.norm1.weight", 0),
+        "added_kv_proj_dim": ("blocks.0.attn2.add_k_proj.weight", 1),
+        "pos_embed_seq_len": ("condition_embedder.image_embedder.pos_embed", 1),
+    }
+    return {name: _shape(weights[key])[axis] for name, (key, axis) in places.items() if key in weights}
 
 
 def _vae_config(weights: Weights, name: str, _: int) -> dict[str, Any]:
@@ -206,16 +205,13 @@ def _given(original_config: dict[str, Any], checkpoint: Any) -> dict[str, Any]:
     return original_config
 
 
-# diffusers looks up its converters by the name of the class
+def _unchanged(checkpoint: Weights, **kwargs: Any) -> Weights:
+    return checkpoint
+
+
+_NETWORKS: dict[str, Network] = {"SpacetimeTransformer": "transformer", "CausalVideoVAE": "vae"}
+# diffusers looks up its converters by the name of the class; it gets weights that have our names already
 SINGLE_FILE_LOADABLE_CLASSES |= {
-    "SpacetimeTransformer": {
-        "checkpoint_mapping_fn": convert_wan_transformer_to_diffusers,
-        "config_mapping_fn": _given,
-        "config_of_weights": _transformer_config,
-    },
-    "CausalVideoVAE": {
-        "checkpoint_mapping_fn": convert_wan_vae_to_diffusers,
-        "config_mapping_fn": _given,
-        "config_of_weights": _vae_config,
-    },
+    name: {"checkpoint_mapping_fn": _unchanged, "config_mapping_fn": _given, "config_of_weights": sizes}
+    for name, sizes in (("SpacetimeTransformer", _transformer_config), ("CausalVideoVAE", _vae_config))
 }

@@ -56,15 +56,50 @@ Attention = Literal["joint", "divided"]
 _BEYOND_WAN = ("keyframe_embedding", "frame_rate_embedder")
 
 
-class ConditionEmbedder(nn.Module):
-    """Embeds noise levels and frame rates as modulation, and projects prompt embeddings to the network's width."""
+class ImageEmbedder(nn.Module):
+    """Projects the tokens of an image encoder to the network's width.
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
+    Args:
+        image_dim: Channels of the tokens.
+        dim: Width of the network.
+        num_tokens: Number of tokens, each of which gets a position embedding; `None` for no position embedding.
+    """
+
+    def __init__(self, image_dim: int, dim: int, num_tokens: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
+        self.norm2 = FP32LayerNorm(dim)
+        self.pos_embed = None if num_tokens is None else nn.Parameter(torch.zeros(1, num_tokens, image_dim))
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """Maps `(b, k, image_dim)` to `(b, k, d)`.
+
+        Raises:
+            ValueError: There is another number of tokens than positions.
+        """
+        if self.pos_embed is not None:
+            if image_embeds.shape[1] != self.pos_embed.shape[1]:
+                raise ValueError(
+                    f"image_embeds must have {self.pos_embed.shape[1]} tokens, those of the first and the last frame, "
+                    f"got {image_embeds.shape[1]}"
+                )
+            image_embeds = image_embeds + self.pos_embed
+        return self.norm2(self.ff(self.norm1(image_embeds)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds noise levels and frame rates as modulation, and projects prompts and images to the network's width."""
+
+    def __init__(
+        self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None = None, image_tokens: int | None = None
+    ) -> None:
         super().__init__()
         self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(freq_dim, dim)
         self.time_proj = nn.Linear(dim, dim * 6)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+        self.image_embedder = None if image_dim is None else ImageEmbedder(image_dim, dim, image_tokens)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeds timesteps `(b, m)`, adds `extra` `(b, 1, d)`; gives `(b, m, d)` and its projection `(b, m, 6, d)`."""
@@ -96,7 +131,14 @@ class SpacetimeBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float, divided: bool
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        cross_attn_norm: bool,
+        eps: float,
+        divided: bool,
+        added_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.divided = divided
@@ -105,7 +147,7 @@ class SpacetimeBlock(nn.Module):
         if divided:
             self.attn_time = SpacetimeAttention(dim, num_heads, dim_head, eps)
         self.attn1 = SpacetimeAttention(dim, num_heads, dim_head, eps)
-        self.attn2 = SpacetimeAttention(dim, num_heads, dim_head, eps, is_cross_attention=True)
+        self.attn2 = SpacetimeAttention(dim, num_heads, dim_head, eps, is_cross_attention=True, added_dim=added_dim)
         self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.ffn.net[0] = TanhGELU(self.ffn.net[0].proj)
@@ -127,6 +169,7 @@ class SpacetimeBlock(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
         prompt_cache: PromptCache | None = None,
+        image_states: Tensor | None = None,
         return_key_value: bool = False,
     ) -> Any:
         """Maps tokens `(b, n * p, d)` to the same shape.
@@ -141,6 +184,7 @@ class SpacetimeBlock(nn.Module):
             encoder_attention_mask: Additive mask `(b, 1, 1, l)`.
             cache: Rotated keys, and values, `(b, k, p, h, head)` of `k` earlier token frames.
             prompt_cache: Keeps the keys and values of the prompt.
+            image_states: Image tokens `(b, k, d)`.
             return_key_value: Whether to return `(hidden_states, key, value)`, the last two `(b, n, p, h, head)`.
         """
         modulation = rearrange(self.scale_shift_table + temb.float(), "b m k d -> k b m 1 d")
@@ -157,7 +201,7 @@ class SpacetimeBlock(nn.Module):
         if encoder_hidden_states is not None:
             x = self.norm2(hidden_states.float()).type_as(hidden_states)  # float32
             hidden_states = hidden_states + self.attn2(
-                x, encoder_hidden_states, encoder_attention_mask, prompt_cache=prompt_cache
+                x, encoder_hidden_states, encoder_attention_mask, prompt_cache=prompt_cache, image_states=image_states
             )
 
         x = self.ffn(modulated_norm(hidden_states, ffn_shift, ffn_scale, self.eps))
@@ -217,7 +261,7 @@ AttentionProcessorRegistry.register(
 class SpacetimeTransformer(
     StrictLoading, DispatchedAttention, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
-    """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan 2.1 text-to-video Transformer.
+    """A diffusion Transformer over spacetime patches, with the arithmetic of the Wan Transformer.
 
     With the same weights it equals `diffusers.WanTransformer3DModel`. Parameter and config names are the same for the
     layers that both classes have. It adds one noise level per token frame, frame groups, a KV cache of past frames,
@@ -227,8 +271,8 @@ class SpacetimeTransformer(
         patch_size: Latent frames, rows and columns per patch.
         num_attention_heads: Number of heads.
         attention_head_dim: Channels per head.
-        in_channels: Channels of the latents.
-        out_channels: Channels of the prediction; `None` means `in_channels`.
+        in_channels: Channels of the latents, and of the condition if there is one (`condition`).
+        out_channels: Channels of the latents and of the prediction; `None` means `in_channels`.
         text_dim: Channels of the prompt embeddings.
         freq_dim: Channels of the sinusoidal embeddings of noise levels and frame rates.
         ffn_dim: Inner width of the feed-forward layers.
@@ -236,10 +280,11 @@ class SpacetimeTransformer(
         cross_attn_norm: Whether to normalize before cross-attention.
         qk_norm: Must be `rms_norm_across_heads`.
         eps: Epsilon of the norms.
-        image_dim: Must be `None`; the image-to-video layout of Wan is unsupported.
-        added_kv_proj_dim: Must be `None`, for the same reason.
+        image_dim: Channels of the image tokens of Wan 2.1 image to video; `None` if there are none.
+        added_kv_proj_dim: Width of the network if there are image tokens, else `None`.
         rope_max_seq_len: Unused; kept for conversion. Rotary angles are computed, not looked up.
-        pos_embed_seq_len: Must be `None`.
+        pos_embed_seq_len: Number of image tokens of the first and the last frame together, which then have position
+            embeddings; `None` for tokens of the first frame without them.
         attention: `joint` attention over space and time, or `divided`: over time, then over space.
         tasks: Tasks that the weights were trained for, of `text`, `leading`, `keyframes`.
         group_modes: Group modes that the weights were trained with, of `full`, `causal`, `chunk`.
@@ -308,23 +353,22 @@ class SpacetimeTransformer(
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
-            if value is not None:
-                raise ValueError(
-                    f"{name} must be None, got {value!r}: the image-to-video layout of Wan is unsupported"
-                )
-        if out_channels not in (None, in_channels):
+        dim = num_attention_heads * attention_head_dim
+        if out_channels is not None and out_channels > in_channels:
+            raise ValueError(f"out_channels must be at most in_channels={in_channels}, got {out_channels}")
+        if (image_dim is None) != (added_kv_proj_dim is None) or added_kv_proj_dim not in (None, dim):
             raise ValueError(
-                f"out_channels must equal in_channels={in_channels}, got {out_channels}: layouts with conditions as "
-                "extra channels, such as image-to-video of Wan 2.2, are unsupported"
+                f"image_dim={image_dim} needs added_kv_proj_dim={None if image_dim is None else dim}, got "
+                f"{added_kv_proj_dim}"
             )
-        if pos_embed_seq_len is not None:
-            raise ValueError(f"pos_embed_seq_len must be None, got {pos_embed_seq_len!r}")
+        if image_dim is None and pos_embed_seq_len is not None:
+            raise ValueError(f"pos_embed_seq_len={pos_embed_seq_len} needs image_dim")
+        if (residual or keyframe_slots) and out_channels not in (None, in_channels):
+            raise ValueError("keyframe_slots and residual are for networks without a condition (out_channels)")
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
         check_choice("attention", attention, Attention)
         check_choices("tasks", tasks, Task)
-        dim = num_attention_heads * attention_head_dim
         patch = (patch_size[0], patch_size[1], patch_size[2])
         self.rope = RotaryPositions(attention_head_dim)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
@@ -333,10 +377,12 @@ class SpacetimeTransformer(
             slots = keyframe_slots * (in_channels + 1)
             self.keyframe_embedding = nn.Conv3d(slots, dim, kernel_size=patch, stride=patch, bias=False)
             nn.init.zeros_(self.keyframe_embedding.weight)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
         self.frame_rate_embedder = FrameRateEmbedder(dim, freq_dim) if frame_rate_embedding else None
         self.blocks = nn.ModuleList(
-            SpacetimeBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, attention == "divided")
+            SpacetimeBlock(
+                dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, attention == "divided", added_kv_proj_dim
+            )
             for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch))
@@ -358,6 +404,11 @@ class SpacetimeTransformer(
         """Channels of the prompt embeddings."""
         return self.config.text_dim
 
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the condition; 0 without one."""
+        return self.config.in_channels - (self.config.out_channels or self.config.in_channels)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -368,6 +419,8 @@ class SpacetimeTransformer(
         encoder_attention_mask: Tensor | None = None,
         frame_rate: float | Tensor | None = None,
         keyframes: Tensor | None = None,
+        condition: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         groups: Groups = "full",
         state: TemporalState | None = None,
         prompt_cache: PromptCache | None = None,
@@ -384,6 +437,10 @@ class SpacetimeTransformer(
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
             keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
+            condition: Mask and latents of the known frames `(b, condition_channels, t, h, w)`, for networks with more
+                `in_channels` than `out_channels`; see `vgen.sampling.known_frames.encode_condition`.
+            image_embeds: Tokens of the image encoder for known frames `(b, k, image_dim)`, for networks with
+                `image_dim`.
             groups: A group mode, or integers `(n,)` or `(b, n)`: frame i attends to frame j iff
                 `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
                 every cached frame. Integers in a list need no attention mask; a tensor does.
@@ -396,8 +453,10 @@ class SpacetimeTransformer(
             An output whose `sample` is the prediction `(b, c, t, h, w)`.
 
         Raises:
-            ValueError: A size is not a multiple of the patch size, or the shapes do not match.
+            ValueError: A size is not a multiple of the patch size, the shapes do not match, or an input is missing or
+                not supported.
         """
+        self._check_condition(condition, image_embeds)
         p_t, p_h, p_w = self.config.patch_size
         b, _, t, height, width = hidden_states.shape
         if t % p_t or height % p_h or width % p_w:
@@ -426,7 +485,9 @@ class SpacetimeTransformer(
         estimate = None
         if self.config.residual:
             estimate = estimate_linearly(hidden_states, self._timesteps(timestep, b, n), keyframes)
-        tokens = self.patch_embedding(hidden_states)
+        tokens = self.patch_embedding(
+            hidden_states if condition is None else torch.cat([hidden_states, condition.to(hidden_states)], dim=1)
+        )
         if keyframes is not None:
             tokens = tokens + self._embed_keyframes(keyframes)
         tokens = rearrange(tokens, "b d n h w -> b (n h w) d").contiguous()
@@ -446,13 +507,19 @@ class SpacetimeTransformer(
                 hidden = rearrange(encoder_attention_mask == 0, "b l -> b 1 1 l")
                 prompt_mask = torch.zeros(hidden.shape, dtype=tokens.dtype, device=tokens.device)
                 prompt_mask = prompt_mask.masked_fill(hidden, float("-inf"))
+        image_states: Any = None
+        if image_embeds is not None:
+            image_embedder: Any = self.condition_embedder.image_embedder
+            image_states = once(prompt_cache, image_embedder, image_embedder, image_embeds.to(tokens.dtype))
 
         write = cache is not None and cache.state.writable
         written: dict[str, tuple[Tensor, Tensor]] = {}
         block: Any
         for block in self.blocks:
             past = None if cache is None else cache.read(block.cache_key, b, rows * columns, past_rotary)
-            inputs = (encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, prompt_cache)
+            inputs = (
+                encoder_hidden_states, modulation, rotary_emb, n, mask, prompt_mask, past, prompt_cache, image_states,
+            )  # fmt: skip
             if write:
                 tokens, *written[block.cache_key] = block(tokens, *inputs, return_key_value=True)
             elif torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -497,7 +564,7 @@ class SpacetimeTransformer(
         """Converts a diffusers model; the result has the same weights and gives the same output.
 
         Raises:
-            ValueError: The model has the image-to-video layout, which is unsupported.
+            ValueError: The model has another layout.
         """
         return with_same_weights(source, cls)
 
@@ -541,6 +608,17 @@ class SpacetimeTransformer(
                 f"timestep must be a number or have shape ({b},) or ({b}, {n}), got {tuple(timestep.shape)}"
             )
         return levels
+
+    def _check_condition(self, condition: Tensor | None, image_embeds: Tensor | None) -> None:
+        """Checks that inputs of image-to-video networks are given exactly where they are needed."""
+        channels = 0 if condition is None else condition.shape[1]
+        if channels != self.condition_channels:
+            raise ValueError(f"condition must have {self.condition_channels} channels, got {channels}")
+        if (image_embeds is None) != (self.config.image_dim is None):
+            raise ValueError(
+                f"image_embeds must be {'given' if image_embeds is None else 'None'} for a network with "
+                f"image_dim={self.config.image_dim}"
+            )
 
     def _embed_keyframes(self, keyframes: Tensor) -> Tensor:
         if self.keyframe_embedding is None:

@@ -452,6 +452,8 @@ class UNet3D(
     _skip_keys = ["state", "prompt_cache"]
     conv_history = 2
     """Number of preceding latent frames in the receptive field of one temporal convolution."""
+    condition_channels = 0
+    """Channels of a condition, which only Transformers have."""
     temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
     """Substrings that identify the parameters that a 2D network does not have."""
 

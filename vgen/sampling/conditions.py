@@ -59,6 +59,10 @@ class Conditions:
     """Pixel frames per second; `None` for denoisers without a frame rate embedding."""
     keyframes: Tensor | None = None
     """Keyframe slots `(b, s * (c + 1), t, h, w)`."""
+    condition: Tensor | None = None
+    """Mask and latents of the known frames `(b, s + c, t, h, w)`, for networks with extra channels for them."""
+    image_embeds: Tensor | None = None
+    """Tokens of known frames from an image encoder `(b, k, d)`."""
     groups: str | Sequence[int] = "full"
     """Frame groups, see `vgen.temporal.attention.make_groups`."""
     attention_kwargs: dict[str, Any] | None = None
@@ -70,16 +74,19 @@ class Conditions:
 
     def for_denoiser(self) -> dict[str, Any]:
         """Keyword arguments of a denoiser, except for the prompt."""
-        return {
+        inputs = {
             "frame_rate": self.frame_rate,
             "keyframes": self.keyframes,
             "groups": self.groups,
             "attention_kwargs": self.attention_kwargs,
         }
+        images = {"condition": self.condition, "image_embeds": self.image_embeds}
+        return inputs | {name: value for name, value in images.items() if value is not None}
 
     def doubled(self) -> Conditions:
         """Negative and positive prompts in one batch `(2b, l, d)`, for classifier-free guidance."""
         assert self.negative_prompt_embeds is not None
-        keyframes = None if self.keyframes is None else torch.cat([self.keyframes, self.keyframes])
+        given = {name: getattr(self, name) for name in ("keyframes", "condition", "image_embeds")}
+        both: dict[str, Any] = {name: None if one is None else torch.cat([one, one]) for name, one in given.items()}
         prompts = torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
-        return replace(self, prompt_embeds=prompts, negative_prompt_embeds=None, keyframes=keyframes)
+        return replace(self, prompt_embeds=prompts, negative_prompt_embeds=None, **both)

@@ -79,7 +79,11 @@ class KnownFrames:
     keyframes: Tensor | None
     """Slots `(b, s * (c + 1), t, h, w)`."""
     pixels: dict[int, Tensor]
-    """The given frames `(b, 3, h, w)` in [-1, 1]."""
+    """The given frames `(b, 3, h, w)` in [-1, 1] that are returned unchanged."""
+    condition: Tensor | None = None
+    """Mask and latents `(b, s + c, t, h, w)` instead of the above, see `encode_condition`."""
+    image_embeds: Tensor | None = None
+    """Tokens of the given frames from an image encoder `(b, k, d)`."""
 
     def overwrite_latents(self, latents: Tensor) -> Tensor:
         """Latents `(b, c, t, h, w)` with the known ones at their positions."""
@@ -93,6 +97,47 @@ class KnownFrames:
         for index, frame in self.pixels.items():
             clip[:, :, index] = frame.to(clip)
         return clip
+
+
+def from_start(frames: Mapping[int, Tensor], num_frames: int) -> dict[int, Tensor]:
+    """Frames by index counted from the start: -1 is the last frame of a video.
+
+    Raises:
+        ValueError: Two indices are the same frame.
+    """
+    found = {index + num_frames if index < 0 else index: frame for index, frame in frames.items()}
+    if len(found) < len(frames):
+        raise ValueError(f"a frame is given twice: of {num_frames} frames, {sorted(frames)} are the same")
+    return found
+
+
+def check_images(denoiser: Mapping[str, Any], given: Collection[int], num_frames: int) -> None:
+    """Checks that an image-to-video denoiser can use the given frames.
+
+    Args:
+        denoiser: Config of the denoiser, which has a condition.
+        given: Indices of the given frames.
+        num_frames: Length of the video.
+
+    Raises:
+        ValueError: There are none, all, or others than the denoiser was trained for.
+    """
+    last = num_frames - 1
+    if wrong := sorted(index for index in given if not 0 <= index <= last):
+        raise ValueError(f"a known frame must have an index from 0 to {last}, got {wrong[0]}")
+    if denoiser["image_dim"] is None:
+        if not 0 < len(given) < num_frames:
+            raise ValueError(
+                "this checkpoint makes videos from images: pass image, or frames={0: first, -1: last}, got "
+                f"{len(given)} of {num_frames} frames"
+            )
+        return
+    expected = {0} if denoiser["pos_embed_seq_len"] is None else {0, last}
+    if set(given) != expected:
+        wanted = "image" if len(expected) == 1 else "frames={0: first, -1: last}"
+        raise ValueError(
+            f"this checkpoint makes videos from images: pass {wanted}, got the frames {sorted(given) or 'none'}"
+        )
 
 
 def check_tasks(denoiser: Mapping[str, Any], grid: LatentGrid, tasks: set[str]) -> None:
@@ -143,6 +188,36 @@ def encode_known_frames(
         like = next(iter(images.values()))
         keyframes = pack_keyframes(images, grid.num_latents(num_frames), grid.compression, like)
     return KnownFrames(layout, leading, keyframes, dict(frames))
+
+
+@torch.no_grad()
+def encode_condition(
+    frames: Mapping[int, Tensor], num_frames: int, grid: LatentGrid, vae: CausalVideoVAE | PerFrameVAE | None = None
+) -> Tensor:
+    """Encodes given frames as extra channels of a denoiser's input, as Wan image to video does.
+
+    The first `s` channels are a mask with one channel for each pixel frame of a latent; the others are the latents of
+    the video in which all unknown frames are gray.
+
+    Args:
+        frames: Pixel frames `(b, 3, h, w)` in [-1, 1] by index.
+        num_frames: Length of the video.
+        grid: Frame arithmetic of the model.
+        vae: Encodes the video; `None` if latents are pixels.
+
+    Returns:
+        `(b, s + c, t, h, w)`.
+    """
+    like = next(iter(frames.values()))
+    clip = like.new_zeros(like.shape[0], 3, num_frames, *like.shape[2:])
+    for index, frame in frames.items():
+        clip[:, :, index] = frame
+    latents = encode_clip(vae, clip)
+    mask = latents.new_zeros(latents.shape[0], grid.compression, *latents.shape[2:])
+    for index in frames:
+        latent, slot = (0, slice(None)) if index == 0 else grid.slot(index)
+        mask[:, slot, latent] = 1
+    return torch.cat([mask, latents], dim=1)
 
 
 def encode_clip(vae: CausalVideoVAE | PerFrameVAE | None, clip: Tensor, state: TemporalState | None = None) -> Tensor:

@@ -461,7 +461,8 @@ def latent_shape(
 ) -> tuple[int, ...]:
     """`(b, c, t, h, w)` for frames of `size`, which is height and width in pixels."""
     space = 1 if vae is None else vae.spatial_compression_ratio
-    return batch_size, denoiser.config.in_channels, num_latents, size[0] // space, size[1] // space
+    channels = denoiser.config.out_channels or denoiser.config.in_channels
+    return batch_size, channels, num_latents, size[0] // space, size[1] // space
 
 
 def check_generator(generator: Any, num_videos: int) -> None:

@@ -601,6 +601,7 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
         cache: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
         prompt_cache: PromptCache | None = None,
+        image_states: Tensor | None = None,
     ) -> Any:
         """Computes attention; see `SpacetimeAttention.forward`."""
         key_rotary = None if return_key_value else rotary_emb
@@ -608,6 +609,10 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
         def key_value(source: Tensor) -> tuple[Tensor, Tensor]:
             key = attn.norm_k(attn.to_k(source), key_rotary, attn.heads)
             return key, rearrange(attn.to_v(source), "b n (h d) -> b n h d", h=attn.heads)
+
+        def image_key_value(source: Tensor) -> tuple[Tensor, Tensor]:
+            key = attn.norm_added_k(attn.add_k_proj(source), None, attn.heads)
+            return key, rearrange(attn.add_v_proj(source), "b n (h d) -> b n h d", h=attn.heads)
 
         query = attn.norm_q(attn.to_q(hidden_states), rotary_emb, attn.heads)
         if encoder_hidden_states is None:
@@ -621,6 +626,9 @@ class SpacetimeAttnProcessor(DispatchedAttnProcessor):
             key = torch.cat([cache[0].to(key), key], dim=1)
             value = torch.cat([cache[1].to(value), value], dim=1)
         out = self.attend(query, key, value, attention_mask)
+        if image_states is not None:
+            image_key, image_value = once(prompt_cache, (attn, "image"), image_key_value, image_states)
+            out = out + self.attend(query, image_key, image_value, None)
         out = rearrange(out, "b n h d -> b n (h d)").type_as(query)
         layer: Any
         for layer in attn.to_out:
@@ -639,6 +647,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         dim_head: Channels per head.
         eps: Epsilon of the norms.
         is_cross_attention: Whether keys and values come from a prompt.
+        added_dim: Channels of image tokens, which have keys and values of their own; `None` if there are none.
     """
 
     processor: Any
@@ -647,7 +656,13 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False
 
     def __init__(
-        self, dim: int, heads: int, dim_head: int, eps: float = 1e-6, is_cross_attention: bool = False
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        eps: float = 1e-6,
+        is_cross_attention: bool = False,
+        added_dim: int | None = None,
     ) -> None:
         super().__init__()
         inner = heads * dim_head
@@ -659,6 +674,10 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
         self.norm_q = HeadsRMSNorm(inner, eps=eps)
         self.norm_k = HeadsRMSNorm(inner, eps=eps)
+        if added_dim is not None:
+            self.add_k_proj = nn.Linear(added_dim, inner)
+            self.add_v_proj = nn.Linear(added_dim, inner)
+            self.norm_added_k = HeadsRMSNorm(inner, eps=eps)
         self.state_key = ""
         self.set_processor(SpacetimeAttnProcessor())  # type: ignore[operator]
 
@@ -671,6 +690,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
         cache: tuple[Tensor, Tensor] | None = None,
         return_key_value: bool = False,
         prompt_cache: PromptCache | None = None,
+        image_states: Tensor | None = None,
     ) -> Any:
         """Computes attention; the output has the shape of `hidden_states`.
 
@@ -683,6 +703,7 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
             cache: Cached keys after rotation, and cached values, `(b, c, h, d)`.
             return_key_value: Whether to also return the keys (before rotation) and values of this call.
             prompt_cache: Keeps the keys and values of a prompt for the next call with it.
+            image_states: Image tokens `(b, k, added_dim)`, attended to separately; the two outputs are added.
 
         Returns:
             The output `(b, n, d)`; with `return_key_value`, a tuple of output, keys and values.
@@ -696,4 +717,5 @@ class SpacetimeAttention(nn.Module, AttentionModuleMixin):
             cache,
             return_key_value,
             prompt_cache,
+            image_states,
         )

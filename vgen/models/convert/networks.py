@@ -59,8 +59,12 @@ def refuse_nonzero(network: nn.Module, part: str, reason: str) -> None:
         raise ValueError(f"{part} of {type(network).__name__} cannot be converted: {reason}")
 
 
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+"""Pipelines of diffusers whose folders load."""
+
+
 def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
-    """Converts the `model_index.json` of a diffusers `WanPipeline` to that of a `VideoGenPipeline`.
+    """Converts the `model_index.json` of a Wan pipeline of diffusers to that of a `VideoGenPipeline`.
 
     The other files of the folder need no change.
 
@@ -73,22 +77,23 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
     ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
     if index.get("boundary_ratio") is not None:
         ours |= {"transformer_2": ours["transformer"], "boundary_ratio": index["boundary_ratio"]}
+    ours |= {name: index[name] for name in ("image_encoder", "image_processor") if name in index}
     return {"_class_name": "VideoGenPipeline", **ours}
 
 
 def check_wan(config: Mapping[str, Any]) -> None:
-    """Checks that the config of a `WanPipeline` is one of Wan 2.1, or of Wan 2.2 with two experts.
+    """Checks that the config of a Wan pipeline is one of Wan 2.1, or of Wan 2.2 with two experts.
 
     Raises:
         ValueError: It has another layout, or lacks one of the experts. The error names the entry.
     """
     if config.get("expand_timesteps"):
-        raise ValueError("unsupported WanPipeline: expand_timesteps=True is the layout of Wan 2.2 TI2V-5B")
+        raise ValueError("unsupported Wan pipeline: expand_timesteps=True is the layout of Wan 2.2 TI2V-5B")
     experts = [name for name in ("transformer", "transformer_2") if (config.get(name) or [None])[0] is not None]
     expected = ["transformer"] if config.get("boundary_ratio") is None else ["transformer", "transformer_2"]
     if experts != expected:
         raise ValueError(
-            f"unsupported WanPipeline: boundary_ratio={config.get('boundary_ratio')} needs {' and '.join(expected)}, "
+            f"unsupported Wan pipeline: boundary_ratio={config.get('boundary_ratio')} needs {' and '.join(expected)}, "
             f"got {' and '.join(experts) or 'none'}"
         )
 
