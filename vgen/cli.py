@@ -701,33 +701,64 @@ def export(
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="Public weights: .pt, .pth, .safetensors, or the index of several.")],
-    base: Annotated[
-        str, typer.Option(help="Pipeline that has the text encoder and the VAE: folder or Hub id; see vgen presets.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Public weights: .pt, .pth, .safetensors, or the index of several. With --to, the model to convert."
+        ),
     ],
-    preset: Annotated[str, typer.Option(help="How the weights are sampled: see vgen presets, or a YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Pipeline that has everything else: folder or Hub id; see vgen presets."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="How the weights are sampled: see vgen presets, or a YAML file. By default as the base."),
+    ] = None,
+    component: Annotated[
+        Literal["transformer", "transformer_2", "vae", "text_encoder"] | None,
+        typer.Option(help="What the weights replace; by default what they are for."),
+    ] = None,
     container: Annotated[
         str | None, typer.Option(help="Entry of the file that has the weights; by default generator_ema or another.")
     ] = None,
+    to: Annotated[
+        Literal["vgen", "diffusers", "original"],
+        typer.Option(help="What to write: a pipeline of public weights, or a pipeline for other programs."),
+    ] = "vgen",
     dtype: Annotated[str | None, typer.Option(help="Data type to write, such as bfloat16.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a pipeline of public weights in one file."""
+    """Make a pipeline of public weights, or public weights of a pipeline."""
     with one_line_errors():
         from vgen.models.convert.presets import find_preset
 
-        chosen = find_preset(preset)
+        only = {"--base": base, "--preset": preset, "--component": component, "--container": container}
+        if to != "vgen" and (wrong := [name for name, value in only.items() if value is not None]):
+            raise ValueError(f"{wrong[0]} is for making a pipeline, not for --to {to}")
+        chosen = None if preset is None else find_preset(preset)
         _check_output(output, overwrite)
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}")
-        locate(base)
-        from vgen.models.convert.folder import convert_file
+        locate(source if to != "vgen" else _base_of(source, base))
+        from vgen.models.convert.folder import convert_back, convert_file
         from vgen.models.loading import parse_dtype
 
-        convert_file(file, base, chosen, output, container, None if dtype is None else parse_dtype(dtype))
+        wanted = None if dtype is None else parse_dtype(dtype)
         name = shlex.quote(printable(str(output)))
-        typer.echo(f'wrote {name}; next: vgen rollout "a prompt" --model {name} --num-frames 200 -o video.mp4')
+        if to != "vgen":
+            convert_back(source, output, to, wanted)
+            typer.echo(f"wrote {name}")
+            return
+        convert_file(Path(source), base or "", output, chosen, component, container, wanted)
+        typer.echo(f"wrote {name}; next: vgen info {name}")
+
+
+def _base_of(source: str, base: str | None) -> str:
+    if not Path(source).is_file():
+        raise ValueError(f"there is no file {source}")
+    if base is None:
+        raise ValueError("--base is missing: the pipeline that has everything else, see vgen presets")
+    return base
 
 
 @app.command()

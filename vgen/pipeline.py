@@ -324,10 +324,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: The file does not match the network that it replaces, or a case of `from_pretrained`.
         """
-        from vgen.models.single_file import holds_vae, load_single_file, read_single_file
+        from vgen.models.convert.names import kind_of
+        from vgen.models.single_file import load_single_file, read_single_file
 
         weights = read_single_file(source)
-        name, network_class = ("vae", CausalVideoVAE) if holds_vae(weights) else ("transformer", SpacetimeTransformer)
+        is_vae = kind_of(weights) == "vae"
+        name, network_class = ("vae", CausalVideoVAE) if is_vae else ("transformer", SpacetimeTransformer)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
         dtype = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype in (None, "auto") else parse_dtype(dtype)
@@ -399,8 +401,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
         return result if dtype is None else result.to(dtype=dtype)
 
-    def to_diffusers(self) -> WanPipeline | WanImageToVideoPipeline:
-        """A pipeline of diffusers with copies of the networks that gives the same videos.
+    def to_diffusers(self, shared: bool = False) -> WanPipeline | WanImageToVideoPipeline:
+        """A pipeline of diffusers that gives the same videos.
+
+        Args:
+            shared: Whether its networks share the memory of their weights with these. By default they are copies.
 
         Raises:
             ValueError: The networks have no counterparts in diffusers.
@@ -416,10 +421,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             **(images if from_images else {}),
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
-            vae=self.vae.to_diffusers(),
+            vae=self.vae.to_diffusers(shared),
             scheduler=copy.deepcopy(self.scheduler),
-            transformer=self.denoiser.to_diffusers(),
-            transformer_2=None if self.transformer_2 is None else self.transformer_2.to_diffusers(),
+            transformer=self.denoiser.to_diffusers(shared),
+            transformer_2=None if self.transformer_2 is None else self.transformer_2.to_diffusers(shared),
             boundary_ratio=self.config.boundary_ratio,
         )
 
@@ -1501,12 +1506,12 @@ def _check_experts(
     if boundary is None:
         raise ValueError("transformer_2 needs boundary_ratio, the noise level below which it is used")
     check_number("boundary_ratio", boundary, 0, maximum=1)
-    config = {} if transformer is None else transformer.config
-    wrong = sorted(
-        name
-        for name in low_noise.config
-        if name[:1] != "_" and low_noise.config[name] != config.get(name, low_noise.config[name])
-    )
+    configs = [
+        {name: list(value) if isinstance(value, tuple) else value for name, value in network.config.items()}
+        for network in (transformer, low_noise)
+        if network is not None
+    ]
+    wrong = sorted(name for name in configs[0] if name[:1] != "_" and configs[0][name] != configs[-1][name])
     if transformer is None or wrong:
         raise ValueError(
             f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}"

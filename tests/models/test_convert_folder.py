@@ -1,17 +1,21 @@
 """Public weights in training containers become pipeline folders. The oracle is the network that they come from."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from vgen import VideoGenPipeline
 from vgen.cli import app
 from vgen.models.convert.files import unwrap
+from vgen.models.convert.names import from_original, kind_of, to_original
 from vgen.models.convert.presets import find_preset, read_presets
 
 from .test_single_file import original
@@ -40,9 +44,12 @@ def wan(wan_folder):
     return WanTransformer3DModel.from_pretrained(wan_folder / "transformer").state_dict()
 
 
-def convert(file, wan_folder, preset, output, *more):
-    words = [file, "--base", wan_folder, "--preset", preset, "-o", output, *more]
+def invoke(*words):
     return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+
+def convert(file, wan_folder, preset, output, *more):
+    return invoke(file, "--base", wan_folder, "--preset", preset, "-o", output, *more)
 
 
 def wrapped(weights, prefix):
@@ -136,9 +143,117 @@ def test_mistakes_are_one_line(wan_folder, wan, preset, tmp_path):
     done = convert(tmp_path / "right.pt", wan_folder, "self-forcing", tmp_path / "out")
     assert done.exit_code == 2 and "num_layers=2, and the preset has 30" in " ".join(done.output.split())
     done = convert(tmp_path / "right.pt", tmp_path, preset, tmp_path / "out")
-    assert done.exit_code == 2 and "must be the folder of a pipeline of Wan 2.1" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "must be the folder of a pipeline: it has no" in " ".join(done.output.split())
     done = convert(tmp_path / "right.pt", wan_folder, "self-forced", tmp_path / "out")
     assert done.exit_code == 2 and "--preset must be one of self-forcing" in " ".join(done.output.split())
+    save_file({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    right, vae = tmp_path / "right.pt", tmp_path / "vae.safetensors"
+    for words, message in (
+        ([right], "--base is missing"),
+        ([tmp_path / "none.pt"], "there is no file"),
+        ([wan_folder, "--to", "original", "--base", wan_folder], "--base is for making a pipeline, not for --to"),
+        ([right, "--base", wan_folder, "--component", "vae"], "component must be one of 'transformer'"),
+        ([right, "--base", wan_folder, "--component", "transformer_2"], "has no transformer_2 that"),
+        ([vae, "--base", wan_folder], "of another shape: decoder.conv_in.weight"),
+        ([vae, "--base", wan_folder, "--preset", preset], "has the weights of a vae, and a preset is for those of"),
+    ):
+        done = invoke(*words, "-o", tmp_path / "out")
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+        assert len(done.output.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
+def test_one_component_is_replaced_and_all_else_stays(wan_folder, tmp_path, part, randomize):
+    pipe = VideoGenPipeline.from_pretrained(wan_folder)
+    network = randomize(getattr(pipe, part), seed=7)
+    weights = dict(network.state_dict())
+    weights.pop("encoder.embed_tokens.weight", None)
+    torch.save(to_original(part, weights), tmp_path / "a.pth")
+    done = invoke(tmp_path / "a.pth", "--base", wan_folder, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    got = VideoGenPipeline.from_pretrained(tmp_path / "out")
+    before = VideoGenPipeline.from_pretrained(wan_folder)
+    for name in ("vae", "text_encoder", "transformer"):
+        expected = (network if name == part else getattr(before, name)).state_dict()
+        found = getattr(got, name).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert got.transformer.config.text_dim == before.transformer.config.text_dim
+
+
+def test_the_text_encoder_equals_the_original_one():
+    stored = load_file(Path(__file__).with_name("umt5.safetensors"))
+    original = {key.removeprefix("weights."): value for key, value in stored.items() if key.startswith("weights.")}
+    network = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=10, d_model=8, d_kv=4, d_ff=9, num_layers=2, num_heads=2, is_encoder_decoder=False
+        )  # fmt: skip
+    ).eval()
+    weights = from_original("text_encoder", original)
+    assert kind_of(original) == kind_of(weights) == "text_encoder"
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert missing == ["encoder.embed_tokens.weight"] and not unexpected
+    with torch.no_grad():
+        got = network(stored["ids"], attention_mask=stored["mask"]).last_hidden_state
+    kept = stored["mask"].bool()
+    torch.testing.assert_close(got[kept], stored["output"][kept], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "network", "convert"),
+    [
+        (
+            "transformer",
+            lambda: WanTransformer3DModel(num_layers=12, image_dim=8, added_kv_proj_dim=5120),
+            convert_wan_transformer_to_diffusers,
+        ),
+        ("vae", AutoencoderKLWan, convert_wan_vae_to_diffusers),
+    ],
+)
+def test_names_are_those_that_diffusers_converts(part, network, convert):
+    with torch.device("meta"):
+        weights = dict(network().state_dict())
+    original = to_original(part, weights)
+    assert kind_of(original) == kind_of(weights) == part
+    assert from_original(part, original).keys() == from_original(part, weights).keys() == weights.keys()
+    assert convert(dict(original)).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_pipeline_becomes_files_for_other_programs_and_comes_back(tmp_path, wan_folder, randomize, experts):
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    config = {name: value for name, value in parts["vae"].config.items() if name[:1] != "_"}
+    parts["vae"] = randomize(AutoencoderKLWan(**config | {"num_res_blocks": 2}))
+    if experts:
+        parts["transformer_2"] = randomize(WanTransformer3DModel.from_config(parts["transformer"].config), seed=9)
+    WanPipeline(**parts, boundary_ratio=0.5 if experts else None).save_pretrained(tmp_path / "wan")
+    assert invoke(tmp_path / "wan", "--to", "original", "-o", tmp_path / "original").exit_code == 0
+    files = {str(path.relative_to(tmp_path / "original")) for path in (tmp_path / "original").rglob("*.safetensors")}
+    name = "diffusion_pytorch_model.safetensors"
+    networks = {f"high_noise_model/{name}", f"low_noise_model/{name}"} if experts else {name}
+    assert files == networks | {"Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc.safetensors"}
+    for file in files:
+        part = {"Wan": "vae", "mod": "text_encoder", "low": "transformer_2"}.get(file[:3], "transformer")
+        words = [tmp_path / "original" / file, "--base", tmp_path / "wan", "--component", part]
+        assert invoke(*words, "-o", tmp_path / "back", "--overwrite").exit_code == 0
+        found = getattr(VideoGenPipeline.from_pretrained(tmp_path / "back"), part).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in parts[part].state_dict().items())
+    assert invoke(tmp_path / "back", "--to", "diffusers", "-o", tmp_path / "diffusers").exit_code == 0
+    again = WanPipeline.from_pretrained(tmp_path / "diffusers")
+    assert again.config.boundary_ratio == (0.5 if experts else None)
+    assert all(
+        torch.equal(again.transformer.state_dict()[key], value)
+        for key, value in parts["transformer"].state_dict().items()
+    )
+
+
+def test_networks_without_an_original_layout_are_named(tmp_path, wan_folder):
+    for model, message in (
+        ("vgen/shapes-64-unet", "only a pipeline with a CausalVideoVAE and a SpacetimeTransformer"),
+        (wan_folder, "the original layout of a vae does not have other numbers of blocks than 2 in 4 levels"),
+    ):
+        done = invoke(model, "--to", "original", "-o", tmp_path / "out")
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+        assert not (tmp_path / "out").exists()
 
 
 def test_names_in_wrappers_must_differ():

@@ -106,11 +106,6 @@ def config_of(network_class: Any, weights: Weights, name: str, head_dim: int = _
     return SINGLE_FILE_LOADABLE_CLASSES[network_class.__name__]["config_of_weights"](weights, name, head_dim)
 
 
-def holds_vae(weights: Weights) -> bool:
-    """Whether the weights of a file are those of a VAE."""
-    return any(key.startswith("decoder.") for key in weights)
-
-
 def _stored(weights: Weights) -> torch.dtype:
     dtypes = {value.dtype for value in weights.values()}
     return torch.bfloat16 if dtypes & {*_FLOAT8} else max(dtypes, key=lambda dtype: dtype.itemsize)

@@ -568,8 +568,11 @@ class SpacetimeTransformer(
         """
         return with_same_weights(source, cls)
 
-    def to_diffusers(self) -> WanTransformer3DModel:
+    def to_diffusers(self, shared: bool = False) -> WanTransformer3DModel:
         """Converts to diffusers' class. Layers that it lacks are dropped if their weights are all zero.
+
+        Args:
+            shared: Whether the result shares the memory of the weights, instead of copying them.
 
         Raises:
             ValueError: Attention is divided, the network is residual, or the keyframe or frame-rate embedding is not
@@ -585,7 +588,7 @@ class SpacetimeTransformer(
                 f"{part}.{'embedder.linear_2' if 'rate' in part else ''}",
                 "WanTransformer3DModel has no such layer",
             )
-        return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN)
+        return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN, shared=shared)
 
     @property
     def pads_cache(self) -> bool:

@@ -592,8 +592,11 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         """
         return with_same_weights(source, cls)
 
-    def to_diffusers(self) -> AutoencoderKLWan:
+    def to_diffusers(self, shared: bool = False) -> AutoencoderKLWan:
         """Converts to diffusers' class.
+
+        Args:
+            shared: Whether the result shares the memory of the weights, instead of copying them.
 
         Raises:
             ValueError: The temporal compression is not 4, the only one that diffusers' class supports.
@@ -602,7 +605,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             raise ValueError(
                 f"AutoencoderKLWan supports a temporal compression of 4 only, got {self.temporal_compression_ratio}"
             )
-        return with_same_weights(self, AutoencoderKLWan)
+        return with_same_weights(self, AutoencoderKLWan, shared=shared)
 
     def _latents_per_slice(self, latents: Tensor) -> int:
         """How many of these latents, or of latents of this size, are processed at once."""

@@ -1,7 +1,8 @@
-"""Converts a file of public weights to a pipeline folder."""
+"""Conversion between files of public weights and pipeline folders."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -15,107 +16,217 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForTextEncoding
 
+from vgen.checks import check_choice
 from vgen.hub import locate
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import loading
 from vgen.io.records import read_json
 from vgen.models.convert.files import Weights, read_pickle, unwrap
-from vgen.models.convert.networks import from_wan_index
+from vgen.models.convert.names import Network, from_original, kind_of, to_original
+from vgen.models.convert.networks import WAN_PIPELINES, from_wan_index
 from vgen.models.convert.presets import CheckpointPreset
-from vgen.models.loading import PICKLED
-from vgen.models.single_file import cast, check_weights, config_of, read_single_file, with_our_names
+from vgen.models.loading import PICKLED, shorten
+from vgen.models.single_file import cast, check_weights, config_of, read_single_file
 from vgen.models.transformer import SpacetimeTransformer
+from vgen.models.vae import CausalVideoVAE
 
-WEIGHTS = "diffusion_pytorch_model"
 _SHARD = "2GB"
 """Most memory that weights take while they are written."""
-_SHARED = ("text_encoder", "tokenizer", "vae")
+_WEIGHTS = {"text_encoder": "model"}
+"""Names of files of weights, other than `diffusion_pytorch_model`."""
+_ORIGINAL_FILES = {
+    "transformer": "diffusion_pytorch_model", "vae": "Wan2.1_VAE", "text_encoder": "models_t5_umt5-xxl-enc",
+}  # fmt: skip
+_EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+"""Folders of the two Transformers in the original repositories of Wan 2.2 A14B."""
 
 
 def convert_file(
     file: Path,
     base: str,
-    preset: CheckpointPreset,
     output: Path,
+    preset: CheckpointPreset | None = None,
+    component: str | None = None,
     container: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Makes a pipeline folder from the weights of a Transformer, atomically.
+    """Makes a pipeline folder from the weights of one network, atomically.
 
-    The text encoder, the tokenizer and the VAE are those of a pipeline of the same family; on the same disk their
-    files are linked, not copied. A pickled file is read with `weights_only=True`, which runs no code.
+    All else is that of a pipeline of the same family; on the same disk its files are linked, not copied. A pickled
+    file is read with `weights_only=True`, which runs no code.
 
     Args:
-        file: `.pt`, `.pth`, `.safetensors`, or the index of several.
+        file: `.pt`, `.pth`, `.safetensors`, or the index of several, with the weights of a Transformer, a VAE or a
+            text encoder.
         base: The pipeline: a folder or Hub id.
-        preset: How to sample.
         output: The folder to write.
+        preset: How to sample with a Transformer; by default as the base does.
+        component: Which component the weights replace; by default the one that they are for. `transformer_2` is the
+            other Transformer.
         container: The entry of the file that has the weights; by default the first that `unwrap` finds.
         dtype: Data type of the written weights; by default that of the file.
 
     Raises:
-        ValueError: The weights are quantized, or not those of a Transformer of this preset and base.
+        ValueError: The weights are quantized, or not those of a network of this preset and base.
     """
     if file.suffix == ".gguf":
         raise ValueError(f"{file} is quantized: load it with SpacetimeTransformer.from_single_file")
-    folder = _base_folder(base)
-    index = _index_of(folder)
-    name = f"SpacetimeTransformer in {file}"
     content = read_pickle(file) if file.suffix in PICKLED else read_single_file(file)
-    weights = with_our_names(SpacetimeTransformer, unwrap(content, str(file), container), name)
-    config = _config_of(weights, name, folder, preset)
-    with init_empty_weights():
-        network = SpacetimeTransformer(**config | preset.denoiser)
-    check_weights(weights, network.state_dict(), name)
-    settings = dict(preset.scheduler)
-    scheduler = getattr(diffusers, settings.pop("class"))(**settings)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    weights = unwrap(content, str(file), container)
+    kind = kind_of(weights)
+    component = component or kind
+    check_choice("component", component, ("transformer", "transformer_2") if kind == "transformer" else (kind,))
+    if preset is not None and kind != "transformer":
+        raise ValueError(f"{file} has the weights of a {kind}, and a preset is for those of a Transformer")
+    folder = _base_folder(base, {component} if preset is None else {component, "scheduler"})
+    index = _index_of(folder)
+    if index.get(component, [None])[0] is None:
+        raise ValueError(f"--base {folder} has no {component} that {file} could replace")
+    weights = from_original(kind, weights)
+    name = f"{component} in {file}"
+    kept = _check(kind, weights, name, folder / component, preset)
+    replaced = {component}
     with atomic_directory(output) as partial:
-        network.save_config(partial / "transformer")
-        _write(weights, partial / "transformer", dtype, network._keep_in_fp32_modules or ())
-        scheduler.save_pretrained(partial / "scheduler")
-        for part in _SHARED:
-            shutil.copytree(folder / part, partial / part, copy_function=_link)
-        index |= preset.pipeline | {"rollout_defaults": preset.rollout}
+        if preset is not None:
+            settings = dict(preset.scheduler)
+            scheduler = getattr(diffusers, settings.pop("class"))(**settings)
+            scheduler.save_pretrained(partial / "scheduler")
+            index["scheduler"] = ["diffusers", type(scheduler).__name__]
+            index |= preset.pipeline | {"rollout_defaults": preset.rollout}
+            replaced.add("scheduler")
+        for part, entry in index.items():
+            if isinstance(entry, list) and isinstance(entry[0], str) and part not in replaced:
+                shutil.copytree(folder / part, partial / part, copy_function=_link)
+        (partial / component).mkdir()
+        if kind == "transformer":
+            _network_of(weights, name, folder / component, preset).save_config(partial / component)
+        else:
+            shutil.copy2(folder / component / "config.json", partial / component)
+        _write(weights, partial / component, _WEIGHTS.get(kind, "diffusion_pytorch_model"), dtype, kept)
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _base_folder(base: str) -> Path:
+def convert_back(model: str, output: Path, layout: str, dtype: torch.dtype | None = None) -> None:
+    """Writes a pipeline for other programs, atomically.
+
+    Args:
+        model: The pipeline: a packaged checkpoint, a folder or a Hub id.
+        output: The folder to write.
+        layout: `diffusers`, a folder of a Wan pipeline; or `original`, safetensors with the names of the original
+            repositories, which ComfyUI reads, too.
+        dtype: Data type of the written weights; by default that of each component.
+
+    Raises:
+        ValueError: A network has layers that the other layout does not have.
+    """
+    from vgen.pipeline import VideoGenPipeline  # imports this package
+
+    check_choice("layout", layout, ("diffusers", "original"))
+    pipe = VideoGenPipeline.from_pretrained(model, dtype="auto")
+    back = pipe.to_diffusers(shared=True)
+    if layout == "diffusers":
+        with atomic_directory(output) as partial:
+            (back if dtype is None else back.to(dtype=dtype)).save_pretrained(partial)
+        return
+    parts = {name: getattr(back, name) for name in (*_ORIGINAL_FILES, "transformer_2")}
+    with atomic_directory(output) as partial:
+        for name, network in parts.items():
+            if network is None:
+                continue
+            kind: Any = "transformer" if name == "transformer_2" else name
+            weights = dict(network.state_dict())
+            weights.pop("encoder.embed_tokens.weight", None)  # the same as `shared`
+            renamed = to_original(kind, weights)
+            _check_original(kind, network, weights, renamed)
+            folder = partial / _EXPERTS[name] if parts["transformer_2"] is not None and name in _EXPERTS else partial
+            folder.mkdir(exist_ok=True)
+            _write(renamed, folder, _ORIGINAL_FILES[kind], dtype, ())
+
+
+def _check_original(kind: Network, network: Any, weights: Weights, renamed: Weights) -> None:
+    """Checks that a network has the layers of the original one.
+
+    Raises:
+        ValueError: It has others.
+    """
+    wrong = [
+        ours
+        for ours, theirs in zip(weights, renamed, strict=True)
+        if ours == theirs and not ours.startswith("patch_embedding.")
+    ]
+    if kind == "vae" and (network.config.num_res_blocks != 2 or len(network.config.dim_mult) != 4):
+        wrong = ["other numbers of blocks than 2 in 4 levels"]
+    if wrong or from_original(kind, renamed).keys() != weights.keys():
+        raise ValueError(f"the original layout of a {kind} does not have {shorten(wrong)}")
+
+
+def _base_folder(base: str, replaced: set[str]) -> Path:
     place = locate(base)
     if isinstance(place, Path):
         return place
     with loading(place):
-        return Path(snapshot_download(place, allow_patterns=["*.json", *(f"{part}/*" for part in _SHARED)]))
+        skipped = [f"{part}/*.safetensors" for part in replaced]
+        return Path(snapshot_download(place, allow_patterns=["*.json", "*/*"], ignore_patterns=[*skipped, "*.bin"]))
 
 
 def _index_of(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` for a pipeline with the components of another one.
+    """The `model_index.json` of a pipeline of this package with the components of another one.
 
     Raises:
         ValueError: The folder has no pipeline of this family.
     """
-    missing = [name for name in ("model_index.json", *_SHARED) if not (folder / name).exists()]
-    if missing:
-        raise ValueError(f"--base {folder} must be the folder of a pipeline of Wan 2.1 text to video: no {missing[0]}")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") == "WanPipeline":
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"--base {folder} must be the folder of a pipeline: it has no model_index.json")
+    index = read_json(path)
+    if index.get("_class_name") in WAN_PIPELINES:
         return from_wan_index(index)
-    names = ("_class_name", "_diffusers_version", "text_encoder", "tokenizer", "vae", "transformer")
-    return {name: index[name] for name in names if name in index}
+    if index.get("_class_name") != "VideoGenPipeline":
+        raise ValueError(f"--base {folder} must be a pipeline of Wan or of vgen, got a {index.get('_class_name')}")
+    return index
 
 
-def _config_of(weights: Weights, name: str, folder: Path, preset: CheckpointPreset) -> dict[str, Any]:
-    """The sizes of the network; the base has the size of a head, which no weight shows.
+def _check(
+    kind: Network, weights: Weights, name: str, folder: Path, preset: CheckpointPreset | None
+) -> Collection[str]:
+    """Checks that weights fit; returns the modules that stay in float32.
 
     Raises:
-        ValueError: They are not those of the preset, or not those of the base.
+        ValueError: They do not. The error names what is wrong.
     """
-    path = folder / "transformer" / "config.json"
-    of_base = read_json(path) if path.is_file() else {}
+    with init_empty_weights():
+        network: Any
+        if kind == "transformer":
+            network = _network_of(weights, name, folder, preset)
+        elif kind == "vae":
+            config = CausalVideoVAE.load_config(folder)
+            network = CausalVideoVAE.from_config(config)
+        else:
+            network = AutoModelForTextEncoding.from_config(AutoConfig.from_pretrained(folder))
+    expected = network.state_dict()
+    if kind == "text_encoder" and "encoder.embed_tokens.weight" not in weights:
+        expected.pop("encoder.embed_tokens.weight", None)  # the same as `shared`
+    check_weights(weights, expected, name)
+    return network._keep_in_fp32_modules or ()
+
+
+def _network_of(weights: Weights, name: str, folder: Path, preset: CheckpointPreset | None) -> SpacetimeTransformer:
+    """The Transformer of these weights, without memory for them.
+
+    The sizes are those of the weights; the base has the size of a head, which no weight shows, and without a preset
+    all other settings.
+
+    Raises:
+        ValueError: The sizes are not those of the preset, or not those of the base.
+    """
+    path = folder / "config.json"
+    accepted = inspect.signature(SpacetimeTransformer.__init__).parameters
+    of_base = {key: value for key, value in (read_json(path) if path.is_file() else {}).items() if key in accepted}
     known = {"head_dim": of_base["attention_head_dim"]} if "attention_head_dim" in of_base else {}
     config = config_of(SpacetimeTransformer, weights, name, **known)
-    for source, expected in (("the preset has", preset.network), ("--base has", of_base)):
+    for source, expected in (("the preset has", {} if preset is None else preset.network), ("--base has", of_base)):
         wrong = [
             f"{key}={config[key]}, and {source} {expected[key]}"
             for key in config
@@ -123,13 +234,15 @@ def _config_of(weights: Weights, name: str, folder: Path, preset: CheckpointPres
         ]
         if wrong:
             raise ValueError(f"{name} has {'; '.join(wrong)}")
-    return config
+    settings = config | preset.denoiser if preset is not None else of_base | config
+    with init_empty_weights():
+        return SpacetimeTransformer(**settings)
 
 
-def _write(weights: Weights, folder: Path, dtype: torch.dtype | None, kept: Collection[str]) -> None:
+def _write(weights: Weights, folder: Path, name: str, dtype: torch.dtype | None, kept: Collection[str]) -> None:
     """Writes weights shard by shard, so that one shard is in memory at a time; `kept` modules stay in float32."""
     split = split_torch_state_dict_into_shards(
-        weights, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=_SHARD
+        weights, filename_pattern=name + "{suffix}.safetensors", max_shard_size=_SHARD
     )
     with tqdm(total=len(weights), unit="weight") as bar:
         for file, names in split.filename_to_tensors.items():
@@ -138,7 +251,7 @@ def _write(weights: Weights, folder: Path, dtype: torch.dtype | None, kept: Coll
             bar.update(len(names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _link(source: str, target: str) -> None:

@@ -88,18 +88,14 @@ _UMT5 = {
     "blocks.*.ffn.fc2": f"{_LAYER}.1.DenseReluDense.wo",
 }
 _TABLES: dict[Network, dict[str, str]] = {"transformer": _WAN, "vae": _WAN_VAE, "text_encoder": _UMT5}
-_MARKS: dict[Network, tuple[str, ...]] = {
-    "transformer": ("head.modulation", "blocks.0.self_attn.q.weight"),
-    "vae": ("conv2.weight",),
-    "text_encoder": ("token_embedding.weight", "blocks.0.attn.q.weight"),
-}
-"""Names of which each is in all original files of a network, and in no others."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def is_original(network: Network, weights: Weights) -> bool:
-    """Whether weights have the names of the original repository."""
-    return any(name in weights for name in _MARKS[network])
+def kind_of(weights: Weights) -> Network:
+    """Which network the weights of a file are for, by names that only this one has."""
+    if any(name in weights for name in ("token_embedding.weight", "shared.weight")):
+        return "text_encoder"
+    return "vae" if any(name.startswith("decoder.") for name in weights) else "transformer"
 
 
 def from_original(network: Network, weights: Weights) -> Weights:
