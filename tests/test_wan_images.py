@@ -1,12 +1,11 @@
 """Image to video of Wan equals diffusers' WanImageToVideoPipeline, in the layouts of its public checkpoints."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -140,7 +139,7 @@ def test_frames_that_a_checkpoint_cannot_use_are_named(folders, layout, given, m
         pipe(PROMPT, **images, **SETTINGS)
 
 
-def test_missing_parts_and_inputs_are_named(folders, wan_folder, tmp_path):
+def test_missing_parts_and_inputs_are_named(folders, wan_folder):
     _, pipe = load(folders["2.1"])
     pipe.image_encoder = None
     with pytest.raises(ValueError, match="needs its image_encoder and image_processor"):
@@ -158,10 +157,59 @@ def test_missing_parts_and_inputs_are_named(folders, wan_folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pipe.transformer(latents, torch.tensor(1.0), prompt, **given)
-    index = json.loads((folders["2.2"] / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": True}))
-    with pytest.raises(ValueError, match="TI2V-5B"):
-        VideoGenPipeline.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def small_folder(wan_folder, tmp_path_factory, randomize):
+    """A tiny random folder in the layout of Wan 2.2 TI2V-5B."""
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    config = {name: value for name, value in parts["transformer"].config.items() if name[:1] != "_"}
+    parts["transformer"] = randomize(WanTransformer3DModel(**config | {"in_channels": 6, "out_channels": 6}))
+    parts["vae"] = randomize(
+        AutoencoderKLWan(
+            base_dim=4, decoder_base_dim=8, z_dim=6, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
+            scale_factor_spatial=16, latents_mean=[0.1] * 6, latents_std=[1.2] * 6,
+        )
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("small")
+    WanPipeline(**parts, expand_timesteps=True).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_small_model_takes_a_prompt_or_an_image_as_in_diffusers(small_folder, tmp_path, given):
+    theirs, ours = WanPipeline.from_pretrained(small_folder), VideoGenPipeline.from_pretrained(small_folder)
+    if given:
+        theirs = WanImageToVideoPipeline(
+            **theirs.components, image_encoder=None, image_processor=None, expand_timesteps=True
+        )
+    ours.save_pretrained(tmp_path)
+    for one in (ours, VideoGenPipeline.from_pretrained(tmp_path), VideoGenPipeline.from_pipe(theirs)):
+        results = []
+        for pipe in (theirs, one):
+            pipe.set_progress_bar_config(disable=True)
+            results.append(
+                [
+                    pipe(
+                        **({"image": picture(0)} if given else {}),
+                        prompt=PROMPT,
+                        negative_prompt=NEGATIVE,
+                        **SETTINGS,
+                        generator=seeds(0)[0],
+                        output_type=kind,
+                    ).frames
+                    for kind in ("latent", "np")
+                ]
+            )
+        torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
+        start = 1 if given else 0  # the given frame is returned unchanged here
+        np.testing.assert_allclose(results[1][1][:, start:], results[0][1][:, start:], atol=1e-4)
+    if given:
+        assert np.abs(results[1][1][0, 0] - np.asarray(picture(0)) / 255).max() < 1e-6
+        with pytest.raises(ValueError, match="takes the first frame only: pass image, got the frames \\[0, 8\\]"):
+            ours(PROMPT, frames={0: picture(0), -1: picture(1)}, **SETTINGS)
+    back = ours.to_diffusers()
+    assert type(back) is WanPipeline and back.config.expand_timesteps and back.vae.config.is_residual
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

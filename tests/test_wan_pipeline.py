@@ -67,7 +67,6 @@ def test_it_is_saved_as_ours(wan_folder, tmp_path):
         ({"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "transformer_2"),
         ({"boundary_ratio": 0.875}, "boundary_ratio"),
-        ({"expand_timesteps": True}, "expand_timesteps"),
     ],
 )
 def test_other_layouts_are_rejected_by_name(wan_folder, tmp_path, change, named):

@@ -104,7 +104,7 @@ logger = logging.get_logger(__name__)
 _DEFAULTS: dict[str, Any] = {
     "height": 480, "width": 832, "num_frames": 81, "frame_rate": 16.0, "num_inference_steps": 50,
     "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {}, "sigmas": None,
-    "boundary_ratio": None, "guidance_scale_2": None,
+    "boundary_ratio": None, "guidance_scale_2": None, "expand_timesteps": False,
 }  # fmt: skip
 _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
@@ -161,6 +161,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             number of steps is theirs. Few-step checkpoints are trained for these levels only.
         boundary_ratio: Noise level in [0, 1] below which `transformer_2` replaces the Transformer.
         guidance_scale_2: Default weight of guidance below it; `None` is the weight above it.
+        expand_timesteps: Whether the Transformer takes an image as its first latent at noise level 0, which all frames
+            attend to and which attends to all, as Wan 2.2 TI2V-5B does.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->unet->vae"
@@ -189,6 +191,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         guidance_scale_2: float | None = None,
         image_encoder: CLIPVisionModel | None = None,
         image_processor: BaseImageProcessor | None = None,
+        expand_timesteps: bool | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
@@ -211,6 +214,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             "sigmas": None if sigmas is None else [float(one) for one in _custom_steps(None, sigmas)["sigmas"]],
             "boundary_ratio": boundary_ratio,
             "guidance_scale_2": guidance_scale_2,
+            "expand_timesteps": expand_timesteps,
         }
         if sigmas is not None and num_inference_steps is None:
             given["num_inference_steps"] = len(sigmas)
@@ -241,7 +245,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
         """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
 
-        Folders of diffusers' `WanPipeline` and `WanImageToVideoPipeline` (Wan 2.1, and Wan 2.2 A14B) load too.
+        Folders of diffusers' `WanPipeline` and `WanImageToVideoPipeline` (Wan 2.1 and 2.2) load too.
 
         Args:
             pretrained_model_name_or_path: Name of the checkpoint.
@@ -387,7 +391,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             kwargs: Components or defaults to replace, and `torch_dtype`; by default the weights keep their data type.
 
         Raises:
-            ValueError: It is another pipeline, or Wan 2.2 TI2V-5B.
+            ValueError: It is another pipeline, or lacks one of two experts.
         """
         known = (cls, WanPipeline, WanImageToVideoPipeline, WanVideoToVideoPipeline)
         if type(pipeline) not in known:
@@ -395,7 +399,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"pipeline must be one of {expected}, got {type(pipeline).__name__}")
         if type(pipeline).__name__ in WAN_PIPELINES:
             check_wan(pipeline.config)
-            kwargs = {"boundary_ratio": pipeline.config.boundary_ratio} | kwargs
+            kwargs = {name: pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")} | kwargs
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
@@ -426,6 +430,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             transformer=self.denoiser.to_diffusers(shared),
             transformer_2=None if self.transformer_2 is None else self.transformer_2.to_diffusers(shared),
             boundary_ratio=self.config.boundary_ratio,
+            expand_timesteps=self.config.expand_timesteps,
         )
 
     @classmethod
@@ -630,7 +635,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         )
         if isinstance(groups, str):
             p_t = self.grid.patch_frames
-            num_known = known.layout.num_leading // p_t
+            num_known = 0 if self.config.expand_timesteps else known.layout.num_leading // p_t
             groups = make_groups(groups, noise.shape[2] // p_t, num_known, self.denoiser.config.chunk_size)
         conditions = Conditions(
             prompt_embeds=positive,
@@ -1420,6 +1425,12 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             return self._encode_images(given, num_frames, num_videos_per_prompt)
         layout = lay_out(given.keys(), num_frames, self.grid)
         uses = {"leading": layout.num_leading > 0, "keyframes": bool(layout.slots)}
+        if self.config.expand_timesteps:
+            if given.keys() - {0}:
+                raise ValueError(
+                    f"this checkpoint takes the first frame only: pass image, got the frames {sorted(given)}"
+                )
+            uses = {}
         check_tasks(self.denoiser.config, self.grid, {task for task, used in uses.items() if used})
         device = self._execution_device
         pixels = {

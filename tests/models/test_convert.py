@@ -49,9 +49,6 @@ def test_layers_that_diffusers_lacks_are_dropped_if_zero_and_raise_otherwise():
 
 
 def test_unsupported_layouts_raise_errors_that_name_the_setting():
-    residual = AutoencoderKLWan(**VAE | {"is_residual": True})
-    with pytest.raises(ValueError, match="is_residual"):
-        CausalVideoVAE.from_diffusers(residual)
     with pytest.raises(ValueError, match="temporal compression of 4 only"):
         CausalVideoVAE(**VAE | {"temperal_downsample": [False, True]}).to_diffusers()
 

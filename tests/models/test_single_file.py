@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, GGUFQuantizationConfig, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from vgen.models.convert.names import to_original
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
@@ -72,6 +73,34 @@ def test_a_transformer_has_the_sizes_and_weights_of_the_file(wan, tmp_path, name
     wan.save_pretrained(tmp_path / "wan")
     expected = SpacetimeTransformer.from_pretrained(tmp_path / "wan", dtype=torch.bfloat16)
     assert same(SpacetimeTransformer.from_single_file(str(path), dtype=torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("kind", ["2.1", "2.2"])
+def test_a_vae_has_the_sizes_and_statistics_that_its_file_shows(randomize, tmp_path, kind):
+    config = {"base_dim": 4, "z_dim": 16}
+    if kind == "2.2":
+        config |= {
+            "z_dim": 48, "decoder_base_dim": 8, "is_residual": True, "patch_size": 2, "in_channels": 12,
+            "out_channels": 12, "scale_factor_spatial": 16,
+        }  # fmt: skip
+    theirs = randomize(AutoencoderKLWan(**config))
+    ours = CausalVideoVAE.from_single_file(save(to_original("vae", theirs.state_dict()), tmp_path / "a.safetensors"))
+    assert same(ours, theirs) and {key: ours.config[key] for key in config} == config
+    assert ours.temporal_compression_ratio == 4
+    if kind == "2.1":
+        assert ours.config.latents_mean == theirs.config.latents_mean
+        assert ours.config.latents_std == theirs.config.latents_std
+    else:
+        assert ours.config.latents_mean[0] == -0.2289 and ours.config.latents_std[-1] == 0.7744
+        assert len(ours.config.latents_mean) == len(ours.config.latents_std) == 48
+
+
+def test_an_image_to_video_transformer_has_the_sizes_of_its_file(randomize, tmp_path):
+    config = WAN_TINY | {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 128, "pos_embed_seq_len": 10}
+    theirs = randomize(WanTransformer3DModel(**config))
+    path = save(to_original("transformer", theirs.state_dict()), tmp_path / "a.safetensors")
+    ours = SpacetimeTransformer.from_single_file(path)
+    assert same(ours, theirs) and {key: ours.config[key] for key in config} == config
 
 
 def test_the_original_names_are_those_that_diffusers_converts(wan, tmp_path):

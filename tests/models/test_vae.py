@@ -26,6 +26,12 @@ LAYOUTS = {
         "in_channels": 12,
         "out_channels": 12,
     },
+    "residual": {
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        "decoder_base_dim": 6,
+        "is_residual": True,
+    },
 }
 TINY = {"base_dim": 4, "z_dim": 3, "num_res_blocks": 1}
 
@@ -306,9 +312,9 @@ def test_forward_checks_sizes_too(make_vae):
 
 def test_unsupported_layouts_raise_errors_that_name_the_setting():
     for config, name in [
-        ({"is_residual": True}, "is_residual"),
         ({"attn_scales": [1.0]}, "attn_scales"),
         ({"temperal_downsample": [True]}, "temperal_downsample"),
+        ({"dim_mult": [1, 3, 2], "is_residual": True}, "is_residual needs channels that are multiples"),
         ({"scale_factor_temporal": 8}, "scale_factor_temporal must be 4.*got 8"),
         ({"scale_factor_spatial": 16}, "scale_factor_spatial must be 4.*got 16"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import GGUFQuantizationConfig
+from diffusers import AutoencoderKLWan, GGUFQuantizationConfig
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES, FromOriginalModelMixin
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from torch import Tensor
@@ -24,6 +25,31 @@ from vgen.models.loading import PICKLED, check_finite, shorten
 _HEAD_DIM = 128  # of all published Transformers of this family; the weights do not tell
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _INDEX = ".safetensors.index.json"
+_WAN_VAE = inspect.signature(AutoencoderKLWan.__init__).parameters
+# fmt: off
+_LATENT_STATISTICS: dict[tuple[int, bool], tuple[Any, Any]] = {
+    (16, False): (_WAN_VAE["latents_mean"].default, _WAN_VAE["latents_std"].default),
+    (48, True): (
+        [
+            -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+            0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+            -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+            -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+        ],
+        [
+            0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+            0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+            0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+            0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+        ],
+    ),
+}
+# fmt: on
+"""Mean and standard deviation of each latent channel of the public VAEs of Wan 2.1 and 2.2, which are not among their
+weights, by number of channels and `is_residual`.
+
+Sources: diffusers' `AutoencoderKLWan`; Wan2.2, `wan/modules/vae2_2.py`.
+"""
 
 
 def load_single_file(network_class: Any, source: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
@@ -191,9 +217,23 @@ def _image_config(weights: Weights) -> dict[str, int]:
 
 
 def _vae_config(weights: Weights, name: str, _: int) -> dict[str, Any]:
-    """The config of a VAE, from the shapes of its weights; what they do not tell is as in Wan 2.1."""
+    """The config of a VAE, from the shapes of its weights; what they do not tell is as in Wan 2.1 or 2.2."""
     shape = partial(_required_shape, weights, name)
-    return {"base_dim": shape("encoder.conv_in.weight")[0], "z_dim": shape("post_quant_conv.weight")[0]}
+    base_dim, in_channels = shape("encoder.conv_in.weight")[:2]
+    z_dim = shape("post_quant_conv.weight")[0]
+    is_residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in weights
+    mean, std = _LATENT_STATISTICS.get((z_dim, is_residual), (None, None))
+    return {
+        "base_dim": base_dim,
+        "decoder_base_dim": shape("decoder.conv_out.weight")[1],
+        "z_dim": z_dim,
+        "in_channels": in_channels,
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "patch_size": None if in_channels == 3 else math.isqrt(in_channels // 3),
+        "is_residual": is_residual,
+        "latents_mean": mean,
+        "latents_std": std,
+    }
 
 
 def _given(original_config: dict[str, Any], checkpoint: Any) -> dict[str, Any]:

@@ -151,19 +151,130 @@ class Downsample(CausalDownsample):
 
 
 class Upsample(CausalUpsample):
-    """Doubles height and width, halves the channels and, if `time`, doubles the number of frames after the first."""
+    """Doubles height and width and, if `time`, the number of frames after the first.
 
-    def __init__(self, channels: int, time: bool) -> None:
+    Args:
+        channels: Channels of the input.
+        out_channels: Channels of the output.
+        time: Whether to double the number of frames.
+    """
+
+    def __init__(self, channels: int, out_channels: int, time: bool) -> None:
         super().__init__(channels)
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, out_channels, 3, padding=1))
         if not time:
             del self.time_conv
         self.time = time
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """Maps `(b, c, f, h, w)` to `(b, c / 2, f', 2h, 2w)`."""
+        """Maps `(b, c, f, h, w)` to `(b, c', f', 2h, 2w)`."""
         x = super().forward(x, history) if self.time else x
         return _per_frame(self.resample, x)
+
+
+def average_down(x: Tensor, channels: int, time: int, space: int, first: bool) -> Tensor:
+    """Moves blocks of `time * space * space` positions into channels, and averages groups of these.
+
+    Args:
+        x: `(b, c, f, h, w)`.
+        channels: Channels of the result.
+        time: Frames per block.
+        space: Rows and columns per block.
+        first: Whether the first frame is that of the stream, which zeros precede.
+
+    Returns:
+        `(b, channels, f', h / space, w / space)`.
+    """
+    x = F.pad(x, (0, 0, 0, 0, time - 1, 0)) if first else x
+    x = rearrange(x, "b c (f i) (h j) (w k) -> b (c i j k) f h w", i=time, j=space, k=space)
+    return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def repeat_up(x: Tensor, channels: int, time: int, space: int, first: bool) -> Tensor:
+    """Repeats channels, and moves them into blocks of `time * space * space` positions.
+
+    Args:
+        x: `(b, c, f, h, w)`.
+        channels: Channels of the result.
+        time: Frames per block.
+        space: Rows and columns per block.
+        first: Whether the first frame is that of the stream, which becomes one frame only.
+
+    Returns:
+        `(b, channels, f', space * h, space * w)`.
+    """
+    x = x.repeat_interleave(channels * time * space**2 // x.shape[1], dim=1)
+    x = rearrange(x, "b (c i j k) f h w -> b c (f i) (h j) (w k)", i=time, j=space, k=space)
+    return x[:, :, time - 1 :] if first else x
+
+
+def _check_shortcut(channels: int, out_channels: int) -> None:
+    """Checks that a shortcut without weights can map between numbers of channels.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if channels % out_channels:
+        raise ValueError(
+            f"is_residual needs channels that are multiples of each other between levels, got {channels} and "
+            f"{out_channels}: change dim_mult"
+        )
+
+
+def _begins(block: nn.Module, history: History | None) -> bool:
+    """Whether a block that changes the frame rate sees the first frame of a stream."""
+    return history is None or history.get(str(block.state_key)) is None
+
+
+class ResidualDown(nn.Module):
+    """A level of the encoder of Wan 2.2: residual blocks and downsampling, with a shortcut without weights."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, down: bool, time: bool
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * num_res_blocks
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
+        )
+        self.downsampler = Downsample(out_channels, time) if down else None
+        _check_shortcut(in_channels * (1 + time) * (1 + down) ** 2, out_channels)
+        self.shortcut = partial(average_down, channels=out_channels, time=1 + time, space=1 + down)
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c', f', h', w')`."""
+        first = self.downsampler is not None and _begins(self.downsampler, history)
+        shortcut = self.shortcut(x, first=first)
+        for resnet in self.resnets:
+            x = resnet(x, history)
+        x = x if self.downsampler is None else self.downsampler(x, history)
+        return _sum(x, shortcut)
+
+
+class ResidualUp(nn.Module):
+    """A level of the decoder of Wan 2.2: residual blocks and upsampling, with a shortcut without weights."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, up: bool, time: bool
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
+        )
+        self.upsampler = Upsample(out_channels, out_channels, time) if up else None
+        if up:
+            _check_shortcut(out_channels * (1 + time) * 4, in_channels)
+        self.shortcut = partial(repeat_up, channels=out_channels, time=1 + time, space=2) if up else None
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        """Maps `(b, c, f, h, w)` to `(b, c', f', h', w')`."""
+        given, first = x, self.upsampler is not None and _begins(self.upsampler, history)
+        for resnet in self.resnets:
+            x = resnet(x, history)
+        if self.upsampler is None or self.shortcut is None:
+            return x
+        return _sum(self.upsampler(x, history), self.shortcut(given, first=first))
 
 
 class MidBlock(nn.Module):
@@ -193,15 +304,21 @@ class Encoder(nn.Module):
         num_res_blocks: int,
         temperal_downsample: Sequence[bool],
         dropout: float,
+        is_residual: bool,
     ) -> None:
         super().__init__()
         dims = [base_dim * m for m in (1, *dim_mult)]
         self.conv_in = CausalConv3d(in_channels, dims[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            down = level < len(dim_mult) - 1
+            if is_residual:
+                time = down and temperal_downsample[level]
+                self.down_blocks.append(ResidualDown(in_dim, out_dim, num_res_blocks, dropout, down, time))
+                continue
             for i in range(num_res_blocks):
                 self.down_blocks.append(ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dropout))
-            if level < len(dim_mult) - 1:
+            if down:
                 self.down_blocks.append(Downsample(out_dim, time=temperal_downsample[level]))
         self.mid_block = MidBlock(dims[-1], dropout)
         self.norm_out = ChannelNorm(dims[-1])
@@ -227,7 +344,7 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
         )
-        self.upsamplers = nn.ModuleList([Upsample(out_channels, time)]) if up else None
+        self.upsamplers = nn.ModuleList([Upsample(out_channels, out_channels // 2, time)]) if up else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         """Maps `(b, c, f, h, w)` to `(b, c', f', h', w')`."""
@@ -248,6 +365,7 @@ class Decoder(nn.Module):
         num_res_blocks: int,
         temperal_upsample: Sequence[bool],
         dropout: float,
+        is_residual: bool,
     ) -> None:
         super().__init__()
         dims = [base_dim * m for m in (dim_mult[-1], *reversed(dim_mult))]
@@ -256,8 +374,11 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             up = level < len(dim_mult) - 1
-            in_dim = in_dim if level == 0 else in_dim // 2  # upsampling halves the channels
             time = up and temperal_upsample[level]
+            if is_residual:
+                self.up_blocks.append(ResidualUp(in_dim, out_dim, num_res_blocks, dropout, up, time))
+                continue
+            in_dim = in_dim if level == 0 else in_dim // 2  # upsampling halves the channels
             self.up_blocks.append(UpBlock(in_dim, out_dim, num_res_blocks, dropout, up, time))
         self.norm_out = ChannelNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], out_channels, 3, padding=1)
@@ -277,7 +398,7 @@ def _tile_size(name: str) -> Any:
 
 
 class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderMixin, ConfigMixin):
-    """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan 2.1 VAE.
+    """A variational autoencoder of clips that is causal in time, with the arithmetic of the Wan VAE.
 
     With the same weights it equals `diffusers.AutoencoderKLWan`, in one pass and streamed. Parameter and config names
     are the same. Latent 0 holds pixel frame 0 only; latent k holds frames `s*(k-1)+1 .. s*k`, where `s` is the
@@ -294,7 +415,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         dropout: Dropout rate inside residual blocks.
         latents_mean: Mean of each latent channel, for `normalize`; `None` means zeros.
         latents_std: Standard deviation of each latent channel; `None` means ones.
-        is_residual: Must be false; the residual layout of Wan 2.2 is unsupported.
+        is_residual: Whether each level has a shortcut without weights, as in Wan 2.2 TI2V-5B.
         in_channels: Input channels after patchification: `3 * patch_size**2`.
         out_channels: Output channels before the inverse of patchification: `3 * patch_size**2`.
         patch_size: Side in pixels of the squares that are moved into channels at the input and back at the output;
@@ -312,7 +433,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["ResidualBlock"]
-    _no_split_modules = ["ResidualBlock", "MidBlock", "UpBlock"]
+    _no_split_modules = ["ResidualBlock", "MidBlock", "UpBlock", "ResidualDown", "ResidualUp"]
     _skip_keys = ["history", "state"]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
@@ -342,7 +463,6 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         temporal = 2 ** sum(map(bool, temperal_downsample))
         spatial = 2 ** (len(dim_mult) - 1) * (patch_size or 1)
         _check_layout(
-            is_residual=is_residual,
             attn_scales=attn_scales,
             stages=(len(temperal_downsample), len(dim_mult) - 1),
             temporal=(scale_factor_temporal, temporal),
@@ -356,7 +476,9 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
             latents_mean=list(latents_mean or [0.0] * z_dim),
             latents_std=list(latents_std or [1.0] * z_dim),
         )
-        shared: dict[str, Any] = {"dim_mult": dim_mult, "num_res_blocks": num_res_blocks, "dropout": dropout}
+        shared: dict[str, Any] = {
+            "dim_mult": dim_mult, "num_res_blocks": num_res_blocks, "dropout": dropout, "is_residual": is_residual,
+        }  # fmt: skip
         self.encoder = Encoder(in_channels, base_dim, z_dim * 2, temperal_downsample=temperal_downsample, **shared)
         self.quant_conv = CausalConv3d(z_dim * 2, z_dim * 2, 1)
         self.post_quant_conv = CausalConv3d(z_dim, z_dim, 1)
@@ -588,7 +710,7 @@ class CausalVideoVAE(StrictLoading, RecordsCompilation, ModelMixin, AutoencoderM
         """Converts a diffusers model; the result has the same weights and gives the same output.
 
         Raises:
-            ValueError: The model has the residual layout of Wan 2.2, which is unsupported.
+            ValueError: The model has another layout.
         """
         return with_same_weights(source, cls)
 
@@ -796,14 +918,11 @@ def _run_block(owner: Any, block: nn.Module, x: Tensor, history: History | None)
 
 def _check_layout(
     *,
-    is_residual: bool,
     attn_scales: Sequence[float],
     stages: tuple[int, int],
     temporal: tuple[int | None, int],
     spatial: tuple[int | None, int],
 ) -> None:
-    if is_residual:
-        raise ValueError("is_residual must be False: the residual layout of the Wan 2.2 VAE is unsupported")
     if attn_scales:
         raise ValueError(f"attn_scales must be empty, got {list(attn_scales)}: only the middle block has attention")
     if stages[0] != stages[1]:

@@ -21,6 +21,7 @@ _MEANINGS = {
     "guidance_scale": "How strongly the prompt is followed; 1 turns guidance off.",
     "boundary_ratio": "Noise level below which transformer_2 takes over.",
     "guidance_scale_2": "How strongly the prompt is followed below that level.",
+    "expand_timesteps": "Whether the first frame can be given as an image.",
     "rollout_defaults": "Defaults of rollouts and predictions that differ from the others.",
     "sigmas": "Noise levels of the steps that the checkpoint was trained for, before the scheduler's shift.",
     "tasks": "Trained for: text (vgen generate), leading (predict, animate, rollout), keyframes (interpolate).",
@@ -40,7 +41,7 @@ PUBLIC_CHECKPOINTS = (
     ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text to video", "40.2 GB", "832x480 or 1280x720, 16 fps", "81"),
 )
 """Hub id, tasks, size of all weights in bfloat16, resolution and length of public checkpoints that load."""
-_OPTIONAL = ("rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2")
+_OPTIONAL = ("rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2", "expand_timesteps")
 _DENOISER = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates", "chunk_size", "window", "sink")
 
 

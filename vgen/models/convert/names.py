@@ -44,7 +44,8 @@ _RESIDUAL = {
     "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
     "shortcut": "conv_shortcut",
 }  # fmt: skip
-_WAN_VAE = {
+_RESAMPLING = ("resample.1", "time_conv")
+_VAE = {
     "conv1": "quant_conv",
     "conv2": "post_quant_conv",
     **{f"{half}.conv1": f"{half}.conv_in" for half in ("encoder", "decoder")},
@@ -61,8 +62,10 @@ _WAN_VAE = {
         for half in ("encoder", "decoder")
         for part in ("norm", "to_qkv", "proj")
     },
+}
+_VAE_2_1 = _VAE | {
     **{f"encoder.downsamples.*.{theirs}": f"encoder.down_blocks.*.{ours}" for theirs, ours in _RESIDUAL.items()},
-    **{f"encoder.downsamples.*.{part}": f"encoder.down_blocks.*.{part}" for part in ("resample.1", "time_conv")},
+    **{f"encoder.downsamples.*.{part}": f"encoder.down_blocks.*.{part}" for part in _RESAMPLING},
     **{
         f"decoder.upsamples.{4 * level + place}.{theirs}": f"decoder.up_blocks.{level}.resnets.{place}.{ours}"
         for level in range(4)
@@ -72,8 +75,25 @@ _WAN_VAE = {
     **{
         f"decoder.upsamples.{4 * level + 3}.{part}": f"decoder.up_blocks.{level}.upsamplers.0.{part}"
         for level in range(3)
-        for part in ("resample.1", "time_conv")
+        for part in _RESAMPLING
     },
+}
+_VAE_2_2 = _VAE | {
+    **{
+        f"encoder.downsamples.*.downsamples.{place}.{theirs}": f"encoder.down_blocks.*.resnets.{place}.{ours}"
+        for place in range(2)
+        for theirs, ours in _RESIDUAL.items()
+    },
+    **{
+        f"decoder.upsamples.*.upsamples.{place}.{theirs}": f"decoder.up_blocks.*.resnets.{place}.{ours}"
+        for place in range(3)
+        for theirs, ours in _RESIDUAL.items()
+    },
+    **{
+        f"encoder.downsamples.*.downsamples.2.{part}": f"encoder.down_blocks.*.downsampler.{part}"
+        for part in _RESAMPLING
+    },
+    **{f"decoder.upsamples.*.upsamples.3.{part}": f"decoder.up_blocks.*.upsampler.{part}" for part in _RESAMPLING},
 }
 _LAYER = "encoder.block.*.layer"
 _UMT5 = {
@@ -87,7 +107,6 @@ _UMT5 = {
     "blocks.*.ffn.fc1": f"{_LAYER}.1.DenseReluDense.wi_1",
     "blocks.*.ffn.fc2": f"{_LAYER}.1.DenseReluDense.wo",
 }
-_TABLES: dict[Network, dict[str, str]] = {"transformer": _WAN, "vae": _WAN_VAE, "text_encoder": _UMT5}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -100,12 +119,19 @@ def kind_of(weights: Weights) -> Network:
 
 def from_original(network: Network, weights: Weights) -> Weights:
     """Weights with our names."""
-    return _renamed(_TABLES[network], weights)
+    return _renamed(_table(network, weights), weights)
 
 
 def to_original(network: Network, weights: Weights) -> Weights:
     """Weights with the original names."""
-    return _renamed({ours: theirs for theirs, ours in _TABLES[network].items()}, weights)
+    return _renamed({ours: theirs for theirs, ours in _table(network, weights).items()}, weights)
+
+
+def _table(network: Network, weights: Weights) -> dict[str, str]:
+    if network != "vae":
+        return _WAN if network == "transformer" else _UMT5
+    levels = ("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets.")
+    return _VAE_2_2 if any(name.startswith(levels) for name in weights) else _VAE_2_1
 
 
 def _renamed(table: dict[str, str], weights: Weights) -> Weights:

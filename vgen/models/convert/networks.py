@@ -77,18 +77,17 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
     ours["transformer"] = ["vgen.models.transformer", "SpacetimeTransformer"]
     if index.get("boundary_ratio") is not None:
         ours |= {"transformer_2": ours["transformer"], "boundary_ratio": index["boundary_ratio"]}
-    ours |= {name: index[name] for name in ("image_encoder", "image_processor") if name in index}
+    more = ("image_encoder", "image_processor", "expand_timesteps")
+    ours |= {name: index[name] for name in more if index.get(name) not in (None, False)}
     return {"_class_name": "VideoGenPipeline", **ours}
 
 
 def check_wan(config: Mapping[str, Any]) -> None:
-    """Checks that the config of a Wan pipeline is one of Wan 2.1, or of Wan 2.2 with two experts.
+    """Checks that the config of a Wan pipeline has one Transformer, or two and the boundary between them.
 
     Raises:
-        ValueError: It has another layout, or lacks one of the experts. The error names the entry.
+        ValueError: One is missing. The error names it.
     """
-    if config.get("expand_timesteps"):
-        raise ValueError("unsupported Wan pipeline: expand_timesteps=True is the layout of Wan 2.2 TI2V-5B")
     experts = [name for name in ("transformer", "transformer_2") if (config.get(name) or [None])[0] is not None]
     expected = ["transformer"] if config.get("boundary_ratio") is None else ["transformer", "transformer_2"]
     if experts != expected:
