@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="CPU time for training each network on each task")
     parser.add_argument("--entries", nargs="*", default=list(ENTRIES), choices=ENTRIES, metavar="NAME")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS, metavar="TASK")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--chart", type=Path, help="draw accuracies against times per clip here")
@@ -76,7 +77,7 @@ def main() -> None:
         row = found["entries"].setdefault(name, {"accuracy": {}, "steps": {}})
         if "parameters" not in row:
             row |= in_new_process(costs, name)
-        for task in TASKS:
+        for task in args.tasks:
             if task in row["accuracy"]:
                 continue
             row["accuracy"][task], row["steps"][task] = in_new_process(
@@ -84,7 +85,7 @@ def main() -> None:
             )
             if args.output:
                 args.output.write_text(json.dumps(found, indent=1) + "\n")
-        accuracies = "  ".join(f"{task} {row['accuracy'][task]:.1%}" for task in TASKS)
+        accuracies = "  ".join(f"{task} {accuracy:.1%}" for task, accuracy in row["accuracy"].items())
         print(f"{name:<22}{accuracies}  {row['milliseconds per clip']:.1f} ms", flush=True)
     if args.chart:
         draw(found["entries"], args.chart)
@@ -156,16 +157,18 @@ def batch(world: ShapesTasks, indices: range) -> tuple[torch.Tensor, torch.Tenso
 
 
 def draw(entries: dict[str, Any], path: Path) -> None:
-    """Draws the accuracy of each task against the time per clip."""
+    """Draws the accuracy of each entry in each task, from the slowest entry to the fastest, and chance as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    for axes, task in zip(figure.subplots(2, 2).flat, TASKS, strict=True):
-        for name, row in entries.items():
-            x, y = row["milliseconds per clip"], 100 * row["accuracy"][task]
-            axes.plot(x, y, "o" if row["streams"] else "s", color="tab:blue" if row["streams"] else "tab:gray")
-            axes.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axes.set(xscale="log", xlabel="ms per clip", ylabel="accuracy in %", title=task, ylim=(0, 105))
+    rows = sorted(entries.items(), key=lambda entry: -entry[1]["milliseconds per clip"])
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    names = [f"{name}, {row['milliseconds per clip']:.1f} ms" for name, row in rows]
+    colors = ["tab:blue" if row["streams"] else "tab:gray" for _, row in rows]
+    for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        axes.barh(names, [100 * row["accuracy"][task] for _, row in rows], color=colors)
+        axes.axvline(100 / len(ShapesTasks(task, NUM_FRAMES).classes), color="black", linestyle="--", linewidth=1)
+        axes.set(xlabel="accuracy in %", title=task, xlim=(0, 100))
+    figure.suptitle("time per clip with one thread; blue: also frame by frame; dashed: chance")
     figure.savefig(path, dpi=110)
 
 
