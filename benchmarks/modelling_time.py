@@ -157,7 +157,7 @@ def batch(world: ShapesTasks, indices: range) -> tuple[torch.Tensor, torch.Tenso
 
 
 def draw(entries: dict[str, Any], path: Path) -> None:
-    """Draws the accuracy of each entry in each task, from the slowest entry to the fastest, and chance as a line."""
+    """Draws the accuracy of each entry in each task, the fastest at the top, and chance as a line."""
     from matplotlib.figure import Figure
 
     rows = sorted(entries.items(), key=lambda entry: -entry[1]["milliseconds per clip"])

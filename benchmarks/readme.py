@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/results.md and docs/clusters.md, and the README's animation.
+"""The tables of README.md, docs/results.md, docs/clusters.md and docs/modelling_time.md, and the README's animation.
 
 python benchmarks/readme.py                        write the tables from docs/results/*.json
 python benchmarks/readme.py --measure              first repeat all measurements (hours on a CPU)
@@ -18,6 +18,7 @@ from scripts import ROOT, launch
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 CLUSTERS = ROOT / "docs" / "clusters.md"
+MODELLING_TIME = ROOT / "docs" / "modelling_time.md"
 RESULTS = ROOT / "docs" / "results"
 TRANSFORMER, UNET = "vgen/shapes-64", "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +35,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cold_start": ("benchmarks/cold_start.py", {}),
     "cpu": ("benchmarks/cpu.py", {}),
     "scaling": ("benchmarks/scaling.py", {}),
+    "modelling_time": ("benchmarks/modelling_time.py", {"chart": ROOT / "docs" / "modelling_time.png"}),
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
 """The script and the settings that write each file of docs/results/."""
@@ -86,6 +88,7 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
             "gpu": gpu(measured["gpu"]),
         },
         CLUSTERS: {"scaling": scaling(measured["scaling"])},
+        MODELLING_TIME: {"modelling time": modelling_time(measured["modelling_time"])},
     }
     texts = {}
     for path, named in tables.items():
@@ -241,6 +244,26 @@ def denoisers(measured: dict[str, Any]) -> list[list[str]]:
     for name, row in measured.items():
         cost = [f"{row['parameters'] / 1e6:.1f}M", f"{row['flops'] / 1e9:.1f}G"]
         rows.append([f"`{name}`", *cost, f"{row['step seconds']:.3f}", f"{row['video seconds']:.2f}"])
+    return rows
+
+
+def modelling_time(measured: dict[str, Any]) -> list[list[str]]:
+    """Accuracies and costs of the recognizers."""
+    entries = measured["entries"]
+    tasks = list(next(iter(entries.values()))["accuracy"])
+    rows = [["network", *tasks, "steps", "parameters", "FLOPs per clip", "ms per clip", "ms per new frame", "MiB"]]
+    for name, row in entries.items():
+        steps = sorted(row["steps"].values())
+        rows.append([
+            f"`{name}`",
+            *(f"{row['accuracy'][task]:.1%}" for task in tasks),
+            f"{steps[0]:,} to {steps[-1]:,}",
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['flops per clip'] / 1e9:.2f}G",
+            f"{row['milliseconds per clip']:.1f}",
+            f"{row['milliseconds per new frame']:.1f}" + ("" if row["streams"] else " (whole clip)"),
+            f"{row['MiB']:.0f}",
+        ])  # fmt: skip
     return rows
 
 
