@@ -1,6 +1,8 @@
 """The networks against published sizes, other implementations, and their own definitions."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,3 +282,57 @@ def test_frame_differences_of_a_still_clip_are_zero():
     model.network.cnn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(random_clip(1, 1).expand(-1, -1, 4, -1, -1))
     assert (seen[0][:, 3:] == 0).all() and (seen[0][:, :3] != 0).any()
+
+
+class LinearHead(nn.Module):
+    """A video model whose head comes after the mean, as most of torchvision's."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv3d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, clip):
+        return self.fc(self.stem(clip).mean((2, 3, 4)))
+
+
+class ConvolutionalHead(nn.Module):
+    """A video model whose head comes before the mean, as that of torchvision's S3D."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv3d(3, 4, 3, padding=1)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Conv3d(4, num_classes, 1))
+
+    def forward(self, clip):
+        return self.classifier(self.stem(clip)).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", [LinearHead, ConvolutionalHead])
+def test_a_model_of_torchvision_gives_its_logits_and_the_features_before_them(monkeypatch, kind):
+    made = []
+
+    def get_model(name, weights, num_classes):
+        made.append((name, weights))
+        torch.manual_seed(0)
+        return kind(num_classes)
+
+    models = SimpleNamespace(get_model=get_model, list_models=lambda module: ["r3d_18", "s3d"], video=None)
+    for module in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, module, models)
+    network = create_recognizer("torchvision", 5, 8, 16, model="s3d", weights="DEFAULT").eval()
+    assert made == [("s3d", "DEFAULT")]
+    torch.manual_seed(0)
+    expected, clip = kind(5).eval(), random_clip(num_frames=8, size=16)
+    mean, std = torch.tensor([0.43216, 0.394666, 0.37645]), torch.tensor([0.22803, 0.22145, 0.216989])
+    normalized = ((clip + 1) / 2 - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1)
+    with torch.no_grad():
+        found = network(clip)
+        torch.testing.assert_close(found.logits, expected(normalized), atol=1e-5, rtol=1e-5)
+        features = expected.stem(normalized).mean((2, 3, 4))
+        torch.testing.assert_close(found.features, features, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="torchvision has no video model 'r4d'; it has r3d_18, s3d"):
+        create_recognizer("torchvision", 5, 8, 16, model="r4d")
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ImportError, match="torchvision models need a torchvision that matches"):
+        create_recognizer("torchvision", 5, 8, 16)
