@@ -164,7 +164,8 @@ def draw(entries: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     names = [f"{name}, {row['milliseconds per clip']:.1f} ms" for name, row in rows]
     colors = ["tab:blue" if row["streams"] else "tab:gray" for _, row in rows]
-    for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+    tasks = [task for task in TASKS if all(task in row["accuracy"] for _, row in rows)]
+    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         axes.barh(names, [100 * row["accuracy"][task] for _, row in rows], color=colors)
         axes.axvline(100 / len(ShapesTasks(task, NUM_FRAMES).classes), color="black", linestyle="--", linewidth=1)
         axes.set(xlabel="accuracy in %", title=task, xlim=(0, 100))

@@ -51,9 +51,12 @@ NOT_RUN = {
     "vgen convert checkpoints/self_forcing_dmd.pt --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --preset self-forcing "
     "--dtype bfloat16 -o self-forcing": PUBLIC,
     "vgen rollout a cat walks on the grass --model self-forcing --num-frames 1000 -o cat.mp4": PUBLIC,
+    "vgen convert high_noise_model/diffusion_pytorch_model.safetensors.index.json --base "
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers -o mine": PUBLIC,
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
+    "pip install -c constraints.txt -e .[benchmarks,evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
     "pip install vgen[ray]": "needs a network",
     "pip install vgen[remote]": "needs a network",
@@ -105,6 +108,7 @@ SMALL = {
     "--optimizer adamw",
     "train/train_convlstm.py": f"{TRAINING} --num_score_clips 2 --model.channels [8]",
     "train/train_recognizer.py": f"{TRAINING} --test_clips 1 --model.channels [8]",
+    "benchmarks/modelling_time.py": "--seconds 0.2 --entries single_frame --tasks color",
     "benchmarks/moving_mnist.py": "--vae-minutes 0 --minutes 0 --num-samples 1",
 }
 
@@ -203,6 +207,9 @@ def checkout(folder, tiny, page, request):
             shutil.copy(folder / "clip.mp4", folder / name)
     if page.name == "moving_mnist.md":
         prepare_moving_mnist(folder)
+    if page.name == "modelling_time.md":
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+        (folder / "docs/results").mkdir(parents=True)
     return folder
 
 

@@ -8,8 +8,11 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from typer.testing import CliRunner
 
 from vgen import SpacetimeTransformer, VideoGenPipeline
+from vgen.cli import app
+from vgen.data.video_io import read_video
 
 PROMPT, NEGATIVE = "a red circle moves", "blue"
 SETTINGS = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 3.0}
@@ -231,3 +234,30 @@ def test_a_network_equals_that_of_diffusers_and_reuses_its_prompts(folders, layo
     for _ in range(2):
         got = ours(latents, levels, prompt, condition=condition, image_embeds=images, prompt_cache=cache).sample
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_command_takes_a_first_and_a_last_image(folders, tmp_path):
+    for index in (0, 1):
+        picture(index).save(tmp_path / f"{index}.png")
+    picture(2).resize((16, 16)).save(tmp_path / "small.png")
+    _, pipe = load(folders["2.1-first-last"])
+    pipe.register_to_config(**SETTINGS)
+    pipe.save_pretrained(tmp_path / "pipe")
+
+    def invoke(*words):
+        words = ["animate", tmp_path / "0.png", PROMPT, "--model", tmp_path / "pipe", "--scale", 1, *words]
+        return CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "frames"), "--overwrite"])
+
+    done = invoke("--last-image", tmp_path / "1.png")
+    assert done.exit_code == 0, done.output
+    frames = {0: picture(0), -1: picture(1)}
+    expected = pipe(PROMPT, frames=frames, generator=seeds(0)[0]).frames[0]
+    got = read_video(tmp_path / "frames")[0] / 255
+    assert got.shape == expected.shape and np.abs(got - expected).mean() < 0.03
+    for words, message in (
+        ((), "pass frames={0: first, -1: last}, got the frames [0]"),
+        (("--last-image", tmp_path / "none.png"), "no such file"),
+        (("--last-image", tmp_path / "small.png"), "must have the same size, got"),
+    ):
+        done = invoke(*words)
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output

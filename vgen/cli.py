@@ -155,6 +155,7 @@ def animate(
     image: Annotated[Path, typer.Argument(help="Image file with the first frame.")],
     prompt: Annotated[str, typer.Argument(help="Prompt that describes the video.")],
     output: Output,
+    last_image: Annotated[Path | None, typer.Option(help="Image file with the last frame.")] = None,
     model: Model = DEFAULT_MODEL,
     num_frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     steps: Steps = None,
@@ -166,19 +167,20 @@ def animate(
     preview: Preview = None,
     **options: Any,
 ) -> None:
-    """Generate a video from a first frame and a prompt."""
+    """Generate a video from a first frame, or a first and a last one, and a prompt."""
     loading, written = _take(LoadOptions, options), _take(OutputOptions, options)
     counts = {"num_frames": num_frames, "num_inference_steps": steps}
     with _writing(output, overwrite, preview, model, loading, written, prompt=prompt, counts=counts) as done:
-        if not image.is_file():
-            raise FileNotFoundError(f"no such file: {image}")
+        for path in (image, last_image):
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(f"no such file: {path}")
         from vgen.tasks.video_files import generate_file
 
         done |= generate_file(
             _load(model, device, loading), prompt, output, seed=seed, written=written, overwrite=overwrite,
             metadata=metadata_of(model, loading),
-            image=image, negative_prompt=negative_prompt, num_frames=num_frames, num_inference_steps=steps,
-            guidance_scale=guidance,
+            image=image, last_image=last_image, negative_prompt=negative_prompt, num_frames=num_frames,
+            num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
 
 
@@ -746,7 +748,9 @@ def convert(
         wanted = None if dtype is None else parse_dtype(dtype)
         name = shlex.quote(printable(str(output)))
         if to != "vgen":
-            convert_back(source, output, to, wanted)
+            from vgen.pipeline import VideoGenPipeline
+
+            convert_back(VideoGenPipeline.from_pretrained(source, dtype="auto"), output, to, wanted)
             typer.echo(f"wrote {name}")
             return
         convert_file(Path(source), base or "", output, chosen, component, container, wanted)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from vgen import VideoGenPipeline
 from vgen.cli import app
+from vgen.data.video_io import read_video
 from vgen.models.convert.files import unwrap
 from vgen.models.convert.names import from_original, kind_of, to_original
 from vgen.models.convert.presets import find_preset, read_presets
@@ -85,6 +86,9 @@ def test_every_dialect_gives_the_same_pipeline(wan_folder, wan, preset, tmp_path
     assert pipe.config.sigmas == [1.0, 0.5] and pipe.transformer.config.attention_head_dim == 12
     rollout = pipe.rollout("a red circle", num_frames=14, generator=torch.Generator().manual_seed(0))
     assert [len(frames) for frames in rollout] == [9, 5]  # 3 latents, then what is left of 3
+    words = ["a red circle", "--model", tmp_path / "out", "--num-frames", 9, "-o", tmp_path / "a.gif", "--scale", 1]
+    done = CliRunner().invoke(app, ["generate", *map(str, words)])
+    assert done.exit_code == 0 and read_video(tmp_path / "a.gif")[0].shape == (9, 16, 16, 3), done.output
 
 
 def test_shards_have_an_index_and_a_container_can_be_chosen(wan_folder, wan, preset, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from vgen.data.video_io import VideoWriter, iter_video, join_videos, video_info
 from vgen.data.video_writer import DEFAULT_FRAME_RATE
 from vgen.io.atomic import remove_directory
 from vgen.io.images import read_image
-from vgen.io.pixels import to_clip, to_frames
+from vgen.io.pixels import from_pt, to_clip, to_frames
 from vgen.pipeline import VideoGenPipeline, load_rollout
 from vgen.sampling.options import InterpolationOptions, RolloutOptions
 from vgen.sampling.prompts import has_prompt
@@ -46,12 +46,13 @@ def generate_file(
     *,
     seed: int = 0,
     image: Path | None = None,
+    last_image: Path | None = None,
     written: OutputOptions | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Generates a video from a prompt and optionally a first frame.
+    """Generates a video from a prompt and optionally a first frame, or a first and a last one.
 
     Args:
         pipe: The pipeline.
@@ -59,33 +60,56 @@ def generate_file(
         output: Path of the video, as in `VideoWriter`.
         seed: Seed of the noise.
         image: Image file with the first frame.
+        last_image: Image file with the last frame, of the same size.
         written: How the file is written; `None` uses the defaults.
         overwrite: Whether to replace an existing output.
         metadata: Entries that the file stores besides its inputs and settings, such as the name of the checkpoint.
         options: Further arguments of `VideoGenPipeline.__call__`.
 
     Raises:
-        ValueError: The image cannot be read, or as in `VideoGenPipeline.__call__`.
+        ValueError: An image cannot be read, the two differ in size, or as in `VideoGenPipeline.__call__`.
     """
     fit = None
-    if image is not None:
-        first = read_image(image)[None]
-        fit = Fit(first.shape[1:3], (pipe.config.height, pipe.config.width))
-        options = options | {"image": fit.to_target(first)[0]}
+    paths = {0: image, -1: last_image}
+    given_frames = {index: read_image(path)[None] for index, path in paths.items() if path is not None}
+    if given_frames:
+        sizes = {one.shape[1:3] for one in given_frames.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"{image} and {last_image} must have the same size, got {' and '.join(map(str, sizes))}")
+        fit = Fit(sizes.pop(), (pipe.config.height, pipe.config.width))
+        given_frames = {index: fit.to_target(one)[0] for index, one in given_frames.items()}
+        options = options | {"frames": given_frames}
     rate = options.get("frame_rate") or pipe.config.frame_rate
     given = {name: value for name, value in options.items() if isinstance(value, (str, int, float))}
     settings = {name: pipe.config[name] for name in _DEFAULTS} | given
-    entries = {"task": "generation", "prompt": prompt, "image": _name_of(image), "seed": seed} | settings
+    images = {"image": _name_of(image)} | ({} if last_image is None else {"last_image": _name_of(last_image)})
+    entries = {"task": "generation", "prompt": prompt, **images, "seed": seed} | settings
+    generator = torch.Generator().manual_seed(seed)
     with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
-        latents = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).frames
-        slices = (frames[0] for frames in pipe.decode_stream(latents))
-        if fit is not None:
-            leading = next(slices)
-            leading[0] = options["image"]
-            slices = (fit.back(frames) for frames in itertools.chain([leading], slices))
+        slices: Iterator[np.ndarray]
+        if options.get("groups") is None and "full" not in pipe.denoiser.config.group_modes:  # a rollout
+            slices = iter(to_frames(from_pt(pipe(prompt, generator=generator, output_type="pt", **options).frames)))
+        else:
+            latents = pipe(prompt, generator=generator, output_type="latent", **options).frames
+            slices = (frames[0] for frames in pipe.decode_stream(latents))
+            if given_frames and not pipe.denoiser.condition_channels:
+                slices = _with_given(slices, given_frames)
         for frames in slices:
-            writer.append(frames)
+            writer.append(frames if fit is None else fit.back(frames))
     return _manifest_entries(writer, fit)
+
+
+def _with_given(slices: Iterator[np.ndarray], given: Mapping[int, np.ndarray]) -> Iterator[np.ndarray]:
+    """Slices of a video with the given first (0) and last (-1) frames in their places."""
+    previous = next(slices)
+    if 0 in given:
+        previous[0] = given[0]
+    for frames in slices:
+        yield previous
+        previous = frames
+    if -1 in given:
+        previous[-1] = given[-1]
+    yield previous
 
 
 def predict_file(

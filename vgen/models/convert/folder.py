@@ -108,23 +108,20 @@ def convert_file(
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def convert_back(model: str, output: Path, layout: str, dtype: torch.dtype | None = None) -> None:
+def convert_back(pipe: Any, output: Path, layout: str, dtype: torch.dtype | None = None) -> None:
     """Writes a pipeline for other programs, atomically.
 
     Args:
-        model: The pipeline: a packaged checkpoint, a folder or a Hub id.
+        pipe: The `VideoGenPipeline`.
         output: The folder to write.
         layout: `diffusers`, a folder of a Wan pipeline; or `original`, safetensors with the names of the original
             repositories, which ComfyUI reads, too.
-        dtype: Data type of the written weights; by default that of each component.
+        dtype: Data type of the written weights; by default that of each network.
 
     Raises:
         ValueError: A network has layers that the other layout does not have.
     """
-    from vgen.pipeline import VideoGenPipeline  # imports this package
-
     check_choice("layout", layout, ("diffusers", "original"))
-    pipe = VideoGenPipeline.from_pretrained(model, dtype="auto")
     back = pipe.to_diffusers(shared=True)
     if layout == "diffusers":
         with atomic_directory(output) as partial:
