@@ -167,7 +167,8 @@ def draw(entries: dict[str, Any], path: Path) -> None:
     tasks = [task for task in TASKS if all(task in row["accuracy"] for _, row in rows)]
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         axes.barh(names, [100 * row["accuracy"][task] for _, row in rows], color=colors)
-        axes.axvline(100 / len(ShapesTasks(task, NUM_FRAMES).classes), color="black", linestyle="--", linewidth=1)
+        chance = 100 / len(ShapesTasks(task, NUM_FRAMES).classes)  # type: ignore[arg-type]
+        axes.axvline(chance, color="black", linestyle="--", linewidth=1)
         axes.set(xlabel="accuracy in %", title=task, xlim=(0, 100))
     figure.suptitle("time per clip with one thread; blue: also frame by frame; dashed: chance")
     figure.savefig(path, dpi=110)

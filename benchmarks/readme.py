@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/results.md, docs/clusters.md and docs/modelling_time.md, and the README's animation.
+"""The tables of README.md, docs/results.md and three other pages, and the README's animation.
 
 python benchmarks/readme.py                        write the tables from docs/results/*.json
 python benchmarks/readme.py --measure              first repeat all measurements (hours on a CPU)
@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 CLUSTERS = ROOT / "docs" / "clusters.md"
 MODELLING_TIME = ROOT / "docs" / "modelling_time.md"
+MEMORY = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "docs" / "results"
 TRANSFORMER, UNET = "vgen/shapes-64", "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,6 +36,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cold_start": ("benchmarks/cold_start.py", {}),
     "cpu": ("benchmarks/cpu.py", {}),
     "scaling": ("benchmarks/scaling.py", {}),
+    "memory": ("benchmarks/memory.py", {}),
     "modelling_time": ("benchmarks/modelling_time.py", {"chart": ROOT / "docs" / "modelling_time.png"}),
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
@@ -88,6 +90,7 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
             "gpu": gpu(measured["gpu"]),
         },
         CLUSTERS: {"scaling": scaling(measured["scaling"])},
+        MEMORY: {"memory": memory(measured["memory"])},
         MODELLING_TIME: {"modelling time": modelling_time(measured["modelling_time"])},
     }
     texts = {}
@@ -244,6 +247,18 @@ def denoisers(measured: dict[str, Any]) -> list[list[str]]:
     for name, row in measured.items():
         cost = [f"{row['parameters'] / 1e6:.1f}M", f"{row['flops'] / 1e9:.1f}G"]
         rows.append([f"`{name}`", *cost, f"{row['step seconds']:.3f}", f"{row['video seconds']:.2f}"])
+    return rows
+
+
+def memory(measured: dict[str, Any]) -> list[list[str]]:
+    """Memory of public models, and the smallest cards that have it."""
+    cards = (6, 8, 12, 16, 24, 32, 48, 80)
+    names = ("weights", "denoiser", "decoder", "resident", "model_offloading", "smallest")
+    heads = ("weights", "denoiser", "decoder", "all on the GPU", "one network at a time", "one block, tiling")
+    rows = [["model", *heads, "cards"]]
+    for model, row in measured.items():
+        least = [next((f"{card}" for card in cards if card > row[name] + 1), "more than 80") for name in names[3:]]
+        rows.append([model, *(f"{row[name]:.1f}" for name in names), " / ".join(least)])
     return rows
 
 

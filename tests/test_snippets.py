@@ -55,6 +55,7 @@ NOT_RUN = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers -o mine": PUBLIC,
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
+    "vgen info Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 81 --size 480x832 --dtype bfloat16": PUBLIC,
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[benchmarks,evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",

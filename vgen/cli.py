@@ -372,9 +372,23 @@ def info(
     source: Annotated[
         str, typer.Argument(metavar="MODEL|VIDEO", help="A packaged checkpoint, a folder, a Hub id, or a video.")
     ],
+    num_frames: Annotated[int | None, typer.Option(help="Show the memory for a video of this length.")] = None,
+    size: Annotated[str | None, typer.Option(help="Show the memory for this size, HEIGHTxWIDTH.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Show the memory in this data type, such as bfloat16.")] = None,
 ) -> None:
-    """Show what a checkpoint consists of and can do, or what a video was made from."""
+    """Show what a checkpoint consists of and can do, the memory that it needs, or what a video was made from."""
     with one_line_errors():
+        if num_frames is not None or size is not None or dtype is not None:
+            from vgen.models.loading import parse_dtype
+            from vgen.tasks.memory import describe_memory, report_memory
+
+            sides = None if size is None else _sides(size)
+            report = report_memory(source, num_frames, sides, parse_dtype(dtype or "float32"))
+            table = _table("memory", "weights", "activations", title=source)
+            for row in describe_memory(report):
+                table.add_row(*row)
+            _console().print(table)
+            return
         path = Path(source)
         if is_video(path) and not (path / "model_index.json").is_file():
             from vgen.tasks.information import describe_video
@@ -933,6 +947,14 @@ def _console() -> Any:
 
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def _sides(size: str) -> tuple[int, int]:
+    """Height and width of a size such as `480x832`."""
+    sides = size.split("x")
+    if len(sides) != 2 or not all(side.isdigit() for side in sides):
+        raise ValueError(f"--size must have the form HEIGHTxWIDTH, such as 480x832, got {size}")
+    return int(sides[0]), int(sides[1])
 
 
 def _table(*columns: str, title: str | None = None) -> Any:

@@ -110,12 +110,12 @@ def encoding_memory(
     with torch.device("meta"), torch.no_grad():
         networks: list[Any] = [CausalVideoVAE(**vae).eval()]
         inputs = (torch.zeros(size, 3, frames, clip.height, clip.width) for size, frames in shapes)
-        activations: float = max(_peak_bytes(networks[0], networks[0].encode, pixels) for pixels in inputs)
+        activations: float = max(peak_bytes(networks[0], networks[0].encode, pixels) for pixels in inputs)
         activations *= 1 if precision == "no" else 0.75  # autocast keeps about half of them in float32
         if text_encoder is not None:
             networks.append(text := text_encoder().eval())
             tokens = torch.ones(CAPTIONS_PER_BATCH, max_sequence_length, dtype=torch.long)
-            activations = max(activations, _peak_bytes(text, text, tokens))
+            activations = max(activations, peak_bytes(text, text, tokens))
         weights = 4 * sum(one.numel() for network in networks for one in network.parameters())
     return _RESERVE * (weights + activations)
 
@@ -181,7 +181,7 @@ def denoiser_step(
     return Step(make, inputs)
 
 
-def _peak_bytes(network: nn.Module, run: Callable[[Tensor], Any], inputs: Tensor) -> int:
+def peak_bytes(network: nn.Module, run: Callable[[Tensor], Any], inputs: Tensor) -> int:
     """The most bytes of tensors that a computation keeps at once, with its inputs and without the weights."""
     with _Live(network) as live, _FlashAttention():
         run(inputs.clone())
