@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
 
 from vgen import VideoGenPipeline
 
@@ -130,3 +131,39 @@ def test_what_a_pair_cannot_do_is_named(pipes, wan_folder):
     single = VideoGenPipeline.from_pretrained(wan_folder)
     with pytest.raises(ValueError, match="guidance_scale_2 is for checkpoints with transformer_2"):
         single(PROMPT, **SETTINGS, guidance_scale_2=2.0)
+
+
+def test_each_network_takes_adapters_of_its_own(pipes, tmp_path):
+    theirs, ours = pipes
+    shape = ours.transformer.state_dict()["blocks.0.attn1.to_q.weight"].shape
+    for index, name in enumerate(("high", "low")):
+        generator = torch.Generator().manual_seed(index)
+        layers = {
+            "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(2, shape[1], generator=generator),
+            "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.randn(shape[0], 2, generator=generator),
+        }
+        save_file(layers, tmp_path / f"{name}.safetensors")
+
+    def latents(pipe):
+        return pipe(PROMPT, NEGATIVE, **SETTINGS, generator=seeds(0)[0], output_type="latent").frames
+
+    before = latents(ours)
+    for pipe in pipes:
+        pipe.load_lora_weights(tmp_path / "high.safetensors", adapter_name="high")
+    torch.testing.assert_close(latents(ours), latents(theirs), atol=1e-4, rtol=1e-4)
+    high = latents(ours)
+    for pipe in pipes:
+        pipe.load_lora_weights(tmp_path / "low.safetensors", adapter_name="low", load_into_transformer_2=True)
+    torch.testing.assert_close(latents(ours), latents(theirs), atol=1e-4, rtol=1e-4)
+    assert min((high - before).abs().max(), (latents(ours) - high).abs().max()) > 1e-3
+    ours.fuse_lora()
+    torch.testing.assert_close(latents(ours), latents(theirs), atol=1e-4, rtol=1e-4)
+    ours.unfuse_lora()
+    ours.unload_lora_weights()
+    torch.testing.assert_close(latents(ours), before, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_for_a_network_that_is_not_there_are_named(wan_folder):
+    pipe = VideoGenPipeline.from_pretrained(wan_folder)
+    with pytest.raises(ValueError, match="load_into_transformer_2 is for checkpoints with transformer_2"):
+        pipe.load_lora_weights({}, load_into_transformer_2=True)

@@ -720,7 +720,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="Public weights: .pt, .pth, .safetensors, or the index of several. With --to, the model to convert."
+            help="Public weights: .pt, .pth, .safetensors, or the index of several. With --to, the model, or the file "
+            "of a LoRA, to convert."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
@@ -739,6 +740,7 @@ def convert(
     container: Annotated[
         str | None, typer.Option(help="Entry of the file that has the weights; by default generator_ema or another.")
     ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA to add to the weights of a Transformer.")] = None,
     to: Annotated[
         Literal["vgen", "diffusers", "original"],
         typer.Option(help="What to write: a pipeline of public weights, or a pipeline for other programs."),
@@ -750,11 +752,17 @@ def convert(
     with one_line_errors():
         from vgen.models.convert.presets import find_preset
 
-        only = {"--base": base, "--preset": preset, "--component": component, "--container": container}
+        only = {"--base": base, "--preset": preset, "--component": component, "--container": container, "--lora": lora}
         if to != "vgen" and (wrong := [name for name, value in only.items() if value is not None]):
             raise ValueError(f"{wrong[0]} is for making a pipeline, not for --to {to}")
         chosen = None if preset is None else find_preset(preset)
         _check_output(output, overwrite)
+        if to == "original" and Path(source).is_file():
+            from vgen.models.convert.folder import convert_lora
+
+            convert_lora(Path(source), output)
+            typer.echo(f"wrote {shlex.quote(printable(str(output)))}")
+            return
         locate(source if to != "vgen" else _base_of(source, base))
         from vgen.models.convert.folder import convert_back, convert_file
         from vgen.models.loading import parse_dtype
@@ -767,7 +775,7 @@ def convert(
             convert_back(VideoGenPipeline.from_pretrained(source, dtype="auto"), output, to, wanted)
             typer.echo(f"wrote {name}")
             return
-        convert_file(Path(source), base or "", output, chosen, component, container, wanted)
+        convert_file(Path(source), base or "", output, chosen, component, container, wanted, lora)
         typer.echo(f"wrote {name}; next: vgen info {name}")
 
 

@@ -272,6 +272,84 @@ def test_networks_without_an_original_layout_are_named(tmp_path, wan_folder):
         assert not (tmp_path / "out").exists()
 
 
+LORA_LAYERS = {
+    "blocks.0.attn1.to_q": "blocks.0.self_attn.q", "blocks.1.ffn.net.2": "blocks.1.ffn.2", "proj_out": "head.head",
+    "blocks.1.attn2.to_out.0": "blocks.1.cross_attn.o",
+}  # fmt: skip
+
+
+def make_lora(wan, rank=2):
+    """Matrices of an adapter by layer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        name: (draw(rank, wan[f"{name}.weight"].shape[1]), draw(wan[f"{name}.weight"].shape[0], rank))
+        for name in LORA_LAYERS
+    }
+
+
+@pytest.mark.parametrize("kind", ["generator_lora", "ComfyUI", "diffusers with alpha"])
+def test_a_lora_is_added_to_the_weights(wan_folder, wan, preset, tmp_path, kind):
+    lora, scale = make_lora(wan), 0.5 if "alpha" in kind else 1.0
+    torch.save(original(wan), tmp_path / "a.pt")
+    file = tmp_path / ("lora.pt" if kind == "generator_lora" else "lora.safetensors")
+    if kind == "generator_lora":
+        names = {name: f"model.base_model.model.{their}" for name, their in LORA_LAYERS.items()}
+        weights = {f"{names[name]}.lora_A.default.weight": down for name, (down, _) in lora.items()}
+        weights |= {f"{names[name]}.lora_B.default.weight": up for name, (_, up) in lora.items()}
+        torch.save({"generator_lora": weights}, file)
+    elif kind == "ComfyUI":
+        names = {name: f"diffusion_model.{their}" for name, their in LORA_LAYERS.items()}
+        weights = {f"{names[name]}.lora_down.weight": down for name, (down, _) in lora.items()}
+        save_file(weights | {f"{names[name]}.lora_up.weight": up for name, (_, up) in lora.items()}, file)
+    else:
+        layers = {f"{name}.lora_A.weight": down for name, (down, _) in lora.items()}
+        layers |= {f"{name}.lora_B.weight": up for name, (_, up) in lora.items()}
+        VideoGenPipeline.save_lora_weights(
+            tmp_path, layers, weight_name=file.name, transformer_lora_adapter_metadata={"r": 2, "lora_alpha": 1}
+        )
+    done = convert(tmp_path / "a.pt", wan_folder, preset, tmp_path / "out", "--lora", file)
+    assert done.exit_code == 0, done.output
+    found = VideoGenPipeline.from_pretrained(tmp_path / "out").transformer.state_dict()
+    for name, weight in wan.items():
+        layer = name.removesuffix(".weight")
+        expected = weight + scale * lora[layer][1] @ lora[layer][0] if layer in lora else weight
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_in_the_original_format_gives_the_same_video(wan_folder, wan, tmp_path):
+    lora = make_lora(wan)
+    layers = {f"{name}.lora_A.weight": down for name, (down, _) in lora.items()}
+    layers |= {f"{name}.lora_B.weight": up / 10 for name, (_, up) in lora.items()}
+    VideoGenPipeline.save_lora_weights(
+        tmp_path, layers, weight_name="ours.safetensors", transformer_lora_adapter_metadata={"r": 2, "lora_alpha": 3}
+    )
+    done = invoke(tmp_path / "ours.safetensors", "--to", "original", "-o", tmp_path / "theirs.safetensors")
+    assert done.exit_code == 0, done.output
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    assert {f"diffusion_model.{name}.lora_A.weight" for name in LORA_LAYERS.values()} <= theirs.keys()
+    up = theirs["diffusion_model.head.head.lora_B.weight"]
+    torch.testing.assert_close(up, 3 / 2 * layers["proj_out.lora_B.weight"])  # alpha by rank
+    videos = []
+    for file, loader in (
+        (None, VideoGenPipeline), ("ours", VideoGenPipeline), ("theirs", VideoGenPipeline), ("theirs", WanPipeline),
+    ):  # fmt: skip
+        pipe = loader.from_pretrained(wan_folder)
+        pipe.set_progress_bar_config(disable=True)
+        if file is not None:
+            pipe.load_lora_weights(tmp_path / f"{file}.safetensors")
+        settings = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+        videos.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).frames)
+    assert (videos[0] - videos[1]).abs().max() > 1e-3
+    for video in videos[2:]:
+        torch.testing.assert_close(video, videos[1], atol=1e-4, rtol=1e-4)
+    done = invoke(tmp_path / "theirs.safetensors", "--to", "original", "-o", tmp_path / "again.safetensors")
+    assert done.exit_code == 2 and "must be a LoRA for a Transformer with diffusers' names" in done.output
+
+
 def test_names_in_wrappers_must_differ():
     weights = {"model.a": torch.zeros(1), "model._orig_mod.a": torch.zeros(1)}
     with pytest.raises(ValueError, match="several weights of the same name"):

@@ -20,11 +20,12 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from vgen.io.records import read_json
+from vgen.models.convert.names import original_name
 from vgen.models.loading import PICKLED, shorten
 
 PREFIXES = {
     "denoiser": (
-        "", "transformer.", "unet.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.", "dit.",
+        "", "transformer.", "unet.", "model.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.", "dit.",
         "lora_unet_", "lora_transformer_", "lycoris_",
     ),
     "text_encoder": ("", "text_encoder.", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"),
@@ -41,25 +42,6 @@ _SUFFIXES = (
     (r"\.diff", "diff"),
     (r"\.diff_b", "diff_bias"),
 )
-_WAN_NAMES = (
-    (r"\.attn1\.norm_", ".self_attn.norm_"),
-    (r"\.attn2\.norm_", ".cross_attn.norm_"),
-    (r"\.attn1\.to_(q|k|v)$", r".self_attn.\1"),
-    (r"\.attn2\.to_(q|k|v)$", r".cross_attn.\1"),
-    (r"\.attn1\.to_out\.0$", ".self_attn.o"),
-    (r"\.attn2\.to_out\.0$", ".cross_attn.o"),
-    (r"\.norm2$", ".norm3"),
-    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"),
-    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
-    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
-    (r"^condition_embedder\.time_proj$", "time_projection.1"),
-    (r"^proj_out$", "head.head"),
-)
-"""Names of diffusers' layers and of those of the original code of Wan."""
-
 Layer = tuple[str, str]
 """A component and the name of one of its layers."""
 
@@ -67,7 +49,7 @@ Layer = tuple[str, str]
 class LoraLoaderMixin(WanLoraLoaderMixin):
     """Loads, saves and fuses adapters as diffusers does, for a pipeline with a `transformer` or a `unet`."""
 
-    _lora_loadable_modules = ["transformer", "unet", "text_encoder"]
+    _lora_loadable_modules = ["transformer", "transformer_2", "unet", "text_encoder"]
     text_encoder: Any
 
     @property
@@ -107,6 +89,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
         pretrained_model_name_or_path_or_dict: Any,
         adapter_name: str | None = None,
         hotswap: bool = False,
+        load_into_transformer_2: bool = False,
         **kwargs: Any,
     ) -> None:
         """Loads an adapter into the denoiser and the text encoder, whichever it has layers for.
@@ -118,17 +101,20 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
             pretrained_model_name_or_path_or_dict: Folder, file, Hub id, or a dictionary of weights.
             adapter_name: Name of the adapter; `None` numbers it.
             hotswap: Whether to replace the weights of the loaded adapter with this name.
+            load_into_transformer_2: Whether the adapter is for the Transformer of low noise levels.
             kwargs: Further arguments of diffusers' method.
 
         Raises:
-            ValueError: The weights are pickled, NaN or infinite, or some of them do not fit the layers of this
-                pipeline. The error lists their keys, and nothing is loaded.
+            ValueError: There is no such Transformer, the weights are pickled, NaN or infinite, or some of them do not
+                fit the layers of this pipeline. The error lists their keys, and nothing is loaded.
         """
         check_peft_version(min_version="0.17.0")
         source, low_memory = pretrained_model_name_or_path_or_dict, kwargs.pop("low_cpu_mem_usage", True)
         weights, metadata = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
         peft = _peft_config(source, weights, kwargs)
-        name = self.denoiser_name
+        name = "transformer_2" if load_into_transformer_2 else self.denoiser_name
+        if getattr(self, name, None) is None and load_into_transformer_2:
+            raise ValueError("load_into_transformer_2 is for checkpoints with transformer_2, which this one has not")
         found = {one: getattr(self, one, None) for one in (name, "text_encoder")}
         networks: dict[str, Any] = {one: network for one, network in found.items() if network is not None}
         label = "the given weights" if isinstance(source, dict) else str(source)
@@ -276,7 +262,7 @@ class LoraLoaderMixin(WanLoraLoaderMixin):
 
     @property
     def _with_adapters(self) -> list[str]:
-        return [self.denoiser_name, "text_encoder"]
+        return [name for name in self._lora_loadable_modules if getattr(self, name, None) is not None]
 
 
 def _on_networks(method: Callable) -> Callable:
@@ -355,6 +341,58 @@ def _fit(
     return {component: _to_peft(found, one_scale) for component, found in adapters.items()}
 
 
+def merge_lora(weights: dict[str, Tensor], lora: str | Path | dict[str, Tensor], network: nn.Module) -> None:
+    """Adds a LoRA to the weights of a Transformer, in place.
+
+    Args:
+        weights: Weights by name; those with an adapter are replaced.
+        lora: The LoRA: a safetensors file, or weights, in any format of `load_lora_weights`.
+        network: The Transformer, for the names and shapes of its layers; it may be on the meta device.
+
+    Raises:
+        ValueError: Some of its weights do not fit. The error lists them.
+    """
+    found, metadata = LoraLoaderMixin.lora_state_dict(lora, return_lora_metadata=True)
+    source = "the given LoRA" if isinstance(lora, dict) else str(lora)
+    layers, config = _fit(found, metadata, None, {"transformer": network}, source, one_scale=True)["transformer"]
+    for name in config["target_modules"]:
+        weight = weights[f"{name}.weight"]
+        down, up = (layers[f"{name}.lora_{part}.weight"].float().flatten(1) for part in "AB")
+        weights[f"{name}.weight"] = (weight.float() + (up @ down).view_as(weight)).to(weight.dtype)
+        if config["lora_bias"]:
+            bias = weights[f"{name}.bias"]
+            weights[f"{name}.bias"] = (bias.float() + layers[f"{name}.lora_B.bias"].float()).to(bias.dtype)
+
+
+def lora_to_original(file: str | Path) -> dict[str, Tensor]:
+    """The weights of a LoRA for a Transformer with the original names of Wan, as ComfyUI reads them.
+
+    Args:
+        file: A safetensors file with diffusers' names, as `train_vdm.py` and `save_lora_weights` write it.
+
+    Raises:
+        ValueError: It is malformed or has other names. The error lists them.
+    """
+    weights, metadata = LoraLoaderMixin.lora_state_dict(file, return_lora_metadata=True)
+    config = _config_of(metadata, "transformer")
+    found, unknown = {}, []
+    for key, weight in weights.items():
+        key = key.removeprefix("transformer.")
+        layer, part = _split(key)
+        original = original_name(layer)
+        if (original == layer and layer != "patch_embedding") or not part:
+            unknown.append(key)
+        if part == "up" and config is not None:  # in the matrix, because some programs read no alpha of some layers
+            alpha, rank = _match(config.alpha_pattern, layer, config.lora_alpha), weight.shape[1]
+            weight = (weight.float() * alpha / (math.sqrt(rank) if config.use_rslora else rank)).to(weight.dtype)
+        found[f"diffusion_model.{original}{key.removeprefix(layer)}"] = weight
+    if unknown:
+        raise ValueError(
+            f"{file} must be a LoRA for a Transformer with diffusers' names, got {shorten(sorted(unknown))}"
+        )
+    return found
+
+
 def _split(key: str) -> tuple[str, str]:
     """Splits the key of a weight into the name of the layer and the part of the adapter; "" if it is none."""
     key = key.replace("base_model.model.", "").replace(".processor.", ".")
@@ -372,11 +410,8 @@ def _layer_names(component: str, network: Any) -> dict[str, str]:
         if ".lora_" in name or name.endswith("base_layer") or getattr(module, "weight", None) is None:
             continue
         known = {name}
-        if component == "transformer":
-            original = name
-            for ours, wan in _WAN_NAMES:
-                original = re.sub(ours, wan, original)
-            known.add(original)
+        if component.startswith("transformer"):
+            known.add(original_name(name))
         elif component == "unet":
             known.add(re.sub(r"\.to_out\.0$", ".to_out", name))
         else:

@@ -16,6 +16,8 @@ Weights = dict[str, Tensor]
 
 CONTAINERS = ("generator_ema", "generator", "ema", "model", "state_dict")
 """Names under which training code stores the weights of the network, the best ones first."""
+LORA_CONTAINER = "generator_lora"
+"""The name under which training code stores a LoRA of the network."""
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts that wrappers insert anywhere into names."""
 _PREFIXES = ("model.", "module.", "diffusion_model.")

@@ -20,14 +20,15 @@ from transformers import AutoConfig, AutoModelForTextEncoding
 
 from vgen.checks import check_choice
 from vgen.hub import locate
-from vgen.io.atomic import atomic_directory
+from vgen.io.atomic import atomic_directory, atomic_file
 from vgen.io.errors import loading
 from vgen.io.records import read_json
-from vgen.models.convert.files import Weights, read_pickle, unwrap
+from vgen.models.convert.files import LORA_CONTAINER, Weights, read_pickle, unwrap
 from vgen.models.convert.names import Network, from_original, kind_of, to_original
 from vgen.models.convert.networks import WAN_PIPELINES, from_wan_index
 from vgen.models.convert.presets import CheckpointPreset
 from vgen.models.loading import PICKLED, shorten
+from vgen.models.lora import lora_to_original, merge_lora
 from vgen.models.single_file import cast, check_weights, config_of, read_single_file
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.vae import CausalVideoVAE
@@ -51,6 +52,7 @@ def convert_file(
     component: str | None = None,
     container: str | None = None,
     dtype: torch.dtype | None = None,
+    lora: Path | None = None,
 ) -> None:
     """Makes a pipeline folder from the weights of one network, atomically.
 
@@ -67,6 +69,7 @@ def convert_file(
             other Transformer.
         container: The entry of the file that has the weights; by default the first that `unwrap` finds.
         dtype: Data type of the written weights; by default that of the file.
+        lora: File of a LoRA that is added to the weights of a Transformer.
 
     Raises:
         ValueError: The weights are quantized, or not those of a network of this preset and base.
@@ -87,6 +90,10 @@ def convert_file(
     weights = from_original(kind, weights)
     name = f"{component} in {file}"
     kept = _check(kind, weights, name, folder / component, preset)
+    if lora is not None:
+        if kind != "transformer":
+            raise ValueError(f"--lora is for Transformers, and {file} has the weights of a {kind}")
+        merge_lora(weights, _lora_of(lora), _network_of(weights, name, folder / component, preset))
     replaced = {component}
     with atomic_directory(output) as partial:
         if preset is not None:
@@ -106,6 +113,29 @@ def convert_file(
             shutil.copy2(folder / component / "config.json", partial / component)
         _write(weights, partial / component, _WEIGHTS.get(kind, "diffusion_pytorch_model"), dtype, kept)
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def convert_lora(file: Path, output: Path) -> None:
+    """Writes a LoRA with the original names of Wan, which ComfyUI reads, atomically.
+
+    Args:
+        file: The LoRA with diffusers' names.
+        output: The `.safetensors` file to write.
+
+    Raises:
+        ValueError: The file is malformed, or has other names.
+    """
+    with loading(file):
+        weights = lora_to_original(file)
+    with atomic_file(output) as partial:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, partial)
+
+
+def _lora_of(file: Path) -> Path | Weights:
+    """A safetensors file of a LoRA, or the weights in the entry `generator_lora` of a pickled one."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    return unwrap(read_pickle(file), str(file), LORA_CONTAINER) if file.suffix in PICKLED else file
 
 
 def convert_back(pipe: Any, output: Path, layout: str, dtype: torch.dtype | None = None) -> None:

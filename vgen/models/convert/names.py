@@ -127,6 +127,11 @@ def to_original(network: Network, weights: Weights) -> Weights:
     return _renamed({ours: theirs for theirs, ours in _table(network, weights).items()}, weights)
 
 
+def original_name(layer: str) -> str:
+    """The original name of a layer of a Transformer."""
+    return _rename({ours: theirs for theirs, ours in _WAN.items()}, layer)
+
+
 def _table(network: Network, weights: Weights) -> dict[str, str]:
     if network != "vae":
         return _WAN if network == "transformer" else _UMT5
