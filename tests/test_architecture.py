@@ -180,3 +180,9 @@ def test_nothing_outside_reads_or_writes_private_attributes_of_a_pipeline():
     assert private.findall("pipe._guidance_scale = 3")  # the rule sees what it forbids
     written = re.compile(r"\bpipe(?:line)?\.(?!scheduler\b)\w+ = ")  # a scheduler may be exchanged, as in diffusers
     assert not {str(path.relative_to(ROOT)) for path in paths if written.search(path.read_text())}
+
+
+def test_importing_the_pipeline_prints_nothing_of_image_processors():
+    """Some pipelines of diffusers import them, and transformers warns of each if torchvision is missing."""
+    done = subprocess.run([sys.executable, "-c", "import vgen.pipeline"], capture_output=True, text=True, check=True)
+    assert "ImageProcessor" not in done.stderr

@@ -966,9 +966,9 @@ def _sides(size: str) -> tuple[int, int]:
 
 
 def _table(*columns: str, title: str | None = None) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    return Table(*columns, title=title)
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title)  # no text is cut off
 
 
 def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:

@@ -52,8 +52,12 @@ def locate(name: str | Path) -> Path | str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no existing path is one of the Hub, `owner/name`: no folder `owner` exists here."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
+    """Whether a name that is no existing path is one of the Hub, `owner/name`: no folder `owner` exists here.
+
+    `runs/name` is never one, because training writes to the folder `runs`.
+    """
+    owner = name.split("/")[0]
+    return _HUB_ID.fullmatch(name) is not None and owner != "runs" and not Path(owner).is_dir()
 
 
 def find_packaged(name: str) -> Path | None:

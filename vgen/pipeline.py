@@ -24,7 +24,6 @@ from diffusers import (
     DiffusionPipeline,
     FasterCacheConfig,
     SchedulerMixin,
-    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
@@ -393,10 +392,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: It is another pipeline, or lacks one of two experts.
         """
-        known = (cls, WanPipeline, WanImageToVideoPipeline, WanVideoToVideoPipeline)
-        if type(pipeline) not in known:
-            expected = ", ".join(one.__name__ for one in known)
-            raise ValueError(f"pipeline must be one of {expected}, got {type(pipeline).__name__}")
+        known = (cls.__name__, *WAN_PIPELINES, WanVideoToVideoPipeline.__name__)
+        if type(pipeline).__name__ not in known:
+            raise ValueError(f"pipeline must be one of {', '.join(known)}, got {type(pipeline).__name__}")
         if type(pipeline).__name__ in WAN_PIPELINES:
             check_wan(pipeline.config)
             kwargs = {name: pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")} | kwargs
@@ -405,7 +403,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
         return result if dtype is None else result.to(dtype=dtype)
 
-    def to_diffusers(self, shared: bool = False) -> WanPipeline | WanImageToVideoPipeline:
+    def to_diffusers(self, shared: bool = False) -> WanPipeline | diffusers.WanImageToVideoPipeline:
         """A pipeline of diffusers that gives the same videos.
 
         Args:
@@ -421,7 +419,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             )
         images = {"image_encoder": self.image_encoder, "image_processor": self.image_processor}
         from_images = self.denoiser.condition_channels > 0
-        return (WanImageToVideoPipeline if from_images else WanPipeline)(
+        made: Any = diffusers.WanImageToVideoPipeline if from_images else WanPipeline  # importing the first one warns
+        return made(
             **(images if from_images else {}),
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,

@@ -48,6 +48,7 @@ def test_a_malformed_recipe_is_an_error_of_the_command(tmp_path, capsys, kind):
     [
         ("numbr: 3", [], ["numbr", "did you mean number?"]),
         ("text: a", ["--txet", "3"], ["--txet", "did you mean text?"]),
+        ("text: a", ["--numbe", "3"], ["--numbe", "did you mean number?"]),
         ("text: a", ["--augmnt.crop=3"], ["--augmnt", "did you mean augment?"]),
         ("text: a", ["--zzz", "3"], ["--zzz"]),
         ("number: many", [], ["number", "many"]),

@@ -18,7 +18,7 @@ from vgen.machine import GIB
 from vgen.models.prompts import load_text_encoder
 from vgen.models.vae import CausalVideoVAE
 from vgen.tasks.planning import make_plan, save_record
-from vgen.tasks.project import describe_videos, plan_rows
+from vgen.tasks.project import describe_videos, plan_rows, warnings_of
 from vgen.tasks.train_commands import scripts_folder
 from vgen.tasks.train_costs import Costs
 from vgen.tasks.train_machine import Machine, check_memory, choose_preset, read_preset
@@ -242,6 +242,27 @@ def test_other_options_do_not_continue_a_run(folder):
     plan_of(folder, minutes=90)  # the time limit may change
     with pytest.raises(ValueError, match="was begun with.*text_encoder"):
         plan_of(folder, minutes=60, text_encoder="vgen/shapes-64")
+
+
+def test_a_setting_that_no_script_has_is_named_before_anything_is_measured(folder, monkeypatch):
+    monkeypatch.setattr("vgen.tasks.planning.inspect_videos", None)  # the videos are not read
+    with pytest.raises(ValueError, match="vae .*has no setting max_stepz: did you mean max_steps?"):
+        plan_of(folder, changes=["vae.max_stepz=5"])
+
+
+def test_a_plan_with_few_steps_says_so(folder):
+    assert not warnings_of(plan_of(folder, minutes=60))
+    plan = plan_of(folder, minutes=60, changes=["vae.max_steps=21"])
+    (line,) = warnings_of(plan)
+    assert line.startswith("21 steps of the vae are too few to learn much: give it more --minutes")
+
+
+def test_the_rest_of_a_stage_is_estimated_from_its_rate_so_far(folder):
+    plan = plan_of(folder, minutes=60, changes=["vae.max_steps=100"])
+    begin(plan, data=(1.0, True), vae=(50.0, False))
+    for name in ("checkpoint-8", "checkpoint-20", "checkpoint-30.partial"):
+        (plan.folder / "vae" / name).mkdir(parents=True)
+    assert plan_of(folder, minutes=60, changes=["vae.max_steps=100"]).seconds["vae"] == 50 / 20 * 80
 
 
 def begin(plan, **stages):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from vgen.tasks.project import LOGGED, corrected
 from vgen.tasks.train_commands import Command
 from vgen.training.logs import Logs
 
+ROOT = Path(__file__).parents[2]
 TINY = [
     "vae.model={base_dim: 8, dim_mult: [1, 1], z_dim: 4, temperal_downsample: [true], patch_size: 2, in_channels: 12, "
     "out_channels: 12, num_res_blocks: 1}",
@@ -120,6 +122,33 @@ def test_a_folder_becomes_a_model_and_an_interrupted_run_goes_on(folder):
     assert again.returncode == 0 and "== stage" not in again.stdout
     last = done.stdout.splitlines()[-3:]
     assert last[0].startswith("vgen generate") and last[1].startswith("vgen predict")
+
+
+def test_a_missing_folder_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("vgen.tasks.project.make_plan", None)  # nothing is measured
+    monkeypatch.setattr("vgen.tasks.project.check_packages", None)
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "none")])
+    assert done.exit_code == 2 and "there is no folder" in done.stderr and "measuring" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_alone_stops_its_script(tmp_path, number):
+    (tmp_path / "waits.py").write_text("import time\nopen('began', 'w').close()\ntime.sleep(600)\n")
+    program = f"""
+import sys
+from pathlib import Path
+from unittest import mock
+from vgen.tasks.train_commands import Command
+with mock.patch("vgen.tasks.train_commands.scripts_folder", lambda: Path({str(tmp_path)!r})):
+    sys.exit(7 if Command("waits.py", {{}}, 1).run() is False else 1)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    while process.poll() is None and not (tmp_path / "began").exists():
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 7
 
 
 def test_a_script_that_is_killed_is_named_with_the_signal(tmp_path, monkeypatch):

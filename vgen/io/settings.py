@@ -43,7 +43,7 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
     set_loader("yaml", _load_bounded, (yaml.YAMLError,))
     # a script cannot resolve the names in annotations that it inherits
     settings.__init__.__annotations__.update(get_type_hints(settings))
-    parser = _Parser(description=description)
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
     names: Any = {field.name for field in fields(settings)}  # type: ignore[arg-type]
     flags = {"dry_run"} & names

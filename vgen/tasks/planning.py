@@ -7,6 +7,7 @@ whether it is finished, so the same command goes on after an interruption.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import vgen
 from vgen.data.inspection import list_originals
 from vgen.io.atomic import write_text
 from vgen.io.records import read_json
-from vgen.tasks.train_commands import Command, check_command
+from vgen.tasks.train_commands import Command, check_command, check_setting
 from vgen.tasks.train_costs import Costs
 from vgen.tasks.train_machine import Machine, check_disk, check_machine, check_memory, choose_preset, read_preset
 from vgen.tasks.train_options import TrainOptions, parse_change
@@ -90,6 +91,8 @@ def make_plan(options: TrainOptions, machine: Machine | None = None, measured: d
     check_machine(name, preset, machine)
     changes: dict[str, dict[str, Any]] = {}
     for stage, setting, value in map(parse_change, options.changes):
+        if stage != "clip":
+            check_setting(stage, setting)
         changes.setdefault(stage, {})[setting] = value
     pipe = read_pipeline(options.init) if options.init else None
     codec = choose_codec(options, preset, changes)
@@ -134,7 +137,7 @@ def _plan_stages(setup: Setup, measured: dict[str, float] | None) -> Plan:
     check_disk(costs.disk, setup.machine, setup.folder)
     seconds = costs.other_seconds()
     for stage, entry in setup.record.items():
-        seconds[stage] = 0.0 if entry.get("done") else max(entry["planned"] - entry["seconds"], 0.0)
+        seconds[stage] = 0.0 if entry.get("done") else _seconds_left(setup.folder / stage, entry)
     counts = costs.share_time(setup.limit - costs.spent - sum(seconds.values()))
     for stage, count in counts.items():
         seconds[stage] = costs.training_seconds(stage, count)
@@ -147,6 +150,16 @@ def _plan_stages(setup: Setup, measured: dict[str, float] | None) -> Plan:
         **vars(setup), commands=commands, seconds=seconds, memory=costs.memory, per_step=costs.per_step,
         disk=costs.disk,
     )  # fmt: skip
+
+
+def _seconds_left(folder: Path, entry: dict[str, Any]) -> float:
+    """Estimated time of a stage that has begun: from its rate so far if it has a checkpoint, else as planned."""
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    steps = max((int(one[1]) for one in found if one), default=0)
+    total = entry["commands"][0]["settings"].get("max_steps")
+    if not steps or total is None:
+        return max(entry["planned"] - entry["seconds"], 0.0)
+    return entry["seconds"] / steps * max(total - steps, 0)
 
 
 def load_record(options: TrainOptions) -> dict[str, Any]:

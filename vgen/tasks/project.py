@@ -56,10 +56,11 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
         ValueError: The options, the videos or the machine do not allow the run, or a stage failed.
         OSError: The folder of the run cannot be written.
     """
-    print(f"reading the videos of {options.data} and measuring this machine, which takes about a minute", flush=True)
+    check_source(options.data)
     check_writable(options.output)
     if not dry_run:
         check_packages()
+    print(f"reading the videos of {options.data} and measuring this machine, which takes about a minute", flush=True)
     plan = make_plan(options)
     show(describe_videos(plan), "videos")
     if plan.videos.pictures:
@@ -75,6 +76,8 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
         "machine",
     )
     show(plan_rows(plan), f"plan: {options.output}")
+    for line in warnings_of(plan):
+        print(line, flush=True)
     if dry_run:
         for stage, commands in plan.commands.items():
             print(f"\n# {stage}: {MEANINGS[stage]}")
@@ -89,6 +92,16 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
     return True
 
 
+def check_source(data: str) -> None:
+    """Checks that a source that can only be a folder exists, before anything slow.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    if ":" not in data and not Path(data).exists():
+        raise FileNotFoundError(f"there is no folder {data}")
+
+
 def check_packages() -> None:
     """Checks that the packages of all stages are installed.
 
@@ -97,7 +110,7 @@ def check_packages() -> None:
     """
     missing = [name for name in ("kornia", "cv2", "jinja2", "matplotlib", "scipy") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"vgen train needs {', '.join(missing)}: pip install vgen[data,evaluation]")
+        raise ImportError(f"vgen train needs {', '.join(missing)}: pip install 'vgen[data,evaluation]'")
 
 
 def check_writable(folder: Path) -> None:
@@ -341,6 +354,25 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     left_out = without(plan)
     rows.append(("all", f"about {duration(plan.remaining)}{left_out}", f"{plan.disk / GIB:.2f} GiB on disk{left_out}"))
     return rows
+
+
+FEW_STEPS = 100
+"""Steps below which a network hardly learns anything."""
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What a plan that can be carried out will not achieve."""
+    steps = {
+        stage: command.settings["max_steps"]
+        for stage in ("vae", "denoiser")
+        for command in plan.commands.get(stage, [])
+        if not plan.is_done(stage) and command.settings.get("max_steps", FEW_STEPS) < FEW_STEPS
+    }
+    return [
+        f"{count} steps of the {stage} are too few to learn much: give it more --minutes, or stop other programs, which "
+        "slow this machine down"
+        for stage, count in steps.items()
+    ]
 
 
 MEANINGS: dict[str, str] = {

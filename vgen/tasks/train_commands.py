@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,6 +18,18 @@ from typing import Any, get_type_hints
 import vgen
 from vgen.io.allocator import usual_environment
 from vgen.io.settings import parse_settings
+
+SCRIPTS = {
+    "data": "pipelines/prepare_videos.py",
+    "vae": "train/train_vae.py",
+    "latents": "pipelines/encode_latents.py",
+    "text": "train/train_text_encoder.py",
+    "denoiser": "train/train_vdm.py",
+    "evaluation": "pipelines/evaluate.py",
+}
+"""The script of each stage."""
+PLANNED = {"denoiser": ("num_inference_steps",)}
+"""Settings of a stage that are for the plan and not for its script."""
 
 
 def scripts_folder() -> Path:
@@ -47,7 +60,7 @@ class Command:
         return [f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
     def run(self) -> bool:
-        """Runs the script in a process of its own, to which Ctrl-C and SIGTERM are left.
+        """Runs the script in a process of its own, which Ctrl-C and SIGTERM stop.
 
         Returns:
             Whether it ended by itself.
@@ -63,8 +76,7 @@ class Command:
 
         def forward(number: int, _: object) -> None:
             asked.append(number)
-            if number == signal.SIGTERM:  # a terminal sends Ctrl-C to the script too
-                process.terminate()
+            process.terminate()  # a terminal sends Ctrl-C to the script too; others may send it to this process alone
 
         handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -79,6 +91,21 @@ class Command:
         if code and not asked:
             raise ValueError(f"{self.script} failed, see above; when the cause is mended, the same command goes on")
         return not asked
+
+
+def check_setting(stage: str, setting: str) -> None:
+    """Checks that the script of a stage has a setting.
+
+    Raises:
+        ValueError: It does not; the error has the nearest one.
+    """
+    script = SCRIPTS[stage]
+    known = [*(field.name for field in fields(_settings_of(script))), *PLANNED.get(stage, ())]
+    name = setting.split(".")[0]
+    if name not in known:
+        nearest = get_close_matches(name, known, n=1)
+        advice = f": did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"the stage {stage} ({script}) has no setting {setting}{advice}")
 
 
 def check_command(stage: str, command: Command) -> None:

@@ -157,7 +157,7 @@ class Costs:
         if missing and not setup.record:
             needed = setup.limit + missing / (1 - ENCODING_SHARE)  # a part of more time goes to the latents
             raise ValueError(
-                f"{setup.limit / 60:g} minutes are not enough on this machine: pass --minutes "
+                f"{setup.limit / 60:g} minutes are not enough on this machine, as fast as it is now: pass --minutes "
                 f"{math.ceil(needed / 60) + 1} or more"
             )
         return counts

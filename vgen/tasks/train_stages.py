@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgen.tasks.train_commands import Command
+from vgen.tasks.train_commands import PLANNED, SCRIPTS, Command
 from vgen.tasks.train_setup import Setup
 from vgen.temporal.grid import LatentGrid
 
@@ -46,13 +46,13 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
     rates = {"frame_rates": [setup.frame_rate]}
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     found["data"] = [(
-        "pipelines/prepare_videos.py",
+        SCRIPTS["data"],
         {"data": setup.options.data, "output_dir": setup.folder / "data", "held_out": setup.options.held_out}
         | shape | {"frame_rate": setup.frame_rate},
     )]  # fmt: skip
     if setup.codec.source is None:
         found["vae"] = [(
-            "train/train_vae.py",
+            SCRIPTS["vae"],
             {"data": train, "score_data": held_out, "output_dir": setup.folder / "vae"} | rates
             | {name: min(setup.wanted("vae", name) or value, value) for name, value in shape.items()}
             | schedule(setup, "vae", counts) | {"num_calibration_clips": 256}
@@ -67,27 +67,27 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
     latents = setup.folder / "latents"
     found["latents"] = [
         (
-            "pipelines/encode_latents.py",
+            SCRIPTS["latents"],
             encode | {"data": train, "output_dir": latents / "train", "hop": hop, "repeats": repeats}
             | ({"augment": augment(setup)} if repeats > 1 else {}),
         ),
         (
-            "pipelines/encode_latents.py",
+            SCRIPTS["latents"],
             encode | {"data": held_out, "output_dir": latents / "held_out", "hop": evaluation_hop(setup)}
             | {"num_clips": MOST_HELD_OUT},
         ),
     ]  # fmt: skip
     if setup.trains_text:
         text = {"data": train, "output_dir": setup.folder / "text", "max_sequence_length": setup.text_length}
-        found["text"] = [("train/train_text_encoder.py", text)]
-    found["denoiser"] = [("train/train_vdm.py", denoiser_settings(setup, vae, latents, counts))]
+        found["text"] = [(SCRIPTS["text"], text)]
+    found["denoiser"] = [(SCRIPTS["denoiser"], denoiser_settings(setup, vae, latents, counts))]
     found["evaluation"] = [
-        ("pipelines/evaluate.py", evaluation_settings(setup, held_out, "held_out", NUM_SAMPLES)),
-        ("pipelines/evaluate.py", evaluation_settings(setup, train, "train", 1)),
+        (SCRIPTS["evaluation"], evaluation_settings(setup, held_out, "held_out", NUM_SAMPLES)),
+        (SCRIPTS["evaluation"], evaluation_settings(setup, train, "train", 1)),
     ]
     if setup.compares_one_step:
         settings = evaluation_settings(setup, held_out, ONE_STEP, NUM_SAMPLES) | {"num_inference_steps": 1}
-        found["evaluation"].append(("pipelines/evaluate.py", settings))
+        found["evaluation"].append((SCRIPTS["evaluation"], settings))
     commands: dict[str, list[Command]] = {}
     for stage, calls in found.items():
         rest = {} if stage in ("data", "evaluation") else setup.preset.get(stage, {})
@@ -195,7 +195,7 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stage's script as JSON values, without those that are only for the plan."""
-    planned = ("num_inference_steps",) if stage == "denoiser" else ()
+    planned = PLANNED.get(stage, ())
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()

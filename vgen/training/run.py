@@ -507,7 +507,8 @@ class Run:
         settings = {name: value if type(value) in _PLAIN else str(value) for name, value in vars(config).items()}
         accelerator.init_trackers("vgen", settings, {"wandb": {"name": config.output_dir.name}})
         self._throughput = Throughput(accelerator.device)
-        self._saved, self._asked_to_stop, self.stopped = self.step, False, False
+        self._saved, self.stopped = self.step, False
+        self._asked_to_stop = self._interrupted = False
         self.network.train()
         hidden = not accelerator.is_main_process
         self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
@@ -538,9 +539,9 @@ class Run:
         return self.step >= self.config.max_steps or self._best.is_over
 
     def _ask_to_stop(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and self._asked_to_stop:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
-        self._asked_to_stop = True
+        self._asked_to_stop, self._interrupted = True, self._interrupted or number == signal.SIGINT
 
     def _must_stop(self) -> bool:
         if self.accelerator.num_processes == 1:
