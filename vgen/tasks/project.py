@@ -369,8 +369,8 @@ def warnings_of(plan: Plan) -> list[str]:
         if not plan.is_done(stage) and command.settings.get("max_steps", FEW_STEPS) < FEW_STEPS
     }
     return [
-        f"{count} steps of the {stage} are too few to learn much: give it more --minutes, or stop other programs, which "
-        "slow this machine down"
+        f"{count} steps of the {stage} are too few to learn much: give it more --minutes, or stop other programs, "
+        "which slow this machine down"
         for stage, count in steps.items()
     ]
 
