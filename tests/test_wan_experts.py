@@ -167,3 +167,15 @@ def test_adapters_for_a_network_that_is_not_there_are_named(wan_folder):
     pipe = VideoGenPipeline.from_pretrained(wan_folder)
     with pytest.raises(ValueError, match="load_into_transformer_2 is for checkpoints with transformer_2"):
         pipe.load_lora_weights({}, load_into_transformer_2=True)
+
+
+def test_a_default_negative_prompt_is_used_where_none_is_given(wan_folder):
+    pipe = VideoGenPipeline.from_pretrained(wan_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(negative=None):
+        return pipe(PROMPT, negative, **SETTINGS, generator=seeds(0)[0], output_type="latent").frames
+
+    plain, steered = latents(), latents(NEGATIVE)
+    pipe.register_to_config(negative_prompt=NEGATIVE)
+    assert torch.equal(latents(), steered) and torch.equal(latents(""), plain) and not torch.equal(plain, steered)

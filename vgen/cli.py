@@ -793,9 +793,10 @@ def presets() -> None:
     with one_line_errors():
         from vgen.models.convert.presets import read_presets
 
-        table = _table("preset", "what it is", "file on the Hub", "base", "license")
+        table = _table("preset", "what it is", "videos", "file on the Hub", "base", "license")
         for name, one in read_presets().items():
-            table.add_row(name, one.about, one.source, one.base, one.license)
+            size = "{width}x{height}, {num_frames} frames, {frame_rate:g} fps".format(**one.pipeline)
+            table.add_row(name, one.about, size, one.source, one.base, one.license)
         _console().print(table)
     typer.echo("vgen convert FILE --base BASE --preset PRESET -o FOLDER makes a pipeline of them.")
 

@@ -103,7 +103,7 @@ logger = logging.get_logger(__name__)
 _DEFAULTS: dict[str, Any] = {
     "height": 480, "width": 832, "num_frames": 81, "frame_rate": 16.0, "num_inference_steps": 50,
     "guidance_scale": 5.0, "max_sequence_length": 512, "rollout_defaults": {}, "sigmas": None,
-    "boundary_ratio": None, "guidance_scale_2": None, "expand_timesteps": False,
+    "boundary_ratio": None, "guidance_scale_2": None, "expand_timesteps": False, "negative_prompt": None,
 }  # fmt: skip
 _DEFAULTS_OF: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The defaults of the pipeline that a denoiser was last taken from."""
@@ -160,6 +160,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             number of steps is theirs. Few-step checkpoints are trained for these levels only.
         boundary_ratio: Noise level in [0, 1] below which `transformer_2` replaces the Transformer.
         guidance_scale_2: Default weight of guidance below it; `None` is the weight above it.
+        negative_prompt: Default of the negative prompt; `None` is "".
         expand_timesteps: Whether the Transformer takes an image as its first latent at noise level 0, which all frames
             attend to and which attends to all, as Wan 2.2 TI2V-5B does.
     """
@@ -191,6 +192,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         image_encoder: CLIPVisionModel | None = None,
         image_processor: BaseImageProcessor | None = None,
         expand_timesteps: bool | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         if transformer is not None and unet is not None:
@@ -214,6 +216,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             "boundary_ratio": boundary_ratio,
             "guidance_scale_2": guidance_scale_2,
             "expand_timesteps": expand_timesteps,
+            "negative_prompt": negative_prompt,
         }
         if sigmas is not None and num_inference_steps is None:
             given["num_inference_steps"] = len(sigmas)
@@ -487,7 +490,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
 
         Args:
             prompt: Describes the video; `None` is for checkpoints that were trained without prompts.
-            negative_prompt: Describes what to steer away from; "" by default.
+            negative_prompt: Describes what to steer away from; by default that of the checkpoint, or "".
             height: Height in pixels; by default that of the known frames or of `video`.
             width: Width in pixels; by default that of the known frames or of `video`.
             num_frames: Length of the video, `1 + s*k`; by default that of `video`.
@@ -1188,7 +1191,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             if self.text_encoder is None:
                 raise ValueError("without a text encoder, guidance needs negative_prompt_embeds (or guidance_scale=1)")
             count = prompt_embeds.shape[0]
-            negatives = [negative_prompt or ""] * count if not isinstance(negative_prompt, list) else negative_prompt
+            if negative_prompt is None:
+                negative_prompt = self.config.negative_prompt or ""
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * count
             if len(negatives) != count:
                 raise ValueError(f"expected 1 or {count} negative prompts for {count} prompts, got {len(negatives)}")
             length = prompt_embeds.shape[1]

@@ -1,8 +1,10 @@
 """Public weights in training containers become pipeline folders. The oracle is the network that they come from."""
 
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -15,9 +17,12 @@ from typer.testing import CliRunner
 from vgen import VideoGenPipeline
 from vgen.cli import app
 from vgen.data.video_io import read_video
+from vgen.diffusion import is_flow
 from vgen.models.convert.files import unwrap
 from vgen.models.convert.names import from_original, kind_of, to_original
 from vgen.models.convert.presets import find_preset, read_presets
+from vgen.models.transformer import SpacetimeTransformer
+from vgen.sampling.options import RolloutOptions
 
 from .test_single_file import original
 
@@ -360,9 +365,17 @@ def test_names_in_wrappers_must_differ():
 def test_presets_are_listed_and_complete(tmp_path):
     done = CliRunner().invoke(app, ["presets"])
     assert done.exit_code == 0 and all(name in done.output for name in read_presets())
+    assert "832x480, 81 frames" in done.output
+    accepted = inspect.signature(SpacetimeTransformer.__init__).parameters
+    defaults = VideoGenPipeline(scheduler=None).defaults.keys()
     for one in read_presets().values():
-        window = one.denoiser["window"] + one.denoiser["sink"] + one.denoiser["chunk_size"]
-        assert window <= one.denoiser["trained_token_frames"]
+        assert one.network.keys() | one.denoiser.keys() <= accepted.keys() and one.pipeline.keys() <= defaults
+        settings = dict(one.scheduler)
+        assert is_flow(getattr(diffusers, settings.pop("class"))(**settings))
+        if one.rollout:
+            window = one.denoiser["window"] + one.denoiser["sink"] + one.denoiser["chunk_size"]
+            assert window <= one.denoiser["trained_token_frames"]
+            RolloutOptions.from_json(one.rollout, "rollout")
     (tmp_path / "a.yaml").write_text("tiny: {about: nothing}")
     with pytest.raises(ValueError, match="tiny must have exactly the entries about, base, .*; see base"):
         find_preset(str(tmp_path / "a.yaml"))

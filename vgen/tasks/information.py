@@ -19,6 +19,7 @@ _MEANINGS = {
     "frame_rate": "Frames per second of the content.",
     "num_inference_steps": "Denoising steps: more take longer and change less and less.",
     "guidance_scale": "How strongly the prompt is followed; 1 turns guidance off.",
+    "negative_prompt": "What to steer away from, if a command names nothing else.",
     "boundary_ratio": "Noise level below which transformer_2 takes over.",
     "guidance_scale_2": "How strongly the prompt is followed below that level.",
     "expand_timesteps": "Whether the first frame can be given as an image.",
@@ -41,7 +42,9 @@ PUBLIC_CHECKPOINTS = (
     ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text to video", "40.2 GB", "832x480 or 1280x720, 16 fps", "81"),
 )
 """Hub id, tasks, size of all weights in bfloat16, resolution and length of public checkpoints that load."""
-_OPTIONAL = ("rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2", "expand_timesteps")
+_OPTIONAL = (
+    "rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2", "expand_timesteps", "negative_prompt",
+)  # fmt: skip
 _DENOISER = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates", "chunk_size", "window", "sink")
 
 
