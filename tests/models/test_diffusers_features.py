@@ -273,7 +273,9 @@ def small_case(case, make_vae, make_transformer, make_unet):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_the_whole_network_compiles_without_a_graph_break(case, small_case, monkeypatch, backend):
     if backend == "inductor":
-        if shutil.which("g++") is None:
+        if type(case) is not Transformer:
+            backend = "aot_eager"  # compilation takes a minute; that of their blocks is tested below
+        elif shutil.which("g++") is None:
             pytest.skip("inductor needs a C++ compiler")
         case = small_case
     exact = case.whole(case.network)
