@@ -267,6 +267,10 @@ def rollout(
     with_input: Annotated[
         bool, typer.Option("--with-input", help="Write the input frames before the new ones.")
     ] = False,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="Tiny decoder, such as taew2_1.safetensors: faster and less exact than the VAE."),
+    ] = None,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
     device: Device = None,
@@ -297,16 +301,20 @@ def rollout(
             schedule[int(frame)] = text
         if with_input and video is None:
             raise ValueError("--with-input needs --video")
+        from vgen.models.tiny_vae import TinyVideoVAE
         from vgen.tasks.video_files import predict_file, rollout_file
 
+        tiny = None if decoder is None else TinyVideoVAE.from_single_file(decoder)
         pipe = _load(model, device, loading, streams=True)
         settings: dict[str, Any] = {
             "seed": seed,
             "written": written,
             "overwrite": overwrite,
-            "metadata": metadata_of(model, loading),
+            "metadata": metadata_of(model, loading) | ({} if decoder is None else {"decoder": decoder.name}),
             "num_frames": num_frames,
         } | options
+        if tiny is not None:
+            settings["decoder"] = tiny.to(pipe.device, pipe.denoiser.dtype)
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
         else:

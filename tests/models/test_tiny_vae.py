@@ -5,12 +5,16 @@ The weights are made from seeds. The file has what that code computes with them:
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.test_pipeline import PROMPT, make_pipeline, seeded
-from vgen import TemporalState, TinyVideoVAE, load_rollout
+from vgen import TemporalState, TinyVideoVAE, VideoGenPipeline, load_rollout
+from vgen.cli import app
+from vgen.data.video_io import read_video
 
 LAYOUTS = {"taew2_1": (16, 1), "taew2_2": (48, 2)}
 """Channels of the latents, and side of a patch."""
@@ -109,3 +113,27 @@ def test_files_of_other_networks_are_refused(tmp_path):
         save_file(changed, tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=message):
             TinyVideoVAE.from_single_file(tmp_path / f"{name}.safetensors")
+
+
+def test_the_command_decodes_a_rollout_with_it(wan_folder, tmp_path):
+    pipe = VideoGenPipeline.from_pretrained(wan_folder)
+    pipe.transformer.register_to_config(tasks=["text", "leading"], group_modes=["causal"], window=2, chunk_size=1)
+    pipe.register_to_config(height=32, width=32, num_inference_steps=1, guidance_scale=1.0)
+    pipe.save_pretrained(tmp_path / "pipe")
+    tiny = TinyVideoVAE(latent_channels=4, encoder_channels=4, decoder_channels=[4, 4, 4, 4]).eval()
+    save_file(tiny.state_dict(), tmp_path / "tiny.safetensors")
+
+    def invoke(*more):
+        words = ["rollout", "a red circle", "--model", tmp_path / "pipe", "--num-frames", 5, "--scale", 1, *more]
+        return CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "frames"), "--overwrite"])
+
+    done = invoke("--decoder", tmp_path / "tiny.safetensors")
+    assert done.exit_code == 0, done.output
+    rollout = pipe.rollout("a red circle", num_frames=5, generator=torch.Generator().manual_seed(0), decoder=tiny)
+    np.testing.assert_array_equal(read_video(tmp_path / "frames")[0], np.concatenate(list(rollout)))
+    tiny_frames = read_video(tmp_path / "frames")[0]
+    assert invoke().exit_code == 0
+    assert (read_video(tmp_path / "frames")[0] != tiny_frames).any()
+    for file, message in (("none.safetensors", "there is no file"), ("pipe/model_index.json", "malformed")):
+        done = invoke("--decoder", tmp_path / file)
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
