@@ -41,8 +41,10 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
 """The script and the settings that write each file of docs/results/."""
-ELSEWHERE = ("cpu_avx512", "gpu")
-"""Files of docs/results/ that were measured on other machines, with benchmarks/cpu.py and benchmarks/gpu.py."""
+ELSEWHERE = ("cpu_avx512", "gpu", "modelling_time_longer")
+"""Files of docs/results/ that were measured on other machines, with benchmarks/cpu.py and benchmarks/gpu.py, or with
+options that their page has.
+"""
 PICTURES = {
     "animation": ("examples/gallery.py", ROOT / "docs" / "shapes-64.gif"),
     "picture": ("examples/strip.py", ROOT / "docs" / "shapes-64.png"),
@@ -91,7 +93,10 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
         },
         CLUSTERS: {"scaling": scaling(measured["scaling"])},
         MEMORY: {"memory": memory(measured["memory"])},
-        MODELLING_TIME: {"modelling time": modelling_time(measured["modelling_time"])},
+        MODELLING_TIME: {
+            "modelling time": modelling_time(measured["modelling_time"]),
+            "longer": longer(measured["modelling_time"], measured["modelling_time_longer"]),
+        },
     }
     texts = {}
     for path, named in tables.items():
@@ -279,6 +284,19 @@ def modelling_time(measured: dict[str, Any]) -> list[list[str]]:
             f"{row['milliseconds per new frame']:.1f}" + ("" if row["streams"] else " (whole clip)"),
             f"{row['MiB']:.0f}",
         ])  # fmt: skip
+    return rows
+
+
+def longer(short: dict[str, Any], measured: dict[str, Any]) -> list[list[str]]:
+    """Accuracies of some recognizers after a longer training."""
+    times = [f"after {one['settings']['seconds']:.0f} s" for one in (short, measured)]
+    rows = [["network", "task", *times, "steps"]]
+    for name, row in measured["entries"].items():
+        before = short["entries"][name]["accuracy"]
+        rows += [
+            [f"`{name}`", task, f"{before[task]:.1%}", f"{accuracy:.1%}", f"{row['steps'][task]:,}"]
+            for task, accuracy in row["accuracy"].items()
+        ]
     return rows
 
 

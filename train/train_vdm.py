@@ -55,6 +55,7 @@ from vgen.training.sample import (
     check_encoders,
     check_motion,
     check_stills,
+    check_trainable,
     conditioning,
     denoiser_temporal_loss,
     record_frame_rates,
@@ -273,6 +274,7 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     if config.init:
         instead = {"vae": load_vae(config.vae)} if config.vae else {}
         pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
+        check_trainable(config.init, pipe.defaults, pipe.denoiser.config)
         take_settings(config, pipe)
         return pipe
     assert config.vae  # config.check

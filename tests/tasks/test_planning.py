@@ -27,6 +27,7 @@ from vgen.tasks.train_setup import Setup, choose_codec
 from vgen.tasks.train_stages import fine_tuning
 from vgen.tasks.train_videos import Videos, choose_rate, inspect_videos
 from vgen.training.needs import ClipShape, Step, denoiser_step, encoding_memory, vae_step
+from vgen.training.sample import check_trainable
 
 LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
 CLIP = ClipShape(height=64, width=64, num_frames=17)
@@ -263,6 +264,20 @@ def test_the_rest_of_a_stage_is_estimated_from_its_rate_so_far(folder):
     for name in ("checkpoint-8", "checkpoint-20", "checkpoint-30.partial"):
         (plan.folder / "vae" / name).mkdir(parents=True)
     assert plan_of(folder, minutes=60, changes=["vae.max_steps=100"]).seconds["vae"] == 50 / 20 * 80
+
+
+@pytest.mark.parametrize(
+    ("defaults", "model", "message"),
+    [
+        ({}, {"in_channels": 36, "out_channels": 16}, "conditioned on images"),
+        ({"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}, "conditioned on images"),
+        ({"boundary_ratio": 0.9}, {"in_channels": 16, "out_channels": 16}, "has two Transformers"),
+    ],
+)
+def test_pipelines_that_training_cannot_make_are_named(defaults, model, message):
+    with pytest.raises(ValueError, match=f"wan cannot be trained: .*{message}"):
+        check_trainable("wan", defaults, model)
+    check_trainable("wan", {"boundary_ratio": None}, {"in_channels": 16, "out_channels": None})
 
 
 def begin(plan, **stages):

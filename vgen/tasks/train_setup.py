@@ -20,6 +20,7 @@ from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_videos import Videos
 from vgen.temporal.grid import LatentGrid
 from vgen.training.needs import ClipShape
+from vgen.training.sample import check_trainable
 
 SMALL = 1000
 """Number of clips, end to end, below which training stops early."""
@@ -227,6 +228,7 @@ def check_fine_tuning(options: TrainOptions, pipe: Mapping[str, Any], videos: Vi
     Raises:
         ValueError: It cannot.
     """
+    check_trainable(str(options.init), pipe, pipe["model"])
     if videos.num_captioned and not pipe.get("text_encoder", [None])[0]:
         raise ValueError(f"{options.init} has no text encoder, but videos have captions: pass videos without captions")
     divided = pipe["denoiser"] == "unet" or pipe["model"].get("attention") == "divided"

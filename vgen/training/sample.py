@@ -210,6 +210,24 @@ def record_frame_rates(denoiser: Any, data: Sequence[LatentSet]) -> None:
     denoiser.register_to_config(trained_frame_rates=[min(known), max(known)])
 
 
+def check_trainable(name: str, defaults: Mapping[str, Any], denoiser: Mapping[str, Any]) -> None:
+    """Checks that training has what a pipeline is conditioned on.
+
+    Args:
+        name: Name of the pipeline.
+        defaults: Its defaults.
+        denoiser: Config of its denoiser.
+
+    Raises:
+        ValueError: It makes videos from images, or has two Transformers.
+    """
+    channels = denoiser["in_channels"], denoiser.get("out_channels") or denoiser["in_channels"]
+    if channels[0] != channels[1] or defaults.get("expand_timesteps"):
+        raise ValueError(f"{name} cannot be trained: it is conditioned on images in a way that training does not have")
+    if defaults.get("boundary_ratio") is not None:
+        raise ValueError(f"{name} cannot be trained: it has two Transformers, each for a range of noise levels")
+
+
 def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
     """Removes the window lengths, windows and known frames that some clips do not support from the settings.
 
