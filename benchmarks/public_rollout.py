@@ -52,9 +52,9 @@ def main() -> None:
 
 
 def summary(run: dict[str, list[float]]) -> dict[str, float]:
-    """Early and late times: medians of the first ten blocks with a full window, and of the last ten."""
+    """Early and late times: medians of the first twenty blocks with a full window, and of the last twenty."""
     seconds, memory, full = run["seconds"], run["MiB"], LOCAL // BLOCK
-    early, late = median(seconds[full : full + 10]), median(seconds[-10:])
+    early, late = median(seconds[full : full + 20]), median(seconds[-20:])
     return {
         "seconds per block, early": early,
         "seconds per block, late": late,
