@@ -369,9 +369,9 @@ def models() -> None:
             public.add_row(*row)
         _console().print(packaged, public)
     typer.echo(
-        "--model also takes a folder or a Hub id of a vgen pipeline or of Wan 2.1 text to video (diffusers' layout)."
+        "--model also takes a folder or a Hub id of a vgen pipeline, or of Wan 2.1 or 2.2 in diffusers' layout."
     )
-    typer.echo("vgen presets lists public weights of causal models, which vgen convert makes pipelines of.")
+    typer.echo("vgen presets lists public weights in other formats, which vgen convert makes pipelines of.")
     typer.echo("vgen info NAME shows the defaults of a checkpoint and what they mean.")
 
 
