@@ -5,8 +5,8 @@
 
 30 layers and 12 heads as in the checkpoint, of 16 instead of 128 channels; latents of 16x28 instead of 60x104; blocks
 of 3 latents, 4 steps and a clean pass, and a window of 21 latents with the current block. Networks are random, in
-float32, on one thread, one after the other in processes of their own. Without CUDA, the public code has no attention:
-it gets PyTorch's here. Neither has a VAE.
+float32, on one thread, one after the other in processes of their own, with the allocator of the `vgen` command.
+Without CUDA, the public code has no attention: it gets PyTorch's here. Neither has a VAE.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from unittest.mock import MagicMock
 import torch
 from pairs import peak_mebibytes
 
+from vgen.io.allocator import bound_memory
+
 HEADS, HEAD, FFN, LAYERS, TEXT = 12, 16, 1120, 30, 64
 CHANNELS, HEIGHT, WIDTH, BLOCK, LOCAL = 16, 16, 28, 3, 21
 PER_FRAME = HEIGHT // 2 * WIDTH // 2
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--side", choices=["ours", "public"], help="run one side in this process; used by the script")
     args = parser.parse_args()
+    bound_memory()
     torch.set_num_threads(1)
     if args.side:
         print(json.dumps(ours(args.blocks) if args.side == "ours" else public(args.public.resolve(), args.blocks)))
