@@ -20,13 +20,18 @@ MAX_DEPTH = 20
 _load_yaml = get_loader("yaml")
 
 
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, or nothing."""
+    nearest = get_close_matches(name, known, n=1)
+    return f": did you mean {nearest[0]}?" if nearest else ""
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one line instead of the usage of all settings, with the nearest setting to an unknown one."""
         known = [option.removeprefix("--") for option in self._option_string_actions]
         unknown = re.findall(r"(?:unrecognized arguments: --|Option ')(\w+)", message)
-        nearest = get_close_matches(unknown[0], known, n=1) if unknown else []
-        advice = f": did you mean {nearest[0]}?" if nearest else ""
+        advice = did_you_mean(unknown[0], known) if unknown else ""
         print(f"{self.prog}: {one_line(message)}{advice} (--help lists all settings)", file=sys.stderr)
         raise SystemExit(2)
 

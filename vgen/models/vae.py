@@ -115,6 +115,13 @@ class ResidualBlock(nn.Module):
         return _sum(self.conv_shortcut(x), h)
 
 
+def _residual_blocks(in_channels: int, out_channels: int, count: int, dropout: float) -> nn.ModuleList:
+    """Residual blocks at one resolution; the first one changes the number of channels."""
+    channels = [in_channels] + [out_channels] * count
+    pairs = zip(channels[:-1], channels[1:], strict=True)
+    return nn.ModuleList([ResidualBlock(before, after, dropout) for before, after in pairs])
+
+
 class FrameAttention(nn.Module):
     """Single-head attention within each frame."""
 
@@ -233,10 +240,7 @@ class ResidualDown(nn.Module):
         self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, down: bool, time: bool
     ) -> None:
         super().__init__()
-        channels = [in_channels] + [out_channels] * num_res_blocks
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
-        )
+        self.resnets = _residual_blocks(in_channels, out_channels, num_res_blocks, dropout)
         self.downsampler = Downsample(out_channels, time) if down else None
         _check_shortcut(in_channels * (1 + time) * (1 + down) ** 2, out_channels)
         self.shortcut = partial(average_down, channels=out_channels, time=1 + time, space=1 + down)
@@ -258,22 +262,21 @@ class ResidualUp(nn.Module):
         self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, up: bool, time: bool
     ) -> None:
         super().__init__()
-        channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
-        )
-        self.upsampler = Upsample(out_channels, out_channels, time) if up else None
+        self.resnets = _residual_blocks(in_channels, out_channels, num_res_blocks + 1, dropout)
+        self.upsampler = None
         if up:
             _check_shortcut(out_channels * (1 + time) * 4, in_channels)
-        self.shortcut = partial(repeat_up, channels=out_channels, time=1 + time, space=2) if up else None
+            self.upsampler = Upsample(out_channels, out_channels, time)
+            self.shortcut = partial(repeat_up, channels=out_channels, time=1 + time, space=2)
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         """Maps `(b, c, f, h, w)` to `(b, c', f', h', w')`."""
-        given, first = x, self.upsampler is not None and _begins(self.upsampler, history)
+        given = x
         for resnet in self.resnets:
             x = resnet(x, history)
-        if self.upsampler is None or self.shortcut is None:
+        if self.upsampler is None:
             return x
+        first = _begins(self.upsampler, history)
         return _sum(self.upsampler(x, history), self.shortcut(given, first=first))
 
 
@@ -340,10 +343,7 @@ class UpBlock(nn.Module):
         self, in_channels: int, out_channels: int, num_res_blocks: int, dropout: float, up: bool, time: bool
     ) -> None:
         super().__init__()
-        channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(a, b, dropout) for a, b in zip(channels[:-1], channels[1:], strict=True)]
-        )
+        self.resnets = _residual_blocks(in_channels, out_channels, num_res_blocks + 1, dropout)
         self.upsamplers = nn.ModuleList([Upsample(out_channels, out_channels // 2, time)]) if up else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:

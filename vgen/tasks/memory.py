@@ -20,6 +20,7 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
+from vgen.sampling.sampler import latent_shape
 from vgen.training.needs import peak_bytes
 
 _CONVOLUTIONS = 1.15
@@ -155,16 +156,12 @@ def _report(
     pipe.grid.check(frames)
     denoiser, vae = pipe.denoiser, pipe.video_vae
     doubled = num_prompts * (2 if pipe.config.guidance_scale > 1 and not pipe.is_unprompted else 1)
-    space = pipe.vae_scale_factor_spatial
-    channels = denoiser.config.out_channels or denoiser.config.in_channels
     whole = pipe.grid.num_latents(frames)
     at_once = whole  # a rollout computes a chunk at a time
     if "full" not in denoiser.config.group_modes:
         at_once = min(whole, (denoiser.config.chunk_size or 1) * pipe.grid.patch_frames)
-    shape = (channels, at_once, height // space, width // space)
-    cache = 0.0
-    if at_once < whole:
-        cache = _cache_bytes(denoiser, doubled, height // space, width // space, dtype)
+    shape = latent_shape(denoiser, vae, doubled, at_once, (height, width))
+    cache = _cache_bytes(denoiser, doubled, shape[3], shape[4], dtype) if at_once < whole else 0.0
     parts: dict[str, Part] = {}
     length = pipe.config.max_sequence_length
     if pipe.text_encoder is not None:
@@ -179,7 +176,7 @@ def _report(
         inputs: dict[str, Any] = {"timestep": torch.zeros(doubled)}
         inputs["encoder_hidden_states"] = torch.zeros(doubled, length, network.text_dim, dtype=dtype)
         if network.condition_channels:
-            inputs["condition"] = torch.zeros(doubled, network.condition_channels, *shape[1:], dtype=dtype)
+            inputs["condition"] = torch.zeros(doubled, network.condition_channels, *shape[2:], dtype=dtype)
         if network.condition_channels and network.config.image_dim is not None:
             tokens = network.config.pos_embed_seq_len or 257
             inputs["image_embeds"] = torch.zeros(doubled, tokens, network.config.image_dim, dtype=dtype)
@@ -188,12 +185,11 @@ def _report(
     for name in _DENOISERS:
         network = getattr(pipe, name, None)
         if network is not None:
-            latents = torch.zeros(doubled, *shape, dtype=dtype)
-            parts[name] = _part(network, denoise(network), latents)
+            parts[name] = _part(network, denoise(network), torch.zeros(shape, dtype=dtype))
     tiled = 0.0
     if vae is not None and pipe.vae is not None:
         decoded = min(whole, 2 * at_once)
-        latents = torch.zeros(num_prompts, channels, decoded, height // space, width // space, dtype=dtype)
+        latents = torch.zeros(latent_shape(denoiser, vae, num_prompts, decoded, (height, width)), dtype=dtype)
 
         def decode(latents: Tensor) -> Any:
             if at_once == whole:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, get_type_hints
 
 import vgen
 from vgen.io.allocator import usual_environment
-from vgen.io.settings import parse_settings
+from vgen.io.settings import did_you_mean, parse_settings
 
 SCRIPTS = {
     "data": "pipelines/prepare_videos.py",
@@ -103,9 +102,7 @@ def check_setting(stage: str, setting: str) -> None:
     known = [*(field.name for field in fields(_settings_of(script))), *PLANNED.get(stage, ())]
     name = setting.split(".")[0]
     if name not in known:
-        nearest = get_close_matches(name, known, n=1)
-        advice = f": did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"the stage {stage} ({script}) has no setting {setting}{advice}")
+        raise ValueError(f"the stage {stage} ({script}) has no setting {setting}{did_you_mean(name, known)}")
 
 
 def check_command(stage: str, command: Command) -> None:

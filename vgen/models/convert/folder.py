@@ -89,11 +89,12 @@ def convert_file(
         raise ValueError(f"--base {folder} has no {component} that {file} could replace")
     weights = from_original(kind, weights)
     name = f"{component} in {file}"
-    kept = _check(kind, weights, name, folder / component, preset)
+    network = _checked_network(kind, weights, name, folder / component, preset)
     if lora is not None:
         if kind != "transformer":
             raise ValueError(f"--lora is for Transformers, and {file} has the weights of a {kind}")
-        merge_lora(weights, _lora_of(lora), _network_of(weights, name, folder / component, preset))
+        merge_lora(weights, _lora_of(lora), network)
+    kept = network._keep_in_fp32_modules or ()
     replaced = {component}
     with atomic_directory(output) as partial:
         if preset is not None:
@@ -108,7 +109,7 @@ def convert_file(
                 shutil.copytree(folder / part, partial / part, copy_function=_link)
         (partial / component).mkdir()
         if kind == "transformer":
-            _network_of(weights, name, folder / component, preset).save_config(partial / component)
+            network.save_config(partial / component)
         else:
             shutil.copy2(folder / component / "config.json", partial / component)
         _write(weights, partial / component, _WEIGHTS.get(kind, "diffusion_pytorch_model"), dtype, kept)
@@ -215,28 +216,25 @@ def _index_of(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check(
-    kind: Network, weights: Weights, name: str, folder: Path, preset: CheckpointPreset | None
-) -> Collection[str]:
-    """Checks that weights fit; returns the modules that stay in float32.
+def _checked_network(kind: Network, weights: Weights, name: str, folder: Path, preset: CheckpointPreset | None) -> Any:
+    """The network of these weights, without memory for them.
 
     Raises:
-        ValueError: They do not. The error names what is wrong.
+        ValueError: The weights do not fit. The error names what is wrong.
     """
+    network: Any
     with init_empty_weights():
-        network: Any
         if kind == "transformer":
             network = _network_of(weights, name, folder, preset)
         elif kind == "vae":
-            config = CausalVideoVAE.load_config(folder)
-            network = CausalVideoVAE.from_config(config)
+            network = CausalVideoVAE.from_config(CausalVideoVAE.load_config(folder))
         else:
             network = AutoModelForTextEncoding.from_config(AutoConfig.from_pretrained(folder))
     expected = network.state_dict()
     if kind == "text_encoder" and "encoder.embed_tokens.weight" not in weights:
         expected.pop("encoder.embed_tokens.weight", None)  # the same as `shared`
     check_weights(weights, expected, name)
-    return network._keep_in_fp32_modules or ()
+    return network
 
 
 def _network_of(weights: Weights, name: str, folder: Path, preset: CheckpointPreset | None) -> SpacetimeTransformer:
