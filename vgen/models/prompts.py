@@ -255,18 +255,13 @@ def warn_unknown_words(tokenizer: Any, texts: Sequence[str]) -> None:
     """Logs a warning of the words outside a whole-word tokenizer's vocabulary, with the nearest known words."""
     words = list(dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)))
     if words:
-        known = sorted(known_words(tokenizer))
-        matches = [get_close_matches(word, known, n=3) for word in words[:3]]
+        matches = [get_close_matches(word, known_words(tokenizer), n=3, cutoff=0) for word in words[:3]]
         nearest = list(dict.fromkeys(word for rank in itertools.zip_longest(*matches) for word in rank if word))[:3]
-        some = known[:: max(1, len(known) // 12)]
-        advice = (
-            f"the nearest known words: {', '.join(nearest)}" if nearest else f"it knows {', '.join(some)} and so on"
-        )
         more = f" and {len(words) - 8} more words" if len(words) > 8 else ""
         logger.warning(
             "the prompt has words that this checkpoint was not trained with: "
             f"{', '.join(word[:30] for word in words[:8])}{more}; "
-            f"{advice}"
+            f"the nearest known words: {', '.join(nearest)}"
         )
 
 
