@@ -54,18 +54,22 @@ from vgen.io.remote import as_path, local_copy, local_input, local_output
 from vgen.io.settings import parse_settings
 from vgen.machine import fast_precision, warn_if_slow
 from vgen.models.compilation import compile_blocks
+from vgen.models.image_encoder import embed_images, load_image_encoder
 from vgen.models.image_vae import PerFrameVAE, as_video_vae, load_vae
 from vgen.models.prompts import CAPTIONS_PER_BATCH, CutCaptions, embed, load_text_encoder, load_tokenizer, tokenize
 from vgen.models.vae import CausalVideoVAE
 from vgen.processes import from_main_process, locked_output_dir, this_process
-from vgen.sampling.known_frames import still_clips
+from vgen.sampling.known_frames import encode_condition, still_clips
 from vgen.tasks.engine import ENGINE_OPTIONS, Engine, EngineOptions, Worker
 from vgen.tasks.ray_engine import ItemError, ray_pool
 from vgen.temporal.flow import FlowMethod, measure_motion
+from vgen.temporal.grid import LatentGrid
 from vgen.training.sources import ShapesSource
 
 NUM_DRAWN = 20000
-NOT_IN_SHARDS = ("vae", "text_encoder", "output_dir", "num_clips", "batch_size", "compile", *ENGINE_OPTIONS)
+NOT_IN_SHARDS = (
+    "vae", "text_encoder", "image_encoder", "output_dir", "num_clips", "batch_size", "compile", *ENGINE_OPTIONS,
+)  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -104,6 +108,12 @@ class EncodeConfig(EngineOptions):
     only."""
     max_sequence_length: int = 32
     """Length in tokens that captions are padded or truncated to before they are embedded."""
+    condition: list[int] = field(default_factory=list)
+    """Frames that a model that makes videos from images is given: `[0]`, or `[0, -1]` for the first and the last one.
+    They are stored as such models expect them. With an empty list, they are not."""
+    image_encoder: str | None = None
+    """Folder or Hub id of a pipeline whose `image_encoder` and `image_processor` embed these frames, as Wan 2.1
+    expects; `None` stores no embeddings."""
     sampling: SamplingKind = "sliding"
     """Which frames of a video make clips: a `kind` of `vgen.data.clips.Sampling`. `random` and `segments` are drawn
     again in each of the `repeats`."""
@@ -170,12 +180,27 @@ def main(config: EncodeConfig) -> None:
         ValueError: A setting is invalid, a folder has shards with other settings, or a stream is to be encoded on Ray.
     """
     check_choice("engine", config.engine, Engine)
+    check_condition(config)
     with locked_output_dir(as_path(config.output_dir)):
         encode_all(config)
     if this_process().is_main_process:
         options = {"latents_dir": config.output_dir, "vae": config.vae}
         words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
         print(f"wrote {config.output_dir}; next: accelerate launch train/train_vdm.py {words} --text_encoder ...")
+
+
+def check_condition(config: EncodeConfig) -> None:
+    """Checks the settings for models that make videos from images.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    if config.condition not in ([], [0], [0, -1]):
+        raise ValueError(f"condition must be [], [0] or [0, -1], got {config.condition}")
+    if config.image_encoder and not config.condition:
+        raise ValueError("image_encoder embeds the frames of condition: pass --condition [0], or [0,-1]")
+    if -1 in config.condition and config.short == "pad":
+        raise ValueError("condition=[0, -1] needs clips with a last frame: set short=skip")
 
 
 def encode_all(config: EncodeConfig) -> None:
@@ -196,7 +221,7 @@ def encode_all(config: EncodeConfig) -> None:
     for index, source in enumerate(encoder.sources):
         clips = encoder.clips[index]
         if isinstance(clips, StreamClips):
-            encode_stream(source.config, encoder.codec, encoder.text, clips, process)
+            encode_stream(source.config, encoder, clips, process)
         else:
             for shard in tqdm(shards_of(index, source)[process.process_index :: process.num_processes], unit="shard"):
                 encoder.encode(shard)
@@ -253,6 +278,7 @@ class Encoder:
         if config.compile:
             compile_blocks(vae)
         self.text = TextEncoder(config, self.device) if config.text_encoder else None
+        self.images = ImageEncoder(config, self.codec, self.device) if config.condition else None
         self.sources: list[Source] = []
         self.clips: list[WorldClips | DigitClips | FolderClips | StreamClips] = []
         for part, bucket in in_buckets(config):
@@ -261,7 +287,7 @@ class Encoder:
                 tqdm.write(f"bucket {bucket} is empty: every video is nearer to another bucket")
                 continue
             length = None if isinstance(clips, StreamClips) else len(clips)
-            self.sources.append(Source(part, shard_settings(part, vae, self.text, clips), length))
+            self.sources.append(Source(part, shard_settings(part, vae, self.text, self.images, clips), length))
             self.clips.append(clips)
 
     def resolve_precision(self, config: EncodeConfig) -> Literal["no", "bf16"]:
@@ -281,7 +307,7 @@ class Encoder:
         path = folder / f"{first:08d}-{stop:08d}.safetensors"
         if path.exists():
             return
-        written = Shard(config, self.codec, self.text)
+        written = Shard(config, self.codec, self.text, self.images)
         for begin in range(first, stop, config.batch_size):
             written.add(clips.batch(range(begin, min(begin + config.batch_size, stop)), self.device))
         written.write(path)
@@ -306,13 +332,7 @@ def in_buckets(config: EncodeConfig) -> Iterator[tuple[EncodeConfig, Bucket | No
 
 
 @torch.no_grad()
-def encode_stream(
-    config: EncodeConfig,
-    codec: CausalVideoVAE | PerFrameVAE,
-    text: TextEncoder | None,
-    clips: StreamClips,
-    process: PartialState,
-) -> None:
+def encode_stream(config: EncodeConfig, encoder: Encoder, clips: StreamClips, process: PartialState) -> None:
     """Encodes this process's share of a stream of videos, and skips the videos in existing shards.
 
     The name of a shard has the rank of its process and the range of its videos. A video is never split between shards.
@@ -325,14 +345,15 @@ def encode_stream(
     for path in shards:
         with local_input(path) as local:
             left -= shard_length(local)
-    shard, waiting, bar = Shard(config, codec, text), [], tqdm(unit="clip")
+    networks = encoder.codec, encoder.text, encoder.images
+    shard, waiting, bar = Shard(config, *networks), [], tqdm(unit="clip")
 
     def flush(stop: int) -> None:
         nonlocal shard, first
         shard.add(to_batch(waiting, process.device))
         waiting.clear()
         shard.write(folder / f"{names}-{first:08d}-{stop:08d}.safetensors")
-        shard, first = Shard(config, codec, text), stop
+        shard, first = Shard(config, *networks), stop
 
     stop = first
     for stop, listed in enumerate(itertools.islice(clips.videos(), first, None), start=first + 1):
@@ -356,11 +377,19 @@ def encode_stream(
 class Shard:
     """The clips of one file, which are encoded batch by batch."""
 
-    def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | PerFrameVAE, text: TextEncoder | None):
-        self.config, self.codec, self.text = config, codec, text
+    def __init__(
+        self,
+        config: EncodeConfig,
+        codec: CausalVideoVAE | PerFrameVAE,
+        text: TextEncoder | None,
+        images: ImageEncoder | None,
+    ):
+        self.config, self.codec, self.text, self.images = config, codec, text, images
         self.latents: list[Tensor] = []
         self.frames: list[Tensor] = []
         self.motion: list[Tensor] = []
+        self.condition: list[Tensor] = []
+        self.image_embeds: list[Tensor] = []
         self.real: list[Tensor] = []
         self.captions: list[list[str]] = []
         self.rates: list[float] = []
@@ -379,6 +408,10 @@ class Shard:
             s = self.codec.temporal_compression_ratio
             self.real.append(torch.cat([batch.real[:, :1], batch.real[:, 1:].unflatten(1, (-1, s)).all(2)], dim=1))
         self.latents.append(encode(self.codec, clip, config.mixed_precision))
+        if self.images is not None:
+            condition, embeds = self.images(clip)
+            self.condition.append(condition)
+            self.image_embeds += embeds
         if config.keyframes:
             alone = rearrange(clip[:, :, 1:], "b c f h w -> (b f) c 1 h w")
             if config.still_keyframes:
@@ -396,6 +429,7 @@ class Shard:
         if not self.captions:
             return
         extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion, "real": self.real}
+        extra |= {"condition": self.condition, "image_embeds": self.image_embeds}
         extra = {name: torch.cat(parts) for name, parts in extra.items() if parts}
         if self.text is not None:
             extra["embeddings"] = self.text([caption for one in self.captions for caption in one])
@@ -426,6 +460,28 @@ class TextEncoder:
             input_ids, mask = (x.to(self.network.device) for x in batch)
             found.append(embed(self.network, input_ids, mask).half().cpu())
         return torch.cat(found)
+
+
+class ImageEncoder:
+    """Encodes the frames that a model that makes videos from images is given."""
+
+    def __init__(self, config: EncodeConfig, codec: CausalVideoVAE | PerFrameVAE, device: torch.device):
+        self.config, self.codec = config, codec
+        self.networks = None
+        if config.image_encoder:
+            encoder, processor = load_image_encoder(config.image_encoder)
+            self.networks = encoder.to(device).eval(), processor
+
+    def __call__(self, clip: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The condition `(b, s + c, t, h, w)` of clips, and tokens `(b, k, d)`, if there is an encoder; on the CPU."""
+        num_frames = clip.shape[2]
+        frames = {index % num_frames: clip[:, :, index] for index in self.config.condition}
+        grid = LatentGrid(self.codec.temporal_compression_ratio)
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            condition = encode_condition(frames, num_frames, grid, self.codec).half().cpu()
+        if self.networks is None:
+            return condition, []
+        return condition, [embed_images(*self.networks, frames.values()).half().cpu()]
 
 
 class WorldClips:
@@ -559,6 +615,7 @@ def shard_settings(
     config: EncodeConfig,
     vae: CausalVideoVAE | AutoencoderKL,
     text: TextEncoder | None,
+    images: ImageEncoder | None,
     clips: WorldClips | DigitClips | FolderClips | StreamClips,
 ) -> dict[str, Any]:
     """The settings that all shards of a folder must have in common."""
@@ -566,6 +623,8 @@ def shard_settings(
     settings["vae_sha256"] = encoder_digest(vae)
     if text is not None:
         settings["text_encoder_sha256"] = weights_digest(text.network)
+    if images is not None and images.networks is not None:
+        settings["image_encoder_sha256"] = weights_digest(images.networks[0])
     if isinstance(clips, StreamClips):  # the split of its videos depends on the number of processes
         settings["processes"] = this_process().num_processes
         settings |= {"shared_out": "shards"} if settings["processes"] > 1 else {}

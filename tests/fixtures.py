@@ -19,11 +19,21 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from tests.warm import warm_python
 from vgen.models.prompts import make_word_tokenizer
@@ -233,6 +243,62 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory, randomize: Callable[...
         scheduler=scheduler,
         transformer=randomize(transformer),
     ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_folders(
+    wan_folder: Path, tmp_path_factory: pytest.TempPathFactory, randomize: Callable[..., Any]
+) -> dict[str, Path]:
+    """Tiny random folders in the layouts of I2V and FLF2V of Wan 2.1 and of I2V A14B of Wan 2.2."""
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    config = {name: value for name, value in parts["transformer"].config.items() if name[:1] != "_"}
+    config |= {"in_channels": 12}
+    vision = CLIPVisionConfig(
+        hidden_size=8, projection_dim=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    image_encoder = randomize(CLIPVisionModel(vision))
+    made = {}
+    for name in ("2.1", "2.1-first-last", "2.2"):
+        images = {} if name == "2.2" else {"image_dim": 8, "added_kv_proj_dim": 24}
+        images |= {"pos_embed_seq_len": 2 * 5} if name == "2.1-first-last" else {}
+        parts["transformer"] = randomize(WanTransformer3DModel(**config | images), seed=1)
+        extra = {"image_encoder": image_encoder, "image_processor": CLIPImageProcessor(crop_size=32, size=32)}
+        if name == "2.2":
+            extra = {"image_encoder": None, "image_processor": None, "boundary_ratio": 0.9}
+            extra["transformer_2"] = randomize(WanTransformer3DModel(**config), seed=2)
+        made[name] = tmp_path_factory.mktemp("images")
+        WanImageToVideoPipeline(**parts | extra).save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="session")
+def first_frame_folder(
+    wan_folder: Path, tmp_path_factory: pytest.TempPathFactory, randomize: Callable[..., Any]
+) -> Path:
+    """A tiny random folder in the layout of Wan 2.2 TI2V-5B."""
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    config = {name: value for name, value in parts["transformer"].config.items() if name[:1] != "_"}
+    parts["transformer"] = randomize(WanTransformer3DModel(**config | {"in_channels": 6, "out_channels": 6}))
+    parts["vae"] = randomize(
+        AutoencoderKLWan(
+            base_dim=4, decoder_base_dim=8, z_dim=6, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
+            scale_factor_spatial=16, latents_mean=[0.1] * 6, latents_std=[1.2] * 6,
+        )
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("small")
+    WanPipeline(**parts, expand_timesteps=True).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def experts_folder(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory, randomize: Callable[..., Any]) -> Path:
+    """A tiny random folder in the layout of Wan 2.2 T2V A14B."""
+    path = tmp_path_factory.mktemp("experts")
+    parts = WanPipeline.from_pretrained(wan_folder).components
+    parts["transformer_2"] = randomize(WanTransformer3DModel.from_config(parts["transformer"].config), seed=5)
+    WanPipeline(**parts, boundary_ratio=0.8).save_pretrained(path)
     return path
 
 

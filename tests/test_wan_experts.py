@@ -3,23 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from vgen import VideoGenPipeline
 
 PROMPT, NEGATIVE = "a red circle moves", "blue"
 SETTINGS = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def experts_folder(wan_folder, tmp_path_factory, randomize):
-    """A tiny random folder in the layout of Wan 2.2 T2V A14B."""
-    path = tmp_path_factory.mktemp("experts")
-    parts = WanPipeline.from_pretrained(wan_folder).components
-    parts["transformer_2"] = randomize(WanTransformer3DModel.from_config(parts["transformer"].config), seed=5)
-    WanPipeline(**parts, boundary_ratio=0.8).save_pretrained(path)
-    return path
 
 
 @pytest.fixture

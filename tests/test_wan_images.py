@@ -5,9 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
 from vgen import SpacetimeTransformer, VideoGenPipeline
@@ -17,31 +16,6 @@ from vgen.data.video_io import read_video
 PROMPT, NEGATIVE = "a red circle moves", "blue"
 SETTINGS = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 3.0}
 LAYOUTS = ("2.1", "2.1-first-last", "2.2")
-
-
-@pytest.fixture(scope="module")
-def folders(wan_folder, tmp_path_factory, randomize):
-    """Tiny random folders in the layouts of I2V and FLF2V of Wan 2.1 and of I2V A14B of Wan 2.2."""
-    parts = WanPipeline.from_pretrained(wan_folder).components
-    config = {name: value for name, value in parts["transformer"].config.items() if name[:1] != "_"}
-    config |= {"in_channels": 12}
-    vision = CLIPVisionConfig(
-        hidden_size=8, projection_dim=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=16,
-    )  # fmt: skip
-    image_encoder = randomize(CLIPVisionModel(vision))
-    made = {}
-    for name in LAYOUTS:
-        images = {} if name == "2.2" else {"image_dim": 8, "added_kv_proj_dim": 24}
-        images |= {"pos_embed_seq_len": 2 * 5} if name == "2.1-first-last" else {}
-        parts["transformer"] = randomize(WanTransformer3DModel(**config | images), seed=1)
-        extra = {"image_encoder": image_encoder, "image_processor": CLIPImageProcessor(crop_size=32, size=32)}
-        if name == "2.2":
-            extra = {"image_encoder": None, "image_processor": None, "boundary_ratio": 0.9}
-            extra["transformer_2"] = randomize(WanTransformer3DModel(**config), seed=2)
-        made[name] = tmp_path_factory.mktemp("images")
-        WanImageToVideoPipeline(**parts | extra).save_pretrained(made[name])
-    return made
 
 
 def load(folder):
@@ -62,8 +36,8 @@ def seeds(*numbers):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("output_type", ["latent", "np", "pt", "pil"])
-def test_a_video_from_an_image_equals_that_of_diffusers(folders, layout, output_type):
-    theirs, ours = load(folders[layout])
+def test_a_video_from_an_image_equals_that_of_diffusers(image_folders, layout, output_type):
+    theirs, ours = load(image_folders[layout])
     both = {"last_image": picture(1)} if "last" in layout else {}
     settings = SETTINGS | {"output_type": output_type}
     expected = theirs(picture(0), PROMPT, NEGATIVE, **both, **settings, generator=seeds(0)[0]).frames
@@ -77,8 +51,8 @@ def test_a_video_from_an_image_equals_that_of_diffusers(folders, layout, output_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_videos_of_a_batch_equal_single_ones(folders, layout):
-    _, pipe = load(folders[layout])
+def test_videos_of_a_batch_equal_single_ones(image_folders, layout):
+    _, pipe = load(image_folders[layout])
     settings = SETTINGS | {"output_type": "latent"}
 
     def given(*numbers):
@@ -94,8 +68,8 @@ def test_videos_of_a_batch_equal_single_ones(folders, layout):
     torch.testing.assert_close(pair[:1], batch[:1], atol=1e-4, rtol=1e-4)
 
 
-def test_two_experts_take_the_first_and_the_last_frame(folders):
-    theirs, ours = load(folders["2.2"])
+def test_two_experts_take_the_first_and_the_last_frame(image_folders):
+    theirs, ours = load(image_folders["2.2"])
     settings = SETTINGS | {"output_type": "latent", "guidance_scale_2": 2.0}
     expected = theirs(picture(0), PROMPT, NEGATIVE, last_image=picture(1), **settings, generator=seeds(0)[0]).frames
     got = ours(PROMPT, NEGATIVE, frames={0: picture(0), -1: picture(1)}, **settings, generator=seeds(0)[0]).frames
@@ -103,8 +77,8 @@ def test_two_experts_take_the_first_and_the_last_frame(folders):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pipeline_survives_saving_and_conversion(folders, tmp_path, layout):
-    theirs, ours = load(folders[layout])
+def test_a_pipeline_survives_saving_and_conversion(image_folders, tmp_path, layout):
+    theirs, ours = load(image_folders[layout])
     ours.save_pretrained(tmp_path)
     given = {"frames": {0: picture(0), 8: picture(1)}} if "last" in layout else {"image": picture(0)}
     settings = SETTINGS | {"output_type": "latent"}
@@ -133,8 +107,8 @@ def test_a_pipeline_survives_saving_and_conversion(folders, tmp_path, layout):
         ("2.2", {"frames": {8: 0, -1: 1}}, "a frame is given twice: of 9 frames, [-1, 8] are the same"),
     ],
 )
-def test_frames_that_a_checkpoint_cannot_use_are_named(folders, layout, given, message):
-    _, pipe = load(folders[layout])
+def test_frames_that_a_checkpoint_cannot_use_are_named(image_folders, layout, given, message):
+    _, pipe = load(image_folders[layout])
     images = {"image": picture(given["image"])} if "image" in given else {}
     if "frames" in given:
         images["frames"] = {index: picture(number) for index, number in given["frames"].items()}
@@ -142,8 +116,8 @@ def test_frames_that_a_checkpoint_cannot_use_are_named(folders, layout, given, m
         pipe(PROMPT, **images, **SETTINGS)
 
 
-def test_missing_parts_and_inputs_are_named(folders, wan_folder):
-    _, pipe = load(folders["2.1"])
+def test_missing_parts_and_inputs_are_named(image_folders, wan_folder):
+    _, pipe = load(image_folders["2.1"])
     pipe.image_encoder = None
     with pytest.raises(ValueError, match="needs its image_encoder and image_processor"):
         pipe(PROMPT, image=picture(0), **SETTINGS)
@@ -162,26 +136,12 @@ def test_missing_parts_and_inputs_are_named(folders, wan_folder):
             pipe.transformer(latents, torch.tensor(1.0), prompt, **given)
 
 
-@pytest.fixture(scope="module")
-def small_folder(wan_folder, tmp_path_factory, randomize):
-    """A tiny random folder in the layout of Wan 2.2 TI2V-5B."""
-    parts = WanPipeline.from_pretrained(wan_folder).components
-    config = {name: value for name, value in parts["transformer"].config.items() if name[:1] != "_"}
-    parts["transformer"] = randomize(WanTransformer3DModel(**config | {"in_channels": 6, "out_channels": 6}))
-    parts["vae"] = randomize(
-        AutoencoderKLWan(
-            base_dim=4, decoder_base_dim=8, z_dim=6, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-            scale_factor_spatial=16, latents_mean=[0.1] * 6, latents_std=[1.2] * 6,
-        )
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("small")
-    WanPipeline(**parts, expand_timesteps=True).save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("given", [False, True])
-def test_the_small_model_takes_a_prompt_or_an_image_as_in_diffusers(small_folder, tmp_path, given):
-    theirs, ours = WanPipeline.from_pretrained(small_folder), VideoGenPipeline.from_pretrained(small_folder)
+def test_the_small_model_takes_a_prompt_or_an_image_as_in_diffusers(first_frame_folder, tmp_path, given):
+    theirs, ours = (
+        WanPipeline.from_pretrained(first_frame_folder),
+        VideoGenPipeline.from_pretrained(first_frame_folder),
+    )
     if given:
         theirs = WanImageToVideoPipeline(
             **theirs.components, image_encoder=None, image_processor=None, expand_timesteps=True
@@ -217,11 +177,11 @@ def test_the_small_model_takes_a_prompt_or_an_image_as_in_diffusers(small_folder
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @torch.no_grad()
-def test_a_network_equals_that_of_diffusers_and_reuses_its_prompts(folders, layout):
+def test_a_network_equals_that_of_diffusers_and_reuses_its_prompts(image_folders, layout):
     from vgen.temporal.attention import PromptCache
 
-    theirs = WanTransformer3DModel.from_pretrained(folders[layout] / "transformer")
-    ours = SpacetimeTransformer.from_pretrained(folders[layout] / "transformer")
+    theirs = WanTransformer3DModel.from_pretrained(image_folders[layout] / "transformer")
+    ours = SpacetimeTransformer.from_pretrained(image_folders[layout] / "transformer")
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 3, 4, 4, generator=generator)
     condition = torch.randn(2, 8, 3, 4, 4, generator=generator)
@@ -236,11 +196,11 @@ def test_a_network_equals_that_of_diffusers_and_reuses_its_prompts(folders, layo
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_command_takes_a_first_and_a_last_image(folders, tmp_path):
+def test_the_command_takes_a_first_and_a_last_image(image_folders, tmp_path):
     for index in (0, 1):
         picture(index).save(tmp_path / f"{index}.png")
     picture(2).resize((16, 16)).save(tmp_path / "small.png")
-    _, pipe = load(folders["2.1-first-last"])
+    _, pipe = load(image_folders["2.1-first-last"])
     pipe.register_to_config(**SETTINGS)
     pipe.save_pretrained(tmp_path / "pipe")
 

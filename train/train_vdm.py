@@ -22,14 +22,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
+from vgen.checks import check_number
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.io.pixels import from_pt, to_uint8
+from vgen.io.records import read_json
 from vgen.metrics.prompt import adherence
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
@@ -52,10 +55,10 @@ from vgen.training.sample import (
     DenoiserSpec,
     SampleConfig,
     Source,
+    check_conditions,
     check_encoders,
     check_motion,
     check_stills,
-    check_trainable,
     conditioning,
     denoiser_temporal_loss,
     record_frame_rates,
@@ -65,6 +68,10 @@ from vgen.training.sample import (
 
 NUM_SAMPLES = 4
 """Number of sample videos if the settings give no prompts."""
+EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
+"""The component of each expert."""
+RECORDED = ("tasks", "trained_token_frames", "trained_frame_rates")
+"""What training writes to the denoiser's config."""
 
 
 @dataclass(kw_only=True)
@@ -92,6 +99,9 @@ class VDMConfig(SampleConfig):
     """Whether to train the text encoder together with the denoiser."""
     denoiser: Literal["transformer", "unet"] = "transformer"
     """The network of a new pipeline: `transformer` or `unet`."""
+    expert: Literal["high_noise", "low_noise"] | None = None
+    """Which Transformer to train of a pipeline with two: `transformer` (`high_noise`) or `transformer_2`
+    (`low_noise`), each on its range of noise levels. `None` is for all other pipelines."""
     train_only: Literal["all", "temporal", "lora"] = "all"
     """Which weights to train: `all`; `temporal`, the layers that mix frames or were added when a 2D network was
     inflated; or `lora`, low-rank adapters of `lora_targets`, which are saved without the denoiser."""
@@ -162,25 +172,31 @@ def main(config: VDMConfig) -> None:
         return
     accelerator = start(config)
     pipe = make_pipeline(config)
-    sources = [record_tasks(pipe.denoiser, config, LatentSet(config.latents_dir))]
+    denoiser = trained_denoiser(pipe, config)
+    takes_first = pipe.config.expand_timesteps
+    sources = [record_tasks(denoiser, config, LatentSet(config.latents_dir), takes_first)]
     for folder in map(Path, config.more_latents):
         settings = replace(sources[0].config, latents_dir=folder)
-        sources.append(supported_config(pipe.denoiser, settings, LatentSet(folder)))
+        sources.append(supported_config(denoiser, settings, LatentSet(folder)))
     shares = [1 - sum(config.more_latents.values()), *config.more_latents.values()]
-    record_frame_rates(pipe.denoiser, [source.data for source in sources])
+    record_frame_rates(denoiser, [source.data for source in sources])
+    if pipe.transformer_2 is not None:  # both have the same config
+        recorded = {name: denoiser.config[name] for name in RECORDED}
+        for expert in (pipe.transformer, pipe.transformer_2):
+            expert.register_to_config(**recorded)
     if config.train_only == "lora":
-        add_adapter(pipe, config)
+        add_adapter(denoiser, config)
     if config.gradient_checkpointing:
-        pipe.denoiser.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     if config.attention_backend:
-        pipe.denoiser.set_attention_backend(config.attention_backend)
+        denoiser.set_attention_backend(config.attention_backend)
     if config.compile:
-        compile_blocks(pipe.denoiser)
+        compile_blocks(denoiser)
     if pipe.text_encoder is not None:
         pipe.text_encoder.requires_grad_(config.train_text_encoder)
     if config.train_only == "temporal":
-        pipe.denoiser.requires_grad_(False)
-        for weight in temporal_parameters(pipe.denoiser):
+        denoiser.requires_grad_(False)
+        for weight in temporal_parameters(denoiser):
             weight.requires_grad_(True)
     if config.wants_temporal_loss:
         check_motion(config, sources)
@@ -189,19 +205,25 @@ def main(config: VDMConfig) -> None:
     evaluated = {}
     if config.held_out_latents is not None:
         settings = replace(sources[0].config, latents_dir=config.held_out_latents)
-        held_out = supported_config(pipe.denoiser, settings, LatentSet(config.held_out_latents))
+        held_out = supported_config(denoiser, settings, LatentSet(config.held_out_latents))
         evaluated = {"held_out_loss": held_out, "train_loss": sources[0]}
     both = [*sources, *evaluated.values()]
     if pipe.text_encoder is None:
         check_unprompted(config, both)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in both)
-    check_stills(pipe.denoiser, both)
+    check_stills(denoiser, both)
+    check_conditions(denoiser, both, takes_first)
     check_encoders(both, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
-    model = PromptedDenoiser(pipe.denoiser, None if embedded else pipe.text_encoder)
-    spec, tokenizer = DenoiserSpec.of(pipe.denoiser), None if embedded else pipe.tokenizer
+    model = PromptedDenoiser(denoiser, None if embedded else pipe.text_encoder)
+    spec, tokenizer = DenoiserSpec.of(denoiser, takes_first), None if embedded else pipe.tokenizer
     batches = DenoiserBatches(config, sources, shares, spec, tokenizer)
     fixed = {name: FixedSamples(source, config.num_score_clips, spec, tokenizer) for name, source in evaluated.items()}
-    prompts = sample_prompts(pipe, config, evaluated.get("held_out_loss"))
+    shown = evaluated.get("held_out_loss", sources[0])
+    options: dict[str, Any] = sample_shape(pipe, sources[0])
+    takes_images = denoiser.condition_channels > 0
+    if takes_images:
+        options["frames"] = sample_images(pipe, shown, accelerator.device)
+    prompts = sample_prompts(pipe, config, shown if takes_images else evaluated.get("held_out_loss"))
     digest = hashlib.sha256("".join(source.data.digest for source in sources).encode()).hexdigest()
     # the embeddings of keyframes and frame rates are used in some steps only
     run = Run(config, accelerator, model, batches.name, digest, has_unused_weights=True)
@@ -225,7 +247,7 @@ def main(config: VDMConfig) -> None:
             if run.sharded:  # all processes must run the same operations
                 conditions["num_gaps"] = None
             prediction = run.network(sample.latents, sample.timestep, **conditions)
-            tokens = sample.latents[:, 0].numel() // math.prod(pipe.denoiser.patch_size)
+            tokens = sample.latents[:, 0].numel() // math.prod(denoiser.patch_size)
             run.count(
                 len(sample.latents),
                 tokens,
@@ -243,26 +265,29 @@ def main(config: VDMConfig) -> None:
         run.update()
         run.log(loss=total[0], **({"temporal": total[1]} if config.wants_temporal_loss else {}))
         if run.scores_are_due:  # losses on fixed samples, prompt adherence and sample videos
-            with run.average, evaluating(pipe):
+            with run.average, evaluating(denoiser, pipe.text_encoder):
                 scores = {name: samples.loss(model, objective, accelerator) for name, samples in fixed.items()}
-                correct, shown = score(pipe, config, prompts, accelerator)
+                correct, videos = score(pipe, config, prompts, options, accelerator)
             run.report(scores | correct, "held_out_loss", "min")
-            run.save_samples(shown, config.frame_rate)
+            run.save_samples(videos, config.frame_rate)
         run.save()
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
         if weights is not None:
-            use_whole(pipe, weights)
+            use_whole(pipe, config, weights)
         if config.train_only == "lora":
             save_adapter(pipe, config)
             return
         with atomic_directory(config.output_dir / "pipeline") as folder:
             pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
 
-    if config.train_only == "lora":
-        run.end(save_result, "lora", f"vgen generate PROMPT --model {config.init} --lora {{}} -o video.mp4")
+    command = "vgen animate IMAGE PROMPT" if takes_images else "vgen generate PROMPT"
+    if config.train_only == "lora" and config.expert == "low_noise":
+        run.end(save_result, "lora", f"{command} --model {config.init} --lora-low-noise {{}} -o video.mp4")
+    elif config.train_only == "lora":
+        run.end(save_result, "lora", f"{command} --model {config.init} --lora {{}} -o video.mp4")
     elif not pipe.is_unprompted:
-        run.end(save_result, "pipeline", "vgen generate PROMPT --model {} -o video.mp4")
+        run.end(save_result, "pipeline", f"{command} --model {{}} -o video.mp4")
     elif "leading" in pipe.denoiser.config.tasks:
         run.end(save_result, "pipeline", "vgen predict VIDEO --model {} -o video.mp4")
     else:
@@ -274,7 +299,6 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
     if config.init:
         instead = {"vae": load_vae(config.vae)} if config.vae else {}
         pipe = VideoGenPipeline.from_pretrained(config.init, **instead)
-        check_trainable(config.init, pipe.defaults, pipe.denoiser.config)
         take_settings(config, pipe)
         return pipe
     assert config.vae  # config.check
@@ -297,6 +321,24 @@ def make_pipeline(config: VDMConfig) -> VideoGenPipeline:
         frame_rate=config.frame_rate,
         **config.defaults,
     )
+
+
+def trained_denoiser(pipe: VideoGenPipeline, config: VDMConfig) -> Any:
+    """The denoiser to train. For one of two experts, also limits the noise levels to its range.
+
+    Raises:
+        ValueError: `expert` is missing, or the pipeline has no two Transformers.
+    """
+    if (pipe.transformer_2 is None) != (config.expert is None):
+        found = "two Transformers: set expert to high_noise or low_noise" if pipe.transformer_2 else "one denoiser"
+        raise ValueError(f"the pipeline to train has {found}, got expert={config.expert}")
+    if config.expert is None:
+        return pipe.denoiser
+    boundary, (low, high) = pipe.config.boundary_ratio, config.level_range
+    limits = {"high_noise": [max(low, boundary), high], "low_noise": [low, min(high, boundary)]}
+    config.level_range = limits[config.expert]
+    check_number("the lower end of level_range", config.level_range[0], below=config.level_range[1])
+    return getattr(pipe, EXPERTS[config.expert])
 
 
 def check_unprompted(config: VDMConfig, sources: list[Source]) -> None:
@@ -325,6 +367,30 @@ def sample_prompts(pipe: VideoGenPipeline, config: VDMConfig, held_out: Source |
     return list(dict.fromkeys(one[0] for one in captions))[:NUM_SAMPLES]
 
 
+def sample_shape(pipe: VideoGenPipeline, source: Source) -> dict[str, int]:
+    """Size of sample videos: that of the clips, and no more frames than they have."""
+    height, width = (pipe.vae_scale_factor_spatial * size for size in source.data.shape[2:])
+    num_frames = min(pipe.config.num_frames, pipe.grid.num_frames(source.data.num_latents))
+    return {"height": height, "width": width, "num_frames": num_frames}
+
+
+@torch.no_grad()
+def sample_images(pipe: VideoGenPipeline, source: Source, device: torch.device) -> dict[int, list[Image.Image]]:
+    """The known frames of the first clips, as the VAE decodes them: by index, a picture for each clip."""
+    indices = read_json(source.config.latents_dir / "settings.json")["condition"]
+    frames: dict[int, list[Image.Image]] = {index: [] for index in indices}
+    codec: Any = pipe.video_vae
+    pipe.vae.to(device)
+    for number in range(min(NUM_SAMPLES, len(source.data))):
+        latents = source.data[number].latents[None].float().to(device)
+        needed = latents if -1 in indices else latents[:, :, :1]
+        clip = codec.decode(codec.denormalize(needed)).sample
+        pixels = to_uint8(rearrange(clip[0], "c f h w -> f h w c")).cpu().numpy()
+        for index, pictures in frames.items():
+            pictures.append(Image.fromarray(pixels[index]))
+    return frames
+
+
 def take_settings(config: VDMConfig, pipe: VideoGenPipeline) -> None:
     """Replaces settings that have their defaults by those of the pipeline in `--init`, and prints which ones.
 
@@ -348,22 +414,22 @@ def take_settings(config: VDMConfig, pipe: VideoGenPipeline) -> None:
         print(f"settings of {config.init}: {', '.join(f'{name}={value}' for name, value in taken.items())}")
 
 
-def use_whole(pipe: VideoGenPipeline, weights: dict[str, Tensor]) -> None:
+def use_whole(pipe: VideoGenPipeline, config: VDMConfig, weights: dict[str, Tensor]) -> None:
     """Replaces the sharded networks of a pipeline by new ones with the gathered weights of `PromptedDenoiser`."""
 
     def weights_of(part: str) -> dict[str, Tensor]:
         return {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
 
-    name = pipe.denoiser_name
-    whole = {name: copy_of(pipe.denoiser, weights_of("denoiser."))}
+    name = EXPERTS.get(config.expert, pipe.denoiser_name)
+    whole = {name: copy_of(getattr(pipe, name), weights_of("denoiser."))}
     if text := weights_of("text_encoder."):
         whole["text_encoder"] = type(pipe.text_encoder)(pipe.text_encoder.config)
         whole["text_encoder"].load_state_dict(text)
     pipe.register_modules(**whole)
 
 
-def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
-    """Freezes the denoiser and adds trainable LoRA adapters.
+def add_adapter(denoiser: Any, config: VDMConfig) -> None:
+    """Freezes a denoiser and adds trainable LoRA adapters.
 
     Raises:
         ImportError: `peft` is not installed.
@@ -373,18 +439,21 @@ def add_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
     except ImportError as error:
         raise ImportError("train_only=lora needs peft: pip install vgen[lora]") from error
     alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    pipe.denoiser.requires_grad_(False)
-    pipe.denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets))
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets))
 
 
 def save_adapter(pipe: VideoGenPipeline, config: VDMConfig) -> None:
-    """Saves only the adapters, for `pipe.load_lora_weights(output_dir / "lora")`."""
+    """Saves only the adapters, for `pipe.load_lora_weights(output_dir / "lora")`.
+
+    Those of either expert have the names of `transformer`, as in public adapters.
+    """
     from peft import get_peft_model_state_dict
 
-    name = pipe.denoiser_name
+    name, denoiser = pipe.denoiser_name, getattr(pipe, EXPERTS.get(config.expert, pipe.denoiser_name))
     dtype = getattr(torch, config.save_dtype)
-    layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(pipe.denoiser).items()}
-    metadata = pipe.denoiser.peft_config["default"].to_dict()
+    layers = {key: value.to(dtype) for key, value in get_peft_model_state_dict(denoiser).items()}
+    metadata = denoiser.peft_config["default"].to_dict()
     options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
     with atomic_directory(config.output_dir / "lora") as folder:
         pipe.save_lora_weights(folder, **options)
@@ -406,9 +475,9 @@ def temporal_parameters(denoiser: SpacetimeTransformer | UNet3D) -> list[Tensor]
 
 
 @contextmanager
-def evaluating(pipe: VideoGenPipeline) -> Iterator[None]:
-    """Puts the networks that may be trained into evaluation mode."""
-    networks = [one for one in (pipe.denoiser, pipe.text_encoder) if one is not None]
+def evaluating(*given: Any) -> Iterator[None]:
+    """Puts networks into evaluation mode; those that are `None` do not exist."""
+    networks = [one for one in given if one is not None]
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
@@ -419,11 +488,22 @@ def evaluating(pipe: VideoGenPipeline) -> Iterator[None]:
 
 @torch.no_grad()
 def score(
-    pipe: VideoGenPipeline, config: VDMConfig, prompts: list[str], accelerator: Accelerator
+    pipe: VideoGenPipeline,
+    config: VDMConfig,
+    prompts: list[str],
+    options: dict[str, Any],
+    accelerator: Accelerator,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Frames `(f, h, w, 3)` of videos from prompts; without prompts, of ShapesWorld, with their prompt adherence.
 
     The processes divide the videos among them.
+
+    Args:
+        pipe: Makes the videos.
+        config: Settings of the run.
+        prompts: The prompts, or none.
+        options: Size of the videos, and for models that make videos from images `frames`, used in turn.
+        accelerator: That of the run.
     """
     scores: dict[str, float] = {}
     shown = []
@@ -438,7 +518,10 @@ def score(
             generators = [torch.Generator().manual_seed(index) for index in mine]
             with accelerator.autocast():
                 some = [prompts[index] for index in mine]
-                made = pipe(some, groups=groups, generator=generators, output_type="pt").frames
+                each = options.get("frames", {}).items()
+                frames = {index: [images[one % len(images)] for one in mine] for index, images in each}
+                given = options | ({"frames": frames} if frames else {})
+                made = pipe(some, groups=groups, generator=generators, output_type="pt", **given).frames
             videos = list(zip(mine, made.float().cpu(), strict=True))
         gathered = dict(gather_object(videos))
         clips = from_pt(torch.stack([gathered[index] for index in range(len(prompts))]))

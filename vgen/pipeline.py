@@ -43,6 +43,7 @@ from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_cli
 from vgen.io.preview import animations_html
 from vgen.io.records import read_json
 from vgen.models.convert.networks import WAN_PIPELINES, check_wan, from_wan_index, with_same_weights
+from vgen.models.image_encoder import embed_images
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
 from vgen.models.loading import (
@@ -1459,12 +1460,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if config.image_dim is not None:
             if self.image_encoder is None or self.image_processor is None:
                 raise ValueError("this checkpoint needs its image_encoder and image_processor")
-            encoded = []
-            for frame in pixels.values():
-                images = list(to_frames(frame.unsqueeze(2))[:, 0])
-                inputs = self.image_processor(images=images, return_tensors="pt").to(device)
-                encoded.append(self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2])
-            tokens = torch.cat(encoded, dim=1).to(dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+            tokens = embed_images(self.image_encoder, self.image_processor, pixels.values())
+            tokens = tokens.to(dtype).repeat_interleave(num_videos_per_prompt, dim=0)
         return KnownFrames(
             KnownFrameLayout(0, 0, {}), None, None, {},
             condition=condition.to(dtype).repeat_interleave(num_videos_per_prompt, dim=0), image_embeds=tokens,

@@ -23,11 +23,10 @@ from vgen.tasks.train_commands import scripts_folder
 from vgen.tasks.train_costs import Costs
 from vgen.tasks.train_machine import Machine, check_memory, choose_preset, read_preset
 from vgen.tasks.train_options import TrainOptions, parse_change
-from vgen.tasks.train_setup import Setup, choose_codec
+from vgen.tasks.train_setup import Setup, check_fine_tuning, choose_codec
 from vgen.tasks.train_stages import fine_tuning
 from vgen.tasks.train_videos import Videos, choose_rate, inspect_videos
 from vgen.training.needs import ClipShape, Step, denoiser_step, encoding_memory, vae_step
-from vgen.training.sample import check_trainable
 
 LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
 CLIP = ClipShape(height=64, width=64, num_frames=17)
@@ -267,17 +266,22 @@ def test_the_rest_of_a_stage_is_estimated_from_its_rate_so_far(folder):
 
 
 @pytest.mark.parametrize(
-    ("defaults", "model", "message"),
+    ("defaults", "model", "reason"),
     [
-        ({}, {"in_channels": 36, "out_channels": 16}, "conditioned on images"),
-        ({"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}, "conditioned on images"),
+        ({}, {"in_channels": 36, "out_channels": 16}, "makes videos from images"),
+        ({"expand_timesteps": True}, {"in_channels": 48, "out_channels": 48}, "makes videos from images"),
         ({"boundary_ratio": 0.9}, {"in_channels": 16, "out_channels": 16}, "has two Transformers"),
+        ({"boundary_ratio": None}, {"in_channels": 16, "out_channels": None}, None),
     ],
 )
-def test_pipelines_that_training_cannot_make_are_named(defaults, model, message):
-    with pytest.raises(ValueError, match=f"wan cannot be trained: .*{message}"):
-        check_trainable("wan", defaults, model)
-    check_trainable("wan", {"boundary_ratio": None}, {"in_channels": 16, "out_channels": None})
+def test_pipelines_that_need_the_scripts_are_named(tmp_path, defaults, model, reason):
+    options = TrainOptions(data="videos", output=tmp_path, init="wan")
+    pipe = {"denoiser": "transformer", "model": model} | defaults
+    if reason is None:
+        check_fine_tuning(options, pipe, videos([2.0]))
+        return
+    with pytest.raises(ValueError, match=f"wan {reason}, which vgen train does not plan: use .*train/train_vdm.py"):
+        check_fine_tuning(options, pipe, videos([2.0]))
 
 
 def begin(plan, **stages):

@@ -29,6 +29,8 @@ def write_shard(
     embeddings: Tensor | None = None,
     no_prompt: Tensor | None = None,
     real: Tensor | None = None,
+    condition: Tensor | None = None,
+    image_embeds: Tensor | None = None,
 ) -> None:
     """Writes a shard of encoded clips atomically.
 
@@ -43,6 +45,9 @@ def write_shard(
         embeddings: Embeddings of the captions of all clips, concatenated, `(k, l, d)`.
         no_prompt: Embedding of the empty prompt, `(l, d)`; required with `embeddings`.
         real: 1 for latents of real frames and 0 for padding, `(n, t)`; `None` if all are real.
+        condition: What an image-to-video denoiser is given of each clip, `(n, s + c, t, h, w)`; see
+            `vgen.sampling.known_frames.encode_condition`.
+        image_embeds: Tokens of the same frames from an image encoder, `(n, k, d)`.
 
     Raises:
         ValueError: The numbers of latents, captions and frame rates differ.
@@ -60,6 +65,8 @@ def write_shard(
         "embeddings": embeddings,
         "no_prompt": no_prompt,
         "real": real,
+        "condition": condition,
+        "image_embeds": image_embeds,
     }
     tensors = {
         name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
@@ -81,6 +88,10 @@ class EncodedClip(NamedTuple):
     """Motion between latents, `(3, t - 1, h, w)`; see `write_shard`."""
     real: Tensor
     """bool `(t,)`, false for padding of short videos."""
+    condition: Tensor | None = None
+    """What an image-to-video denoiser is given, `(s + c, t, h, w)`; see `write_shard`."""
+    image_embeds: Tensor | None = None
+    """Tokens of the same frames from an image encoder, `(k, d)`."""
 
 
 def shard_length(path: Path) -> int:
@@ -109,7 +120,8 @@ def _open_shard(path: Path) -> tuple[Any, list[list[str]]]:
         isinstance(one, list) and all(isinstance(caption, str) for caption in one) for one in captions
     ):
         raise ValueError(f"{path} is damaged: its captions must be lists of strings")
-    lengths = {name: len(captions) for name in ("latents", "frame_rates", "frames", "motion", "real")}
+    per_clip = ("latents", "frame_rates", "frames", "motion", "real", "condition", "image_embeds")
+    lengths = {name: len(captions) for name in per_clip}
     lengths["embeddings"] = sum(map(len, captions))
     for name, num_axes in {
         "latents": 5,
@@ -118,6 +130,8 @@ def _open_shard(path: Path) -> tuple[Any, list[list[str]]]:
         "motion": 5,
         "real": 2,
         "embeddings": 3,
+        "condition": 5,
+        "image_embeds": 3,
     }.items():
         shape = shapes.get(name)
         if (shape is None and name == "latents") or (shape and (len(shape) != num_axes or shape[0] != lengths[name])):
@@ -171,7 +185,7 @@ class LatentSet(torch.utils.data.Dataset):
         """Shape of a clip's latents, `(c, t, h, w)`."""
         self.frame_rates = torch.cat(rates)
         """Pixel frames per second of each clip."""
-        for name in ("frames", "motion", "embeddings"):
+        for name in ("frames", "motion", "embeddings", "condition", "image_embeds"):
             if 0 < sum(name in one for one in names) < len(names):
                 raise ValueError(
                     f"some shards of {folder} have {name} and some do not: encode all clips with the same settings"
@@ -202,6 +216,17 @@ class LatentSet(torch.utils.data.Dataset):
         return "embeddings" in self._names[0]
 
     @property
+    def condition_channels(self) -> int:
+        """Channels of the condition of an image-to-video denoiser; 0 if clips have none."""
+        return self._stored_shape("condition")[1]
+
+    @property
+    def image_tokens(self) -> tuple[int, int]:
+        """Number of tokens of the image encoder, and their channels; zeros if clips have none."""
+        _, number, channels = self._stored_shape("image_embeds")[:3]
+        return number, channels
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all captions and frame rates, and of the latents of up to 64 evenly spaced clips."""
         summary = json.dumps([self.captions, self.frame_rates.tolist(), [len(self), *self.shape]]).encode()
@@ -217,13 +242,15 @@ class LatentSet(torch.utils.data.Dataset):
             raise IndexError(f"clip index must be in [{-len(self)}, {len(self)}), got {index}")
         index %= len(self)
         shard, row = self._place(index)
-        frames, motion, real = (
+        frames, motion, real, condition, image_embeds = (
             self._read(name, shard, row) if name in self._names[shard] else None
-            for name in ("frames", "motion", "real")
+            for name in ("frames", "motion", "real", "condition", "image_embeds")
         )
         real = torch.ones(self.num_latents, dtype=torch.bool) if real is None else real.bool()
         latents, rate = self._read("latents", shard, row), self.frame_rates[index].item()
-        return EncodedClip(latents, self.captions[index], rate, frames, motion, real)
+        return EncodedClip(
+            latents, self.captions[index], rate, frames, motion, real, condition=condition, image_embeds=image_embeds
+        )
 
     def embedding(self, index: int, caption: int | None) -> Tensor:
         """The embedding `(l, d)` of one of a clip's captions, or of the empty prompt for `None`."""
@@ -236,6 +263,10 @@ class LatentSet(torch.utils.data.Dataset):
         """The shard of a clip, and its row there."""
         shard = bisect.bisect_right(self._begins, index) - 1
         return shard, index - self._begins[shard]
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in the first shard; zeros if there is none."""
+        return tuple(self._file(0).get_slice(name).get_shape()) if name in self._names[0] else (0,) * 5
 
     def _read(self, name: str, shard: int, row: int) -> Tensor:
         return self._file(shard).get_slice(name)[row]

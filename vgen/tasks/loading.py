@@ -33,6 +33,8 @@ class LoadOptions:
     lora: list[str] = field(default_factory=list)
     """LoRA adapter, as FILE or FILE:WEIGHT, where FILE may be a folder or a Hub id and the weight is 1 by default; can
     be repeated."""
+    lora_low_noise: list[str] = field(default_factory=list)
+    """The same for `transformer_2` of a checkpoint with two Transformers, such as Wan 2.2 A14B."""
     compile: bool = False
     """Whether to compile the denoiser's blocks, which takes a minute or more at the start."""
 
@@ -48,11 +50,12 @@ def check_loading(options: LoadOptions) -> None:
     check_choice("dtype", options.dtype, DType)
     if options.scheduler is not None:
         check_choice("scheduler", options.scheduler, Scheduler)
-    for text in options.lora:
+    adapters = [*options.lora, *options.lora_low_noise]
+    for text in adapters:
         source, _ = parse_adapter(text)
         if not Path(source).exists() and (source.endswith(".safetensors") or not is_hub_id(source)):
             raise FileNotFoundError(f"no such LoRA adapter: {source}")
-    if options.lora and find_spec("peft") is None:
+    if adapters and find_spec("peft") is None:
         raise ImportError("LoRA adapters need peft: pip install vgen[lora]")
 
 
@@ -108,11 +111,13 @@ def load_checkpoint(model: str, options: LoadOptions, device: Any, *, streams: b
     warn_if_slow(pipe.device, name, "--dtype float32")
     if options.scheduler is not None:
         pipe.scheduler = change_scheduler(pipe.scheduler, options.scheduler)
-    weights = {}
-    for index, text in enumerate(options.lora):
-        source, weight = parse_adapter(text)
-        pipe.load_lora_weights(source, adapter_name=f"lora-{index}")
-        weights[f"lora-{index}"] = weight
+    weights: dict[str, float] = {}
+    for is_low_noise, texts in ((False, options.lora), (True, options.lora_low_noise)):
+        for text in texts:
+            source, weight = parse_adapter(text)
+            name = f"lora-{len(weights)}"
+            pipe.load_lora_weights(source, adapter_name=name, load_into_transformer_2=is_low_noise)
+            weights[name] = weight
     if weights:
         pipe.set_adapters(list(weights), list(weights.values()))
     if options.compile:

@@ -20,7 +20,6 @@ from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_videos import Videos
 from vgen.temporal.grid import LatentGrid
 from vgen.training.needs import ClipShape
-from vgen.training.sample import check_trainable
 
 SMALL = 1000
 """Number of clips, end to end, below which training stops early."""
@@ -228,7 +227,18 @@ def check_fine_tuning(options: TrainOptions, pipe: Mapping[str, Any], videos: Vi
     Raises:
         ValueError: It cannot.
     """
-    check_trainable(str(options.init), pipe, pipe["model"])
+    model = pipe["model"]
+    if pipe.get("boundary_ratio") is not None:
+        reason = "has two Transformers"
+    elif pipe.get("expand_timesteps") or (model.get("out_channels") or model["in_channels"]) != model["in_channels"]:
+        reason = "makes videos from images"
+    else:
+        reason = ""
+    if reason:
+        raise ValueError(
+            f"{options.init} {reason}, which vgen train does not plan: use pipelines/encode_latents.py and "
+            "train/train_vdm.py, as docs/public_weights.md shows"
+        )
     if videos.num_captioned and not pipe.get("text_encoder", [None])[0]:
         raise ValueError(f"{options.init} has no text encoder, but videos have captions: pass videos without captions")
     divided = pipe["denoiser"] == "unet" or pipe["model"].get("attention") == "divided"

@@ -20,6 +20,7 @@ def draw_levels(
     std: float = 1.0,
     shift: float = 1.0,
     uniform: bool = False,
+    between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Draws levels `(n,)` for the token frames of one sample: logit-normal for flow matching, or uniform.
 
@@ -32,6 +33,7 @@ def draw_levels(
         std: Standard deviation of the logit.
         shift: Timestep shift, `shift * l / (1 + (shift - 1) * l)`; values above 1 favor high noise levels.
         uniform: Whether levels are uniform in (0, 1], for diffusion.
+        between: Lowest and highest level: the distribution is limited to this range, and has its shape there.
 
     Raises:
         ValueError: The kind is unknown.
@@ -40,8 +42,16 @@ def draw_levels(
         arXiv 2407.01392.
     """
     check_choice("the kind of noise levels", kind, LevelKind)
+    low, high = between
     if uniform:
-        draws = 1 - torch.rand(len(groups), generator=generator)
+        draws = high - (high - low) * torch.rand(len(groups), generator=generator)
+    elif (low, high) != (0, 1):
+        ends = torch.tensor([low, high], dtype=torch.float64)
+        ends = (ends / (shift - (shift - 1) * ends)).logit()  # without the shift
+        ends = torch.special.ndtr((ends - mean) / std)
+        shares = ends[0] + (ends[1] - ends[0]) * torch.rand(len(groups), generator=generator, dtype=torch.float64)
+        draws = torch.sigmoid(mean + std * torch.special.ndtri(shares))
+        draws = (shift * draws / (1 + (shift - 1) * draws)).clamp(low, high).float()
     else:
         draws = torch.sigmoid(mean + std * torch.randn(len(groups), generator=generator))
         draws = shift * draws / (1 + (shift - 1) * draws)

@@ -45,7 +45,7 @@ from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 CONDITIONING_KEYS = (
     "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "num_leading", "conv_context", "gap_index",
-    "groups", "gap_order", "num_gaps",
+    "groups", "gap_order", "num_gaps", "condition", "image_embeds",
 )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     """Standard deviation of the logit of a noise level."""
     level_shift: float = 1.0
     """Timestep shift of flow matching, in training and at inference; values above 1 favor high noise levels."""
+    level_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Lowest and highest noise level of samples; the distribution is limited to this range."""
     temporal_space: Literal["latent", "pixel"] = "latent"
     """Space in which the temporal loss compares the estimated clean clip: `latent`, or `pixel`, which decodes it."""
     text_dropout: float = 0.1
@@ -114,6 +116,10 @@ class SampleConfig(RunConfig, TemporalLossConfig):
         check_weights("levels", self.levels, LevelKind)
         for number in self.num_leading:
             check_integer("each of num_leading", number, minimum=1)
+        if len(self.level_range) != 2:
+            raise ValueError(f"level_range must be two noise levels, got {self.level_range}")
+        check_number("the lower end of level_range", self.level_range[0], minimum=0, below=1)
+        check_number("the upper end of level_range", self.level_range[1], above=self.level_range[0], maximum=1)
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
 
@@ -139,17 +145,42 @@ class DenoiserSpec:
     """Number of pixel frames per latent that can be keyframes; 0 if keyframes are not supported."""
     conv_history: int = 0
     """Number of latents before a gap that temporal convolutions need as context."""
+    has_condition: bool = False
+    """Whether it makes videos from images, which are extra channels of its input."""
+    has_image_embeds: bool = False
+    """Whether it also attends to tokens of these images."""
+    leading_is_group: bool = True
+    """Whether leading known frames are an attention group of their own. In Wan 2.2 TI2V-5B they are not."""
 
     @classmethod
-    def of(cls, denoiser: Any) -> DenoiserSpec:
-        """Reads the spec from a denoiser of this package."""
+    def of(cls, denoiser: Any, expand_timesteps: bool = False) -> DenoiserSpec:
+        """Reads the spec from a denoiser of this package.
+
+        Args:
+            denoiser: The denoiser.
+            expand_timesteps: The setting of its pipeline.
+        """
         config = denoiser.config
-        history = getattr(denoiser, "conv_history", 0)
-        return cls(denoiser.patch_size[0], config.chunk_size, config.sink, config.keyframe_slots, history)
+        return cls(
+            denoiser.patch_size[0],
+            config.chunk_size,
+            config.sink,
+            config.keyframe_slots,
+            conv_history=getattr(denoiser, "conv_history", 0),
+            has_condition=denoiser.condition_channels > 0,
+            has_image_embeds=config.get("image_dim") is not None,
+            leading_is_group=not expand_timesteps,
+        )
 
 
-def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
+def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet, expand_timesteps: bool = False) -> Source:
     """Adds the trained tasks to a denoiser's config, and resolves empty `window_lengths`.
+
+    Args:
+        denoiser: The denoiser.
+        config: Settings of the run.
+        data: The clips.
+        expand_timesteps: The setting of the pipeline. Such pipelines take a first frame, and continue no videos.
 
     Raises:
         ValueError: The clips are too short; or keyframes are wanted, but the model has no keyframe slots or the data
@@ -172,6 +203,7 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source
     for kind, length in itertools.product(kinds, lengths):
         draw_window(kind, length, whole, network.sink, random.Random(0))
     trained = ["leading"] if used & {"leading", "both"} or set(kinds) - {"start"} else []
+    trained = [] if expand_timesteps else trained
     trained += ["keyframes"] if used & {"keyframes", "both"} else []
     denoiser.register_to_config(
         tasks=list(dict.fromkeys([*network.tasks, *trained])),
@@ -210,22 +242,56 @@ def record_frame_rates(denoiser: Any, data: Sequence[LatentSet]) -> None:
     denoiser.register_to_config(trained_frame_rates=[min(known), max(known)])
 
 
-def check_trainable(name: str, defaults: Mapping[str, Any], denoiser: Mapping[str, Any]) -> None:
-    """Checks that training has what a pipeline is conditioned on.
+def check_conditions(denoiser: Any, sources: Sequence[Source], expand_timesteps: bool = False) -> None:
+    """Checks that clips and settings have what a model that makes videos from images is trained with.
 
     Args:
-        name: Name of the pipeline.
-        defaults: Its defaults.
-        denoiser: Config of its denoiser.
+        denoiser: The denoiser.
+        sources: The training data.
+        expand_timesteps: The setting of the pipeline.
 
     Raises:
-        ValueError: It makes videos from images, or has two Transformers.
+        ValueError: The latents were encoded without the images, or in another way than the denoiser expects, or the
+            settings do not allow images.
     """
-    channels = denoiser["in_channels"], denoiser.get("out_channels") or denoiser["in_channels"]
-    if channels[0] != channels[1] or defaults.get("expand_timesteps"):
-        raise ValueError(f"{name} cannot be trained: it is conditioned on images in a way that training does not have")
-    if defaults.get("boundary_ratio") is not None:
-        raise ValueError(f"{name} cannot be trained: it has two Transformers, each for a range of noise levels")
+    network, channels = denoiser.config, denoiser.condition_channels
+    for source in sources:
+        data, config = source
+        windows = {kind for kind, weight in config.windows.items() if weight > 0}
+        known = {kind for kind, weight in config.known.items() if weight > 0}
+        if expand_timesteps and known != {"none"}:
+            others = (known | windows) - {"none", "leading", "start"}
+            if config.num_leading != [1] or config.corrupted or others:
+                raise ValueError(
+                    "this model is given a first frame without noise: set num_leading=[1], corrupted=0, only none and "
+                    f"leading in known, and windows={{start: 1}}, got num_leading={config.num_leading}, "
+                    f"corrupted={config.corrupted}, known={config.known}, windows={config.windows}"
+                )
+        if not channels:
+            continue
+        tokens, width = data.image_tokens
+        if data.condition_channels != channels:
+            found = f"{data.condition_channels} channels: pass --condition [0], or [0,-1]"
+            needed = f"a condition of {channels} channels"
+        elif width != (network.image_dim or width):
+            needed, found = f"image tokens of {network.image_dim} channels", f"{width} channels: pass --image_encoder"
+        elif tokens != (network.pos_embed_seq_len or tokens):
+            needed, found = f"{network.pos_embed_seq_len} image tokens", f"{tokens}: pass --condition [0,-1]"
+        else:
+            needed = found = ""
+        if needed:
+            raise ValueError(
+                f"this model makes videos from images and needs {needed}, but the latents in {config.latents_dir} "
+                f"have {found} to pipelines/encode_latents.py"
+            )
+        whole = data.num_latents // denoiser.patch_size[0]
+        has_last = -1 in _encoding_settings(source).get("condition", [])
+        if known != {"none"} or windows != {"start"} or (has_last and set(config.window_lengths) != {whole}):
+            raise ValueError(
+                "this model makes videos from images: set known={none: 1}, windows={start: 1}, and window_lengths=[] "
+                f"if the last frame is given too, got known={config.known}, windows={config.windows}, "
+                f"window_lengths={config.window_lengths}"
+            )
 
 
 def supported_config(denoiser: Any, config: SampleConfig, data: LatentSet) -> Source:
@@ -464,8 +530,8 @@ def make_sample(
         `latents` and `noise` `(c, t, h, w)`; `levels` `(n,)`, the noise level of each token frame; `groups` `(n,)`;
         `generated`, bool `(n,)`, false for leading known frames; `num_leading`, the number of their latents; `real`,
         bool `(n,)`, false for padding; `frame_rate`, NaN without frame-rate conditioning. Depending on the settings
-        also `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and `motion` for the temporal loss, and
-        `keyframes` (see `pack_keyframes`).
+        also `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and `motion` for the temporal loss, `keyframes`
+        (see `pack_keyframes`), and `condition` and `image_embeds` (see `SpacetimeTransformer`).
     """
     p = spec.patch_frames
     kind = choose(config.windows, rng)
@@ -475,7 +541,8 @@ def make_sample(
     known = choose(config.known, rng)
     num_leading = draw_num_leading(known, length, least_known(kind, spec.sink), config.num_leading, rng)
     real = clip.real[window.latents].unflatten(0, (-1, p)).all(1)
-    groups = torch.tensor(make_groups(mode, length, num_leading, spec.chunk_size))
+    first_group = num_leading if spec.leading_is_group else 0
+    groups = torch.tensor(make_groups(mode, length, first_group, spec.chunk_size))
     groups = torch.where(real, groups, groups.max() + 1)  # padding is a group that no real frame attends to
     sample = {
         "latents": latents,
@@ -487,6 +554,12 @@ def make_sample(
         "real": real,
         "frame_rate": torch.tensor(float("nan") if rng.random() < config.frame_rate_dropout else clip.frame_rate),
     }
+    if spec.has_condition:
+        assert clip.condition is not None  # check_conditions
+        sample["condition"] = clip.condition[:, window.latents].float()
+    if spec.has_image_embeds:
+        assert clip.image_embeds is not None
+        sample["image_embeds"] = clip.image_embeds.float()
     if spec.conv_history and spec.sink and config.windows.get("sink"):
         sample |= gap_context(clip, window, spec)
     if config.wants_temporal_loss:
@@ -501,10 +574,13 @@ def sample_levels(
 ) -> Tensor:
     """Noise levels `(n,)`; leading known frames are clean, or each has an independent low noise level."""
     kind, length = choose(config.levels, rng), len(groups)
+    between = config.level_range[0], config.level_range[1]
     if config.prediction == "flow":
-        levels = draw_levels(kind, groups, generator, config.level_mean, config.level_std, config.level_shift)
+        levels = draw_levels(
+            kind, groups, generator, config.level_mean, config.level_std, config.level_shift, between=between
+        )
     else:
-        levels = draw_levels(kind, groups, generator, uniform=True)
+        levels = draw_levels(kind, groups, generator, uniform=True, between=between)
     history = torch.rand(length, generator=generator) * config.corrupted_level
     if rng.random() >= config.corrupted:
         history = torch.zeros(length)
