@@ -21,6 +21,8 @@ from vgen.temporal.grid import Positions
 
 PromptChange = Literal["recompute", "redraw", "cut"]
 """What happens to the frames in the KV cache when the prompt of a rollout changes."""
+Context = Literal["cached", "recomputed", "reencoded"]
+"""What a chunk of a rollout attends to before it."""
 
 
 @dataclass(kw_only=True)
@@ -133,6 +135,13 @@ class RolloutOptions(SamplingOptions):
     positions: Positions | None = None
     """What the time positions in attention are counted from: the oldest frame in the KV cache (`relative`), so that
     they never exceed those of training, or the start of the video (`absolute`). They differ only with a sink."""
+    context: Context | None = None
+    """What a chunk attends to before it. `cached`: keys and values as each frame left them in the KV cache, which also
+    depend on older frames. `recomputed`: those that are computed before each chunk from the latents of the window
+    alone. `reencoded`: the same, but the first latent of the window is its decoded frame, encoded again as the first
+    frame of a video."""
+    first_chunk_sigmas: list[float] | None = None
+    """Noise levels of the steps of the first chunk; an empty list means those of the others."""
     history_noise: float | None = None
     """Noise level that the denoiser is conditioned on when generated frames are written to the KV cache, from 0 to
     below 1; no noise is added."""
@@ -171,6 +180,8 @@ class RolloutOptions(SamplingOptions):
         own = {
             "first_chunk_size": 1,
             "positions": "relative",
+            "context": "cached",
+            "first_chunk_sigmas": [],
             "history_noise": 0.0,
             "history_guidance_scale": 1.0,
             "keyframe_interval": 1,
@@ -195,6 +206,8 @@ class RolloutOptions(SamplingOptions):
             "window": partial(check_integer, minimum=1),
             "sink": partial(check_integer, minimum=0),
             "positions": partial(check_choice, choices=Positions),
+            "context": partial(check_choice, choices=Context),
+            "first_chunk_sigmas": _check_sigmas,
             "keyframe_interval": partial(check_integer, minimum=1),
             "history_noise": partial(check_number, minimum=0, below=1),
             "history_guidance_scale": check_number,
@@ -251,6 +264,12 @@ class InterpolationOptions(SamplingOptions):
 
     def _checks(self) -> dict[str, Callable[[str, Any], None]]:
         return super()._checks() | {"factor": partial(check_integer, minimum=2)}
+
+
+def _check_sigmas(name: str, value: Any) -> None:
+    check_type(name, value, list, "a list of noise levels")
+    for sigma in value:
+        check_number(f"each of {name}", sigma, above=0, maximum=1)
 
 
 def parameters_of(options: type) -> list[inspect.Parameter]:

@@ -34,7 +34,7 @@ from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "vgen.Rollout/5"
+FORMAT = "vgen.Rollout/6"
 LOCK_WAIT = 60.0
 """How long to wait for another process that reads or writes the same saved rollout, in seconds."""
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -75,6 +75,8 @@ class RolloutState:
     """Latents `(b, c, h, w)` of given frames that fill no token frame, by latent and slot of the next chunk."""
     num_given: int = 0
     """Number of frames of the next chunk that are given."""
+    recent: Tensor | None = None
+    """Pixels `(b, 3, n, h, w)` of the last decoded frames, if one is encoded again: up to one more than the window."""
     denoiser: TemporalState
     decoder: TemporalState = field(default_factory=TemporalState)
 
@@ -106,8 +108,8 @@ class RolloutState:
         tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(self.generators)}
         tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self.history)}
         tensors |= {f"keyframe.{latent}.{slot}": image for (latent, slot), image in self.keyframes.items()}
-        embeds = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
-        tensors |= {name: one for name, one in embeds.items() if one is not None}
+        optional = ("prompt_embeds", "negative_prompt_embeds", "recent")
+        tensors |= {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, folder / "tensors.safetensors")
         self.denoiser.save(folder / "denoiser.safetensors")
         self.decoder.save(folder / "decoder.safetensors")
@@ -174,6 +176,7 @@ class RolloutState:
             generator=generators[0] if record["one_generator"] else generators,
             prompt_embeds=on_device["prompt_embeds"],
             negative_prompt_embeds=on_device.get("negative_prompt_embeds"),
+            recent=on_device.get("recent"),
             history=[(on_device[f"history.{index}"], level) for index, level in enumerate(record["levels"])],
             keyframes=keyframes,
             denoiser=TemporalState.load(folder / "denoiser.safetensors").move_to(device),
@@ -293,6 +296,8 @@ class Rollout(VideoStream):
         if prompt is not None:
             state.schedule.prompts[state.frames_done] = prompt
         self.set_prompt()
+        if state.options.context != "cached":
+            self._compute_context()
         clip = self._finish(self._denoise(), state.options.history_noise or 0.0)[:, :, state.num_given :]
         state.num_given, state.keyframes = 0, {}
         left = None if state.num_frames is None else state.num_frames - state.frames_done
@@ -331,7 +336,9 @@ class Rollout(VideoStream):
         state.denoiser = new_state(state.options)
         if state.options.prompt_change == "cut":
             state.decoder, state.keyframes, state.num_given = TemporalState(), {}, 0
+            state.recent = None
         elif state.options.prompt_change == "redraw":
+            state.recent = None
             changed = [index for index in range(len(state.prompt_embeds)) if _differ(before, due, index)]
             self._remember([(self._redraw(history[-1][0], changed), state.options.history_noise or 0.0)])
         else:
@@ -392,8 +399,9 @@ class Rollout(VideoStream):
         if state.keyframes:
             slots = pack_keyframes(state.keyframes, frames, sampler.grid.compression, noise[:, :, 0])
             conditions = replace(conditions, keyframes=slots.to(sampler.denoiser.dtype))
-        steps = state.options.num_inference_steps
+        steps, first_sigmas = state.options.num_inference_steps, state.options.first_chunk_sigmas
         assert steps is not None
+        custom = {"sigmas": first_sigmas} if first_sigmas and not state.frames_done else {}
         return sampler.denoise(
             noise,
             conditions,
@@ -401,6 +409,7 @@ class Rollout(VideoStream):
             state.generator,
             state=state.denoiser,
             on_step=self.hooks.on_step,
+            custom=custom,
             previous=state.history[-1][0][:, :, -1] if state.history else None,
         )
 
@@ -452,22 +461,54 @@ class Rollout(VideoStream):
     def _finish(self, latents: Tensor, level: float) -> Tensor:
         """Writes finished latents `(b, c, t, h, w)` to the KV cache at a noise level; returns their pixels."""
         self._remember([(frame, level) for frame in latents.split(self.sampler.grid.patch_frames, dim=2)])
-        return self.sampler.decode(latents, self.state.decoder)
+        clip, state = self.sampler.decode(latents, self.state.decoder), self.state
+        if state.options.context == "reencoded":
+            recent = clip if state.recent is None else torch.cat([state.recent, clip], dim=2)
+            state.recent = recent[:, :, -self._num_recent - 1 :]
+        return clip
 
     def _remember(self, frames: list[tuple[Tensor, float]]) -> None:
-        """Writes token frames with their levels into the state, chunk by chunk."""
+        """Adds token frames with their levels to the history, and writes them into the state, chunk by chunk."""
         state = self.state
         while frames:
             run, frames = frames[: self._run_length], frames[self._run_length :]
-            latents = torch.cat([latents for latents, _ in run], dim=2)
-            # filled on the device: a copy from the host would wait for it
-            levels = torch.stack([latents.new_full((), level, dtype=torch.float32) for _, level in run])
-            self.sampler.remember(latents, levels, self._conditions, state.denoiser, state.generator)
+            if state.options.context == "cached":
+                self._write(run)
             state.history += run
             sink, window = state.options.sink or 0, state.options.window
             assert window is not None
             surplus = max(0, len(state.history) - sink - self._num_context - window)
             del state.history[sink : sink + surplus]
+
+    def _write(self, run: list[tuple[Tensor, float]]) -> None:
+        """Writes token frames with their levels into the state."""
+        state = self.state
+        latents = torch.cat([latents for latents, _ in run], dim=2)
+        # filled on the device: a copy from the host would wait for it
+        levels = torch.stack([latents.new_full((), level, dtype=torch.float32) for _, level in run])
+        self.sampler.remember(latents, levels, self._conditions, state.denoiser, state.generator)
+
+    def _compute_context(self) -> None:
+        """Writes the history into a new state, in chunks that begin with the window."""
+        state, frames = self.state, list(self.state.history)
+        chunk, window, grid = state.options.chunk_size, state.options.window, self.sampler.grid
+        assert chunk is not None and window is not None
+        state.denoiser = new_state(state.options)
+        begins_later = state.recent is not None and state.recent.shape[2] > self._num_recent
+        if begins_later and not state.options.sink:
+            assert state.recent is not None
+            first = state.recent[:, :, 1 : 1 + grid.num_frames(grid.patch_frames)]
+            latents, level = frames[-window]
+            frames[-window] = encode_clip(self.sampler.vae, first).to(latents), level
+        while frames:
+            run, frames = frames[:chunk], frames[chunk:]
+            self._write(run)
+
+    @property
+    def _num_recent(self) -> int:
+        """Pixel frames of the window, if it were the start of a video."""
+        assert self.state.options.window is not None
+        return self.sampler.grid.num_frames(self.state.options.window * self.sampler.grid.patch_frames)
 
 
 def new_state(options: RolloutOptions) -> TemporalState:
