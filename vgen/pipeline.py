@@ -24,6 +24,7 @@ from diffusers import (
     DiffusionPipeline,
     FasterCacheConfig,
     SchedulerMixin,
+    SkyReelsV2Transformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
@@ -42,7 +43,7 @@ from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.io.preview import animations_html
 from vgen.io.records import read_json
-from vgen.models.convert.networks import WAN_PIPELINES, check_wan, from_wan_index, with_same_weights
+from vgen.models.convert.networks import WAN_PIPELINES, check_wan, defaults_of, from_wan_index, with_same_weights
 from vgen.models.image_encoder import embed_images
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
 from vgen.models.inflate import inflate_stable_diffusion
@@ -140,7 +141,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         scheduler: Any diffusers scheduler that fits the denoiser's training; `None` to encode prompts only.
         vae: Encodes clips to latents and decodes them. A 2D VAE works frame by frame, and diffusers'
             `AutoencoderKLWan` is converted. Without a VAE, the denoiser works on pixels.
-        transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` is converted.
+        transformer: The denoiser, if it is a Transformer; diffusers' `WanTransformer3DModel` and
+            `SkyReelsV2Transformer3DModel` are converted.
         unet: The denoiser, if it is a U-Net.
         transformer_2: A second Transformer for low noise levels, as in Wan 2.2 A14B.
         image_encoder: Encodes known frames for Wan 2.1 image to video.
@@ -174,7 +176,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         self,
         scheduler: SchedulerMixin | None,
         vae: CausalVideoVAE | AutoencoderKL | AutoencoderKLWan | None = None,
-        transformer: SpacetimeTransformer | WanTransformer3DModel | None = None,
+        transformer: SpacetimeTransformer | WanTransformer3DModel | SkyReelsV2Transformer3DModel | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         unet: UNet3D | None = None,
@@ -200,7 +202,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError("a pipeline has one denoiser: pass transformer or unet, not both")
         if isinstance(vae, AutoencoderKLWan):
             vae = with_same_weights(vae, CausalVideoVAE, shared=True)
-        if isinstance(transformer, WanTransformer3DModel):
+        if isinstance(transformer, (WanTransformer3DModel, SkyReelsV2Transformer3DModel)):
             transformer = with_same_weights(transformer, SpacetimeTransformer, shared=True)
         if isinstance(transformer_2, WanTransformer3DModel):
             transformer_2 = with_same_weights(transformer_2, SpacetimeTransformer, shared=True)
@@ -248,7 +250,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VideoGenPipeline:
         """Loads a packaged checkpoint (`vgen/shapes-64`), a folder, or a Hub id, in this order.
 
-        Folders of diffusers' `WanPipeline` and `WanImageToVideoPipeline` (Wan 2.1 and 2.2) load too.
+        Folders of diffusers' `WanPipeline` and `WanImageToVideoPipeline` (Wan 2.1 and 2.2) and of its
+        `SkyReelsV2DiffusionForcingPipeline` load too.
 
         Args:
             pretrained_model_name_or_path: Name of the checkpoint.
@@ -389,8 +392,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         """A pipeline with the components of another one, without more memory for weights.
 
         Args:
-            pipeline: A pipeline of this class, or a `WanPipeline`, `WanImageToVideoPipeline` or
-                `WanVideoToVideoPipeline` of diffusers.
+            pipeline: A pipeline of this class, or a `WanPipeline`, `WanImageToVideoPipeline`,
+                `WanVideoToVideoPipeline` or `SkyReelsV2DiffusionForcingPipeline` of diffusers.
             kwargs: Components or defaults to replace, and `torch_dtype`; by default the weights keep their data type.
 
         Raises:
@@ -401,14 +404,16 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"pipeline must be one of {', '.join(known)}, got {type(pipeline).__name__}")
         if type(pipeline).__name__ in WAN_PIPELINES:
             check_wan(pipeline.config)
-            kwargs = {name: pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")} | kwargs
+            known = ("boundary_ratio", "expand_timesteps")
+            kwargs = {name: pipeline.config[name] for name in known if name in pipeline.config} | kwargs
+            kwargs = defaults_of(type(pipeline).__name__) | kwargs
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs
         result = cls(**{name: parts[name] for name in (*_COMPONENTS, *_DEFAULTS) if name in parts})
         return result if dtype is None else result.to(dtype=dtype)
 
-    def to_diffusers(self, shared: bool = False) -> WanPipeline | diffusers.WanImageToVideoPipeline:
-        """A pipeline of diffusers that gives the same videos.
+    def to_diffusers(self, shared: bool = False) -> Any:
+        """A pipeline of diffusers that gives the same videos: `WanPipeline`, or that for images or for SkyReels-V2.
 
         Args:
             shared: Whether its networks share the memory of their weights with these. By default they are copies.
@@ -424,6 +429,14 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         images = {"image_encoder": self.image_encoder, "image_processor": self.image_processor}
         from_images = self.denoiser.condition_channels > 0
         made: Any = diffusers.WanImageToVideoPipeline if from_images else WanPipeline  # importing the first one warns
+        if self.denoiser.config.inject_sample_info:
+            return diffusers.SkyReelsV2DiffusionForcingPipeline(
+                tokenizer=self.tokenizer,
+                text_encoder=self.text_encoder,
+                vae=self.vae.to_diffusers(shared),
+                scheduler=copy.deepcopy(self.scheduler),
+                transformer=self.denoiser.to_diffusers(shared),
+            )
         return made(
             **(images if from_images else {}),
             tokenizer=self.tokenizer,
@@ -643,7 +656,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         conditions = Conditions(
             prompt_embeds=positive,
             negative_prompt_embeds=negative,
-            frame_rate=frame_rate if self.denoiser.config.frame_rate_embedding else None,
+            frame_rate=frame_rate if self.denoiser.takes_frame_rate else None,
             keyframes=None if known.keyframes is None else known.keyframes.to(sampler.device, self.denoiser.dtype),
             condition=known.condition,
             image_embeds=known.image_embeds,

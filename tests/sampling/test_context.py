@@ -132,7 +132,10 @@ def test_the_first_chunk_may_have_steps_of_its_own(pipe):
     [
         ({"context": "none"}, "context must be one of 'cached', 'recomputed', 'reencoded', got 'none'"),
         ({"first_chunk_sigmas": 0.5}, "first_chunk_sigmas must be a list of noise levels, got"),
-        ({"first_chunk_sigmas": [1.5]}, "each of first_chunk_sigmas must be a finite number of at most 1 and above 0, got 1.5"),
+        (
+            {"first_chunk_sigmas": [1.5]},
+            "each of first_chunk_sigmas must be a finite number of at most 1 and above 0, got 1.5",
+        ),
     ],
 )
 def test_wrong_options_are_named(pipe, options, message):

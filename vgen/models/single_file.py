@@ -202,6 +202,7 @@ def _transformer_config(weights: Weights, name: str, head_dim: int) -> dict[str,
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         "cross_attn_norm": "blocks.0.norm2.weight" in weights,
+        **({"inject_sample_info": True} if "fps_embedding.weight" in weights else {}),
         **_image_config(weights),
     }
 

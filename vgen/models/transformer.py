@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin, WanTransformer3DModel
+from diffusers import CacheMixin, ConfigMixin, ModelMixin, SkyReelsV2Transformer3DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
@@ -297,6 +297,8 @@ class SpacetimeTransformer(
         still_keyframes: Whether the latent of a keyframe is that of a clip in which the frame stands still, so that it
             looks like the latents around it. Otherwise it is that of the frame alone, the first of a video.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        inject_sample_info: Whether it is conditioned on one of two frame rates, 16 or any other, as in SkyReels-V2 DF
+            1.3B.
         residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
             linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
             slots for it (`fill_keyframes`); whoever calls the network alone does that before.
@@ -349,6 +351,7 @@ class SpacetimeTransformer(
         keyframe_slots: int = 0,
         still_keyframes: bool = False,
         frame_rate_embedding: bool = False,
+        inject_sample_info: bool = False,
         residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
@@ -379,6 +382,10 @@ class SpacetimeTransformer(
             nn.init.zeros_(self.keyframe_embedding.weight)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
         self.frame_rate_embedder = FrameRateEmbedder(dim, freq_dim) if frame_rate_embedding else None
+        self.fps_embedding = nn.Embedding(2, dim) if inject_sample_info else None
+        self.fps_projection = (
+            FeedForward(dim, 6 * dim, mult=1, activation_fn="linear-silu") if inject_sample_info else None
+        )
         self.blocks = nn.ModuleList(
             SpacetimeBlock(
                 dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, attention == "divided", added_kv_proj_dim
@@ -403,6 +410,11 @@ class SpacetimeTransformer(
     def text_dim(self) -> int:
         """Channels of the prompt embeddings."""
         return self.config.text_dim
+
+    @property
+    def takes_frame_rate(self) -> bool:
+        """Whether the network is conditioned on the frame rate."""
+        return self.config.frame_rate_embedding or self.config.inject_sample_info
 
     @property
     def condition_channels(self) -> int:
@@ -497,6 +509,8 @@ class SpacetimeTransformer(
         dtype = tokens.dtype if encoder_hidden_states is None else encoder_hidden_states.dtype
         rate = self._embed_frame_rate(frame_rate, b, hidden_states.device)
         temb, modulation = self.condition_embedder(self._timesteps(timestep, b, n), dtype, rate)
+        if self.fps_embedding is not None:
+            modulation = modulation + self._project_frame_rate(frame_rate, b, hidden_states.device)
         prompt_mask = None
         if encoder_hidden_states is not None:
             if prompt_cache is not None:
@@ -560,7 +574,7 @@ class SpacetimeTransformer(
         return cast(SpacetimeTransformer, load_single_file(cls, source, **kwargs))
 
     @classmethod
-    def from_diffusers(cls, source: WanTransformer3DModel) -> SpacetimeTransformer:
+    def from_diffusers(cls, source: WanTransformer3DModel | SkyReelsV2Transformer3DModel) -> SpacetimeTransformer:
         """Converts a diffusers model; the result has the same weights and gives the same output.
 
         Raises:
@@ -568,7 +582,7 @@ class SpacetimeTransformer(
         """
         return with_same_weights(source, cls)
 
-    def to_diffusers(self, shared: bool = False) -> WanTransformer3DModel:
+    def to_diffusers(self, shared: bool = False) -> WanTransformer3DModel | SkyReelsV2Transformer3DModel:
         """Converts to diffusers' class. Layers that it lacks are dropped if their weights are all zero.
 
         Args:
@@ -578,17 +592,18 @@ class SpacetimeTransformer(
             ValueError: Attention is divided, the network is residual, or the keyframe or frame-rate embedding is not
                 zero.
         """
+        target = SkyReelsV2Transformer3DModel if self.config.inject_sample_info else WanTransformer3DModel
         if self.config.attention != "joint":
-            raise ValueError("WanTransformer3DModel does not support attention='divided'")
+            raise ValueError(f"{target.__name__} does not support attention='divided'")
         if self.config.residual:
-            raise ValueError("WanTransformer3DModel does not support residual=True")
+            raise ValueError(f"{target.__name__} does not support residual=True")
         for part in _BEYOND_WAN:
             refuse_nonzero(
                 self,
                 f"{part}.{'embedder.linear_2' if 'rate' in part else ''}",
-                "WanTransformer3DModel has no such layer",
+                f"{target.__name__} has no such layer",
             )
-        return with_same_weights(self, WanTransformer3DModel, dropped=_BEYOND_WAN, shared=shared)
+        return with_same_weights(self, target, dropped=_BEYOND_WAN, shared=shared)
 
     @property
     def pads_cache(self) -> bool:
@@ -628,8 +643,15 @@ class SpacetimeTransformer(
             raise ValueError("this network does not support keyframes (keyframe_slots=0 in its config)")
         return self.keyframe_embedding(keyframes)
 
+    def _project_frame_rate(self, frame_rate: float | Tensor | None, b: int, device: torch.device) -> Tensor:
+        """The modulation `(b, 1, 6, d)` of a frame rate."""
+        assert self.fps_embedding is not None and self.fps_projection is not None
+        rates = expand_frame_rate(float("nan") if frame_rate is None else frame_rate, b, device)
+        projected = self.fps_projection(self.fps_embedding((rates != 16).long()))
+        return rearrange(projected, "b (k d) -> b 1 k d", k=6)
+
     def _embed_frame_rate(self, frame_rate: float | Tensor | None, b: int, device: torch.device) -> Tensor | None:
-        if frame_rate is None:
+        if frame_rate is None or self.config.inject_sample_info:
             return None
         if self.frame_rate_embedder is None:
             logger.warning_once("frame_rate is ignored: this network has no frame_rate_embedding")

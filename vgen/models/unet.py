@@ -567,6 +567,11 @@ class UNet3D(
         self.state_identity = network_identity(self)
 
     @property
+    def takes_frame_rate(self) -> bool:
+        """Whether the network is conditioned on the frame rate."""
+        return self.config.frame_rate_embedding
+
+    @property
     def patch_size(self) -> tuple[int, int, int]:
         """Latent frames per token frame (always 1), and the divisor of the latents' height and of their width."""
         unit = 2 ** (len(self.config.block_out_channels) - 1)

@@ -154,7 +154,7 @@ class Interpolator:
     ):
         assert options.frame_rate is not None
         self.sampler, self.options, self.generator, self.keep_given = sampler, options, generator, keep_given
-        rate = options.frame_rate * options.factor if sampler.denoiser.config.frame_rate_embedding else None
+        rate = options.frame_rate * options.factor if sampler.denoiser.takes_frame_rate else None
         self.conditions = replace(conditions, frame_rate=rate)
         self.state = state or InterpolationState()
 

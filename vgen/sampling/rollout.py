@@ -381,12 +381,12 @@ class Rollout(VideoStream):
 
     @property
     def _conditions(self) -> Conditions:
-        state, config = self.state, self.sampler.denoiser.config
+        state = self.state
         assert state.prompt_embeds is not None
         return Conditions(
             prompt_embeds=state.prompt_embeds,
             negative_prompt_embeds=state.negative_prompt_embeds,
-            frame_rate=state.options.frame_rate if config.frame_rate_embedding else None,
+            frame_rate=state.options.frame_rate if self.sampler.denoiser.takes_frame_rate else None,
             attention_kwargs=state.attention_kwargs,
         )
 

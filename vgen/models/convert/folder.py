@@ -158,7 +158,7 @@ def convert_back(pipe: Any, output: Path, layout: str, dtype: torch.dtype | None
         with atomic_directory(output) as partial:
             (back if dtype is None else back.to(dtype=dtype)).save_pretrained(partial)
         return
-    parts = {name: getattr(back, name) for name in (*_ORIGINAL_FILES, "transformer_2")}
+    parts = {name: getattr(back, name, None) for name in (*_ORIGINAL_FILES, "transformer_2")}
     with atomic_directory(output) as partial:
         for name, network in parts.items():
             if network is None:
@@ -182,7 +182,7 @@ def _check_original(kind: Network, network: Any, weights: Weights, renamed: Weig
     wrong = [
         ours
         for ours, theirs in zip(weights, renamed, strict=True)
-        if ours == theirs and not ours.startswith("patch_embedding.")
+        if ours == theirs and not ours.startswith(("patch_embedding.", "fps_embedding."))
     ]
     if kind == "vae" and (network.config.num_res_blocks != 2 or len(network.config.dim_mult) != 4):
         wrong = ["other numbers of blocks than 2 in 4 levels"]
@@ -251,6 +251,8 @@ def _network_of(weights: Weights, name: str, folder: Path, preset: CheckpointPre
     of_base = {key: value for key, value in (read_json(path) if path.is_file() else {}).items() if key in accepted}
     known = {"head_dim": of_base["attention_head_dim"]} if "attention_head_dim" in of_base else {}
     config = config_of(SpacetimeTransformer, weights, name, **known)
+    if preset is not None:
+        of_base.pop("inject_sample_info", None)  # the base is of the same family, but may lack these layers
     for source, expected in (("the preset has", {} if preset is None else preset.network), ("--base has", of_base)):
         wrong = [
             f"{key}={config[key]}, and {source} {expected[key]}"

@@ -23,6 +23,8 @@ _WAN = {
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
     "blocks.*.norm3": "blocks.*.norm2",  # the other two norms of a block have no weights

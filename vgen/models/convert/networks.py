@@ -59,8 +59,16 @@ def refuse_nonzero(network: nn.Module, part: str, reason: str) -> None:
         raise ValueError(f"{part} of {type(network).__name__} cannot be converted: {reason}")
 
 
-WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_SKYREELS = "SkyReelsV2DiffusionForcingPipeline"
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", _SKYREELS)
 """Pipelines of diffusers whose folders load."""
+
+
+def defaults_of(pipeline: str) -> dict[str, Any]:
+    """The defaults of a pipeline class of diffusers that differ from those of `WanPipeline`."""
+    if pipeline != _SKYREELS:
+        return {}
+    return {"height": 544, "width": 960, "num_frames": 97, "frame_rate": 24.0, "guidance_scale": 6.0}
 
 
 def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def from_wan_index(index: dict[str, Any]) -> dict[str, Any]:
         ours |= {"transformer_2": ours["transformer"], "boundary_ratio": index["boundary_ratio"]}
     more = ("image_encoder", "image_processor", "expand_timesteps")
     ours |= {name: index[name] for name in more if index.get(name) not in (None, False)}
-    return {"_class_name": "VideoGenPipeline", **ours}
+    return {"_class_name": "VideoGenPipeline", **ours, **defaults_of(str(index.get("_class_name")))}
 
 
 def check_wan(config: Mapping[str, Any]) -> None:
