@@ -256,14 +256,14 @@ def denoisers(measured: dict[str, Any]) -> list[list[str]]:
 
 
 def memory(measured: dict[str, Any]) -> list[list[str]]:
-    """Memory of public models, and the smallest cards that have it."""
+    """Memory of the presets of public models, and the smallest cards that have it."""
     cards = (6, 8, 12, 16, 24, 32, 48, 80)
     names = ("weights", "denoiser", "decoder", "resident", "model_offloading", "smallest")
     heads = ("weights", "denoiser", "decoder", "all on the GPU", "one network at a time", "one block, tiling")
-    rows = [["model", *heads, "cards"]]
+    rows = [["preset", *heads, "cards"]]
     for model, row in measured.items():
         least = [next((f"{card}" for card in cards if card > row[name] + 1), "more than 80") for name in names[3:]]
-        rows.append([model, *(f"{row[name]:.1f}" for name in names), " / ".join(least)])
+        rows.append([f"`{model}`", *(f"{row[name]:.1f}" for name in names), " / ".join(least)])
     return rows
 
 

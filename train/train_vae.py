@@ -30,6 +30,7 @@ from vgen.metrics.prompt import adherence
 from vgen.metrics.reference import LPIPS, psnr
 from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
+from vgen.models.tiny_vae import TinyCodec, TinyVideoVAE
 from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.flow import measure_motion
 from vgen.training.adversarial import (
@@ -61,7 +62,10 @@ class VAEConfig(ClipConfig, TemporalLossConfig):
     """Settings for training a VAE."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `CausalVideoVAE` for random weights; ignored with `--init`."""
+    """Arguments of `CausalVideoVAE`, with `--distill` of `TinyVideoVAE`, for random weights; ignored with `--init`."""
+    distill: str | None = None
+    """Folder or Hub id of a VAE. A tiny decoder of its latents is trained instead, for previews; `kl_weight` has no
+    effect."""
     freeze_encoder: bool = False
     """Whether to train only the decoder, so that existing latents and denoisers stay valid."""
     score_data: str | None = None
@@ -107,6 +111,8 @@ class VAEConfig(ClipConfig, TemporalLossConfig):
             )
         if self.freeze_encoder and not self.init:
             raise ValueError("freeze_encoder needs a pretrained VAE: pass --init")
+        if self.distill and (self.freeze_encoder or self.gan_weight):
+            raise ValueError("distill trains a decoder by its error alone: leave out freeze_encoder and gan_weight")
 
 
 def main(config: VAEConfig) -> None:
@@ -118,9 +124,13 @@ def main(config: VAEConfig) -> None:
     torch.backends.cudnn.benchmark = True
 
     source, fresh = open_source(config), open_fresh_source(config, config.score_data)
-    vae = load_vae(config.init) if config.init else CausalVideoVAE(**config.model)
-    if not isinstance(vae, CausalVideoVAE):
-        raise ValueError(f"expected a CausalVideoVAE in {config.init}, got {type(vae).__name__}")
+    teacher = causal_vae(config.distill).to(accelerator.device).eval() if config.distill else None
+    vae: Any
+    if teacher is not None:
+        vae = TinyVideoVAE.from_pretrained(config.init) if config.init else tiny_decoder(teacher, config.model)
+    else:
+        vae = causal_vae(config.init) if config.init else CausalVideoVAE(**config.model)
+    codec: CausalVideoVAE | TinyCodec = vae if teacher is None else TinyCodec(teacher, vae)
     if config.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -149,15 +159,22 @@ def main(config: VAEConfig) -> None:
             options: dict[str, Any] = {"sample_posterior": True}
             if config.gan_weight:
                 options = {"use_discriminator": use_discriminator}  # which samples
-            out = run.network(clip, generator=generators(config.seed, step, part), **options)
+            if teacher is None:
+                inputs, options = clip, options | {"generator": generators(config.seed, step, part)}
+            else:
+                with torch.no_grad(), accelerator.autocast():
+                    latents = teacher.encode(clip).latent_dist.mode()
+                inputs, options = vae.denormalize(teacher.normalize(latents)), {}
+            out = run.network(inputs, **options)
             run.count(
-                *batch_stats(vae, clip, use_discriminator),
-                lambda network, clip=clip, options=options: network(clip, **options),
+                *batch_stats(teacher or vae, clip, use_discriminator),
+                lambda network, inputs=inputs, options=options: network(inputs, **options),
             )
             error = out.sample.float() - clip
             l1, mse = (masked_mean(one, real) for one in (error.abs(), error.square()))
-            kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
-            parts = {"l1": l1, "kl": kl}
+            parts, kl = {"l1": l1}, torch.zeros_like(l1)
+            if teacher is None:
+                parts["kl"] = kl = out.latent_dist.kl().sum() / out.latent_dist.mean.numel()
             error = l1 + config.mse_weight * mse
             if perceptual is not None:
                 parts["lpips"] = perceptual(out.sample.float(), clip).mean()
@@ -182,7 +199,7 @@ def main(config: VAEConfig) -> None:
         run.log(**total)
         if run.scores_are_due:  # on fresh clips, and a video of originals over reconstructions
             with run.average:
-                scores, pairs = score(vae, fresh, config, accelerator)
+                scores, pairs = score(codec, fresh, config, accelerator)
             run.report(scores, "psnr" if run.step > config.image_steps else None)
             if pairs is not None:
                 run.save_samples(pairs, 8.0)
@@ -190,13 +207,44 @@ def main(config: VAEConfig) -> None:
 
     def save_result(weights: dict[str, Tensor] | None) -> None:
         result = vae if weights is None else copy_of(vae, weights).to(accelerator.device)
+        if teacher is not None:
+            with atomic_directory(config.output_dir / "decoder") as folder:
+                result.save_pretrained(folder)
+            return
         if not config.freeze_encoder:
             calibrate(result, source, config, accelerator.device)
         describe_training(result, source, config, accelerator.device)
         with atomic_directory(config.output_dir / "vae") as folder:
             result.save_pretrained(folder)
 
+    if teacher is not None:
+        run.end(save_result, "decoder", "vgen rollout PROMPT --decoder {} -o video.mp4")
+        return
     run.end(save_result, "vae", "accelerate launch pipelines/encode_latents.py --vae {} --output_dir ...")
+
+
+def causal_vae(source: str) -> CausalVideoVAE:
+    """Loads a VAE.
+
+    Raises:
+        ValueError: It is of another class.
+    """
+    vae = load_vae(source)
+    if not isinstance(vae, CausalVideoVAE):
+        raise ValueError(f"expected a CausalVideoVAE in {source}, got {type(vae).__name__}")
+    return vae
+
+
+def tiny_decoder(teacher: CausalVideoVAE, model: dict[str, Any]) -> TinyVideoVAE:
+    """A tiny decoder with random weights for the latents of a VAE, unless `model` has other sizes."""
+    config = teacher.config
+    halvings = len(config.dim_mult) - 1
+    time = [False] * (halvings - sum(config.temperal_downsample)) + [True] * sum(config.temperal_downsample)
+    sizes = {
+        "latent_channels": config.z_dim, "patch_size": config.patch_size or 1, "encoder_channels": None,
+        "decoder_channels": [256, 128, *[64] * (halvings - 1)][: halvings + 1], "decoder_time": time,
+    }  # fmt: skip
+    return TinyVideoVAE(**sizes | model)
 
 
 def batch_stats(
@@ -209,7 +257,7 @@ def batch_stats(
 
 @torch.no_grad()
 def score(
-    vae: CausalVideoVAE, source: ClipSource, config: VAEConfig, accelerator: Accelerator
+    vae: CausalVideoVAE | TinyCodec, source: ClipSource, config: VAEConfig, accelerator: Accelerator
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Scores of reconstructions of the posterior's mode, and frames `(f, h, w, 3)` of the first clips.
 

@@ -268,8 +268,11 @@ def rollout(
         bool, typer.Option("--with-input", help="Write the input frames before the new ones.")
     ] = False,
     decoder: Annotated[
-        Path | None,
-        typer.Option(help="Tiny decoder, such as taew2_1.safetensors: faster and less exact than the VAE."),
+        str | None,
+        typer.Option(
+            help="Tiny decoder: a file such as taew2_1.safetensors, a folder, or a checkpoint that has one, such as "
+            "vgen/shapes-64. Faster and less exact than the VAE."
+        ),
     ] = None,
     model: Model = DEFAULT_MODEL,
     seed: Seed = 0,
@@ -301,16 +304,16 @@ def rollout(
             schedule[int(frame)] = text
         if with_input and video is None:
             raise ValueError("--with-input needs --video")
-        from vgen.models.tiny_vae import TinyVideoVAE
+        from vgen.models.tiny_vae import load_tiny_vae
         from vgen.tasks.video_files import predict_file, rollout_file
 
-        tiny = None if decoder is None else TinyVideoVAE.from_single_file(decoder)
+        tiny = None if decoder is None else load_tiny_vae(decoder)
         pipe = _load(model, device, loading, streams=True)
         settings: dict[str, Any] = {
             "seed": seed,
             "written": written,
             "overwrite": overwrite,
-            "metadata": metadata_of(model, loading) | ({} if decoder is None else {"decoder": decoder.name}),
+            "metadata": metadata_of(model, loading) | ({} if decoder is None else {"decoder": Path(decoder).name}),
             "num_frames": num_frames,
         } | options
         if tiny is not None:
@@ -359,13 +362,13 @@ def train(
 def models() -> None:
     """List the checkpoints that ship with the package, and public ones that it can download and use."""
     with one_line_errors():
-        from vgen.tasks.information import PUBLIC_CHECKPOINTS, describe_packaged
+        from vgen.tasks.information import describe_packaged, describe_public
 
         packaged = _table("name", "tasks", "trained on", "files", "videos", "frames", title="in the package")
         for row in describe_packaged():
             packaged.add_row(*row)
         public = _table("Hub id", "tasks", "weights in bfloat16", "videos", "frames", title="public weights")
-        for row in PUBLIC_CHECKPOINTS:
+        for row in describe_public():
             public.add_row(*row)
         _console().print(packaged, public)
     typer.echo(
@@ -801,11 +804,15 @@ def presets() -> None:
     with one_line_errors():
         from vgen.models.convert.presets import read_presets
 
-        table = _table("preset", "what it is", "videos", "file on the Hub", "base", "license")
+        table = _table("preset", "what it is", "videos", "weights", "GPU memory", "file on the Hub", "base", "license")
         for name, one in read_presets().items():
             size = "{width}x{height}, {num_frames} frames, {frame_rate:g} fps".format(**one.pipeline)
-            table.add_row(name, one.about, size, one.source, one.base, one.license)
+            weights, memory = "{weights:.1f} GiB".format(**one.needs), "{memory:.1f} GiB, {offloaded:.1f} offloaded"
+            table.add_row(
+                name, one.about, size, weights, memory.format(**one.needs), one.source, one.base, one.license
+            )
         _console().print(table)
+    typer.echo("Weights and memory are those of all networks in bfloat16, for such a video; vgen info shows others.")
     typer.echo("vgen convert FILE --base BASE --preset PRESET -o FOLDER makes a pipeline of them.")
 
 

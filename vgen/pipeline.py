@@ -404,8 +404,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"pipeline must be one of {', '.join(known)}, got {type(pipeline).__name__}")
         if type(pipeline).__name__ in WAN_PIPELINES:
             check_wan(pipeline.config)
-            known = ("boundary_ratio", "expand_timesteps")
-            kwargs = {name: pipeline.config[name] for name in known if name in pipeline.config} | kwargs
+            kept = ("boundary_ratio", "expand_timesteps")
+            kwargs = {name: pipeline.config[name] for name in kept if name in pipeline.config} | kwargs
             kwargs = defaults_of(type(pipeline).__name__) | kwargs
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         parts = pipeline.components | (pipeline.defaults if isinstance(pipeline, cls) else {}) | kwargs

@@ -15,6 +15,7 @@ from tests.test_pipeline import PROMPT, make_pipeline, seeded
 from vgen import TemporalState, TinyVideoVAE, VideoGenPipeline, load_rollout
 from vgen.cli import app
 from vgen.data.video_io import read_video
+from vgen.models.tiny_vae import load_tiny_vae
 
 LAYOUTS = {"taew2_1": (16, 1), "taew2_2": (48, 2)}
 """Channels of the latents, and side of a patch."""
@@ -100,6 +101,24 @@ def test_a_rollout_is_decoded_by_it_and_continues_after_it_was_saved(video, tmp_
         pipe.rollout(PROMPT, decoder=TinyVideoVAE(**sizes | {"latent_channels": 5}), **options)
     with pytest.raises(ValueError, match="belongs to TinyVideoVAE"):
         load_rollout(tmp_path / "saved", pipe).step()
+
+
+def test_a_decoder_alone_is_a_file_a_folder_or_part_of_a_checkpoint(tmp_path):
+    tiny = TinyVideoVAE(latent_channels=4, encoder_channels=None, decoder_channels=[4, 4, 4, 4]).eval()
+    assert not any(name.startswith("encoder") for name in tiny.state_dict())
+    with pytest.raises(ValueError, match="a decoder alone"):
+        tiny.encode(torch.zeros(1, 3, 1, 8, 8))
+    tiny.save_pretrained(tmp_path / "own")
+    tiny.save_pretrained(tmp_path / "checkpoint/tiny_decoder")
+    latents = torch.randn(1, 4, 2, 2, 2)
+    for source in (tmp_path / "own", tmp_path / "checkpoint"):
+        loaded = load_tiny_vae(source)
+        assert torch.equal(loaded(latents).sample, tiny(latents).sample) and not loaded.training
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no tiny decoder: train one with .*--distill"):
+        load_tiny_vae(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no model 'nowhere'"):
+        load_tiny_vae("nowhere")
 
 
 def test_files_of_other_networks_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vgen.data.video_io import read_video, write_video
+from vgen.models.tiny_vae import load_tiny_vae
 from vgen.models.vae import CausalVideoVAE
 
 from .scripts import KILLED, ROOT, logged, train_vae, trained_alike
@@ -82,6 +83,24 @@ def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
     weights, expected = (load_file(run / "checkpoint-2/ema.safetensors") for run in (tmp_path, vae_run))
     moved = max((weights[name] - expected[name]).abs().max().item() for name in expected)
     assert moved < 1e-4
+
+
+def test_a_tiny_decoder_learns_to_decode_the_latents_of_a_vae(vae_run, tmp_path):
+    options = {"--distill": vae_run / "vae", "--model": '{"decoder_channels": [16, 16, 16]}', "--max_steps": 30}
+    options |= {"--learning_rate": 0.01, "--optimizer": "adamw", "--sample_every": 15, "--save_every": 15}
+    done = train_vae(tmp_path / "run", **options)
+    assert f"next: vgen rollout PROMPT --decoder {tmp_path}/run/decoder" in done.stdout
+    psnr = [value for _, value in logged(tmp_path / "run", "psnr")]
+    assert len(psnr) == 2 and psnr[1] > psnr[0]
+    tiny, vae = load_tiny_vae(tmp_path / "run/decoder"), CausalVideoVAE.from_pretrained(vae_run / "vae")
+    clip = 2 * torch.rand(1, 3, 5, 16, 16) - 1
+    latents = vae.encode(clip).latent_dist.mode()
+    assert tiny.decode(vae.normalize(latents)).sample.shape == clip.shape
+    train_vae(tmp_path / "half", **options | {"--max_steps": 15})
+    train_vae(tmp_path / "half", **options)  # resumes
+    assert trained_alike(tmp_path / "half", tmp_path / "run", "checkpoint-30")
+    rejected = train_vae(tmp_path / "gan", check=False, **options | {"--gan_weight": 0.1})
+    assert rejected.returncode != 0 and "distill trains a decoder by its error alone" in rejected.stderr
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, 1e-3])

@@ -17,12 +17,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vgen.hub import locate
 from vgen.models.convert.files import unwrap
 from vgen.models.loading import StrictLoading, check_finite
+from vgen.models.vae import CausalVideoVAE
 from vgen.temporal.state import History, TemporalState, network_identity, register_state_keys
 
 LATENTS_PER_SLICE = 4
 """Latents that `decode_stream` decodes at once."""
+_FOLDER = "tiny_decoder"
 _ENCODER = "encoder.0.weight"
 _DECODER = tuple(f"decoder.{index}.weight" for index in (1, 8, 14, 20))
 """Weights whose shapes show the sizes of a public network: its first convolution, and those between levels."""
@@ -99,7 +102,7 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
     Args:
         latent_channels: Channels of the latents.
         patch_size: Side in pixels of the squares that are moved into channels.
-        encoder_channels: Channels of the encoder.
+        encoder_channels: Channels of the encoder; `None` for a decoder alone.
         decoder_channels: Channels of the decoder's levels, from latents to pixels.
         encoder_time: For each level of the encoder, whether it halves time.
         decoder_time: For each level of the decoder, whether it doubles time.
@@ -116,7 +119,7 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         self,
         latent_channels: int = 16,
         patch_size: int = 1,
-        encoder_channels: int = 64,
+        encoder_channels: int | None = 64,
         decoder_channels: Sequence[int] = (256, 128, 64, 64),
         encoder_time: Sequence[bool] = (True, True, False),
         decoder_time: Sequence[bool] = (False, True, True),
@@ -125,11 +128,13 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         width, pixels = encoder_channels, 3 * patch_size**2
-        layers: list[nn.Module] = [_conv(pixels, width), nn.ReLU()]
-        for halves in encoder_time:
-            layers += [TimePool(width, 1 + halves), _conv(width, width, stride=2, bias=False)]
-            layers += [MemoryBlock(width) for _ in range(3)]
-        self.encoder = nn.Sequential(*layers, _conv(width, latent_channels))
+        self.encoder: nn.Sequential | None = None
+        if width is not None:
+            layers: list[nn.Module] = [_conv(pixels, width), nn.ReLU()]
+            for halves in encoder_time:
+                layers += [TimePool(width, 1 + halves), _conv(width, width, stride=2, bias=False)]
+                layers += [MemoryBlock(width) for _ in range(3)]
+            self.encoder = nn.Sequential(*layers, _conv(width, latent_channels))
         first = decoder_channels[0]
         layers = [SoftClamp(), _conv(latent_channels, first), nn.ReLU()]
         for own, following, doubles in zip(decoder_channels[:-1], decoder_channels[1:], decoder_time, strict=True):
@@ -149,7 +154,12 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         """Encodes clips `(b, 3, f, h, w)` in [-1, 1] to latents `(b, c, ceil(f / s), h', w')`.
 
         A length that is no multiple of the temporal compression `s` is filled up with the last frame.
+
+        Raises:
+            ValueError: The network is a decoder alone.
         """
+        if self.encoder is None:
+            raise ValueError("this TinyVideoVAE is a decoder alone (encoder_channels=None): encode with the VAE")
         ratio = 2 ** sum(self.config.encoder_time)
         x = F.pixel_unshuffle((clip.transpose(1, 2) + 1) / 2, self.config.patch_size)
         x = torch.cat([x, *[x[:, -1:]] * (-x.shape[1] % ratio)], dim=1)
@@ -177,6 +187,10 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         x = x[:, self.temporal_compression_ratio - 1 :] if begins else x
         clip = F.pixel_shuffle(x, self.config.patch_size).transpose(1, 2) * 2 - 1
         return DecoderOutput(sample=clip.clamp(-1, 1) if clamp else clip)
+
+    def forward(self, latents: Tensor) -> DecoderOutput:
+        """Decodes latents as `decode` does, without clamping."""
+        return self.decode(latents, clamp=False)
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Decodes latents a few at a time; yields pixels `(b, 3, n, h, w)`."""
@@ -220,6 +234,53 @@ class TinyVideoVAE(StrictLoading, ModelMixin, ConfigMixin):
         network.load_state_dict(weights, assign=True)
         check_finite(network, name)
         return network.eval()
+
+
+def load_tiny_vae(source: str | Path) -> TinyVideoVAE:
+    """Loads a tiny VAE.
+
+    Args:
+        source: A `.safetensors` file of public weights; a folder that `save_pretrained` or `train_vae.py --distill`
+            wrote; or a checkpoint with one in its subfolder `tiny_decoder`.
+
+    Raises:
+        ValueError: There is no such file, folder or checkpoint, the checkpoint has none, or the weights do not match.
+    """
+    if Path(source).is_file() or Path(source).suffix == ".safetensors":
+        return TinyVideoVAE.from_single_file(source)
+    place = locate(source)
+    own = isinstance(place, Path) and (place / "config.json").is_file()
+    if isinstance(place, Path) and not own and not (place / _FOLDER).is_dir():
+        raise ValueError(f"{source} has no tiny decoder: train one with train/train_vae.py --distill {source}")
+    return TinyVideoVAE.from_pretrained(place, **({} if own else {"subfolder": _FOLDER})).eval()
+
+
+class TinyCodec:
+    """A VAE whose decoder is a tiny one.
+
+    Args:
+        vae: Encodes clips.
+        decoder: Decodes its latents.
+    """
+
+    def __init__(self, vae: CausalVideoVAE, decoder: TinyVideoVAE) -> None:
+        self.vae, self.decoder = vae, decoder
+
+    def encode(self, clip: Tensor) -> Any:
+        """As `CausalVideoVAE.encode`."""
+        return self.vae.encode(clip)
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """As `CausalVideoVAE.decode`."""
+        return self.decoder.decode(self.decoder.denormalize(self.vae.normalize(latents)))
+
+    def train(self, mode: bool = True) -> None:
+        """Sets the mode of the decoder; the VAE stays in evaluation mode."""
+        self.decoder.train(mode)
+
+    def eval(self) -> None:
+        """Sets evaluation mode."""
+        self.train(False)
 
 
 def _run(layers: nn.Sequential, x: Tensor, history: History) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from vgen.data.video_io import video_info
 from vgen.hub import find_checkpoint, packaged_checkpoints
 from vgen.io.records import read_json
+from vgen.models.convert.presets import read_presets
 from vgen.sampling.options import RolloutOptions, help_of
 from vgen.temporal.grid import LatentGrid
 
@@ -37,11 +38,6 @@ _MEANINGS = {
     "text_encoder": "Turns the prompt into embeddings that the denoiser reads.",
     "tokenizer": "Splits the prompt into the tokens that the text encoder knows.",
 }
-PUBLIC_CHECKPOINTS = (
-    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "text to video", "14.5 GB", "832x480, 16 fps", "81"),
-    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text to video", "40.2 GB", "832x480 or 1280x720, 16 fps", "81"),
-)
-"""Hub id, tasks, size of all weights in bfloat16, resolution and length of public checkpoints that load."""
 _OPTIONAL = (
     "rollout_defaults", "sigmas", "boundary_ratio", "guidance_scale_2", "expand_timesteps", "negative_prompt",
 )  # fmt: skip
@@ -61,6 +57,24 @@ def describe_pipeline(pipe: Any) -> list[tuple[str, str, str]]:
             values[name] = type(component).__name__ + _parameters(component)
     meanings = help_of(RolloutOptions) | _MEANINGS
     return [(name, _text(value), meanings[name]) for name, value in values.items()]
+
+
+def describe_public() -> list[tuple[str, str, str, str, str]]:
+    """Hub id, tasks, size of all weights, size and rate, and length of the public pipelines that load as they are."""
+    rows = []
+    for name, one in read_presets().items():
+        if not name.startswith("wan"):
+            continue
+        if "pos_embed_seq_len" in one.network:
+            tasks = "first and last frame to video"
+        elif one.network["in_channels"] == 36:
+            tasks = "image to video"
+        else:
+            tasks = "text or image to video" if one.pipeline.get("expand_timesteps") else "text to video"
+        videos = "{width}x{height}, {frame_rate:g} fps".format(**one.pipeline)
+        weights = "{weights:.1f} GiB".format(**one.needs)
+        rows.append((one.base, tasks, weights, videos, str(one.pipeline["num_frames"])))
+    return rows
 
 
 def describe_video(path: Path) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class CheckpointPreset:
     """Defaults of the pipeline."""
     rollout: dict[str, Any]
     """Defaults of rollouts."""
+    needs: dict[str, float] = field(default_factory=dict)
+    """GiB in bfloat16 of all `weights`, and for a video of the default size with all weights on the device (`memory`)
+    or with one network at a time (`offloaded`)."""
 
 
 def read_presets(path: Path = PRESETS) -> dict[str, CheckpointPreset]:
@@ -47,10 +50,11 @@ def read_presets(path: Path = PRESETS) -> dict[str, CheckpointPreset]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is malformed: {' '.join(str(error).split())}") from error
     check_type(str(path), content, dict, "presets by name")
-    names = {field.name for field in fields(CheckpointPreset)}
+    optional = {"needs"}
+    names = {one.name for one in fields(CheckpointPreset)} - optional
     for name, entries in content.items():
         check_type(f"{path}: {name}", entries, dict, "settings by name")
-        if wrong := sorted(names ^ set(entries)):
+        if wrong := sorted(names ^ (set(entries) - optional)):
             raise ValueError(
                 f"{path}: {name} must have exactly the entries {', '.join(sorted(names))}; see {wrong[0]}"
             )
