@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from typer.main import get_command
 
 from tests.test_pipeline import make_pipeline
 from tests.warm import warm_python
+from vgen.cli import app
 from vgen.data.video_io import write_video
+from vgen.models.convert.presets import read_presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -44,17 +47,9 @@ PREPARED = {
     """,
 }
 EXPORTED = "takes a minute; tests/tasks/test_export.py exports smaller networks"
-# shell commands that are not run, and why
-PUBLIC = "needs the Hub; tests/models/test_convert_folder.py has tiny weights"
+# shell commands that are not run, and why; those that need public weights are not run either
 FINE_TUNED = "is run by tests/train/test_public_conditions.py with tiny networks"
 NOT_RUN = {
-    "vgen generate a cat walks on the grass --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o cat.mp4": PUBLIC,
-    "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir .": PUBLIC,
-    "vgen convert checkpoints/self_forcing_dmd.pt --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --preset self-forcing "
-    "--dtype bfloat16 -o self-forcing": PUBLIC,
-    "vgen rollout a cat walks on the grass --model self-forcing --num-frames 1000 -o cat.mp4": PUBLIC,
-    "vgen convert high_noise_model/diffusion_pytorch_model.safetensors.index.json --base "
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers -o mine": PUBLIC,
     "accelerate launch pipelines/encode_latents.py --data my-videos --vae MODEL --text_encoder MODEL "
     "--max_sequence_length 512 --num_frames 81 --height 480 --width 832 --frame_rates [16] --output_dir "
     "runs/latents": FINE_TUNED,
@@ -62,7 +57,6 @@ NOT_RUN = {
     'lora --groups {"full": 1} --gradient_checkpointing true': FINE_TUNED,
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
-    "vgen info Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 81 --size 480x832 --dtype bfloat16": PUBLIC,
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[benchmarks,evaluation]": "needs a network",
     "pip install -c constraints.txt -e .[data,evaluation]": "needs a network",
@@ -155,9 +149,15 @@ def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
+def needs_public_weights(words):
+    """Whether a command downloads public weights, or uses those that another one made."""
+    made = "--model" in words and words[words.index("--model") + 1] in read_presets()
+    return words[0] == "hf" or made or any(word.startswith("Wan-AI/") for word in words)
+
+
 def to_run(page):
-    """The commands of a page that are not in `NOT_RUN`."""
-    return [words for words in commands(page) if " ".join(words) not in NOT_RUN]
+    """The commands of a page that are not in `NOT_RUN` and need no public weights."""
+    return [words for words in commands(page) if " ".join(words) not in NOT_RUN and not needs_public_weights(words)]
 
 
 def run(*command, **options):
@@ -300,6 +300,24 @@ def understand(words):
         assert words[0] == "python", f"{words}: run it here, or give a reason in NOT_RUN"
         script, *arguments = words[1:]
     return script, [script], arguments
+
+
+def test_each_causal_preset_has_its_commands_from_download_to_video():
+    """Three commands with the file and the base of the preset, and options that the commands have."""
+    parsers = get_command(app).commands
+    page = [words for words in commands(ROOT / "docs/public_weights.md") if needs_public_weights(words)]
+    for name, preset in read_presets().items():
+        if not preset.rollout:
+            continue
+        repository, file = preset.source.split(", ")
+        convert = next(words for words in page if "--preset" in words and words[words.index("--preset") + 1] == name)
+        assert convert[1] == "convert" and convert[2] == file and preset.base in convert and convert[-1] == name
+        place = page.index(convert)
+        assert page[place - 1][:4] == ["hf", "download", repository, file]
+        rollout = page[place + 1]
+        assert rollout[1] == "rollout" and rollout[rollout.index("--model") + 1] == name
+        for words in (convert, rollout):
+            parsers[words[1]].make_context(words[1], words[2:])
 
 
 def test_settings_of_these_tests_are_of_commands_that_there_are():

@@ -87,7 +87,7 @@ def test_accumulation_gives_the_same_weights_as_one_batch(vae_run, tmp_path):
 
 def test_a_tiny_decoder_learns_to_decode_the_latents_of_a_vae(vae_run, tmp_path):
     options = {"--distill": vae_run / "vae", "--model": '{"decoder_channels": [16, 16, 16]}', "--max_steps": 30}
-    options |= {"--learning_rate": 0.01, "--optimizer": "adamw", "--sample_every": 15, "--save_every": 15}
+    options |= {"--learning_rate": 0.01, "--lr_schedule": "constant", "--sample_every": 15, "--save_every": 15}
     done = train_vae(tmp_path / "run", **options)
     assert f"next: vgen rollout PROMPT --decoder {tmp_path}/run/decoder" in done.stdout
     psnr = [value for _, value in logged(tmp_path / "run", "psnr")]
