@@ -108,6 +108,7 @@ SMALL = {
     "train/train_text_encoder.py": f"{TRAINING} --num_score_captions 8 --optimizer adamw",
     "train/train_vdm.py": f"{TRAINING} --compile false --num_score_prompts 2 --defaults.num_inference_steps 1 "
     "--optimizer adamw",
+    "train/distill.py": f"{TRAINING} --num_levels 4 --num_score_prompts 2 --num_inference_steps 1",
     "train/train_convlstm.py": f"{TRAINING} --num_score_clips 2 --model.channels [8]",
     "train/train_recognizer.py": f"{TRAINING} --test_clips 1 --model.channels [8]",
     "benchmarks/modelling_time.py": "--seconds 0.2 --entries single_frame --tasks color",

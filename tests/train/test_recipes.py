@@ -26,8 +26,10 @@ def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "train/recipes").glob("*.yaml")))
 def test_recipes_are_settings_of_their_scripts(name):
-    kind = next((kind for kind in ("vae", "text", "convlstm", "recognizer") if kind in name), "vdm")
-    values = runpy.run_path(str(ROOT / f"train/train_{'text_encoder' if kind == 'text' else kind}.py")).values()
+    scripts = {"text": "train_text_encoder", "distilled": "distill"}
+    scripts |= {kind: f"train_{kind}" for kind in ("vae", "convlstm", "recognizer")}
+    script = next((script for kind, script in scripts.items() if kind in name), "train_vdm")
+    values = runpy.run_path(str(ROOT / f"train/{script}.py")).values()
     classes = [value for value in values if isinstance(value, type) and issubclass(value, RunConfig)]
     given = yaml.safe_load((ROOT / "train/recipes" / name).read_text())
     assert any(set(given) <= {field.name for field in fields(config)} for config in classes)
