@@ -112,6 +112,8 @@ def main(config: DistillConfig) -> None:
         denoiser.set_attention_backend(config.attention_backend)
     if config.compile:
         compile_blocks(denoiser)
+        if teacher.denoiser is not None:
+            compile_blocks(teacher.denoiser)
     embedded = all(source.data.has_embeddings for source in sources)
     check_stills(denoiser, sources)
     check_conditions(denoiser, sources, pipe.config.expand_timesteps)
@@ -136,7 +138,8 @@ def main(config: DistillConfig) -> None:
         for _ in run.parts(config.batch_size):
             batch = next(feed)
             conditions = conditioning(batch)
-            conditions["num_gaps"] = None
+            if run.sharded:  # all processes must run the same operations
+                conditions["num_gaps"] = None
             empty, prompted = without_prompts(conditions, batch, pipe, sources[batches.plan(step).source].data)
             counted = batch["generated"] & batch["real"]
 
