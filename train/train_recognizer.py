@@ -156,7 +156,7 @@ def main(config: RecognizerConfig) -> None:
             total += loss.detach()
         run.update()
         run.log(loss=total)
-        if run.scores_are_due:
+        if run.scores_are_due or (run.is_over and not run.sharded):
             with run.average:
                 scores = score(model, fresh, config, accelerator)
             run.report(scores, "mAP" if config.per_frame else next(iter(scores)))

@@ -1,9 +1,11 @@
 """Video diffusion that is causal in time: train, generate and stream video."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vgen.hub import extend_diffusers
+from vgen.io.spinning import stop_spinning
 
 if TYPE_CHECKING:
     from vgen.models.tiny_vae import TinyVideoVAE as TinyVideoVAE
@@ -37,6 +39,8 @@ _HOMES = {
 }
 __all__ = [*_HOMES, "__version__"]
 
+if "torch" not in sys.modules:  # otherwise too late
+    stop_spinning()
 extend_diffusers(
     {name: _HOMES[name] for name in ("CausalVideoVAE", "SpacetimeTransformer", "UNet3D", "VideoGenPipeline")}
 )

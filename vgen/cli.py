@@ -304,6 +304,8 @@ def rollout(
             schedule[int(frame)] = text
         if with_input and video is None:
             raise ValueError("--with-input needs --video")
+        from torch import nn
+
         from vgen.models.tiny_vae import load_tiny_vae
         from vgen.tasks.video_files import predict_file, rollout_file
 
@@ -317,7 +319,7 @@ def rollout(
             "num_frames": num_frames,
         } | options
         if tiny is not None:
-            settings["decoder"] = tiny.to(pipe.device, pipe.denoiser.dtype)
+            settings["decoder"] = nn.Module.to(tiny, pipe.device, pipe.denoiser.dtype)  # that of diffusers warns
         if video is None:
             done |= rollout_file(pipe, schedule, output, **settings)
         else:
@@ -373,6 +375,9 @@ def models() -> None:
         _console().print(packaged, public)
     typer.echo(
         "--model also takes a folder or a Hub id of a vgen pipeline, or of Wan 2.1 or 2.2 in diffusers' layout."
+    )
+    typer.echo(
+        "vgen/shapes-64-recognizer and vgen/shapes-64-convlstm serve vgen evaluate, and the first vgen classify."
     )
     typer.echo("vgen presets lists public weights in other formats, which vgen convert makes pipelines of.")
     typer.echo("vgen info NAME shows the defaults of a checkpoint and what they mean.")

@@ -29,6 +29,14 @@ def test_the_command_stops_spinning_before_it_imports_torch_unless_the_user_chos
     assert done.stdout.split() == ["False", expected]
 
 
+@pytest.mark.parametrize(("before", "expected"), [("", "PASSIVE"), ("import torch;", "None")])
+def test_importing_the_package_before_torch_stops_it_too(before, expected):
+    code = f"import os; {before} import vgen; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == expected
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_stops_spinning_before_all_other_imports(script):
     lines = [

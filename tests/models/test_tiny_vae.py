@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from tests.test_pipeline import PROMPT, make_pipeline, seeded
 from vgen import TemporalState, TinyVideoVAE, VideoGenPipeline, load_rollout
 from vgen.cli import app
+from vgen.data.shapes import ShapesWorld, render
 from vgen.data.video_io import read_video
+from vgen.metrics.reference import psnr
 from vgen.models.tiny_vae import load_tiny_vae
 
 LAYOUTS = {"taew2_1": (16, 1), "taew2_2": (48, 2)}
@@ -119,6 +121,18 @@ def test_a_decoder_alone_is_a_file_a_folder_or_part_of_a_checkpoint(tmp_path):
         load_tiny_vae(tmp_path / "empty")
     with pytest.raises(ValueError, match="no model 'nowhere'"):
         load_tiny_vae("nowhere")
+
+
+@torch.no_grad()
+def test_the_shipped_decoder_shows_what_the_vae_would():
+    pipe, tiny = VideoGenPipeline.from_pretrained("vgen/shapes-64"), load_tiny_vae("vgen/shapes-64")
+    world = ShapesWorld(split="all", seed=5)
+    clip = render([world.scene(index) for index in range(4)])
+    latents = pipe.vae.encode(clip).latent_dist.mode()
+    shown = tiny.decode(pipe.vae.normalize(latents)).sample
+    assert (
+        psnr(shown, clip).mean() > 30 and psnr(pipe.vae.decode(latents).sample, clip).mean() > psnr(shown, clip).mean()
+    )
 
 
 def test_files_of_other_networks_are_refused(tmp_path):

@@ -454,3 +454,30 @@ def test_fine_tuning_leaves_out_known_frames_that_the_network_does_not_take(slot
     setup = SimpleNamespace(denoiser_model={"keyframe_slots": slots}, options=TrainOptions(data="x", output="y"))
     kept = fine_tuning(setup, {"groups": {"full": 1.0}, "known": known})["known"]
     assert set(kept) == ({"none", "leading", "keyframes", "both"} if slots else {"none", "leading"})
+
+
+def test_the_first_steps_do_not_say_how_long_the_rest_takes(folder):
+    options = {"minutes": 60, "changes": ["vae.max_steps=100"]}
+    plan = plan_of(folder, **options)
+    begin(plan, data=(1.0, True), vae=(500.0, False))  # compilation took most of them
+    (plan.folder / "vae" / "checkpoint-5").mkdir(parents=True)
+    assert plan_of(folder, **options).seconds["vae"] == plan.seconds["vae"] * 95 / 100
+
+
+def test_a_run_that_takes_longer_than_its_limit_says_so(folder):
+    options = {"minutes": 60, "changes": ["vae.max_steps=100"]}
+    plan = plan_of(folder, **options)
+    begin(plan, data=(1.0, True), vae=(3000.0, False))
+    (plan.folder / "vae" / "checkpoint-20").mkdir(parents=True)
+    (line,) = [line for line in warnings_of(plan_of(folder, **options)) if "in all" in line]
+    assert line.startswith("this takes 4 h ") and ", not 1 h 00 min, because stages that have begun" in line
+
+
+def test_what_set_says_about_latents_and_the_evaluation_counts_in_the_time(folder):
+    plan = plan_of(folder, minutes=60)
+    changes = ["latents.hop=40", "latents.repeats=1", "evaluation.num_clips=3", "evaluation.num_samples=2"]
+    less = plan_of(folder, minutes=60, changes=changes)
+    assert (
+        less.seconds["latents"] < plan.seconds["latents"] and less.seconds["evaluation"] < plan.seconds["evaluation"]
+    )
+    assert less.commands["latents"][0].settings["hop"] == 40

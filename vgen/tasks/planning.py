@@ -26,6 +26,8 @@ from vgen.tasks.train_videos import LIMIT, check_captions, check_videos, choose_
 from vgen.training.needs import ClipShape
 
 FORMAT = "vgen-train-1"
+_SETTLED = 10
+"""Steps after which the rate of a stage so far says how long the rest takes."""
 
 
 @dataclass(kw_only=True)
@@ -157,8 +159,12 @@ def _seconds_left(folder: Path, entry: dict[str, Any]) -> float:
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
     steps = max((int(one[1]) for one in found if one), default=0)
     total = entry["commands"][0]["settings"].get("max_steps")
-    if not steps or total is None:
-        return max(entry["planned"] - entry["seconds"], 0.0)
+    if steps < _SETTLED or total is None:  # the first steps are slow, above all if they compile
+        return (
+            entry["planned"] * max(total - steps, 0) / total
+            if steps
+            else max(entry["planned"] - entry["seconds"], 0.0)
+        )
     return entry["seconds"] / steps * max(total - steps, 0)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vgen.data.formats import VIDEO_SUFFIXES
 from vgen.data.prepare import MIN_FILES, SUMMARY, describe
 from vgen.io.atomic import write_text
 from vgen.io.preview import print_images
@@ -100,6 +101,8 @@ def check_source(data: str) -> None:
     """
     if ":" not in data and not Path(data).exists():
         raise FileNotFoundError(f"there is no folder {data}")
+    if Path(data).is_file() and Path(data).suffix.lower() in VIDEO_SUFFIXES:
+        raise FileNotFoundError(f"{data} is a video: pass the folder that it is in")
 
 
 def check_packages() -> None:
@@ -368,11 +371,18 @@ def warnings_of(plan: Plan) -> list[str]:
         for command in plan.commands.get(stage, [])
         if not plan.is_done(stage) and command.settings.get("max_steps", FEW_STEPS) < FEW_STEPS
     }
-    return [
+    warnings = [
         f"{count} steps of the {stage} are too few to learn much: give it more --minutes, or stop other programs, "
         "which slow this machine down"
         for stage, count in steps.items()
     ]
+    spent = sum(entry["seconds"] for entry in plan.record.values())
+    if plan.record and spent + plan.remaining > 1.2 * plan.limit:
+        warnings.append(
+            f"this takes {duration(spent + plan.remaining)} in all, not {duration(plan.limit)}, because stages that "
+            "have begun keep their settings: --set STAGE.max_steps=N makes one shorter"
+        )
+    return warnings
 
 
 MEANINGS: dict[str, str] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from functools import cached_property, partial
 
@@ -11,7 +12,14 @@ from transformers import AutoModelForTextEncoding
 from vgen.checks import check_integer
 from vgen.tasks.train_commands import default_setting
 from vgen.tasks.train_setup import Setup, text_config
-from vgen.tasks.train_stages import EVALUATED, EVALUATIONS, LEAST_STEPS, MOST_HELD_OUT, NUM_SAMPLES
+from vgen.tasks.train_stages import (
+    EVALUATED,
+    EVALUATIONS,
+    LEAST_BETWEEN,
+    LEAST_STEPS,
+    MOST_HELD_OUT,
+    NUM_SAMPLES,
+)
 from vgen.training.needs import COPIES_OF_TRAINED, ClipShape, Step, denoiser_step, encoding_memory, vae_step
 from vgen.training.throughput import BACKWARD
 
@@ -151,9 +159,10 @@ class Costs:
         missing = 0.0
         for stage, share in shares.items():
             part = share / sum(shares.values())
-            steps = int((available * part - self.training_seconds(stage, 0)) / self.per_step[stage])
-            missing = max(missing, (LEAST_STEPS - steps) * self.per_step[stage] / part)
-            counts[stage] = min(setup.preset[stage]["max_steps"], max(LEAST_STEPS, steps))
+            missing = max(missing, self.training_seconds(stage, LEAST_STEPS) / part - available)
+            most = range(setup.preset[stage]["max_steps"] + 1)
+            steps = bisect.bisect_right(most, available * part, key=partial(self.training_seconds, stage)) - 1
+            counts[stage] = max(LEAST_STEPS, steps)
         if missing and not setup.record:
             needed = setup.limit + missing / (1 - ENCODING_SHARE)  # a part of more time goes to the latents
             raise ValueError(
@@ -163,22 +172,25 @@ class Costs:
         return counts
 
     def training_seconds(self, stage: str, steps: int) -> float:
-        """Estimated time of a stage that trains, with `EVALUATIONS` evaluations on the way."""
+        """Estimated time of a stage that trains, with its evaluations."""
+        evaluations = min(EVALUATIONS, steps // LEAST_BETWEEN)
         batch = self.setup.wanted(stage, "batch_size")
         passes = EVALUATED / batch  # of the VAE
         if stage == "denoiser":  # losses on two sets of clips, and sample videos
             passes = (2 * EVALUATED + 4 * self.setup.num_inference_steps) / batch
-        fixed = _OVERHEAD + EVALUATIONS * _PAUSE + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
-        return fixed + self.per_step[stage] * (steps + EVALUATIONS * passes / (1 + BACKWARD))
+        fixed = _OVERHEAD + evaluations * _PAUSE + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
+        return fixed + self.per_step[stage] * (steps + evaluations * passes / (1 + BACKWARD))
 
     def other_seconds(self) -> dict[str, float]:
         """Estimated time of the stages that do not train a large network."""
         denoising = self.per_step["denoiser"] / self.setup.wanted("denoiser", "batch_size") / (1 + BACKWARD)
         coding = 2 * self.encoding
         video = denoising * self.setup.num_inference_steps + coding
-        evaluation = 2 * _OVERHEAD + EVALUATED * (NUM_SAMPLES + 3) * video
+        num_clips = self.setup.wanted("evaluation", "num_clips") or EVALUATED
+        num_samples = self.setup.wanted("evaluation", "num_samples") or NUM_SAMPLES
+        evaluation = 2 * _OVERHEAD + num_clips * (num_samples + 3) * video
         if self.setup.compares_one_step:
-            evaluation += _OVERHEAD + EVALUATED * (NUM_SAMPLES + 1) * (denoising + coding)
+            evaluation += _OVERHEAD + num_clips * (num_samples + 1) * (denoising + coding)
         return {
             "data": _OVERHEAD + self.setup.videos.num_frames / self.setup.videos.decoded_per_second,
             "latents": 2 * _OVERHEAD + self.encodings * self.encoding * self.encoded,
@@ -208,7 +220,16 @@ class Costs:
 
     @property
     def hop_and_repeats(self) -> tuple[int, int]:
-        """Frames between encoded clips, and copies of each with another augmentation, for `target_clips` in all."""
+        """Frames between encoded clips, and copies of each with another augmentation, for `target_clips` in all.
+
+        Those of `--set` take precedence.
+        """
+        hop, repeats = self._hop_and_repeats
+        changes = self.setup.changes_of("latents")
+        return changes.get("hop") or hop, changes.get("repeats") or repeats
+
+    @property
+    def _hop_and_repeats(self) -> tuple[int, int]:
         most = self.setup.videos.num_clips(self.setup.clip, self.setup.frame_rate, 1)
         if self.setup.videos.is_stream or not most:
             return self.setup.clip.num_frames, 1

@@ -13,8 +13,8 @@ from vgen.temporal.grid import LatentGrid
 
 LEAST_STEPS = 20
 """Fewest optimizer steps of a stage for which a time limit leaves room."""
-EVALUATIONS = 20
-"""Evaluations during the training of a network."""
+EVALUATIONS, LEAST_BETWEEN = 20, 5
+"""Most evaluations during the training of a network, and fewest steps from one to the next."""
 MOST_HELD_OUT = 500
 """Most held-out clips that are encoded."""
 EVALUATED, NUM_SAMPLES = 24, 8
@@ -103,7 +103,7 @@ def commands_of(setup: Setup, counts: Mapping[str, int], hop: int, repeats: int)
 def schedule(setup: Setup, stage: str, counts: Mapping[str, int]) -> dict[str, Any]:
     """Settings that follow from the number of optimizer steps."""
     steps = counts.get(stage, LEAST_STEPS)
-    every = max(1, steps // EVALUATIONS)
+    every = min(steps, max(LEAST_BETWEEN, steps // EVALUATIONS))
     return {
         "max_steps": steps,
         "warmup_steps": min(100, max(1, steps // 20)),

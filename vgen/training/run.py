@@ -541,6 +541,8 @@ class Run:
     def _ask_to_stop(self, number: int, _: object) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
+        if not self._asked_to_stop and self.accelerator.is_main_process:  # `print` is not safe in a signal handler
+            os.write(2, b"\nstopping after this step, which may take a while; a second Ctrl-C stops at once\n")
         self._asked_to_stop, self._interrupted = True, self._interrupted or number == signal.SIGINT
 
     def _must_stop(self) -> bool:
