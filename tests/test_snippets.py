@@ -55,6 +55,9 @@ NOT_RUN = {
     "runs/latents": FINE_TUNED,
     "accelerate launch train/train_vdm.py --init MODEL --latents_dir runs/latents --output_dir runs/mine --train_only "
     'lora --groups {"full": 1} --gradient_checkpointing true': FINE_TUNED,
+    "accelerate launch train/train_vae.py --distill vgen/shapes-64 --model "
+    '{"decoder_channels": [48, 32, 16]} --max_steps 3000 --learning_rate 0.003 --latest_moment 36 --output_dir '
+    "runs/tiny": "takes half an hour; tests/train/test_train_vae.py trains a smaller one",
     "pip install -c constraints.txt -e .": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[dev]": "needs a network, and .ci/run runs it",
     "pip install -c constraints.txt -e .[evaluation]": "needs a network",
