@@ -124,7 +124,10 @@ def list_videos(folder: Path) -> list[Listed]:
     tables = {
         parent: table for parent, names in folders.items() if (table := find_metadata(parent, names)) is not None
     }
-    listed = [listed_row(folder, table.parent, *row) for table in tables.values() for row in read_metadata(table)]
+    rows = [(table.parent, *row) for table in tables.values() for row in read_metadata(table)]
+    listed = [listed_row(folder, *row) for row in rows]
+    # those of `pipelines/prepare_videos.py`, which has warned already
+    stated = {one.path for one, row in zip(listed, rows, strict=True) if isinstance(row[-1].get("text"), list)}
     in_tables = {os.path.abspath(one.path) for one in listed}
     unused, unread, outside = [], [], []
     for parent, names in folders.items():
@@ -147,7 +150,7 @@ def list_videos(folder: Path) -> list[Listed]:
     _warn_about(unread, f"of {folder} are not used, because their format is not supported")
     _warn_about(unused, f"of {folder} are not used, because no metadata file lists them")
     warn_uncaptioned(
-        listed,
+        [one for one in listed if one.path not in stated],
         folder,
         f"a row of {METADATA_FILES} with text or caption, or without such a file a .txt file next to each video",
     )

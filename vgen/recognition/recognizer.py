@@ -253,7 +253,9 @@ def load_recognizer(source: str) -> Recognizer:
     if config is None:
         if not Path(folder).is_dir():
             raise ValueError(f"no recognizer {source!r}: no such folder, and the Hub has none or cannot be reached")
-        raise ValueError(f"{source} is not a recognizer: it has no config.json")
+        inside = Path(source) / "recognizer"
+        advice = f": did you mean {inside}?" if inside.is_dir() else ": it has no config.json"
+        raise ValueError(f"{source} is not a recognizer{advice}")
     if "model_type" in config:
         return Recognizer.from_transformers(folder)
     if config.get("_class_name") != Recognizer.__name__:

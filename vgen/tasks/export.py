@@ -312,7 +312,13 @@ def write_onnx(graph: Graph, path: Path) -> dict[str, list[Any]]:
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # the graph last
             os.replace(file, path.with_name(file.name))
     inputs = zip(graph.inputs, program.model.graph.inputs, strict=False)
-    return {name: [side if isinstance(side, int) else str(side) for side in one.shape or ()] for name, one in inputs}
+    return {name: _lengths(list(one.shape or ())) for name, one in inputs}
+
+
+def _lengths(shape: list[Any]) -> list[Any]:
+    """Lengths, and instead of the exporter's symbols the names of what those count that may differ."""
+    names = ("batch", "channels", "frames", "height", "width") if len(shape) == 5 else ("batch", "tokens", "width")
+    return [side if isinstance(side, int) else names[axis] for axis, side in enumerate(shape)]
 
 
 class _without_warnings:

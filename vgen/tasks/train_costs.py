@@ -167,7 +167,7 @@ class Costs:
             needed = setup.limit + missing / (1 - ENCODING_SHARE)  # a part of more time goes to the latents
             raise ValueError(
                 f"{setup.limit / 60:g} minutes are not enough on this machine, as fast as it is now: pass --minutes "
-                f"{math.ceil(needed / 60) + 1} or more"
+                f"{math.ceil(needed / 60) + 1} or more, and much more for a good model"
             )
         return counts
 

@@ -122,20 +122,22 @@ def draw_samples(
     Args:
         pipe: The model.
         clips: Held-out clips `(b, 3, f, h, w)` in [-1, 1].
-        settings: Those of the evaluation: `tasks`, `given`, `factor`, and the shape of clips.
+        settings: Those of the evaluation: `tasks`, `given`, `factor`, and shape and rate of clips.
         captions: Prompts to generate.
     """
     samples = []
     count, given, factor = clips.shape[2], settings["given"], settings["factor"]
+    rate = settings["frame_rate"]
     for frames in to_frames(clips):
         generator = torch.Generator().manual_seed(0)
         row, words = [frames], ["a held-out clip"]
         if "prediction" in settings["tasks"]:
-            new = pipe.predict(frames[:given], count - given, generator=generator, output_type="np").frames[0]
+            options = {"frame_rate": rate, "generator": generator, "output_type": "np"}
+            new = pipe.predict(frames[:given], count - given, **options).frames[0]
             row.append(np.concatenate([frames[:given], to_uint8_frames(new)]))
             words.append(f"its first {given} frames and what the model predicts")
         if "interpolation" in settings["tasks"]:
-            options = {"factor": factor, "generator": generator, "output_type": "np"}
+            options = {"factor": factor, "frame_rate": rate / factor, "generator": generator, "output_type": "np"}
             row.append(to_uint8_frames(pipe.interpolate(frames[::factor], **options).frames[0]))
             words.append(f"every {factor}th frame with what the model puts between")
         length = min(map(len, row))
@@ -143,7 +145,7 @@ def draw_samples(
     shape = {name: settings[name] for name in ("height", "width", "num_frames")}
     for caption in captions:
         generator = torch.Generator().manual_seed(0)
-        video = pipe(caption, **shape, generator=generator, output_type="np").frames[0]
+        video = pipe(caption, **shape, frame_rate=rate, generator=generator, output_type="np").frames[0]
         samples.append((f"generated from the prompt: {caption}", animations_html([to_uint8_frames(video)])))
     return samples
 
