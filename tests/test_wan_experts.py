@@ -65,6 +65,22 @@ def test_each_network_is_used_on_its_side_of_the_boundary(pipes):
     assert not used["transformer_2"]
 
 
+@pytest.mark.gpu
+def test_offloading_keeps_one_of_the_two_on_the_gpu(pipes):
+    _, pipe = pipes
+    expected = pipe(PROMPT, **SETTINGS, generator=seeds(0)[0], output_type="latent").frames
+    pipe.enable_model_cpu_offload()
+    seen, networks = [], {"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}
+    for network in networks.values():
+        # at its first layer, after the hook of accelerate has moved the network
+        network.patch_embedding.register_forward_pre_hook(
+            lambda *_: seen.append([name for name, one in networks.items() if one.device.type == "cuda"])
+        )
+    got = pipe(PROMPT, **SETTINGS, generator=seeds(0)[0], output_type="latent").frames
+    assert all(len(names) == 1 for names in seen) and {names[0] for names in seen} == networks.keys()
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_pipeline_survives_saving_and_conversion(pipes, tmp_path):
     theirs, ours = pipes
     ours.save_pretrained(tmp_path)
