@@ -30,9 +30,9 @@ from vgen.models.prompts import tokenize
 from vgen.pipeline import VideoGenPipeline
 from vgen.tasks.denoiser_training import (
     DenoiserConfig,
-    choose_weights,
     evaluating,
     open_sources,
+    prepare_denoiser,
     sample_prompts,
     sample_shape,
     save_adapter,
@@ -105,15 +105,9 @@ def main(config: DistillConfig) -> None:
     denoiser = pipe.denoiser
     teacher = Teacher(denoiser, config.train_only == "lora")
     sources, shares = open_sources(denoiser, config, pipe.config.expand_timesteps)
-    choose_weights(denoiser, config)
-    if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    if config.attention_backend:
-        denoiser.set_attention_backend(config.attention_backend)
-    if config.compile:
-        compile_blocks(denoiser)
-        if teacher.denoiser is not None:
-            compile_blocks(teacher.denoiser)
+    prepare_denoiser(denoiser, config)
+    if config.compile and teacher.denoiser is not None:
+        compile_blocks(teacher.denoiser)
     embedded = all(source.data.has_embeddings for source in sources)
     check_stills(denoiser, sources)
     check_conditions(denoiser, sources, pipe.config.expand_timesteps)

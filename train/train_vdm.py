@@ -23,7 +23,6 @@ from vgen.data.latents import LatentSet
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
-from vgen.models.compilation import compile_blocks
 from vgen.models.image_vae import load_vae
 from vgen.models.prompts import CutCaptions, load_text_encoder, load_tokenizer
 from vgen.models.transformer import SpacetimeTransformer
@@ -32,9 +31,9 @@ from vgen.pipeline import VideoGenPipeline
 from vgen.processes import this_process
 from vgen.tasks.denoiser_training import (
     DenoiserConfig,
-    choose_weights,
     evaluating,
     open_sources,
+    prepare_denoiser,
     sample_images,
     sample_prompts,
     sample_shape,
@@ -144,13 +143,7 @@ def main(config: VDMConfig) -> None:
         recorded = {name: denoiser.config[name] for name in RECORDED}
         for expert in (pipe.transformer, pipe.transformer_2):
             expert.register_to_config(**recorded)
-    choose_weights(denoiser, config)
-    if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    if config.attention_backend:
-        denoiser.set_attention_backend(config.attention_backend)
-    if config.compile:
-        compile_blocks(denoiser)
+    prepare_denoiser(denoiser, config)
     if pipe.text_encoder is not None:
         pipe.text_encoder.requires_grad_(config.train_text_encoder)
     if config.wants_temporal_loss:

@@ -22,6 +22,7 @@ from vgen.io.atomic import atomic_directory
 from vgen.io.pixels import from_pt, to_uint8
 from vgen.io.records import read_json
 from vgen.metrics.prompt import adherence
+from vgen.models.compilation import compile_blocks
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
@@ -94,6 +95,22 @@ def open_sources(
         settings = replace(sources[0].config, latents_dir=folder)
         sources.append(supported_config(denoiser, settings, LatentSet(folder)))
     return sources, [1 - sum(config.more_latents.values()), *config.more_latents.values()]
+
+
+def prepare_denoiser(denoiser: Any, config: DenoiserConfig) -> None:
+    """Prepares a denoiser for training: what is trained, gradient checkpointing, attention backend and compilation.
+
+    Raises:
+        ValueError: There is nothing to train.
+        ImportError: `peft` is not installed.
+    """
+    choose_weights(denoiser, config)
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.attention_backend:
+        denoiser.set_attention_backend(config.attention_backend)
+    if config.compile:
+        compile_blocks(denoiser)
 
 
 def choose_weights(denoiser: Any, config: DenoiserConfig) -> None:
