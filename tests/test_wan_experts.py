@@ -65,6 +65,13 @@ def test_each_network_is_used_on_its_side_of_the_boundary(pipes):
     assert not used["transformer_2"]
 
 
+def test_offloading_takes_one_network_away_when_the_other_one_comes(pipes):
+    _, pipe = pipes
+    pipe.enable_model_cpu_offload(device="cpu")  # nothing moves there, but the hooks are those of a GPU
+    before = [one._hf_hook.prev_module_hook.model for one in (pipe.transformer, pipe.transformer_2, pipe.vae)]
+    assert before == [pipe.text_encoder, pipe.transformer, pipe.transformer_2]
+
+
 @pytest.mark.gpu
 def test_offloading_keeps_one_of_the_two_on_the_gpu(pipes):
     _, pipe = pipes

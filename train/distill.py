@@ -11,6 +11,7 @@ stop_spinning()  # before torch is imported
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vgen.checks import check_integer, check_number
-from vgen.diffusion import prediction_of, shift_of
+from vgen.diffusion import shift_of
 from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.models.compilation import compile_blocks
@@ -102,6 +103,7 @@ def main(config: DistillConfig) -> None:
     accelerator = start(config)
     pipe = VideoGenPipeline.from_pretrained(str(config.init))
     take_settings(config, pipe)
+    objective = ConsistencyObjective(pipe.scheduler, config.num_levels, config.loss)
     denoiser = pipe.denoiser
     teacher = Teacher(denoiser, config.train_only == "lora")
     sources, shares = open_sources(denoiser, config, pipe.config.expand_timesteps)
@@ -113,7 +115,6 @@ def main(config: DistillConfig) -> None:
     check_conditions(denoiser, sources, pipe.config.expand_timesteps)
     check_encoders(sources, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     scale = pipe.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    objective = ConsistencyObjective(pipe.scheduler, config.num_levels, config.loss)
     use_few_steps(pipe, config)
     if pipe.text_encoder is not None:
         pipe.text_encoder.requires_grad_(False)
@@ -153,7 +154,7 @@ def main(config: DistillConfig) -> None:
                     batch["latents"], batch["noise"], batch["levels"], batch["generated"], teach, average
                 )
             velocity = run.network(pair.latents, pair.timestep, **conditions)
-            tokens = pair.latents[:, 0].numel() // (denoiser.patch_size[1] * denoiser.patch_size[2])
+            tokens = pair.latents[:, 0].numel() // math.prod(denoiser.patch_size)
             run.count(
                 len(pair.latents),
                 tokens,
@@ -218,10 +219,8 @@ def take_settings(config: DistillConfig, pipe: VideoGenPipeline) -> None:
     """Takes the settings that depend on the teacher.
 
     Raises:
-        ValueError: The teacher is of a kind that cannot be distilled.
+        ValueError: The teacher has two Transformers.
     """
-    if prediction_of(pipe.scheduler) != "flow":
-        raise ValueError(f"distillation needs a teacher of flow matching, got a {type(pipe.scheduler).__name__}")
     if pipe.transformer_2 is not None:
         raise ValueError(f"{config.init} has two Transformers, which distillation does not support")
     config.prediction, config.level_shift = "flow", shift_of(pipe.scheduler)

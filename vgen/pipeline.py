@@ -426,28 +426,24 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 "only a pipeline with a CausalVideoVAE and a SpacetimeTransformer becomes a WanPipeline, got "
                 f"{type(self.vae).__name__} and {type(self.denoiser).__name__}"
             )
-        images = {"image_encoder": self.image_encoder, "image_processor": self.image_processor}
-        from_images = self.denoiser.condition_channels > 0
-        made: Any = diffusers.WanImageToVideoPipeline if from_images else WanPipeline  # importing the first one warns
+        parts = {
+            "tokenizer": self.tokenizer,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae.to_diffusers(shared),
+            "scheduler": copy.deepcopy(self.scheduler),
+            "transformer": self.denoiser.to_diffusers(shared),
+        }
         if self.denoiser.config.inject_sample_info:
-            return diffusers.SkyReelsV2DiffusionForcingPipeline(
-                tokenizer=self.tokenizer,
-                text_encoder=self.text_encoder,
-                vae=self.vae.to_diffusers(shared),
-                scheduler=copy.deepcopy(self.scheduler),
-                transformer=self.denoiser.to_diffusers(shared),
-            )
-        return made(
-            **(images if from_images else {}),
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            vae=self.vae.to_diffusers(shared),
-            scheduler=copy.deepcopy(self.scheduler),
-            transformer=self.denoiser.to_diffusers(shared),
-            transformer_2=None if self.transformer_2 is None else self.transformer_2.to_diffusers(shared),
-            boundary_ratio=self.config.boundary_ratio,
-            expand_timesteps=self.config.expand_timesteps,
-        )
+            return diffusers.SkyReelsV2DiffusionForcingPipeline(**parts)
+        parts |= {
+            "transformer_2": None if self.transformer_2 is None else self.transformer_2.to_diffusers(shared),
+            "boundary_ratio": self.config.boundary_ratio,
+            "expand_timesteps": self.config.expand_timesteps,
+        }
+        if not self.denoiser.condition_channels:
+            return WanPipeline(**parts)
+        images = {"image_encoder": self.image_encoder, "image_processor": self.image_processor}
+        return diffusers.WanImageToVideoPipeline(**parts, **images)  # importing it warns
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
