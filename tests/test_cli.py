@@ -312,6 +312,13 @@ def test_anomaly_plots_and_prints_every_score(able, tmp_path, clip):
         assert plot.width > 300
 
 
+def test_info_of_a_recognizer():
+    done = run("info", "vgen/shapes-64-recognizer")
+    assert done.exit_code == 0, done.output
+    for text in ("red circle", "num_frames", "multi_label"):
+        assert text in done.stdout
+
+
 def test_info_shows_and_explains_defaults_capabilities_and_sizes(model):
     done = run("info", model)
     assert done.exit_code == 0
@@ -416,6 +423,8 @@ MISTAKES = {
     "animate nosuch.png ok -o video.mp4": "no such file: nosuch.png",
     "predict nosuch.mp4 -o video.mp4": "no such file or folder: nosuch.mp4",
     "predict script.py -o video.mp4": "script.py is not a supported video",
+    "predict videos -o video.mp4": "frames; pass the videos in it, such as videos/a.mp4",
+    "train nowhere": "there is no folder nowhere",
     "predict empty.mp4 -o video.mp4": "empty.mp4 is empty",
     "predict frames -o video.mp4 --window 0": "window must be an integer of at least 1, got 0",
     "predict frames -o video.mp4 --history-noise 2": "history_noise must be",
@@ -446,8 +455,10 @@ print(json.dumps(results))
 
 
 def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tmp_path):
-    (tmp_path / "frames").mkdir()
-    for name, content in (("there.mp4", "x"), ("script.py", "x"), ("empty.mp4", "")):
+    for folder in ("frames", "videos"):
+        (tmp_path / folder).mkdir()
+    files = {"frames/1.png": "x", "videos/a.mp4": "x", "there.mp4": "x", "script.py": "x", "empty.mp4": ""}
+    for name, content in files.items():
         (tmp_path / name).write_text(content)
     command = [sys.executable, "-c", TRY_ALL, json.dumps(list(MISTAKES))]
     begin = time.perf_counter()

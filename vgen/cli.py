@@ -24,7 +24,7 @@ from vgen.io.spinning import stop_spinning
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, SamplingOptions, help_of, parameters_of
 from vgen.sampling.prompts import check_prompts
 from vgen.tasks.loading import LoadOptions, check_loading, load_checkpoint, metadata_of
-from vgen.tasks.train_options import STAGES, TrainOptions
+from vgen.tasks.train_options import STAGES, TrainOptions, check_packages
 
 DEFAULT_MODEL = "vgen/shapes-64"
 OptionsT = TypeVar("OptionsT")
@@ -353,6 +353,9 @@ def train(
         asked.check()
         for one in stage or ():
             check_choice("stage", one, STAGES)
+        if not dry_run:
+            check_packages()
+        typer.echo(f"reading the videos of {source} and measuring this machine, which takes about a minute")
         from vgen.tasks.project import train as run
 
         finished = run(asked, stage or (), dry_run=dry_run, show=_print_rows)
@@ -410,6 +413,13 @@ def info(
             from vgen.tasks.information import describe_video
 
             _print_rows(describe_video(path), source)
+            return
+        config = Path(locate(source), "config.json")
+        if config.is_file() and '"Recognizer"' in config.read_text(errors="replace"):
+            from vgen.recognition import load_recognizer
+            from vgen.tasks.information import describe_recognizer
+
+            _print_rows(describe_recognizer(load_recognizer(source)), source)
             return
         find_checkpoint(source)
         from vgen.tasks.information import describe_pipeline

@@ -67,12 +67,17 @@ def check_video_input(path: Path) -> None:
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The file is empty, its suffix is not supported, or it is a pipe or a device.
+        ValueError: The file is empty, its suffix is not supported, the folder has no frames, or it is a pipe or a
+            device.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is a pipe or a device: expected a video file or a folder of frames")
+    if path.is_dir() and not is_video(path):
+        videos = [entry for entry in path.iterdir() if entry.suffix.lower() in VIDEO_SUFFIXES]
+        advice = f"; pass the videos in it, such as {min(videos)}" if videos else ""
+        raise ValueError(f"the folder {path} has no {', '.join(IMAGE_SUFFIXES)} frames{advice}")
     if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
         supported = ", ".join(VIDEO_SUFFIXES)
         raise ValueError(f"{path} is not a supported video: expected {supported} or a folder of frames")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import (
+    ActionYesNo,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 from vgen.io.errors import one_line
 from vgen.io.flags import FLAGS, REPEATABLE
@@ -24,6 +32,10 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, or nothing."""
     nearest = get_close_matches(name, known, n=1)
     return f": did you mean {nearest[0]}?" if nearest else ""
+
+
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of a description, because some are commands."""
 
 
 class _Parser(ArgumentParser):
@@ -48,7 +60,7 @@ def parse_settings(settings: type[SettingsT], description: str | None, args: lis
     set_loader("yaml", _load_bounded, (yaml.YAMLError,))
     # a script cannot resolve the names in annotations that it inherits
     settings.__init__.__annotations__.update(get_type_hints(settings))
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="settings in YAML; options after it override them")
     names: Any = {field.name for field in fields(settings)}  # type: ignore[arg-type]
     flags = {"dry_run"} & names

@@ -59,6 +59,24 @@ def describe_pipeline(pipe: Any) -> list[tuple[str, str, str]]:
     return [(name, _text(value), meanings[name]) for name, value in values.items()]
 
 
+def describe_recognizer(network: Any) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of a recognizer's settings."""
+    config = network.config
+    return [
+        ("name", config.name, "The kind of network."),
+        ("parameters", f"{sum(one.numel() for one in network.parameters()) / 1e6:.2f}M", "Number of its weights."),
+        ("num_frames", str(config.num_frames), "Frames of a clip that it reads at once."),
+        ("image_size", str(config.image_size), "Height and width of the frames, in pixels."),
+        (
+            "frame_rate",
+            "unknown" if config.frame_rate is None else f"{config.frame_rate:g}",
+            "Frames per second of the training clips.",
+        ),
+        ("multi_label", str(config.multi_label), "Whether a clip can have several labels."),
+        ("labels", _text(network.labels), "What it can see."),
+    ]
+
+
 def describe_public() -> list[tuple[str, str, str, str, str]]:
     """Hub id, tasks, size of all weights, size and rate, and length of the public pipelines that load as they are."""
     rows = []

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import operator
-import os
 import shlex
 import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vgen.data.formats import VIDEO_SUFFIXES
 from vgen.data.prepare import MIN_FILES, SUMMARY, describe
 from vgen.io.atomic import write_text
 from vgen.io.preview import print_images
@@ -57,11 +53,6 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
         ValueError: The options, the videos or the machine do not allow the run, or a stage failed.
         OSError: The folder of the run cannot be written.
     """
-    check_source(options.data)
-    check_writable(options.output)
-    if not dry_run:
-        check_packages()
-    print(f"reading the videos of {options.data} and measuring this machine, which takes about a minute", flush=True)
     plan = make_plan(options)
     show(describe_videos(plan), "videos")
     if plan.videos.pictures:
@@ -91,42 +82,6 @@ def train(options: TrainOptions, only: Sequence[str], *, dry_run: bool, show: Sh
         print(f"wrote {options.output / 'report.html'}; next:")
         print("\n".join(next_commands(plan)))
     return True
-
-
-def check_source(data: str) -> None:
-    """Checks that a source that can only be a folder exists, before anything slow.
-
-    Raises:
-        FileNotFoundError: It does not.
-    """
-    if ":" not in data and not Path(data).exists():
-        raise FileNotFoundError(f"there is no folder {data}")
-    if Path(data).is_file() and Path(data).suffix.lower() in VIDEO_SUFFIXES:
-        raise FileNotFoundError(f"{data} is a video: pass the folder that it is in")
-
-
-def check_packages() -> None:
-    """Checks that the packages of all stages are installed.
-
-    Raises:
-        ImportError: Some are not.
-    """
-    missing = [name for name in ("kornia", "cv2", "jinja2", "matplotlib", "scipy") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"vgen train needs {', '.join(missing)}: pip install 'vgen[data,evaluation]'")
-
-
-def check_writable(folder: Path) -> None:
-    """Checks that a folder, or the one that it will be in, can be written.
-
-    Raises:
-        OSError: It cannot.
-    """
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(existing))
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(errno.EACCES, "no permission to write here", str(existing))
 
 
 def say(line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from vgen.checks import check_choice, check_number
+from vgen.data.formats import VIDEO_SUFFIXES
+from vgen.hub import locate
 
 Preset = Literal["laptop", "gpu-8gb", "gpu-24gb", "gpu-80gb", "gpu-8x80gb"]
 Stage = Literal["data", "vae", "latents", "text", "denoiser", "evaluation", "report"]
@@ -47,6 +51,7 @@ class TrainOptions:
 
         Raises:
             ValueError: An option is out of range, or two of them exclude each other.
+            OSError: A folder does not exist or cannot be written.
         """
         if self.preset is not None:
             check_choice("preset", self.preset, Preset)
@@ -68,6 +73,47 @@ class TrainOptions:
                 )
         for text in self.changes:
             parse_change(text)
+        for source in filter(None, (self.data, self.held_out)):
+            check_source(source)
+        for model in filter(None, (self.init, self.vae, self.text_encoder)):
+            locate(model)
+        check_writable(self.output)
+
+
+def check_packages() -> None:
+    """Checks that the packages of all stages are installed.
+
+    Raises:
+        ImportError: Some are not.
+    """
+    missing = [name for name in ("kornia", "cv2", "jinja2", "matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"vgen train needs {', '.join(missing)}: pip install 'vgen[data,evaluation]'")
+
+
+def check_source(data: str) -> None:
+    """Checks that a source that can only be a folder exists, before anything slow.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    if ":" not in data and not Path(data).exists():
+        raise FileNotFoundError(f"there is no folder {data}")
+    if Path(data).is_file() and Path(data).suffix.lower() in VIDEO_SUFFIXES:
+        raise FileNotFoundError(f"{data} is a video: pass the folder that it is in")
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that a folder, or the one that it will be in, can be written.
+
+    Raises:
+        OSError: It cannot.
+    """
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(existing))
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission to write here", str(existing))
 
 
 def parse_change(text: str) -> tuple[str, str, Any]:
