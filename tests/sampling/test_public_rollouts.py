@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from vgen import VideoGenPipeline, load_rollout
 from vgen.models.transformer import SpacetimeTransformer
+from vgen.sampling.sampler import resampled
 
 CASES = {"sink_1_local_7": (3, 7, 1), "frame_wise_local_4": (1, 4, 0)}
 """Latents in a block, in the window of the public code, and in the sink."""
@@ -82,7 +83,15 @@ def test_a_saved_rollout_goes_on_with_absolute_positions(pipe, recorded, tmp_pat
     assert torch.equal(load_rollout(tmp_path / "saved", pipe).step(), rollout.fork().step())
 
 
-def test_the_levels_of_a_checkpoint_are_used_for_their_number_of_steps_only(pipe, recorded, tmp_path):
+def test_another_number_of_steps_takes_levels_between_those_of_the_checkpoint():
+    assert resampled([1.0, 0.75, 0.5, 0.25], 2) == [1.0, 0.5]
+    assert resampled([1.0, 0.5], 4) == [1.0, 0.75, 0.5, 0.25]
+    assert resampled([1.0, 0.757, 0.522], 3) == [1.0, 0.757, 0.522]
+    assert resampled([1.0, 0.9, 0.6], 6) == pytest.approx([1.0, 0.95, 0.9, 0.75, 0.6, 0.3])
+    assert resampled([1.0], 1) == [1.0]
+
+
+def test_the_levels_of_a_checkpoint_are_used(pipe, recorded, tmp_path):
     seen = []
     pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["timestep"].max().item()), with_kwargs=True
@@ -92,7 +101,7 @@ def test_the_levels_of_a_checkpoint_are_used_for_their_number_of_steps_only(pipe
     assert seen == pytest.approx([1000.0, 937.5, 833.3333, 625.0])
     seen.clear()
     pipe(**arguments, output_type="latent", num_inference_steps=2)
-    assert len(seen) == 2 and seen[1] < 625
+    assert seen == pytest.approx([1000.0, 833.3333])
     with pytest.raises(ValueError, match="sigmas must be a non-empty list of numbers, got 3"):
         VideoGenPipeline(pipe.scheduler, transformer=pipe.transformer, sigmas=3)
     pipe.save_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 from diffusers import FasterCacheConfig
 from diffusers.utils.torch_utils import randn_tensor
@@ -71,6 +72,14 @@ def num_steps(steps: int, strength: float) -> int:
     return min(int(steps * strength), steps)
 
 
+def resampled(sigmas: Sequence[float], steps: int) -> list[float]:
+    """Noise levels of another number of steps: evenly spaced along the given ones, which end at 0."""
+    if steps == len(sigmas):
+        return list(sigmas)
+    given = np.linspace(0, 1, len(sigmas) + 1)
+    return np.interp(np.arange(steps) / steps, given, [*sigmas, 0.0]).tolist()
+
+
 class PromptCaches:
     """What depends on prompts alone, and so is the same in all steps of a call."""
 
@@ -97,7 +106,7 @@ class Sampler:
         vae: Encodes and decodes; `None` if latents are pixels.
         device: Device on which the networks run.
         guidance: How predictions are guided.
-        sigmas: Noise levels of as many steps, before the scheduler's shift, instead of the scheduler's own.
+        sigmas: Noise levels before the scheduler's shift, instead of the scheduler's own; see `resampled`.
         decoder: Decodes instead of the VAE; `None` uses the VAE.
         low_noise: The network for low noise levels; `None` uses the denoiser for all.
         siblings: Weak references to all samplers of a pipeline; this one and its copies are added.
@@ -210,8 +219,8 @@ class Sampler:
 
         They stay on the host: schedulers read their values, and reading from the device would wait for it.
         """
-        if not custom and self.sigmas is not None and num_inference_steps == len(self.sigmas):
-            custom = {"sigmas": self.sigmas}
+        if not custom and self.sigmas is not None:
+            custom = {"sigmas": resampled(self.sigmas, num_inference_steps)}
         for name in custom:
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"{type(self.scheduler).__name__} takes no {name}: use num_inference_steps")
