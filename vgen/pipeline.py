@@ -159,8 +159,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         max_sequence_length: Default length of prompts, in tokens.
         rollout_defaults: Defaults of `rollout` and `predict` that differ from those of single clips and of the
             denoiser: any fields of `RolloutOptions`.
-        sigmas: Noise levels in descending order, before the scheduler's shift, that replace the scheduler's own. Another
-            number of steps takes levels between them. Many few-step checkpoints are trained for these levels only.
+        sigmas: Noise levels in descending order, before the scheduler's shift, that replace the scheduler's own.
+            Another number of steps takes levels between them. Many few-step checkpoints are trained for these only.
         boundary_ratio: Noise level in [0, 1] below which `transformer_2` replaces the Transformer.
         guidance_scale_2: Default weight of guidance below it; `None` is the weight above it.
         negative_prompt: Default of the negative prompt; `None` is "".
