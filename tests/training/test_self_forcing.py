@@ -57,9 +57,9 @@ def test_a_student_rolls_out_as_its_pipeline_does(pipe, forcing, monkeypatch):
     expected = torch.cat(latents, dim=2).float()
     conditions = {"prompt_embeds": pipe.encode_prompt(PROMPTS)[0], "frame_rate": torch.full((2,), 8.0)}
     network = PromptedDenoiser(pipe.denoiser, None)
-    made = forcing.roll_out(network, torch.zeros_like(expected), Plan(0, FRAMES, 1), seeded(), conditions)
+    made = forcing.roll_out(network, torch.zeros_like(expected), Plan(0, FRAMES, 1, FRAMES - 1), seeded(), conditions)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
-    given = forcing.roll_out(network, made, Plan(2, FRAMES, 1), seeded(), conditions)
+    given = forcing.roll_out(network, made, Plan(2, FRAMES, 1, FRAMES - 1), seeded(), conditions)
     assert torch.equal(given[:, :, :2], made[:, :, :2]) and not torch.equal(given[:, :, 2:], made[:, :, 2:])
 
 
@@ -73,7 +73,7 @@ def test_only_the_last_chunk_has_a_gradient(pipe, forcing, exit_step):
         return network(*args, **kwargs)
 
     shape, conditions = torch.zeros(2, 4, 3, 4, 4), {"prompt_embeds": pipe.encode_prompt(PROMPTS)[0]}
-    video = forcing.roll_out(network, shape, Plan(0, 3, exit_step), seeded(), conditions, trained)
+    video = forcing.roll_out(network, shape, Plan(0, 3, exit_step, 2), seeded(), conditions, trained)
     assert len(calls) == 1 and (calls[0] == 1000 * forcing.levels[exit_step]).all()
     assert torch.autograd.grad(video[:, :, -1].sum(), pipe.denoiser.parameters(), retain_graph=True, allow_unused=True)
     assert not any(
@@ -86,6 +86,7 @@ def test_plans_have_whole_chunks_and_something_to_make(forcing):
     forcing.options.chunk_size = 2
     plans = [forcing.plan(6, 0.5, random.Random(seed)) for seed in range(300)]
     assert {plan.num_frames for plan in plans} == {1, 3, 5} and {plan.num_given for plan in plans} == {0, 1, 3}
+    assert {(plan.last_begin, plan.num_frames) for plan in plans} == {(0, 1), (1, 3), (3, 5)}
     assert all(plan.num_given < plan.num_frames for plan in plans) and {plan.exit_step for plan in plans} == {0, 1}
     assert {forcing.plan(6, 0.0, random.Random(seed)).num_given for seed in range(20)} == {0}
     forcing.loss_kind = "regression"

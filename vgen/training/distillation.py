@@ -85,12 +85,8 @@ class ConsistencyObjective:
         timestep = level_to_timestep(self.scheduler, now)
         velocity = teacher(noisy, timestep).float()
         before = noisy + _frames(lower - now, noisy) * velocity
-        target = self.clean(before, lower, average(before, level_to_timestep(self.scheduler, lower)))
+        target = clean_estimate(before, lower, average(before, level_to_timestep(self.scheduler, lower)))
         return Pair(noisy, now, timestep, target)
-
-    def clean(self, latents: Tensor, levels: Tensor, velocity: Tensor) -> Tensor:
-        """The clean latents that a velocity implies; at level 0 the latents themselves."""
-        return latents - _frames(levels, latents) * velocity.float()
 
     def loss(self, pair: Pair, velocity: Tensor, counted: Tensor) -> Tensor:
         """The loss of each sample, `(b,)`.
@@ -100,7 +96,7 @@ class ConsistencyObjective:
             velocity: The student's prediction for `pair.latents`.
             counted: bool `(b, n)`, true for frames that count.
         """
-        error = self.clean(pair.latents, pair.levels, velocity) - pair.target
+        error = clean_estimate(pair.latents, pair.levels, velocity) - pair.target
         weight = _frames(counted.float(), error)
         per_frame = error.shape[1] * error.shape[3] * error.shape[4]
         number = (weight.flatten(1).sum(1) * per_frame).clamp_min(1)
@@ -109,6 +105,17 @@ class ConsistencyObjective:
             return squared / number
         constant = HUBER * number.sqrt()
         return (squared + constant.square()).sqrt() - constant
+
+
+def clean_estimate(latents: Tensor, levels: Tensor, velocity: Tensor) -> Tensor:
+    """The clean latents that a velocity implies; at level 0 the latents themselves.
+
+    Args:
+        latents: Noisy latents `(b, c, t, h, w)`.
+        levels: Noise level of each token frame, `(b, n)`.
+        velocity: Velocity `(b, c, t, h, w)`.
+    """
+    return latents - _frames(levels, latents) * velocity.float()
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float, prompted: Tensor) -> Tensor:

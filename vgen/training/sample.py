@@ -174,7 +174,7 @@ class DenoiserSpec:
 
 
 def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet, expand_timesteps: bool = False) -> Source:
-    """Adds the trained tasks to a denoiser's config, and resolves empty `window_lengths`.
+    """Adds the trained tasks and group modes to a denoiser's config, and resolves empty `window_lengths`.
 
     Args:
         denoiser: The denoiser.
@@ -205,8 +205,10 @@ def record_tasks(denoiser: Any, config: SampleConfig, data: LatentSet, expand_ti
     trained = ["leading"] if used & {"leading", "both"} or set(kinds) - {"start"} else []
     trained = [] if expand_timesteps else trained
     trained += ["keyframes"] if used & {"keyframes", "both"} else []
+    modes = [mode for mode, weight in config.groups.items() if weight > 0]
     denoiser.register_to_config(
         tasks=list(dict.fromkeys([*network.tasks, *trained])),
+        group_modes=list(dict.fromkeys([*network.group_modes, *modes])),
         trained_token_frames=max(*lengths, network.trained_token_frames or 0),
     )
     return Source(data, replace(config, window_lengths=lengths))

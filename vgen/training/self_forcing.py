@@ -15,7 +15,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice
-from vgen.diffusion import flow_sample, level_to_timestep
+from vgen.diffusion import flow_sample, level_to_timestep, shift_of
 from vgen.models.denoiser import fill_keyframes
 from vgen.sampling.options import RolloutOptions
 from vgen.sampling.rollout import new_state
@@ -55,6 +55,23 @@ class Plan(NamedTuple):
     """Token frames of the video, of which the last chunk is trained."""
     exit_step: int
     """The denoising step after which each chunk takes the estimate of its clean latents."""
+    last_begin: int
+    """First token frame of the last chunk."""
+
+
+class Noised(NamedTuple):
+    """A video with noise."""
+
+    latents: Tensor
+    """`(b, c, t, h, w)`."""
+    levels: Tensor
+    """Noise level of each token frame, `(b, n)`."""
+    timestep: Tensor
+    """The levels as timesteps, `(b, n)`."""
+    velocity: Tensor
+    """What a network should predict, `(b, c, t, h, w)`."""
+    made: Tensor
+    """Which token frames the student made, bool `(b, n)`."""
 
 
 class SelfForcing:
@@ -106,7 +123,8 @@ class SelfForcing:
         given = 0
         if len(borders) > 1 and (self.loss_kind == "regression" or rng.random() < given_share):
             given = rng.choice(borders[:-1])
-        return Plan(given, rng.choice([end for end in borders if end > given]), rng.randrange(len(self.levels)))
+        end = rng.choice([end for end in borders if end > given])
+        return Plan(given, end, rng.randrange(len(self.levels)), max([0, *(one for one in borders if one < end)]))
 
     def _borders(self, length: int) -> list[int]:
         """Ends of the whole chunks in a number of token frames, of which the first chunk is always one."""
@@ -134,8 +152,8 @@ class SelfForcing:
             conditions: Prompts and all else that the denoiser is conditioned on.
             trained: The student for the last step of the last chunk, with a gradient; `None` computes none.
         """
-        k, state, parts = self.patch_frames, new_state(self.options), []
-        begin = 0
+        k, state, begin = self.patch_frames, new_state(self.options), 0
+        parts: list[Tensor] = []
         for end in self._borders(plan.num_frames):
             if end <= plan.num_given:
                 chunk = given[:, :, begin * k : end * k]
@@ -163,6 +181,17 @@ class SelfForcing:
             begin = end
         with torch.enable_grad():
             return torch.cat(parts, dim=2)
+
+    def noised(self, video: Tensor, plan: Plan, generators: list[torch.Generator]) -> Noised:
+        """A clean video with noise of one level on all frames but the given ones."""
+        b, n = len(video), plan.num_frames
+        even = torch.cat([torch.rand(1, generator=one) for one in generators]).to(video.device)
+        even, shift = LOWEST_LEVEL + (HIGHEST_LEVEL - LOWEST_LEVEL) * even, shift_of(self.scheduler)
+        made = torch.arange(n, device=video.device) >= plan.num_given
+        levels = (shift * even / (1 + (shift - 1) * even))[:, None] * made
+        noise = draw_noise(tuple(video.shape), generators, torch.float32).to(video.device)
+        noisy, velocity = flow_sample(video, noise, levels)
+        return Noised(noisy, levels, level_to_timestep(self.scheduler, levels), velocity, made.expand(b, -1))
 
     def _spread(self, level: float, latents: Tensor) -> Tensor:
         """A level for each token frame of latents, `(b, n)`."""
