@@ -12,7 +12,7 @@ Each model is measured with its default settings, and then with each of `--steps
 - diversity: mean distance (RMS over pixels) between videos of one prompt with different seeds, relative to that
   between true clips with the same caption.
 
-Every number has its standard error. That of medians is bootstrapped; that of a ratio is for its numerator.
+Every number has its standard error; that of medians is bootstrapped.
 """
 
 import argparse
@@ -90,9 +90,12 @@ def share(correct: list[bool]) -> Score:
     return {"value": mean, "error": (mean * (1 - mean) / len(correct)) ** 0.5}
 
 
-def mean(values: Any, unit: float = 1.0) -> Score:
-    """The mean of some values, relative to `unit`."""
-    return {"value": float(np.mean(values)) / unit, "error": float(np.std(values, ddof=1)) / len(values) ** 0.5 / unit}
+def ratio(values: Any, true: Any) -> Score:
+    """The sum of some values relative to that of the true ones, which belong to the same prompts."""
+    values, true = np.asarray(values), np.asarray(true)
+    found = float(values.sum() / true.sum())
+    spread = np.std(values - found * true, ddof=1) / len(values) ** 0.5
+    return {"value": found, "error": float(spread / true.mean())}
 
 
 def median(values: list[float]) -> Score:
@@ -114,7 +117,7 @@ def measure_adherence(pipe: VideoGenPipeline, steps: int, args: argparse.Namespa
         )
         if name == "seen":
             true = motion_energy(render(scenes, num_frames=pipe.config.num_frames))
-            scores["motion energy"] = mean(motion_energy(torch.stack(videos)), true.mean())
+            scores["motion energy"] = ratio(motion_energy(torch.stack(videos)), true)
     return scores
 
 
@@ -162,7 +165,7 @@ def measure_diversity(pipe: VideoGenPipeline, steps: int, args: argparse.Namespa
         others = [make_scene(scene.objects, scene.background, rng) for _ in range(NUM_SEEDS)]
         true.append(distance(render(others, num_frames=pipe.config.num_frames)))
         found.append(distance(torch.stack(generated(pipe, [caption(scene, rng)] * NUM_SEEDS, "full", options))))
-    return {"diversity": mean(found, float(np.mean(true)))}
+    return {"diversity": ratio(found, true)}
 
 
 def distance(clips: torch.Tensor) -> float:
