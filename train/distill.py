@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 
 from vgen.checks import check_integer, check_number
 from vgen.diffusion import is_flow, shift_of
-from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.io.fingerprint import weights_digest
 from vgen.models.compilation import compile_blocks
@@ -40,9 +40,8 @@ from vgen.tasks.denoiser_training import (
     prepare_denoiser,
     sample_prompts,
     sample_shape,
-    save_adapter,
+    save_result,
     score,
-    use_whole,
 )
 from vgen.training.distillation import ConsistencyObjective, Loss, clean_estimate, guided
 from vgen.training.feed import Feed
@@ -175,18 +174,10 @@ def main(config: DistillConfig) -> None:
             run.save_samples(videos, pipe.config.frame_rate)
         run.save()
 
-    def save_result(weights: dict[str, Tensor] | None) -> None:
-        if weights is not None:
-            use_whole(pipe, pipe.denoiser_name, weights)
-        if config.train_only == "lora":
-            save_adapter(pipe, denoiser, config)
-            return
-        with atomic_directory(config.output_dir / "pipeline") as folder:
-            pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
-
     result = "lora" if config.train_only == "lora" else "pipeline"
     option = f"--model {config.init} --lora" if result == "lora" else "--model"
-    run.end(save_result, result, f"vgen rollout PROMPT {option} {{}} -o video.mp4")
+    save = partial(save_result, pipe, pipe.denoiser_name, denoiser, config)
+    run.end(save, result, f"vgen rollout PROMPT {option} {{}} -o video.mp4")
 
 
 class Prompted(NamedTuple):

@@ -12,16 +12,15 @@ stop_spinning()  # before torch is imported
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from vgen.checks import check_number
 from vgen.data.latents import LatentSet
 from vgen.diffusion import SchedulerName, make_scheduler, prediction_of, shift_of
-from vgen.io.atomic import atomic_directory
 from vgen.io.errors import one_line_errors
 from vgen.models.image_vae import load_vae
 from vgen.models.prompts import CutCaptions, load_text_encoder, load_tokenizer
@@ -37,9 +36,8 @@ from vgen.tasks.denoiser_training import (
     sample_images,
     sample_prompts,
     sample_shape,
-    save_adapter,
+    save_result,
     score,
-    use_whole,
 )
 from vgen.training.feed import Feed
 from vgen.training.held_out import FixedSamples
@@ -220,26 +218,19 @@ def main(config: VDMConfig) -> None:
             run.save_samples(videos, config.frame_rate)
         run.save()
 
-    def save_result(weights: dict[str, Tensor] | None) -> None:
-        if weights is not None:
-            use_whole(pipe, EXPERTS.get(str(config.expert), pipe.denoiser_name), weights)
-        if config.train_only == "lora":
-            save_adapter(pipe, denoiser, config)
-            return
-        with atomic_directory(config.output_dir / "pipeline") as folder:
-            pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
-
+    name = EXPERTS.get(str(config.expert), pipe.denoiser_name)
+    save = partial(save_result, pipe, name, denoiser, config)
     command = "vgen animate IMAGE PROMPT" if takes_images else "vgen generate PROMPT"
     if config.train_only == "lora" and config.expert == "low_noise":
-        run.end(save_result, "lora", f"{command} --model {config.init} --lora-low-noise {{}} -o video.mp4")
+        run.end(save, "lora", f"{command} --model {config.init} --lora-low-noise {{}} -o video.mp4")
     elif config.train_only == "lora":
-        run.end(save_result, "lora", f"{command} --model {config.init} --lora {{}} -o video.mp4")
+        run.end(save, "lora", f"{command} --model {config.init} --lora {{}} -o video.mp4")
     elif not pipe.is_unprompted:
-        run.end(save_result, "pipeline", f"{command} --model {{}} -o video.mp4")
+        run.end(save, "pipeline", f"{command} --model {{}} -o video.mp4")
     elif "leading" in pipe.denoiser.config.tasks:
-        run.end(save_result, "pipeline", "vgen predict VIDEO --model {} -o video.mp4")
+        run.end(save, "pipeline", "vgen predict VIDEO --model {} -o video.mp4")
     else:
-        run.end(save_result, "pipeline", "vgen info {}")
+        run.end(save, "pipeline", "vgen info {}")
 
 
 def make_pipeline(config: VDMConfig) -> VideoGenPipeline:

@@ -1382,9 +1382,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             return
         low, high = config.trained_frame_rates
         if not 0.75 * low <= frame_rate <= 1.25 * high:
+            trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             logger.warning_once(
-                f"{frame_rate:g} frames per second is outside of what this checkpoint was trained with, {low:g} to "
-                f"{high:g}: videos at such a rate often look wrong"
+                f"{frame_rate:g} frames per second is outside of what this checkpoint was trained with, {trained}: "
+                "videos at such a rate often look wrong"
             )
 
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:

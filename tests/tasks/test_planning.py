@@ -3,6 +3,7 @@ import json
 import shutil
 import struct
 import tarfile
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from vgen.data.video_io import write_video
 from vgen.machine import GIB
 from vgen.models.prompts import load_text_encoder
 from vgen.models.vae import CausalVideoVAE
-from vgen.tasks.planning import make_plan, save_record
+from vgen.tasks.planning import LOGGED, make_plan, save_record
 from vgen.tasks.project import describe_videos, plan_rows, warnings_of
 from vgen.tasks.train_commands import scripts_folder
 from vgen.tasks.train_costs import Costs
@@ -26,6 +27,7 @@ from vgen.tasks.train_options import TrainOptions, parse_change
 from vgen.tasks.train_setup import Setup, check_fine_tuning, choose_codec
 from vgen.tasks.train_stages import fine_tuning
 from vgen.tasks.train_videos import Videos, choose_rate, inspect_videos
+from vgen.training.logs import Logs
 from vgen.training.needs import ClipShape, Step, denoiser_step, encoding_memory, vae_step
 
 LAPTOP = Machine("cpu", 1, 8 * GIB, 100 * GIB, "no", "a laptop")
@@ -257,12 +259,23 @@ def test_a_plan_with_few_steps_says_so(folder):
     assert line.startswith("21 steps of the vae are too few to learn much: give it more --minutes")
 
 
-def test_the_rest_of_a_stage_is_estimated_from_its_rate_so_far(folder):
+def write_logs(stage, times, monkeypatch):
+    """Logs entries of a stage at these steps and times in seconds."""
+    logs = Logs(stage / "logs", 1)
+    with monkeypatch.context() as patched:
+        for step, seconds in times.items():
+            patched.setattr(time, "time", lambda now=seconds: now)
+            logs.write({LOGGED: 8.0}, step)
+    del logs
+
+
+def test_the_rest_of_a_stage_is_estimated_from_its_rate_so_far(folder, monkeypatch):
     plan = plan_of(folder, minutes=60, changes=["vae.max_steps=100"])
     begin(plan, data=(1.0, True), vae=(50.0, False))
     for name in ("checkpoint-8", "checkpoint-20", "checkpoint-30.partial"):
         (plan.folder / "vae" / name).mkdir(parents=True)
-    assert plan_of(folder, minutes=60, changes=["vae.max_steps=100"]).seconds["vae"] == 50 / 20 * 80
+    write_logs(plan.folder / "vae", {10: 40, 20: 50}, monkeypatch)  # compilation took most of the first steps
+    assert plan_of(folder, minutes=60, changes=["vae.max_steps=100"]).seconds["vae"] == 80
 
 
 @pytest.mark.parametrize(
@@ -464,11 +477,12 @@ def test_the_first_steps_do_not_say_how_long_the_rest_takes(folder):
     assert plan_of(folder, **options).seconds["vae"] == plan.seconds["vae"] * 95 / 100
 
 
-def test_a_run_that_takes_longer_than_its_limit_says_so(folder):
+def test_a_run_that_takes_longer_than_its_limit_says_so(folder, monkeypatch):
     options = {"minutes": 60, "changes": ["vae.max_steps=100"]}
     plan = plan_of(folder, **options)
     begin(plan, data=(1.0, True), vae=(3000.0, False))
     (plan.folder / "vae" / "checkpoint-20").mkdir(parents=True)
+    write_logs(plan.folder / "vae", {10: 1500, 20: 3000}, monkeypatch)
     (line,) = [line for line in warnings_of(plan_of(folder, **options)) if "in all" in line]
     assert line.startswith("this takes 4 h ") and ", not 1 h 00 min, because stages that have begun" in line
 

@@ -17,7 +17,8 @@ from tests.warm import warm_python
 from vgen.cli import app
 from vgen.data.video_io import write_video
 from vgen.io.records import read_json
-from vgen.tasks.project import LOGGED, corrected
+from vgen.tasks.planning import LOGGED
+from vgen.tasks.project import corrected
 from vgen.tasks.train_commands import Command
 from vgen.training.logs import Logs
 

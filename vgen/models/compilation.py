@@ -16,7 +16,8 @@ def compile_blocks(network: Any) -> None:
     """Compiles the repeated blocks of a diffusers model, separately for each input shape, and says so."""
     if rank_and_world_size()[0] == 0:
         logger.warning(
-            f"{type(network).__name__} is compiled in its first steps, which takes about a minute for each input shape"
+            f"{type(network).__name__} is compiled in its first steps, which takes one or two minutes for each input "
+            "shape"
         )
     torch._dynamo.config.recompile_limit = 64
     network.compile_repeated_blocks(dynamic=False)

@@ -27,6 +27,7 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import widest_mode
+from vgen.training.logs import without_warnings
 from vgen.training.run import copy_of
 from vgen.training.sample import SampleConfig, Source, record_tasks, supported_config
 
@@ -209,6 +210,30 @@ def add_adapter(denoiser: Any, config: DenoiserConfig) -> None:
     alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     denoiser.requires_grad_(False)
     denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets))
+
+
+def save_result(
+    pipe: VideoGenPipeline, name: str, denoiser: Any, config: DenoiserConfig, weights: dict[str, Tensor] | None
+) -> None:
+    """Saves the pipeline, or only the adapters.
+
+    Args:
+        pipe: The pipeline.
+        name: The component that was trained.
+        denoiser: This component.
+        config: Settings of the run.
+        weights: The gathered weights of a sharded network; `None` if it is whole.
+    """
+    if weights is not None:
+        use_whole(pipe, name, weights)
+    if config.train_only == "lora":
+        save_adapter(pipe, denoiser, config)
+        return
+    with (
+        atomic_directory(config.output_dir / "pipeline") as folder,
+        without_warnings("diffusers.models.modeling_utils"),  # all weights are stored in `save_dtype`
+    ):
+        pipe.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
 
 
 def save_adapter(pipe: VideoGenPipeline, denoiser: Any, config: DenoiserConfig) -> None:

@@ -6,11 +6,15 @@ whether it is finished, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vgen
 from vgen.data.inspection import list_originals
@@ -26,8 +30,8 @@ from vgen.tasks.train_videos import LIMIT, check_captions, check_videos, choose_
 from vgen.training.needs import ClipShape
 
 FORMAT = "vgen-train-1"
-_SETTLED = 10
-"""Steps after which the rate of a stage so far says how long the rest takes."""
+LOGGED = "throughput/clips_per_second"
+"""A scalar of each entry in the logs of a run."""
 
 
 @dataclass(kw_only=True)
@@ -155,17 +159,27 @@ def _plan_stages(setup: Setup, measured: dict[str, float] | None) -> Plan:
 
 
 def _seconds_left(folder: Path, entry: dict[str, Any]) -> float:
-    """Estimated time of a stage that has begun: from its rate so far if it has a checkpoint, else as planned."""
+    """Estimated time of a stage that has begun: of the steps that are left, as the others were logged or planned."""
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
     steps = max((int(one[1]) for one in found if one), default=0)
     total = entry["commands"][0]["settings"].get("max_steps")
-    if steps < _SETTLED or total is None:  # the first steps are slow, above all if they compile
-        return (
-            entry["planned"] * max(total - steps, 0) / total
-            if steps
-            else max(entry["planned"] - entry["seconds"], 0.0)
-        )
-    return entry["seconds"] / steps * max(total - steps, 0)
+    if not steps or total is None:
+        return max(entry["planned"] - entry["seconds"], 0.0)
+    return (logged_seconds(folder) or entry["planned"] / total) * max(total - steps, 0)
+
+
+def logged_seconds(folder: Path) -> float | None:
+    """Median seconds per step between entries in the logs of a run, or `None` before the second entry.
+
+    This leaves out the first steps, which compile, and most entries are not interrupted by an evaluation.
+    """
+    if not (folder / "logs").exists():
+        return None
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    logged = events.Scalars(LOGGED) if LOGGED in events.Tags()["scalars"] else []
+    each = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in itertools.pairwise(logged) if b.step > a.step]
+    return median(each) if each else None
 
 
 def load_record(options: TrainOptions) -> dict[str, Any]:

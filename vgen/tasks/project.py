@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vgen.data.prepare import MIN_FILES, SUMMARY, describe
 from vgen.io.atomic import write_text
@@ -25,15 +23,13 @@ from vgen.machine import GIB
 from vgen.metrics.suites import SuiteConfig, open_suite
 from vgen.processes import locked_output_dir
 from vgen.tasks.loading import LoadOptions, load_checkpoint
-from vgen.tasks.planning import Plan, make_plan, save_record
+from vgen.tasks.planning import Plan, logged_seconds, make_plan, save_record
 from vgen.tasks.train_options import TrainOptions
 from vgen.tasks.train_report import draw_samples, judge, render
 from vgen.tasks.train_stages import ONE_STEP
 from vgen.tasks.train_videos import LIMIT
 
 _NAMED = 10  # videos in a table
-LOGGED = "throughput/clips_per_second"
-"""A scalar of each entry in the logs of a run."""
 Show = Callable[[list[Any], str], None]
 
 
@@ -166,16 +162,9 @@ def _run_stage(plan: Plan, stage: str, tell: Callable[[str], None]) -> bool:
 
 def corrected(plan: Plan, stage: str) -> dict[str, float]:
     """Seconds per step, after the VAE's training has shown how far they were wrong on this machine."""
-    logs = plan.folder / "vae" / "logs"
-    if stage != "vae" or not logs.exists():
+    if stage != "vae" or (seconds := logged_seconds(plan.folder / "vae")) is None:
         return plan.per_step
-    events = EventAccumulator(str(logs))
-    events.Reload()
-    logged = events.Scalars(LOGGED) if LOGGED in events.Tags()["scalars"] else []
-    each = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in itertools.pairwise(logged) if b.step > a.step]
-    if not each:
-        return plan.per_step
-    factor = median(each) / plan.per_step["vae"]  # most entries are not interrupted by an evaluation
+    factor = seconds / plan.per_step["vae"]
     compiled = {name: plan.commands[name][0].settings.get("compile", False) for name in ("vae", "denoiser")}
     alike = compiled["vae"] == compiled["denoiser"]
     return (

@@ -31,8 +31,10 @@ CHECKPOINTS = 12
 """Bytes of checkpoints and results relative to those of the weights in float32."""
 MARGIN = 1.5
 """Size of the copies of videos relative to the training clips, which leaves room for random crops."""
-_OVERHEAD, _COMPILATION, _PAUSE = 45.0, 60.0, 2.0
-"""Seconds that a script takes to start and to save its result, to compile a network, and to save a checkpoint."""
+_COMPILATION, _PAUSE = 100.0, 2.0
+"""Seconds that it takes to compile a network, and to save a checkpoint."""
+_LEAST_OVERHEAD, _MOST_OVERHEAD = 10.0, 45.0
+"""Bounds of the seconds that a script takes to start and to save its result."""
 
 
 class Costs:
@@ -45,6 +47,8 @@ class Costs:
 
     def __init__(self, setup: Setup, measured: dict[str, float] | None = None):
         self.setup, self.measured = setup, measured
+        self.overhead = min(max(2 * setup.machine.started_in, _LEAST_OVERHEAD), _MOST_OVERHEAD)
+        """Seconds that a script takes to start, which is about what this program took, and to save its result."""
         self.device = torch.device(setup.machine.device)
 
     @cached_property
@@ -167,7 +171,8 @@ class Costs:
             needed = setup.limit + missing / (1 - ENCODING_SHARE)  # a part of more time goes to the latents
             raise ValueError(
                 f"{setup.limit / 60:g} minutes are not enough on this machine, as fast as it is now: pass --minutes "
-                f"{math.ceil(needed / 60) + 1} or more, and much more for a good model"
+                f"{math.ceil(needed / 60) + 1} or more, and much more for a good model, or make clips smaller: --set "
+                "clip.height=32 --set clip.width=32"
             )
         return counts
 
@@ -178,7 +183,7 @@ class Costs:
         passes = EVALUATED / batch  # of the VAE
         if stage == "denoiser":  # losses on two sets of clips, and sample videos
             passes = (2 * EVALUATED + 4 * self.setup.num_inference_steps) / batch
-        fixed = _OVERHEAD + evaluations * _PAUSE + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
+        fixed = self.overhead + evaluations * _PAUSE + (_COMPILATION if self.setup.wanted(stage, "compile") else 0.0)
         return fixed + self.per_step[stage] * (steps + evaluations * passes / (1 + BACKWARD))
 
     def other_seconds(self) -> dict[str, float]:
@@ -188,15 +193,15 @@ class Costs:
         video = denoising * self.setup.num_inference_steps + coding
         num_clips = self.setup.wanted("evaluation", "num_clips") or EVALUATED
         num_samples = self.setup.wanted("evaluation", "num_samples") or NUM_SAMPLES
-        evaluation = 2 * _OVERHEAD + num_clips * (num_samples + 3) * video
+        evaluation = 2 * self.overhead + num_clips * (num_samples + 3) * video
         if self.setup.compares_one_step:
-            evaluation += _OVERHEAD + num_clips * (num_samples + 1) * (denoising + coding)
+            evaluation += self.overhead + num_clips * (num_samples + 1) * (denoising + coding)
         return {
-            "data": _OVERHEAD + self.setup.videos.num_frames / self.setup.videos.decoded_per_second,
-            "latents": 2 * _OVERHEAD + self.encodings * self.encoding * self.encoded,
-            **({"text": 2 * _OVERHEAD} if self.setup.trains_text else {}),
+            "data": self.overhead + self.setup.videos.num_frames / self.setup.videos.decoded_per_second,
+            "latents": 2 * self.overhead + self.encodings * self.encoding * self.encoded,
+            **({"text": 2 * self.overhead} if self.setup.trains_text else {}),
             "evaluation": evaluation,
-            "report": _OVERHEAD + 8 * video,
+            "report": self.overhead + 8 * video,
         }
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ class Machine:
     precision: str
     """The faster precision: `no` (float32) or `bf16`."""
     name: str
+    started_in: float = 20.0
+    """Seconds that this program took to start."""
 
     @classmethod
     def here(cls, folder: Path) -> Machine:
         """This machine, with the disk of a folder."""
+        started_in = time.time() - psutil.Process().create_time()
         existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
         disk = shutil.disk_usage(existing).free
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -43,11 +47,13 @@ class Machine:
             device = torch.device("cpu")
             cpu = processor()
             name = f"{cpu['name']}, {cpu['cores']} cores"
-            return cls("cpu", 1, psutil.virtual_memory().available, disk, fast_precision(device), name)
+            memory = psutil.virtual_memory().available
+            return cls("cpu", 1, memory, disk, fast_precision(device), name, started_in)
         device = torch.device("cuda", 0)
         count = torch.cuda.device_count()
         memory = torch.cuda.mem_get_info(device)[1]
-        return cls("cuda", count, memory, disk, fast_precision(device), f"{count} x {torch.cuda.get_device_name(0)}")
+        name = f"{count} x {torch.cuda.get_device_name(0)}"
+        return cls("cuda", count, memory, disk, fast_precision(device), name, started_in)
 
 
 def read_preset(name: Preset) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vgen.data.clips import Sampling, count_frames
-from vgen.data.inspection import Original, Survey, list_originals
+from vgen.data.inspection import Original, Survey, first_reasons, list_originals
 from vgen.data.prepare import MIN_FILES, SUMMARY
 from vgen.data.video_io import iter_video, resampled_length
 from vgen.io.records import read_json
@@ -156,10 +156,12 @@ def check_videos(videos: Videos, clip: ClipShape, rate: float, *, is_split: bool
         several = sum(length >= clip.num_frames for length in lengths)
         enough = several >= MIN_FILES or max(lengths) >= 2 * clip.num_frames
     if not enough:
+        refused = f" (not usable: {len(videos.refused)}, such as {first_reasons(videos.refused)})"
         raise ValueError(
-            f"too little video: {len(lengths)} videos with {sum(lengths)} frames at {rate:g} per second, at most "
-            f"{max(lengths)} in one. A clip has {clip.num_frames}, and one of {MIN_FILES} videos or the end of a "
-            "longer one is held out. Add videos, or take shorter clips: --set clip.num_frames=N"
+            f"too little video: {len(lengths)} with {sum(lengths)} frames at {rate:g} per second, at most "
+            f"{max(lengths)} in one{refused if videos.refused else ''}. A clip has {clip.num_frames}, and one of "
+            f"{MIN_FILES} videos or the end of a longer one is held out. Add videos, or take shorter clips: --set "
+            "clip.num_frames=N"
         )
 
 

@@ -34,6 +34,7 @@ from vgen.io.errors import one_line
 from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
 from vgen.training.best import BestWeights
+from vgen.training.logs import without_warnings
 
 logger = logging.get_logger(__name__)
 
@@ -258,7 +259,8 @@ def _newest(folder: Path) -> tuple[tuple[int, Path] | None, str | None]:
 def _save_states(accelerator: Accelerator, folder: Path) -> None:
     """Writes networks, optimizers and random states; all processes must call it."""
     if accelerator.distributed_type != DistributedType.FSDP:
-        accelerator.save_state(str(folder))
+        with without_warnings("accelerate.utils.other"):  # tied weights are saved once, in every checkpoint
+            accelerator.save_state(str(folder))
         return
     _save_sharded(_sharded_states(accelerator), folder / "sharded")
     process = accelerator.process_index

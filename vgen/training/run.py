@@ -174,6 +174,9 @@ NOT_IN_RESULTS = (
 )  # fmt: skip
 """Settings that do not affect the weights after a step."""
 
+_SLOW_STEPS = 5
+"""Number of first steps, which may compile; the progress bar estimates the time left from those after them."""
+
 _PLAIN = (bool, int, float, str, NoneType)
 """Types of settings that every tracker stores."""
 
@@ -510,11 +513,16 @@ class Run:
         self._saved, self.stopped = self.step, False
         self._asked_to_stop = self._interrupted = False
         self.network.train()
-        hidden = not accelerator.is_main_process
-        self._bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=hidden, mininterval=5.0)
+        self._settled_at = self.step + _SLOW_STEPS
+        self._bar = self._make_bar(bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]", leave=False)
         self._norm = torch.zeros(())
         self._first_bad = torch.full((), -1, device=accelerator.device)
         self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+
+    def _make_bar(self, **options: Any) -> Any:
+        hidden = not self.accelerator.is_main_process
+        total, initial = self.config.max_steps, self.step
+        return tqdm(total=total, initial=initial, unit="step", disable=hidden, mininterval=5.0, **options)
 
     def steps(self) -> Iterator[int]:
         """The remaining steps: up to `max_steps`, or until `patience` is exhausted or on SIGTERM or Ctrl-C."""
@@ -581,6 +589,9 @@ class Run:
         self._finite = torch.ones_like(self._finite)
         self.step += 1
         self._bar.update()
+        if self.step == self._settled_at:
+            self._bar.close()
+            self._bar = self._make_bar()
 
     def count(self, clips: int, tokens: int, shape: Hashable, forward: Callable[[nn.Module], Any]) -> None:
         """Counts a part of a batch for the throughput; see `Throughput.add`. `forward` is called with the network.
