@@ -8,12 +8,12 @@ python examples/gallery.py docs/shapes-64.gif
 import sys
 import textwrap
 
+from vgen import VideoGenPipeline  # before torch, whose idle threads then leave the cores to others
+from vgen.data.resize import enlarge
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-
-from vgen import VideoGenPipeline
-from vgen.data.resize import enlarge
 
 COLUMNS, ROWS, SCALE, MARGIN, CAPTION = 3, 2, 4, 4, 40
 PROMPTS = [

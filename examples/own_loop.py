@@ -5,11 +5,11 @@ python examples/own_loop.py --num_chunks 16 --output loop.mp4
 
 import argparse
 
-import torch
-
-from vgen import TemporalState, VideoGenPipeline
+from vgen import TemporalState, VideoGenPipeline  # before torch, whose idle threads then leave the cores to others
 from vgen.data.video_io import VideoWriter
 from vgen.io.pixels import to_frames
+
+import torch
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ Memory does not depend on the length of the clip, and the result equals that of 
 import sys
 from pathlib import Path
 
-import torch
-
-from vgen import CausalVideoVAE, TemporalState
+from vgen import CausalVideoVAE, TemporalState  # before torch, whose idle threads then leave the cores to others
 from vgen.data.video_io import VideoWriter, iter_video, video_info
 from vgen.hub import find_checkpoint
 from vgen.io.pixels import from_frames, to_frames
+
+import torch
 
 source, target = map(Path, sys.argv[1:3])
 vae = CausalVideoVAE.from_pretrained(find_checkpoint("vgen/shapes-64"), subfolder="vae").eval()

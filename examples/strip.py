@@ -5,11 +5,11 @@ python examples/strip.py docs/shapes-64.png
 
 import sys
 
+from vgen import VideoGenPipeline  # before torch, whose idle threads then leave the cores to others
+
 import numpy as np
 import torch
 from PIL import Image
-
-from vgen import VideoGenPipeline
 
 PROMPTS = [
     "a red circle moves right",
