@@ -150,8 +150,9 @@ class SpacetimeNetwork(ClipNetwork):
         self.is_factorized = attention == "factorized"
         patch = (patch_frames, patch_size, patch_size)
         self.patches = nn.Conv3d(3, dim, patch, patch)
-        self.in_space = nn.Parameter(torch.empty((image_size // patch_size) ** 2, dim).normal_(std=0.02))
-        self.in_time = nn.Parameter(torch.empty(num_frames // patch_frames, dim).normal_(std=0.02))
+        # as large as the features of patches: with 0.02, as in ViT, a network hardly learns any order from scratch
+        self.in_space = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
+        self.in_time = nn.Parameter(torch.randn(num_frames // patch_frames, dim))
         block = partial(Block, dim=dim, heads=heads, mlp_ratio=mlp_ratio)
         kinds = {"divided": ("time", "space"), "joint": ("joint",), "factorized": ("space",)}[attention]
         self.blocks = nn.ModuleList(block(kinds) for _ in range(depth))
