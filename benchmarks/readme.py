@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/results.md and three other pages, and the README's animation.
+"""The tables of README.md, docs/results.md and four other pages, and the README's animation.
 
 python benchmarks/readme.py                        write the tables from docs/results/*.json
 python benchmarks/readme.py --measure              first repeat all measurements (hours on a CPU)
@@ -20,6 +20,7 @@ PAGE = ROOT / "docs" / "results.md"
 CLUSTERS = ROOT / "docs" / "clusters.md"
 MODELLING_TIME = ROOT / "docs" / "modelling_time.md"
 MEMORY = ROOT / "docs" / "memory.md"
+FEW_STEPS = ROOT / "docs" / "few_steps.md"
 RESULTS = ROOT / "docs" / "results"
 TRANSFORMER, UNET = "vgen/shapes-64", "vgen/shapes-64-unet"
 MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,7 +42,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
 """The script and the settings that write each file of docs/results/."""
-ELSEWHERE = ("cpu_avx512", "gpu", "modelling_time_longer")
+ELSEWHERE = ("cpu_avx512", "gpu", "modelling_time_longer", "few_steps", "rollout_speed")
 """Files of docs/results/ that were measured on other machines, with benchmarks/cpu.py and benchmarks/gpu.py, or with
 options that their page has.
 """
@@ -93,6 +94,10 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
         },
         CLUSTERS: {"scaling": scaling(measured["scaling"])},
         MEMORY: {"memory": memory(measured["memory"])},
+        FEW_STEPS: {
+            "few steps": few_steps(measured["few_steps"]),
+            "rollout speed": rollout_speed(measured["rollout_speed"]),
+        },
         MODELLING_TIME: {
             "modelling time": modelling_time(measured["modelling_time"]),
             "longer": longer(measured["modelling_time"], measured["modelling_time_longer"]),
@@ -264,6 +269,40 @@ def memory(measured: dict[str, Any]) -> list[list[str]]:
     for model, row in measured.items():
         least = [next((f"{card}" for card in cards if card > row[name] + 1), "more than 80") for name in names[3:]]
         rows.append([f"`{model}`", *(f"{row[name]:.1f}" for name in names), " / ".join(least)])
+    return rows
+
+
+def few_steps(measured: dict[str, Any]) -> list[list[str]]:
+    """Quality by model and number of steps, with standard errors."""
+    shares = {
+        "adherence, seen": "seen",
+        "adherence, new": "new",
+        "adherence, causal": "causal",
+        "start": "start",
+        "end": "end",
+        "motion energy": "motion energy",
+        "diversity": "diversity",
+    }
+    decibels = ("prediction", "interpolation")
+    rows = [["model", *list(shares.values())[:3], *decibels, *list(shares.values())[3:]]]
+    for name, row in measured.items():
+        percent = [
+            f"{100 * row[part]['value']:.0f}% ± {100 * row[part]['error']:.0f}" if part in row else ""
+            for part in shares
+        ]
+        known = [f"{row[part]['value']:.1f} ± {row[part]['error']:.1f}" if part in row else "" for part in decibels]
+        rows.append([name, *percent[:3], *known, *percent[3:]])
+    return rows
+
+
+def rollout_speed(measured: dict[str, Any]) -> list[list[str]]:
+    """Frames per second of rollouts by variant."""
+    variants = {name: row for name, row in measured.items() if name not in ("machine", "long")}
+    counts = list(next(iter(variants.values())))
+    rows = [["variant", *(f"{count} steps" for count in counts), "first frame"]]
+    for name, row in variants.items():
+        rates = [f"{row[count]['frames/s']:.0f}" for count in counts]
+        rows.append([name, *rates, f"{min(one['first'] for one in row.values()):.2f} s"])
     return rows
 
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from tests.warm import warm_python
 from vgen.cli import app
-from vgen.data.video_io import write_video
+from vgen.data.video_io import video_info, write_video
 from vgen.io.records import read_json
 from vgen.tasks.planning import LOGGED
-from vgen.tasks.project import corrected
+from vgen.tasks.project import EXAMPLES, corrected
 from vgen.tasks.train_commands import Command
 from vgen.training.logs import Logs
 
@@ -124,6 +124,9 @@ def test_a_folder_becomes_a_model_and_an_interrupted_run_goes_on(folder):
     assert again.returncode == 0 and "== stage" not in again.stdout
     last = done.stdout.splitlines()[-3:]
     assert last[0].startswith("vgen generate") and last[1].startswith("vgen predict")
+    whole, half = (video_info(run / name) for name in EXAMPLES.values())
+    assert str(run / EXAMPLES[1]) in last[1] and whole.frame_rate == 2 * half.frame_rate
+    assert whole.num_frames == 2 * half.num_frames - 1
 
 
 def test_a_missing_folder_is_named_at_once(tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from vgen.data.prepare import MIN_FILES, SUMMARY, describe
+from vgen.data.video_writer import write_video
 from vgen.io.atomic import write_text
+from vgen.io.pixels import to_frames
 from vgen.io.preview import print_images
 from vgen.io.records import read_json
 from vgen.machine import GIB
@@ -30,6 +32,8 @@ from vgen.tasks.train_stages import ONE_STEP
 from vgen.tasks.train_videos import LIMIT
 
 _NAMED = 10  # videos in a table
+EXAMPLES = {1: "held_out.mp4", 2: "held_out_every_2nd_frame.mp4"}
+"""Held-out clips for the next commands, at the frame rate of training, and with every second frame."""
 Show = Callable[[list[Any], str], None]
 
 
@@ -183,7 +187,7 @@ def duration(seconds: float) -> str:
 
 
 def write_report(plan: Plan) -> None:
-    """Writes `report.html` with samples, what the model can do and cannot, and the next commands."""
+    """Writes `report.html` with samples, what the model can do and cannot, and the next commands with their videos."""
     folder = plan.folder
     results = {path.parent.name: read_json(path) for path in folder.glob("evaluation/*/results.json")}
     held_out = results["held_out"]
@@ -197,6 +201,9 @@ def write_report(plan: Plan) -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = list(dict.fromkeys(plan.videos.captions))[:2]
     pictures = folder / "data" / "pictures.png"
+    for step, path in EXAMPLES.items():
+        frames = to_frames(samples.clips[:1, :, ::step])[0]
+        write_video(frames, folder / path, plan.frame_rate / step, overwrite=True)
     html = render(
         title=f"{folder.name}: trained on {plan.options.data}",
         verdicts=judge(held_out, results["train"], results.get(ONE_STEP)),
@@ -225,15 +232,14 @@ def next_commands(plan: Plan) -> list[str]:
     options = f"--model {shlex.quote(plan.model)}" + (
         f" --lora {shlex.quote(str(plan.adapter))}" if plan.adapter else ""
     )
-    held_out = plan.folder / "data" / "held_out"
-    video = shlex.quote(str(min(held_out.glob("*.mp4"), default=held_out / "VIDEO.mp4")))
+    whole, every_second = (shlex.quote(str(plan.folder / name)) for name in EXAMPLES.values())
     caption = next(iter(plan.videos.captions), None)
     tasks = plan.commands["evaluation"][0].settings["tasks"]
     first = "" if caption is None else f"vgen generate {shlex.quote(caption)} {options} -o generated.mp4"
     others = [
-        f"vgen predict {video} {options} --with-input -o predicted.mp4",
-        *([f"vgen interpolate {video} {options} -o interpolated.mp4"] if "interpolation" in tasks else []),
-        f"vgen predict {video} {options} --num-frames 64 -o long.mp4",
+        f"vgen predict {whole} {options} --with-input -o predicted.mp4",
+        *([f"vgen interpolate {every_second} {options} -o interpolated.mp4"] if "interpolation" in tasks else []),
+        f"vgen predict {whole} {options} --num-frames 64 -o long.mp4",
     ]
     return [first, *others[:2]] if first else others
 
