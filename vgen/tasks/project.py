@@ -108,8 +108,9 @@ def run_plan(plan: Plan, only: Sequence[str] = (), tell: Callable[[str], None] =
     with locked_output_dir(options.output):
         while (stage := _next_stage(plan, only)) is not None:
             number = list(plan.commands).index(stage) + 1
+            what = ", ".join([stage, *num_steps(plan, stage)])
             tell(
-                f"\n== stage {number} of {len(plan.commands)}: {stage}: time {expected(plan, stage)}; "
+                f"\n== stage {number} of {len(plan.commands)}: {what}: time {expected(plan, stage)}; "
                 f"all that is left: about {duration(plan.remaining)}{without(plan)}"
             )
             entry = plan.record.setdefault(stage, {"seconds": 0.0})
@@ -290,6 +291,11 @@ def expected(plan: Plan, stage: str) -> str:
     return "unknown" if stage in plan.unknown else f"about {duration(plan.seconds[stage])}"
 
 
+def num_steps(plan: Plan, stage: str) -> list[str]:
+    """The numbers of steps of a stage, in words."""
+    return [f"{one.settings['max_steps']} steps" for one in plan.commands[stage] if "max_steps" in one.settings]
+
+
 def without(plan: Plan) -> str:
     """The stages that sums leave out, in words."""
     return f" without {' and '.join(plan.unknown)}" if plan.unknown else ""
@@ -298,9 +304,9 @@ def without(plan: Plan) -> str:
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """Stage, time and what it does, as rows of a table."""
     rows = []
-    for stage, commands in plan.commands.items():
+    for stage in plan.commands:
         text = "done" if plan.is_done(stage) else expected(plan, stage)
-        steps = [f"{one.settings['max_steps']} steps" for one in commands if "max_steps" in one.settings]
+        steps = num_steps(plan, stage)
         memory = [f"{plan.memory[stage] / GIB:.1f} GiB of memory"] if stage in plan.memory else []
         captions = ["if there are any"] if stage == "text" and plan.videos.is_stream else []
         rows.append((stage, text, ", ".join([MEANINGS[stage], *captions, *steps, *memory])))
