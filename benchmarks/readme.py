@@ -291,7 +291,7 @@ def few_steps(measured: dict[str, Any]) -> list[list[str]]:
             for part in shares
         ]
         known = [f"{row[part]['value']:.1f} ± {row[part]['error']:.1f}" if part in row else "" for part in decibels]
-        rows.append([name, *percent[:3], *known, *percent[3:]])
+        rows.append([name.replace(" 1 steps", " 1 step"), *percent[:3], *known, *percent[3:]])
     return rows
 
 
@@ -299,7 +299,7 @@ def rollout_speed(measured: dict[str, Any]) -> list[list[str]]:
     """Frames per second of rollouts by variant."""
     variants = {name: row for name, row in measured.items() if name not in ("machine", "long")}
     counts = list(next(iter(variants.values())))
-    rows = [["variant", *(f"{count} steps" for count in counts), "first frame"]]
+    rows = [["variant", *(f"{count} step{'s' * (count != '1')}" for count in counts), "first frame"]]
     for name, row in variants.items():
         rates = [f"{row[count]['frames/s']:.0f}" for count in counts]
         rows.append([name, *rates, f"{min(one['first'] for one in row.values()):.2f} s"])

@@ -115,6 +115,7 @@ SMALL = {
     "train/train_convlstm.py": f"{TRAINING} --num_score_clips 2 --model.channels [8]",
     "train/train_recognizer.py": f"{TRAINING} --test_clips 1 --model.channels [8]",
     "benchmarks/modelling_time.py": "--seconds 0.2 --entries single_frame --tasks color",
+    "benchmarks/few_steps.py": "--parts adherence --num-prompts 1 --steps 1",
     "benchmarks/moving_mnist.py": "--vae-minutes 0 --minutes 0 --num-samples 1",
 }
 
@@ -124,7 +125,7 @@ LINKS = {
     "docs/your_videos.md": {"my-videos": "clips", "FOLDER": ROOT / "vgen/checkpoints/shapes-64"},
 }
 # pages whose commands take seven seconds or more
-SLOW = ("evaluation.md", "known_frames.md", "moving_mnist.md", "training.md", "your_videos.md")
+SLOW = ("evaluation.md", "few_steps.md", "known_frames.md", "moving_mnist.md", "training.md", "your_videos.md")
 
 
 def blocks(page, *languages):

@@ -26,7 +26,7 @@ def test_dry_run_prints_the_resolved_settings_and_does_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "train/recipes").glob("*.yaml")))
 def test_recipes_are_settings_of_their_scripts(name):
-    scripts = {"text": "train_text_encoder", "distilled": "distill"}
+    scripts = {"text": "train_text_encoder", "distilled": "distill", "self-forced": "distill"}
     scripts |= {kind: f"train_{kind}" for kind in ("vae", "convlstm", "recognizer")}
     script = next((script for kind, script in scripts.items() if kind in name), "train_vdm")
     values = runpy.run_path(str(ROOT / f"train/{script}.py")).values()
