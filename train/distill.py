@@ -33,6 +33,8 @@ from vgen.models.compilation import compile_blocks
 from vgen.models.prompts import embed, tokenize
 from vgen.pipeline import VideoGenPipeline
 from vgen.sampling.options import RolloutOptions
+from vgen.sampling.rollout import new_state
+from vgen.sampling.sampler import storable
 from vgen.tasks.denoiser_training import (
     DenoiserConfig,
     evaluating,
@@ -305,7 +307,10 @@ class SelfForced:
                 f"{config.init} has no default of {', '.join(missing)}: set rollout={{{missing[0]}: ...}}"
             )
         options = options.resolve(pipe.config, pipe.denoiser.config, prompted=not pipe.is_unprompted)
-        self.forcing = SelfForcing(pipe.scheduler, pipe.config.sigmas, options, pipe.denoiser, config.rollout_loss)
+        chunks: Any = (options.first_chunk_size, options.chunk_size)
+        make_state = partial(new_state, options)
+        levels = [1 - index / config.num_inference_steps for index in range(config.num_inference_steps)]
+        self.forcing = SelfForcing(pipe.scheduler, levels, pipe.denoiser, chunks, make_state, config.rollout_loss)
         self.config, self.student, self.teacher = config, student, teacher
         if config.train_only == "lora":  # the critic is another adapter of the same weights
             frozen = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
@@ -405,9 +410,8 @@ def use_few_steps(pipe: VideoGenPipeline, config: DistillConfig) -> None:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.level_shift, stochastic_sampling=True)
     few: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0}
     own = {name: value for name, value in pipe.config.rollout_defaults.items() if name not in few}
-    pipe.register_to_config(
-        **few, rollout_defaults=own, guidance_scale_2=None, sigmas=[1 - index / steps for index in range(steps)]
-    )
+    levels = storable([1 - index / steps for index in range(steps)])
+    pipe.register_to_config(**few, rollout_defaults=own, guidance_scale_2=None, sigmas=levels)
 
 
 def with_and_without_prompts(

@@ -96,6 +96,7 @@ from vgen.sampling.sampler import (
     draw_noise,
     latent_shape,
     num_steps,
+    storable,
 )
 from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
@@ -215,14 +216,14 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             "guidance_scale": guidance_scale,
             "max_sequence_length": max_sequence_length,
             "rollout_defaults": rollout_defaults,
-            "sigmas": None if sigmas is None else [float(one) for one in _custom_steps(None, sigmas)["sigmas"]],
+            "sigmas": None if sigmas is None else storable(_custom_steps(None, sigmas)["sigmas"]),
             "boundary_ratio": boundary_ratio,
             "guidance_scale_2": guidance_scale_2,
             "expand_timesteps": expand_timesteps,
             "negative_prompt": negative_prompt,
         }
         if sigmas is not None and num_inference_steps is None:
-            given["num_inference_steps"] = len(sigmas)
+            given["num_inference_steps"] = sum(level > 0 for level in sigmas)
         network = transformer if unet is None else unet
         defaults = {} if network is None else _DEFAULTS_OF.get(network, {})
         defaults = _DEFAULTS | defaults | {name: value for name, value in given.items() if value is not None}
@@ -1533,7 +1534,9 @@ def _check_experts(
         for network in (transformer, low_noise)
         if network is not None
     ]
-    wrong = sorted(name for name in configs[0] if name[:1] != "_" and configs[0][name] != configs[-1][name])
+    free = ("group_modes",)  # what each was trained with
+    names = (name for name in configs[0] if name[:1] != "_" and name not in free)
+    wrong = sorted(name for name in names if configs[0][name] != configs[-1][name])
     if transformer is None or wrong:
         raise ValueError(
             f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}"

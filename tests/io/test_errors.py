@@ -78,7 +78,7 @@ WRONG = {
     "train/train_vae.py": (["--output_dir=out", "--batch_size=0"], "batch_size must be at least 1, got 0"),
     "train/train_vdm.py": (["--output_dir=out", "--latents_dir=a", "--ema_decay=2"], "ema_decay must be in [0, 1)"),
     "train/train_text_encoder.py": (["--output_dir=out", "--keep_last=0"], "keep_last must be at least 1"),
-    "train/distill.py": (["--output_dir=out", "--latents_dir=a"], "distillation needs a teacher: pass init"),
+    "train/distill.py": (["--output_dir=out", "--latents_dir=a"], "needs a pipeline to start from: pass init"),
     "train/train_convlstm.py": (["--output_dir=out", "--save_every=0"], "save_every must be at least 1"),
     "train/train_recognizer.py": (["--output_dir=out", "--mixup=-1"], "mixup must be"),
     "pipelines/encode_latents.py": (["--output_dir=out", "--vae=missing", "--data=missing"], "missing"),

@@ -88,7 +88,13 @@ def test_another_number_of_steps_takes_levels_between_those_of_the_checkpoint():
     assert resampled([1.0, 0.5], 4) == [1.0, 0.75, 0.5, 0.25]
     assert resampled([1.0, 0.757, 0.522], 3) == [1.0, 0.757, 0.522]
     assert resampled([1.0, 0.9, 0.6], 6) == pytest.approx([1.0, 0.95, 0.9, 0.75, 0.6, 0.3])
-    assert resampled([1.0], 1) == [1.0]
+    assert resampled([1.0], 1) == resampled([1.0, 0.0], 1) == [1.0] and resampled([1.0, 0.0], 2) == [1.0, 0.5]
+
+
+def test_a_pipeline_of_one_step_is_saved_and_loaded(pipe, tmp_path):
+    VideoGenPipeline(pipe.scheduler, transformer=pipe.transformer, sigmas=[1.0]).save_pretrained(tmp_path)
+    again = VideoGenPipeline.from_pretrained(tmp_path)
+    assert again.config.num_inference_steps == 1 and resampled(again.config.sigmas, 1) == [1.0]
 
 
 def test_the_levels_of_a_checkpoint_are_used(pipe, recorded, tmp_path):

@@ -85,6 +85,7 @@ def launch_processes(python, command, processes, accelerate):
 
 def launch_here(command):
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", command)
         patch.setenv("ACCELERATE_USE_CPU", "true")

@@ -1,6 +1,7 @@
 """Self forcing against the pipeline's own rollouts, and its loss against a closed form."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as euler
 
 from vgen.sampling.options import RolloutOptions
+from vgen.sampling.rollout import new_state
 from vgen.training.objective import PromptedDenoiser
 from vgen.training.self_forcing import Plan, SelfForcing, matching_loss
 
@@ -38,7 +40,8 @@ def pipe(request, randomize):
 @pytest.fixture
 def forcing(pipe):
     options = RolloutOptions(**ROLLOUT).resolve(pipe.config, pipe.denoiser.config, prompted=True)
-    return SelfForcing(pipe.scheduler, pipe.config.sigmas, options, pipe.denoiser)
+    state = partial(new_state, options)
+    return SelfForcing(pipe.scheduler, pipe.config.sigmas, pipe.denoiser, (1, options.chunk_size), state)
 
 
 def test_a_student_rolls_out_as_its_pipeline_does(pipe, forcing, monkeypatch):
@@ -83,7 +86,7 @@ def test_only_the_last_chunk_has_a_gradient(pipe, forcing, exit_step):
 
 
 def test_plans_have_whole_chunks_and_something_to_make(forcing):
-    forcing.options.chunk_size = 2
+    forcing.chunks = (1, 2)
     plans = [forcing.plan(6, 0.5, random.Random(seed)) for seed in range(300)]
     assert {plan.num_frames for plan in plans} == {1, 3, 5} and {plan.num_given for plan in plans} == {0, 1, 3}
     assert {(plan.last_begin, plan.num_frames) for plan in plans} == {(0, 1), (1, 3), (3, 5)}

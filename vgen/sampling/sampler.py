@@ -72,8 +72,15 @@ def num_steps(steps: int, strength: float) -> int:
     return min(int(steps * strength), steps)
 
 
+def storable(sigmas: Sequence[float]) -> list[float]:
+    """Noise levels for the config of a pipeline. A 0 follows a single one: diffusers cannot load lists of one item."""
+    levels = [float(level) for level in sigmas if level]
+    return levels if len(levels) > 1 else [*levels, 0.0]
+
+
 def resampled(sigmas: Sequence[float], steps: int) -> list[float]:
-    """Noise levels of another number of steps: evenly spaced along the given ones, which end at 0."""
+    """Noise levels of another number of steps: evenly spaced along the given ones, after which 0 follows."""
+    sigmas = [level for level in sigmas if level]
     if steps == len(sigmas):
         return list(sigmas)
     given = np.linspace(0, 1, len(sigmas) + 1)

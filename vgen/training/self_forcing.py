@@ -11,15 +11,14 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from einops import repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice
 from vgen.diffusion import flow_sample, level_to_timestep, shift_of
 from vgen.models.denoiser import fill_keyframes
-from vgen.sampling.options import RolloutOptions
-from vgen.sampling.rollout import new_state
-from vgen.sampling.sampler import draw_noise
+from vgen.temporal.state import TemporalState
 from vgen.training.objective import PromptedDenoiser
 
 RolloutLoss = Literal["distribution", "regression"]
@@ -83,8 +82,9 @@ class SelfForcing:
     Args:
         scheduler: The student's scheduler, of flow matching, with `stochastic_sampling`.
         sigmas: Noise levels of the student's steps, before the scheduler's shift.
-        options: Resolved options of its rollouts.
-        denoiser: Its denoiser.
+        denoiser: The student's denoiser.
+        chunks: Token frames of the first chunk and of each other one.
+        new_state: Makes the denoiser's state at the start of a video.
         loss: `distribution` compares with the teacher's score. `regression` compares with the true latents; it needs
             given frames and suits futures that follow from them.
 
@@ -98,13 +98,14 @@ class SelfForcing:
         self,
         scheduler: Any,
         sigmas: Sequence[float],
-        options: RolloutOptions,
         denoiser: Any,
+        chunks: tuple[int, int],
+        new_state: Callable[[], TemporalState],
         loss: RolloutLoss = "distribution",
     ):
         check_choice("rollout_loss", loss, RolloutLoss)
         scheduler.set_timesteps(sigmas=list(sigmas), device="cpu")
-        self.scheduler, self.options = scheduler, options
+        self.scheduler, self.chunks, self.new_state = scheduler, chunks, new_state
         self.levels: list[float] = scheduler.sigmas[:-1].tolist()
         """Noise levels of the steps."""
         self.patch_frames, self.loss_kind = denoiser.patch_size[0], loss
@@ -128,8 +129,7 @@ class SelfForcing:
 
     def _borders(self, length: int) -> list[int]:
         """Ends of the whole chunks in a number of token frames, of which the first chunk is always one."""
-        first, chunk = self.options.first_chunk_size, self.options.chunk_size
-        assert first is not None and chunk is not None
+        first, chunk = self.chunks
         return list(range(first, max(length, first) + 1, chunk))
 
     @torch.no_grad()
@@ -152,14 +152,14 @@ class SelfForcing:
             conditions: Prompts and all else that the denoiser is conditioned on.
             trained: The student for the last step of the last chunk, with a gradient; `None` computes none.
         """
-        k, state, begin = self.patch_frames, new_state(self.options), 0
+        k, state, begin = self.patch_frames, self.new_state(), 0
         parts: list[Tensor] = []
         for end in self._borders(plan.num_frames):
             if end <= plan.num_given:
                 chunk = given[:, :, begin * k : end * k]
             else:
                 shape = (*given.shape[:2], (end - begin) * k, *given.shape[3:])
-                noise = draw_noise(shape, generators, torch.float32).to(given.device)
+                noise = _noise(shape, generators, given.device)
                 options = conditions | {"state": state.frozen()}
                 if self.slots:
                     previous = parts[-1][:, :, -1] if parts else None
@@ -167,7 +167,7 @@ class SelfForcing:
                 call, chunk = partial(network, **options), noise
                 for step in range(plan.exit_step):
                     clean = self._clean(call, chunk, step)
-                    noise = draw_noise(shape, generators, torch.float32).to(given.device)
+                    noise = _noise(shape, generators, given.device)
                     chunk, _ = flow_sample(clean, noise, self._spread(self.levels[step + 1], chunk))
                 if end == plan.num_frames and trained is not None:
                     with torch.enable_grad():
@@ -189,7 +189,7 @@ class SelfForcing:
         even, shift = LOWEST_LEVEL + (HIGHEST_LEVEL - LOWEST_LEVEL) * even, shift_of(self.scheduler)
         made = torch.arange(n, device=video.device) >= plan.num_given
         levels = (shift * even / (1 + (shift - 1) * even))[:, None] * made
-        noise = draw_noise(tuple(video.shape), generators, torch.float32).to(video.device)
+        noise = _noise(tuple(video.shape), generators, video.device)
         noisy, velocity = flow_sample(video, noise, levels)
         return Noised(noisy, levels, level_to_timestep(self.scheduler, levels), velocity, made.expand(b, -1))
 
@@ -223,3 +223,7 @@ def matching_loss(video: Tensor, fake: Tensor, real: Tensor, counted: Tensor) ->
     distance = average((video.detach() - real).abs()).clamp_min(1e-6)
     gradient = (fake - real) / distance[:, None, None, None, None]
     return 0.5 * average((video - (video.detach() - gradient)).square())
+
+
+def _noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:
+    return randn_tensor(shape, generators, generators[0].device, torch.float32).to(device)
