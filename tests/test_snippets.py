@@ -222,7 +222,7 @@ def checkout(folder, tiny, page, request):
             shutil.copy(folder / "clip.mp4", folder / name)
     if page.name == "moving_mnist.md":
         prepare_moving_mnist(folder)
-    if page.name == "modelling_time.md":
+    if page.name in ("few_steps.md", "modelling_time.md"):
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
         (folder / "docs/results").mkdir(parents=True)
     return folder
