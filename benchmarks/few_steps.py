@@ -34,7 +34,7 @@ from shapes import generated
 from vgen.data.captions import caption
 from vgen.data.shapes import ShapesWorld, make_scene, render
 from vgen.io.pixels import to_frames
-from vgen.metrics.prompt import adherence, check
+from vgen.metrics.prompt import check
 from vgen.metrics.suites import WORLD_SEED
 from vgen.pipeline import VideoGenPipeline
 
@@ -113,7 +113,7 @@ def measure_adherence(pipe: VideoGenPipeline, steps: int, args: argparse.Namespa
         scenes = [world.scene(index) for index in range(args.num_prompts)]
         videos = generated(pipe, [world.caption(index) for index in range(args.num_prompts)], groups, options)
         scores[f"adherence, {name}"] = share(
-            [adherence([video], [scene])["correct"] == 1 for video, scene in zip(videos, scenes, strict=True)]
+            [check(video, scene).correct for video, scene in zip(videos, scenes, strict=True)]
         )
         if name == "seen":
             true = motion_energy(render(scenes, num_frames=pipe.config.num_frames))

@@ -34,7 +34,7 @@ from vgen.models.prompts import embed, tokenize
 from vgen.pipeline import VideoGenPipeline
 from vgen.sampling.options import RolloutOptions
 from vgen.sampling.rollout import new_state
-from vgen.sampling.sampler import storable
+from vgen.sampling.sampler import resampled, storable
 from vgen.tasks.denoiser_training import (
     DenoiserConfig,
     evaluating,
@@ -178,7 +178,7 @@ def main(config: DistillConfig) -> None:
 
     result = "lora" if config.train_only == "lora" else "pipeline"
     option = f"--model {config.init} --lora" if result == "lora" else "--model"
-    save = partial(save_result, pipe, pipe.denoiser_name, denoiser, config)
+    save = partial(save_result, pipe, pipe.denoiser_name, config)
     run.end(save, result, f"vgen rollout PROMPT {option} {{}} -o video.mp4")
 
 
@@ -210,7 +210,7 @@ class Teacher:
         config: Settings of the run.
 
     Raises:
-        ValueError: The teacher is none of flow matching, or has another VAE, text encoder or kind of denoiser.
+        ValueError: The teacher does not use flow matching, or has another VAE, text encoder or kind of denoiser.
     """
 
     def __init__(self, pipe: VideoGenPipeline, config: DistillConfig):
@@ -221,7 +221,8 @@ class Teacher:
         self.scale = source.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.denoiser: Any = None
         if config.teacher is not None or config.train_only != "lora":
-            self.denoiser = copy.deepcopy(source.denoiser).requires_grad_(False).eval()
+            denoiser = copy.deepcopy(source.denoiser) if source is pipe else source.denoiser
+            self.denoiser = denoiser.requires_grad_(False).eval()
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher's own denoiser to a device."""
@@ -309,7 +310,7 @@ class SelfForced:
         options = options.resolve(pipe.config, pipe.denoiser.config, prompted=not pipe.is_unprompted)
         chunks: Any = (options.first_chunk_size, options.chunk_size)
         make_state = partial(new_state, options)
-        levels = [1 - index / config.num_inference_steps for index in range(config.num_inference_steps)]
+        levels = resampled(pipe.config.sigmas, config.num_inference_steps)
         self.forcing = SelfForcing(pipe.scheduler, levels, pipe.denoiser, chunks, make_state, config.rollout_loss)
         self.config, self.student, self.teacher = config, student, teacher
         if config.train_only == "lora":  # the critic is another adapter of the same weights
@@ -325,7 +326,7 @@ class SelfForced:
         rng = random.Random(f"{self.config.seed} {step}")
         plan = forcing.plan(batch["levels"].shape[1], known.get("leading", 0) / sum(known.values()), rng)
         sources = generators(self.config.seed + 1, step, part)
-        prompts = self._without_other_conditions(prompts)
+        conditions = self._kept(prompts.conditions)
         trains_critic = forcing.loss_kind == "distribution" and (step + 1) % (self.config.critic_steps + 1) != 0
 
         def student(*arguments: Any, **conditions: Any) -> Tensor:
@@ -338,7 +339,7 @@ class SelfForced:
             return run.network(name, *arguments, **conditions)
 
         video = forcing.roll_out(
-            student, batch["latents"], plan, sources, prompts.conditions, None if trains_critic else trained
+            student, batch["latents"], plan, sources, conditions, None if trains_critic else trained
         )
         last = torch.arange(plan.num_frames, device=video.device).expand(len(video), -1) >= plan.last_begin
         if forcing.loss_kind == "regression":
@@ -346,29 +347,27 @@ class SelfForced:
             return denoising_loss(video, true, (last & batch["real"][:, : plan.num_frames]).float())
         noised = forcing.noised(video.detach(), plan, sources)
         if trains_critic:
-            velocity = trained(noised.latents, noised.timestep, **prompts.conditions)
+            velocity = trained(noised.latents, noised.timestep, **conditions)
             return denoising_loss(velocity, noised.velocity, noised.made.float())
+        empty = None if prompts.empty is None else self._kept(prompts.empty)
         with torch.no_grad(), run.accelerator.autocast():
-            fake = self.trained.critic(noised.latents, noised.timestep, **prompts.conditions)
-            real = self.teacher(self.student, noised.latents, noised.timestep, prompts)
+            fake = self.trained.critic(noised.latents, noised.timestep, **conditions)
+            real = self.teacher(
+                self.student, noised.latents, noised.timestep, Prompted(conditions, empty, prompts.prompted)
+            )
         fake, real = (clean_estimate(noised.latents, noised.levels, velocity) for velocity in (fake, real))
         return matching_loss(video, fake, real, last)
 
-    def _without_other_conditions(self, prompts: Prompted) -> Prompted:
+    @torch.no_grad()
+    def _kept(self, conditions: dict[str, Any]) -> dict[str, Any]:
         """Embedded prompts and the frame rate, because what a student has made sets everything else."""
-
-        @torch.no_grad()
-        def kept(conditions: dict[str, Any]) -> dict[str, Any]:
-            some: dict[str, Any] = {
-                name: conditions[name] for name in ("prompt_embeds", "frame_rate") if name in conditions
-            }
-            if "input_ids" in conditions:
-                encoder = self.student.text_encoder
-                some["prompt_embeds"] = embed(encoder, conditions["input_ids"], conditions["prompt_mask"])
-            return some
-
-        empty = None if prompts.empty is None else kept(prompts.empty)
-        return Prompted(kept(prompts.conditions), empty, prompts.prompted)
+        kept: dict[str, Any] = {
+            name: conditions[name] for name in ("prompt_embeds", "frame_rate") if name in conditions
+        }
+        if "input_ids" in conditions:
+            encoder = self.student.text_encoder
+            kept["prompt_embeds"] = embed(encoder, conditions["input_ids"], conditions["prompt_mask"])
+        return kept
 
 
 def check_teacher(pipe: VideoGenPipeline, teacher: VideoGenPipeline, name: str) -> None:

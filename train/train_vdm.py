@@ -63,7 +63,7 @@ from vgen.training.sample import (
 
 EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 """The component of each expert."""
-RECORDED = ("tasks", "trained_token_frames", "trained_frame_rates")
+RECORDED = ("tasks", "group_modes", "trained_token_frames", "trained_frame_rates")
 """What training writes to the denoiser's config."""
 
 
@@ -219,7 +219,7 @@ def main(config: VDMConfig) -> None:
         run.save()
 
     name = EXPERTS.get(str(config.expert), pipe.denoiser_name)
-    save = partial(save_result, pipe, name, denoiser, config)
+    save = partial(save_result, pipe, name, config)
     command = "vgen animate IMAGE PROMPT" if takes_images else "vgen generate PROMPT"
     if config.train_only == "lora" and config.expert == "low_noise":
         run.end(save, "lora", f"{command} --model {config.init} --lora-low-noise {{}} -o video.mp4")

@@ -414,13 +414,13 @@ def info(
 
             _print_rows(describe_video(path), source)
             return
-        config = Path(locate(source), "config.json")
-        if config.is_file() and '"Recognizer"' in config.read_text(errors="replace"):
-            from vgen.recognition import load_recognizer
+        if Path(locate(source), "config.json").is_file():
+            from vgen.recognition.recognizer import is_recognizer, load_recognizer
             from vgen.tasks.information import describe_recognizer
 
-            _print_rows(describe_recognizer(load_recognizer(source)), source)
-            return
+            if is_recognizer(source):
+                _print_rows(describe_recognizer(load_recognizer(source)), source)
+                return
         find_checkpoint(source)
         from vgen.tasks.information import describe_pipeline
 

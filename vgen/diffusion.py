@@ -112,6 +112,11 @@ def shift_of(scheduler: Any) -> float:
     return settings.get("shift", settings.get("flow_shift", 1.0))
 
 
+def shifted(levels: Tensor, shift: float) -> Tensor:
+    """Noise levels in [0, 1], moved toward noise by a shift above 1."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
 def level_to_timestep(scheduler: Any, levels: Tensor) -> Tensor:
     """Timesteps of noise levels in [0, 1], of the same shape.
 

@@ -1534,9 +1534,7 @@ def _check_experts(
         for network in (transformer, low_noise)
         if network is not None
     ]
-    free = ("group_modes",)  # what each was trained with
-    names = (name for name in configs[0] if name[:1] != "_" and name not in free)
-    wrong = sorted(name for name in names if configs[0][name] != configs[-1][name])
+    wrong = sorted(name for name in configs[0] if name[:1] != "_" and configs[0][name] != configs[-1][name])
     if transformer is None or wrong:
         raise ValueError(
             f"transformer_2 must have the config of transformer; see {wrong[0] if wrong else 'transformer'}"

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 """Errors whose message tells the user what to do."""
@@ -30,6 +31,18 @@ def one_line(text: str) -> str:
 def printable(text: str) -> str:
     """A text with escapes for what cannot be encoded, because names of files need not be Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """Only lets errors of a logger of another library through."""
+    other = getLogger(name)
+    level = other.level
+    other.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        other.setLevel(level)
 
 
 @contextmanager

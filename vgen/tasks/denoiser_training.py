@@ -19,6 +19,7 @@ from torch import Tensor
 from vgen.data.latents import LatentSet
 from vgen.data.shapes import ShapesWorld
 from vgen.io.atomic import atomic_directory
+from vgen.io.errors import without_warnings
 from vgen.io.pixels import from_pt, to_uint8
 from vgen.io.records import read_json
 from vgen.metrics.prompt import adherence
@@ -27,7 +28,6 @@ from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.pipeline import VideoGenPipeline
 from vgen.temporal.attention import widest_mode
-from vgen.training.logs import without_warnings
 from vgen.training.run import copy_of
 from vgen.training.sample import SampleConfig, Source, record_tasks, supported_config
 
@@ -212,22 +212,19 @@ def add_adapter(denoiser: Any, config: DenoiserConfig) -> None:
     denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets))
 
 
-def save_result(
-    pipe: VideoGenPipeline, name: str, denoiser: Any, config: DenoiserConfig, weights: dict[str, Tensor] | None
-) -> None:
+def save_result(pipe: VideoGenPipeline, name: str, config: DenoiserConfig, weights: dict[str, Tensor] | None) -> None:
     """Saves the pipeline, or only the adapters.
 
     Args:
         pipe: The pipeline.
         name: The component that was trained.
-        denoiser: This component.
         config: Settings of the run.
         weights: The gathered weights of a sharded network; `None` if it is whole.
     """
     if weights is not None:
         use_whole(pipe, name, weights)
     if config.train_only == "lora":
-        save_adapter(pipe, denoiser, config)
+        save_adapter(pipe, getattr(pipe, name), config)
         return
     with (
         atomic_directory(config.output_dir / "pipeline") as folder,

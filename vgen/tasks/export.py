@@ -7,7 +7,6 @@ the next one.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.export import Dim
 
 from vgen.checks import check_choice
 from vgen.hub import find_checkpoint, locate
+from vgen.io.errors import without_warnings
 from vgen.models.vae import CausalVideoVAE
 from vgen.pipeline import VideoGenPipeline
 from vgen.recognition.recognizer import Recognizer, load_recognizer
@@ -290,7 +290,7 @@ def write_onnx(graph: Graph, path: Path) -> dict[str, list[Any]]:
         {axis: Dim.AUTO if axis == 2 else Dim.DYNAMIC for axis in graph.dynamic[name]} for name in graph.inputs
     ]
     shapes += [{axis: Dim.DYNAMIC for axis in graph.state_axes[key]} for key in graph.given]
-    with warnings.catch_warnings(), _without_warnings("torch.onnx"):
+    with warnings.catch_warnings(), without_warnings("torch.onnx"):
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -319,17 +319,3 @@ def _lengths(shape: list[Any]) -> list[Any]:
     """Lengths, and instead of the exporter's symbols the names of what those count that may differ."""
     names = ("batch", "channels", "frames", "height", "width") if len(shape) == 5 else ("batch", "tokens", "width")
     return [side if isinstance(side, int) else names[axis] for axis, side in enumerate(shape)]
-
-
-class _without_warnings:
-    """Silences the warnings of a logger."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)

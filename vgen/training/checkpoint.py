@@ -30,11 +30,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vgen.io.atomic import atomic_directory, partial_path, remove_directory, writing
-from vgen.io.errors import one_line
+from vgen.io.errors import one_line, without_warnings
 from vgen.io.records import check_seal, read_json, seal
 from vgen.processes import from_main_process
 from vgen.training.best import BestWeights
-from vgen.training.logs import without_warnings
 
 logger = logging.get_logger(__name__)
 

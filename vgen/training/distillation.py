@@ -13,7 +13,7 @@ from einops import repeat
 from torch import Tensor
 
 from vgen.checks import check_choice, check_integer
-from vgen.diffusion import flow_sample, is_flow, level_to_timestep, shift_of
+from vgen.diffusion import flow_sample, is_flow, level_to_timestep, shift_of, shifted
 
 Loss = Literal["huber", "squared"]
 HUBER = 0.00054
@@ -60,8 +60,8 @@ class ConsistencyObjective:
         if not is_flow(scheduler):
             raise ValueError(f"distillation needs a teacher of flow matching, got a {type(scheduler).__name__}")
         self.scheduler, self.loss_kind = scheduler, loss
-        even, shift = torch.linspace(0, 1, num_levels + 1, dtype=torch.float64), shift_of(scheduler)
-        self.grid = (shift * even / (1 + (shift - 1) * even)).float()
+        even = torch.linspace(0, 1, num_levels + 1, dtype=torch.float64)
+        self.grid = shifted(even, shift_of(scheduler)).float()
         """Levels in ascending order, from 0 to 1."""
 
     def pair(

@@ -7,9 +7,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from logging import ERROR, getLogger
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,6 @@ from vgen.data.video_writer import write_video
 from vgen.io.errors import describe
 
 logger = logging.get_logger(__name__)
-
-
-@contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """Only lets errors of a logger of another library through."""
-    other = getLogger(name)
-    level = other.level
-    other.setLevel(ERROR)
-    try:
-        yield
-    finally:
-        other.setLevel(level)
 
 
 class Logs:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vgen.checks import check_choice
+from vgen.diffusion import shifted
 
 LevelKind = Literal["shared", "group", "independent"]
 
@@ -51,10 +52,10 @@ def draw_levels(
         ends = torch.special.ndtr((ends - mean) / std)
         shares = ends[0] + (ends[1] - ends[0]) * torch.rand(len(groups), generator=generator, dtype=torch.float64)
         draws = torch.sigmoid(mean + std * torch.special.ndtri(shares))
-        draws = (shift * draws / (1 + (shift - 1) * draws)).clamp(low, high).float()
+        draws = shifted(draws, shift).clamp(low, high).float()
     else:
         draws = torch.sigmoid(mean + std * torch.randn(len(groups), generator=generator))
-        draws = shift * draws / (1 + (shift - 1) * draws)
+        draws = shifted(draws, shift)
     if kind == "shared":
         return draws[:1].expand(len(groups))
     return draws[groups.unique(return_inverse=True)[1]] if kind == "group" else draws

@@ -16,7 +16,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice
-from vgen.diffusion import flow_sample, level_to_timestep, shift_of
+from vgen.diffusion import flow_sample, level_to_timestep, shift_of, shifted
 from vgen.models.denoiser import fill_keyframes
 from vgen.temporal.state import TemporalState
 from vgen.training.objective import PromptedDenoiser
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     """What all samples of a step have in common."""
 
     num_given: int
-    """Number of given token frames, 0 or a multiple of the chunk."""
+    """Number of given token frames: none, or whole chunks."""
     num_frames: int
     """Token frames of the video, of which the last chunk is trained."""
     exit_step: int
@@ -186,9 +186,9 @@ class SelfForcing:
         """A clean video with noise of one level on all frames but the given ones."""
         b, n = len(video), plan.num_frames
         even = torch.cat([torch.rand(1, generator=one) for one in generators]).to(video.device)
-        even, shift = LOWEST_LEVEL + (HIGHEST_LEVEL - LOWEST_LEVEL) * even, shift_of(self.scheduler)
+        even = LOWEST_LEVEL + (HIGHEST_LEVEL - LOWEST_LEVEL) * even
         made = torch.arange(n, device=video.device) >= plan.num_given
-        levels = (shift * even / (1 + (shift - 1) * even))[:, None] * made
+        levels = shifted(even, shift_of(self.scheduler))[:, None] * made
         noise = _noise(tuple(video.shape), generators, video.device)
         noisy, velocity = flow_sample(video, noise, levels)
         return Noised(noisy, levels, level_to_timestep(self.scheduler, levels), velocity, made.expand(b, -1))
