@@ -313,12 +313,16 @@ class SelfForced:
         levels = resampled(pipe.config.sigmas, config.num_inference_steps)
         self.forcing = SelfForcing(pipe.scheduler, levels, pipe.denoiser, chunks, make_state, config.rollout_loss)
         self.config, self.student, self.teacher = config, student, teacher
-        if config.train_only == "lora":  # the critic is another adapter of the same weights
-            frozen = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
-            critic = copy.deepcopy(student.denoiser, frozen)
+        critic = None if config.rollout_loss == "regression" else self._make_critic()
+        self.trained = StudentAndCritic(student, critic)
+
+    def _make_critic(self) -> PromptedDenoiser:
+        if self.config.train_only == "lora":  # another adapter of the same weights
+            frozen = {id(weight): weight for weight in self.student.parameters() if not weight.requires_grad}
+            critic = copy.deepcopy(self.student.denoiser, frozen)
         else:
-            critic = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-        self.trained = StudentAndCritic(student, PromptedDenoiser(critic, student.text_encoder))
+            critic = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
+        return PromptedDenoiser(critic, self.student.text_encoder)
 
     def losses(self, run: Run, step: int, part: slice, batch: dict[str, Any], prompts: Prompted) -> Tensor:
         """The losses `(b,)` of a part of a batch, of the student or of its critic."""
@@ -351,7 +355,7 @@ class SelfForced:
             return denoising_loss(velocity, noised.velocity, noised.made.float())
         empty = None if prompts.empty is None else self._kept(prompts.empty)
         with torch.no_grad(), run.accelerator.autocast():
-            fake = self.trained.critic(noised.latents, noised.timestep, **conditions)
+            fake = self.trained("critic", noised.latents, noised.timestep, **conditions)
             real = self.teacher(
                 self.student, noised.latents, noised.timestep, Prompted(conditions, empty, prompts.prompted)
             )

@@ -63,8 +63,7 @@ def describe_recognizer(network: Any) -> list[tuple[str, str, str]]:
     """Name, value and meaning of a recognizer's settings."""
     config = network.config
     return [
-        ("name", config.name, "The kind of network."),
-        ("parameters", f"{sum(one.numel() for one in network.parameters()) / 1e6:.2f}M", "Number of its weights."),
+        ("name", config.name + _parameters(network), "The kind of network, and the number of its weights."),
         ("num_frames", str(config.num_frames), "Frames of a clip that it reads at once."),
         ("image_size", str(config.image_size), "Height and width of the frames, in pixels."),
         (

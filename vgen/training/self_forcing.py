@@ -33,16 +33,16 @@ class StudentAndCritic(nn.Module):
 
     Args:
         student: The student, with its text encoder.
-        critic: Follows the distribution of the student's videos.
+        critic: Follows the distribution of the student's videos; `None` for `regression`.
     """
 
-    def __init__(self, student: PromptedDenoiser, critic: PromptedDenoiser):
+    def __init__(self, student: PromptedDenoiser, critic: PromptedDenoiser | None):
         super().__init__()
         self.student, self.critic = student, critic
 
     def forward(self, name: Literal["student", "critic"], *args: Any, **kwargs: Any) -> Tensor:
         """Calls one of them."""
-        return (self.student if name == "student" else self.critic)(*args, **kwargs)
+        return getattr(self, name)(*args, **kwargs)
 
 
 class Plan(NamedTuple):
