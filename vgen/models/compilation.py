@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ def compile_blocks(network: Any) -> None:
     network.compile_repeated_blocks(dynamic=False)
 
 
+def separate_compiled_code() -> None:
+    """Stores compiled code separately for each set of instructions, unless the user has chosen PyTorch's cache folder.
+
+    PyTorch finds some of the code in its cache without regard to them: loops for AVX2 in code for AVX512 crash.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    default = default_cache_dir()
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) == default:  # PyTorch sets the variable itself
+        instructions = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default}_{instructions}"
+
+
 class RecordsCompilation:
     """Records whether a network was compiled with CUDA graphs. A mixin that must precede diffusers' `ModelMixin`."""
 
@@ -40,6 +54,7 @@ class RecordsCompilation:
         super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
 
     def _record(self, kwargs: dict[str, Any]) -> None:
+        separate_compiled_code()
         options = kwargs.get("options") or {}
         self.uses_cuda_graphs = kwargs.get("mode") in ("reduce-overhead", "max-autotune") or bool(
             options.get("triton.cudagraphs")
