@@ -26,10 +26,12 @@ FILLED, TIMED = 8, 60
 """Chunks until the window is full, and chunks that are timed."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "1 thread": {},
+    "overlap": {"overlap": True},
     "2 threads": {"threads": 2},
     "bfloat16": {"dtype": torch.bfloat16},
     "compiled": {"compiled": True},
     "tiny decoder": {"tiny": True},
+    "overlap, tiny decoder": {"overlap": True, "tiny": True},
     "compiled, tiny decoder": {"compiled": True, "tiny": True},
 }
 
@@ -66,7 +68,9 @@ def begin(model: str, steps: int, variant: str) -> Any:
         pipe.to(chosen["dtype"])
     if chosen.get("compiled"):
         pipe.denoiser.compile_repeated_blocks(dynamic=False)
-    options: dict[str, Any] = {"decoder": load_tiny_vae(model)} if chosen.get("tiny") else {}
+    options: dict[str, Any] = {"overlap": chosen.get("overlap", False)}
+    if chosen.get("tiny"):
+        options["decoder"] = load_tiny_vae(model)
     generator = torch.Generator().manual_seed(0)
     return pipe.rollout(PROMPT, generator=generator, num_inference_steps=steps, guidance_scale=1.0, **options)
 

@@ -101,6 +101,12 @@ def warn_if_slow(device: torch.device, precision: str, setting: str) -> None:
         logger.warning(f"{name} takes {ratio:.1f} times as long as float32 on this processor: pass {setting}")
 
 
+def has_idle_cores() -> bool:
+    """Whether this process may use more cores than PyTorch has threads."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return torch.get_num_threads() < (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
 def limit_threads(operations: float) -> int:
     """Chooses PyTorch's number of threads in this process: as many as have enough work, at most one for each core.
 

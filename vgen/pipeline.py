@@ -43,6 +43,7 @@ from vgen.io.fingerprint import fingerprint_components
 from vgen.io.pixels import from_uint8, is_batch, size_text, stream_clips, to_clips, to_frames, to_uint8
 from vgen.io.preview import animations_html
 from vgen.io.records import read_json
+from vgen.machine import has_idle_cores
 from vgen.models.convert.networks import WAN_PIPELINES, check_wan, defaults_of, from_wan_index, with_same_weights
 from vgen.models.image_encoder import embed_images
 from vgen.models.image_vae import PerFrameVAE, as_video_vae
@@ -84,7 +85,16 @@ from vgen.sampling.known_frames import (
 from vgen.sampling.options import InterpolationOptions, RolloutOptions, accepts
 from vgen.sampling.prompts import PromptSchedule, check_prompts, fill_empty_prompts, has_prompt, is_single
 from vgen.sampling.rollout import FORMAT as ROLLOUT
-from vgen.sampling.rollout import FrameType, Hooks, Rollout, RolloutState, locked_rollout, new_state, read_record
+from vgen.sampling.rollout import (
+    FrameType,
+    Hooks,
+    Overlap,
+    Rollout,
+    RolloutState,
+    locked_rollout,
+    new_state,
+    read_record,
+)
 from vgen.sampling.sampler import (
     Generators,
     LowNoise,
@@ -745,6 +755,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         output_type: FrameType = "uint8",
+        overlap: Overlap = False,
         options: RolloutOptions | None = None,
         **overrides: Any,
     ) -> Rollout | CoarseToFine:
@@ -772,6 +783,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback receives.
             output_type: What iterating yields: `uint8` arrays `(n, h, w, 3)`, or `np`, `pil` or `pt`; with a leading
                 axis for several videos.
+            overlap: Whether a second thread denoises the next chunk while one is decoded and used; see `Rollout`.
+                `auto` means on a CPU with idle cores, where it is faster. It has no effect with callbacks, with a
+                keyframe interval, or if the context is not cached.
             options: A `RolloutOptions`, whose fields are also arguments.
             overrides: Fields of `RolloutOptions`; they take precedence over those of `options`.
 
@@ -828,6 +842,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 attention_kwargs=attention_kwargs,
             )
         check_choice("output_type", output_type, FrameType)
+        check_choice("overlap", overlap, Overlap)
         if num_frames is not None:
             check_integer("num_frames", num_frames, minimum=1)
         if guidance.uses_weak_history and not is_flow(self.scheduler):
@@ -873,7 +888,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             warn_unlike_training(self.video_vae, first[:, :, 0], sampler.device)
             clips = itertools.chain([first], clips)
         if interval == 1:
-            rollout = Rollout(sampler, state, hooks, output_type)
+            rollout = Rollout(sampler, state, hooks, output_type, _overlaps(overlap, sampler.device))
             rollout.take(clips)
             return rollout
         return begin_coarse_to_fine(sampler, state, hooks, output_type, next(iter(clips), None))
@@ -1488,6 +1503,7 @@ def load_rollout(
     callback_on_step_end: Callback | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     output_type: FrameType = "uint8",
+    overlap: Overlap = False,
 ) -> Rollout | CoarseToFine:
     """Continues a rollout where `save` was called; on the CPU, with the same versions, bit for bit.
 
@@ -1499,12 +1515,14 @@ def load_rollout(
         callback_on_step_end: As in `VideoGenPipeline.rollout`.
         callback_on_step_end_tensor_inputs: As in `VideoGenPipeline.rollout`.
         output_type: As in `VideoGenPipeline.rollout`.
+        overlap: As in `VideoGenPipeline.rollout`.
 
     Raises:
         ValueError: The folder contains no rollout, or one made with other networks or another scheduler. The error
             names them.
     """
     folder = Path(folder)
+    check_choice("overlap", overlap, Overlap)
     with locked_rollout(folder, read_only=True):
         is_coarse = read_record(folder, (ROLLOUT, COARSE_TO_FINE))["format"] == COARSE_TO_FINE
         device = pipe._execution_device
@@ -1512,8 +1530,12 @@ def load_rollout(
         sampler = pipe.sampler(Guidance.of(state.options, guider), decoder)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         hooks = pipe._hooks(state, sampler, callback_on_step_end, tensor_inputs)
-        rollout = Rollout(sampler, state, hooks, output_type)
+        rollout = Rollout(sampler, state, hooks, output_type, not is_coarse and _overlaps(overlap, device))
         return load_coarse_to_fine(folder, rollout) if is_coarse else rollout
+
+
+def _overlaps(overlap: Overlap, device: torch.device) -> bool:
+    return device.type == "cpu" and has_idle_cores() if overlap == "auto" else overlap
 
 
 def _check_experts(

@@ -5,14 +5,16 @@ Axes: `b` videos, `c` channels, `t h w` latent frames, rows and columns, `n` tok
 
 from __future__ import annotations
 
+import contextvars
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.utils import logging
@@ -41,6 +43,8 @@ Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
 """Maps a prompt, or a list of one per video, to its embeddings and those of the negative prompt."""
 FrameType = Literal["uint8", "np", "pil", "pt"]
 """What iterating over a rollout yields: uint8 arrays `(n, h, w, 3)`, or diffusers' `np`, `pil` and `pt`."""
+Overlap = Literal[False, True, "auto"]
+"""Whether a second thread denoises the next chunk of a rollout; `auto` means on a CPU with idle cores."""
 
 
 @dataclass(kw_only=True)
@@ -198,6 +202,15 @@ class Hooks:
     """Called when iterating ends."""
 
 
+class Ahead(NamedTuple):
+    """A chunk that was denoised before it was asked for."""
+
+    latents: Tensor
+    """Its latents `(b, c, t, h, w)`."""
+    generators: list[Tensor]
+    """States of the noise generators before it."""
+
+
 class VideoStream:
     """Base class of both kinds of rollouts: iterating calls `step` in a loop."""
 
@@ -268,10 +281,22 @@ class Rollout(VideoStream):
         state: State to continue from.
         hooks: Functions of the pipeline.
         frame_type: Type of the frames that iterating yields.
+        overlap: Whether a second thread denoises the next chunk while one is decoded and used. The result is the same.
+            A new prompt, `fork` and `save` discard what is ahead; call `settle` before changing anything else.
     """
 
-    def __init__(self, sampler: Sampler, state: RolloutState, hooks: Hooks, frame_type: FrameType = "uint8"):
+    def __init__(
+        self,
+        sampler: Sampler,
+        state: RolloutState,
+        hooks: Hooks,
+        frame_type: FrameType = "uint8",
+        overlap: bool = False,
+    ):
         self.sampler, self.state, self.hooks, self.frame_type = sampler, state, hooks, frame_type
+        self.overlap = overlap
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: Future[Ahead | None] | None = None
 
     @torch.no_grad()
     def step(self, prompt: Any = None, actions: Any = None) -> Tensor:
@@ -298,16 +323,34 @@ class Rollout(VideoStream):
         self.set_prompt()
         if state.options.context != "cached":
             self._compute_context()
-        clip = self._finish(self._denoise(), state.options.history_noise or 0.0)[:, :, state.num_given :]
+        latents, level = self._next_latents(), state.options.history_noise or 0.0
+        begin, end = state.num_given, self._count_frames(latents)
+        if state.num_frames is not None:
+            end = min(end, begin + state.num_frames - state.frames_done)
         state.num_given, state.keyframes = 0, {}
-        left = None if state.num_frames is None else state.num_frames - state.frames_done
-        clip = clip[:, :, :left]
-        state.frames_done += clip.shape[2]
-        return clip
+        state.frames_done += end - begin
+        if self._overlaps:
+            self._go_on(latents, level)
+            clip = self.sampler.decode(latents, state.decoder)
+        else:
+            clip = self._finish(latents, level)
+        return clip[:, :, begin:end]
+
+    def settle(self) -> None:
+        """Waits for the second thread of `overlap`, and discards the chunk that it has denoised ahead."""
+        future, self._ahead = self._ahead, None
+        if future is None:
+            return
+        self.sampler.interrupt = True
+        ahead = future.result()
+        self.sampler.interrupt = False
+        if ahead is not None:
+            self._rewind(ahead.generators)
 
     def fork(self) -> Rollout:
         """An independent copy that continues the same video. Both continue as if the other did not exist."""
-        return Rollout(self.sampler.copy(), self.state.copy(), self.hooks, self.frame_type)
+        self.settle()
+        return Rollout(self.sampler.copy(), self.state.copy(), self.hooks, self.frame_type, self.overlap)
 
     def save(self, folder: str | Path) -> None:
         """Writes everything needed to continue, except the weights, as JSON and safetensors, for `load_rollout`.
@@ -318,6 +361,7 @@ class Rollout(VideoStream):
         Raises:
             ValueError: The path exists and is not a saved rollout.
         """
+        self.settle()
         with saved_rollout(Path(folder)) as partial:
             self.state.save(partial, self.hooks.fingerprint())
 
@@ -327,6 +371,7 @@ class Rollout(VideoStream):
         due = state.schedule.due(state.frames_done)
         if state.prompt_embeds is not None and due == state.prompt:
             return
+        self.settle()
         before, state.prompt = state.prompt, due
         state.prompt_embeds, state.negative_prompt_embeds = self.hooks.encode(due)
         if not state.history:
@@ -352,6 +397,7 @@ class Rollout(VideoStream):
         Raises:
             ValueError: Some frames would be keyframes, and the checkpoint was not trained for keyframes.
         """
+        self.settle()
         self.set_prompt()
         sampler, grid = self.sampler, self.sampler.grid
         encoder_state, num_frames = TemporalState(), 0
@@ -390,8 +436,61 @@ class Rollout(VideoStream):
             attention_kwargs=state.attention_kwargs,
         )
 
-    def _denoise(self) -> Tensor:
-        """The latents of the next chunk."""
+    @property
+    def _overlaps(self) -> bool:
+        """Whether the next chunk can be denoised while this one is decoded."""
+        cached, watched = self.state.options.context == "cached", self.hooks.on_step is not None
+        autocast = torch.is_autocast_enabled(self.sampler.device.type)  # other threads do not inherit it
+        return self.overlap and cached and not (watched or autocast or self.is_done)
+
+    def _go_on(self, latents: Tensor, level: float) -> None:
+        """Remembers finished latents and denoises the next chunk, in a second thread."""
+        self._thread = self._thread or ThreadPoolExecutor(1, "vgen rollout")
+        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+        def remember_and_denoise() -> Ahead | None:
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference), torch.no_grad():
+                self._remember([(frame, level) for frame in latents.split(self.sampler.grid.patch_frames, dim=2)])
+                return self._denoise_ahead()
+
+        self._ahead = self._thread.submit(contextvars.copy_context().run, remember_and_denoise)
+
+    def _denoise_ahead(self) -> Ahead | None:
+        """The next chunk; `None` if its prompt is another one, or if it was interrupted."""
+        state = self.state
+        if state.schedule.due(state.frames_done) != state.prompt:
+            return None
+        before, steps = [source.get_state() for source in state.generators], 0
+
+        def count(index: int, timestep: Tensor, latents: Tensor, conditions: Conditions) -> tuple[Tensor, Conditions]:
+            nonlocal steps
+            steps += 1
+            return latents, conditions
+
+        latents = self._denoise(count)
+        if steps == self.sampler.num_timesteps:
+            return Ahead(latents, before)
+        self._rewind(before)
+        return None
+
+    def _rewind(self, states: list[Tensor]) -> None:
+        for source, before in zip(self.state.generators, states, strict=True):
+            source.set_state(before)
+
+    def _next_latents(self) -> Tensor:
+        """The latents of the next chunk, which may have been denoised already."""
+        future, self._ahead = self._ahead, None
+        ahead = None if future is None else future.result()
+        return self._denoise(self.hooks.on_step) if ahead is None else ahead.latents
+
+    def _count_frames(self, latents: Tensor) -> int:
+        """Number of frames of the next latents."""
+        grid, count = self.sampler.grid, latents.shape[2]
+        return grid.compression * count if self.state.history else grid.num_frames(count)
+
+    def _denoise(self, on_step: OnStep | None) -> Tensor:
+        """Denoises the next chunk."""
         state, sampler, conditions = self.state, self.sampler, self._conditions
         frames = self._run_length * sampler.grid.patch_frames
         shape = latent_shape(sampler.denoiser, sampler.vae, len(conditions.prompt_embeds), frames, state.size)
@@ -408,7 +507,7 @@ class Rollout(VideoStream):
             steps,
             state.generator,
             state=state.denoiser,
-            on_step=self.hooks.on_step,
+            on_step=on_step,
             custom=custom,
             previous=state.history[-1][0][:, :, -1] if state.history else None,
         )

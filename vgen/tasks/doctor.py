@@ -117,7 +117,7 @@ def _frames_per_second(pipe: Any) -> float:
     pipe.set_progress_bar_config(disable=True)
     chunks = pipe.rollout(
         "a red circle moves right", num_frames=10_000, num_inference_steps=NUM_STEPS,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0), overlap="auto",
     )  # fmt: skip
     for _ in range(2):
         next(chunks)

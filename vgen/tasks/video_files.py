@@ -161,7 +161,7 @@ def predict_file(
                 yield fit.to_target(frame[None])[0]
 
         generator = torch.Generator().manual_seed(seed)
-        for chunk in pipe.rollout(prompt, given(), generator=generator, **options):
+        for chunk in pipe.rollout(prompt, given(), generator=generator, overlap="auto", **options):
             writer.append(fit.back(chunk))
     return _manifest_entries(writer, fit)
 
@@ -238,7 +238,8 @@ def rollout_file(
 ) -> dict[str, Any]:
     """Generates a video of any length without input frames; arguments as in `predict_file`."""
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    chunks = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
+    generator = torch.Generator().manual_seed(seed)
+    chunks = pipe.rollout(prompt, generator=generator, overlap="auto", **options)
     entries = {"task": "rollout", "prompt": prompt, "seed": seed} | _rollout_settings(pipe, prompt, options)
     with _writer(output, rate, written, {**(metadata or {}), **entries}, overwrite) as writer:
         for chunk in chunks:
@@ -283,11 +284,11 @@ def rollout_in_segments(
     if options.get("num_frames") is None:
         raise ValueError("num_frames must be set for a rollout in segments, got None")
     rate = options.get("frame_rate") or pipe.config.frame_rate
-    rollout = load_rollout(work / "state", pipe) if is_saved(work / "state") else None
+    rollout = load_rollout(work / "state", pipe, overlap="auto") if is_saved(work / "state") else None
     if rollout is None or not _has_segments(work, rollout.frames_done):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        rollout = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), **options)
+        rollout = pipe.rollout(prompt, generator=torch.Generator().manual_seed(seed), overlap="auto", **options)
     entries = {"task": "rollout", "prompt": prompt, "seed": seed} | _rollout_settings(pipe, prompt, options)
     while rollout.frames_done < options["num_frames"]:
         path = work / f"{rollout.frames_done:09d}.mp4"
