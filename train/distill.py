@@ -47,6 +47,7 @@ from vgen.tasks.denoiser_training import (
 )
 from vgen.training.distillation import ConsistencyObjective, Loss, clean_estimate, guided
 from vgen.training.feed import Feed
+from vgen.training.noise_levels import LevelDistribution
 from vgen.training.objective import PromptedDenoiser, denoising_loss
 from vgen.training.run import Run, config_text, generators, parse_config, start
 from vgen.training.sample import (
@@ -73,6 +74,8 @@ class DistillConfig(DenoiserConfig):
     it rolls out and learns from its own videos; it should start from the result of `consistency`."""
     teacher: str | None = None
     """Pipeline with the same VAE, text encoder and kind of denoiser; `None` means `init`."""
+    level_distribution: LevelDistribution = "uniform"
+    """How noise levels are drawn; `uniform` trains pure noise, where every video begins, as often as other levels."""
     num_levels: int = 32
     """Number of noise levels, as many as steps in which the teacher would make a video; for `consistency`."""
     guidance_scale: float | None = None

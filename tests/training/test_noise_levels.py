@@ -35,6 +35,21 @@ def test_shift_is_the_schedulers():
     assert torch.allclose(scheduler.sigmas[:-1], shifted.flatten().sort(descending=True).values, atol=1e-6)
 
 
+def test_uniform_levels_fall_equally_often_between_a_schedulers_steps():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    levels = draws("independent", distribution="uniform", shift=3.0).flatten()
+    counts = torch.histogram(levels, scheduler.sigmas.flip(0)).hist
+    assert (counts / len(levels) - 0.25).abs().max() < 0.02
+    high = draws("shared", 500, distribution="uniform", shift=3.0, between=(0.9, 1.0))
+    assert 0.9 <= high.min() < 0.91 and 0.99 < high.max() <= 1
+    assert draws("shared", 50, distribution="uniform").max() <= 1
+
+
 def test_an_unknown_kind_is_rejected():
     with pytest.raises(ValueError, match="'shared', 'group', 'independent'"):
         draw_levels("random", GROUPS, torch.Generator())
+    with pytest.raises(ValueError, match="'logit_normal', 'uniform'"):
+        draw_levels("shared", GROUPS, torch.Generator(), distribution="normal")

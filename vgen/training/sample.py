@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vgen.checks import check_integer, check_number, check_weights
+from vgen.checks import check_choice, check_integer, check_number, check_weights
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.diffusion import Prediction
 from vgen.io.fingerprint import encoder_digest, weights_digest
@@ -39,7 +39,7 @@ from vgen.training.mixture import (
     draw_window,
     least_known,
 )
-from vgen.training.noise_levels import LevelKind, draw_levels
+from vgen.training.noise_levels import LevelDistribution, LevelKind, draw_levels
 from vgen.training.run import RunConfig, generators
 from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
@@ -86,6 +86,8 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     frame (`independent`)."""
     prediction: Prediction = "flow"
     """What the denoiser predicts: `flow` (velocity of flow matching), `v_prediction` or `epsilon`."""
+    level_distribution: LevelDistribution = "logit_normal"
+    """How noise levels of flow matching are drawn: `logit_normal`, or `uniform` before the shift."""
     level_mean: float = 0.0
     """Mean of the logit of a noise level."""
     level_std: float = 1.0
@@ -122,6 +124,7 @@ class SampleConfig(RunConfig, TemporalLossConfig):
         check_number("the upper end of level_range", self.level_range[1], above=self.level_range[0], maximum=1)
         for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
+        check_choice("level_distribution", self.level_distribution, LevelDistribution)
 
 
 class Source(NamedTuple):
@@ -579,10 +582,11 @@ def sample_levels(
     between = config.level_range[0], config.level_range[1]
     if config.prediction == "flow":
         levels = draw_levels(
-            kind, groups, generator, config.level_mean, config.level_std, config.level_shift, between=between
-        )
+            kind, groups, generator, config.level_mean, config.level_std, config.level_shift,
+            config.level_distribution, between,
+        )  # fmt: skip
     else:
-        levels = draw_levels(kind, groups, generator, uniform=True, between=between)
+        levels = draw_levels(kind, groups, generator, distribution="uniform", between=between)
     history = torch.rand(length, generator=generator) * config.corrupted_level
     if rng.random() >= config.corrupted:
         history = torch.zeros(length)
