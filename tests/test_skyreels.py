@@ -91,7 +91,7 @@ def test_a_rollout_equals_their_asynchronous_mode_when_blocks_wait_for_each_othe
     rollout = ours.rollout(PROMPT, negative_prompt=NEGATIVE, frame_rate=24.0, **SETTINGS | chunk)
     for _ in range(3):
         rollout.step()
-    latents = torch.cat([one for one, _ in rollout.state.history[-4:]], dim=2)
+    latents = torch.cat([one for one, *_ in rollout.state.history[-4:]], dim=2)
     torch.testing.assert_close(latents, expected[:, :, 2:], atol=1e-4, rtol=1e-4)
 
 

@@ -106,7 +106,7 @@ def test_before_eviction_a_chunk_equals_a_full_pass_with_the_same_groups(
     latents, _ = latents_of(rollout, monkeypatch)
     known = (given - 1) // 4 + 1
     history = rollout.state.history[:known]
-    clean = torch.cat([frame for frame, _ in history], dim=2)
+    clean = torch.cat([frame for frame, *_ in history], dim=2)
     whole = pipe(
         PROMPT, frames=dict(enumerate(video[:given])), num_frames=given + 4 * chunk_size, groups="chunk",
         latents=torch.cat([torch.zeros_like(clean), noise_like(pipe, latents)], dim=2), output_type="latent",

@@ -64,6 +64,7 @@ from vgen.models.tiny_vae import TinyVideoVAE
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
+from vgen.sampling.actions import pack_actions, read_actions
 from vgen.sampling.callbacks import TENSOR_INPUTS, Callback, RunningCallMixin, step_function, tensor_inputs_of
 from vgen.sampling.coarse_to_fine import FORMAT as COARSE_TO_FINE
 from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, load_coarse_to_fine
@@ -491,6 +492,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         video: Any = None,
         strength: float = 0.8,
         frame_rate: float | None = None,
+        actions: Any = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         num_videos_per_prompt: int = 1,
@@ -527,6 +529,9 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 which starts from pure noise.
             frame_rate: Pixel frames per second that the denoiser is conditioned on; ignored by checkpoints without a
                 frame rate embedding.
+            actions: Actions `(num_frames, a)`, or `(b, num_frames, a)` with one array for each video, for checkpoints
+                with actions: that of a frame leads from the frame before it to this one; that of frame 0 is not read.
+                `None` means that they are unknown. Guidance also steers towards them.
             timesteps: Timesteps instead of those of `num_inference_steps`, for schedulers that take them.
             sigmas: Noise levels instead of those of `num_inference_steps`, for schedulers that take them.
             num_videos_per_prompt: Number of videos for each prompt.
@@ -577,7 +582,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             if wrong:
                 raise ValueError(f"this checkpoint makes videos as a rollout, which takes no {wrong[0]}: pass groups")
             clip = self._roll_out(
-                prompt, prompt_embeds, negative_prompt_embeds, given, num_frames, num_videos_per_prompt,
+                prompt, prompt_embeds, negative_prompt_embeds, given, num_frames, num_videos_per_prompt, actions,
                 height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt, frame_rate=frame_rate, generator=generator, guider=guider,
                 attention_kwargs=attention_kwargs, max_sequence_length=max_sequence_length,
@@ -603,7 +608,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_number("guidance_scale_2", guidance_scale_2)
         elif guidance_scale is None:
             guidance_scale_2 = self.config.guidance_scale_2
-        default = 1.0 if self.is_unprompted else self.config.guidance_scale
+        default = self.config.guidance_scale if self.is_guidable else 1.0
         scale = default if guidance_scale is None else guidance_scale
         guidance = Guidance(scale=scale, guider=guider, low_noise_scale=guidance_scale_2)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -660,6 +665,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             p_t = self.grid.patch_frames
             num_known = 0 if self.config.expand_timesteps else known.layout.num_leading // p_t
             groups = make_groups(groups, noise.shape[2] // p_t, num_known, self.denoiser.config.chunk_size)
+        acted = None
+        if actions is not None:
+            acted = read_actions(actions, self.denoiser.config.action_dim, len(positive), num_frames)
+            acted = pack_actions(acted, self.grid).to(sampler.device)
         conditions = Conditions(
             prompt_embeds=positive,
             negative_prompt_embeds=negative,
@@ -668,6 +677,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             condition=known.condition,
             image_embeds=known.image_embeds,
             groups=groups,
+            actions=acted,
             attention_kwargs=attention_kwargs,
         )
         total = steps if start is None else num_steps(steps, start.strength)
@@ -695,6 +705,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         given: dict[int, Tensor],
         num_frames: int | None,
         num_videos_per_prompt: int,
+        actions: Any,
         **options: Any,
     ) -> Tensor:
         """Videos `(b, 3, f, h, w)` in [-1, 1] of a rollout, with the given frames at their start.
@@ -727,6 +738,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             parts.append(leading.cpu())
             videos = list(((leading + 1) / 2).transpose(1, 2))
             video = videos if len(videos) > 1 or isinstance(prompts, list) else videos[0]
+        if actions is not None:
+            count = num_videos_per_prompt * _count(prompt, prompt_embeds)
+            acted = read_actions(actions, self.denoiser.config.action_dim, count, num_frames)
+            options["actions"] = acted[:, len(given) :]
+            options["video_actions"] = acted[:, : len(given)] if given else None
         rollout = self.rollout(prompts, video, num_frames=num_frames - len(given), **embeds, **options)
         with self.progress_bar(total=num_frames - len(given)) as bar:
             while not rollout.is_done:
@@ -743,6 +759,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         video: Any = None,
         *,
         num_frames: int | None = None,
+        actions: Any = None,
+        video_actions: Any = None,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -770,6 +788,10 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 is read frame by frame, however long it is (as a whole with `keyframe_interval`). `None` starts a new
                 video.
             num_frames: Number of new frames; `None` is unlimited.
+            actions: Actions of the new frames, `(num_frames, a)`, or `(b, num_frames, a)` with one array for each
+                video, for checkpoints with actions; see the call of the pipeline. In an unlimited rollout, those of
+                the first new frames. `Rollout.step` takes those of its chunk. Others are unknown.
+            video_actions: Actions of the given frames, in the same form; `None` means that they are unknown.
             height: Height in pixels; by default that of the video.
             width: Width in pixels; by default that of the video.
             generator: Source of the noise; a list has one for each video.
@@ -810,7 +832,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             )
         prompt = _one_per_video(prompt, video)
         schedule = PromptSchedule.of(prompt)
-        prompted = has_prompt(prompt) or prompt_embeds is not None
+        prompted = has_prompt(prompt) or prompt_embeds is not None or self.is_unprompted and self.is_guidable
         config = self.denoiser.config
         check_tasks(config, self.grid, {"leading"})
         if self.transformer_2 is not None:
@@ -864,6 +886,13 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             generator=draw_generator() if generator is None else generator,
             denoiser=new_state(options),
         )
+        if (actions is not None or video_actions is not None) and interval > 1:
+            raise ValueError("actions and video_actions must be None with a keyframe interval")
+        if actions is not None:
+            state.actions = read_actions(actions, config.action_dim, count, num_frames)
+        before = None
+        if video_actions is not None:
+            before = read_actions(video_actions, config.action_dim, count, None, "video_actions")
         hooks = self._hooks(state, sampler, callback_on_step_end, tensor_inputs)
         if prompt_embeds is not None:
             state.prompt = schedule.due(0)
@@ -889,7 +918,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             clips = itertools.chain([first], clips)
         if interval == 1:
             rollout = Rollout(sampler, state, hooks, output_type, _overlaps(overlap, sampler.device))
-            rollout.take(clips)
+            rollout.take(clips, before)
             return rollout
         return begin_coarse_to_fine(sampler, state, hooks, output_type, next(iter(clips), None))
 
@@ -1207,7 +1236,8 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
         if self.is_unprompted:
             self._check_unprompted(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
             count = (1 if isinstance(prompt, str) else len(prompt or [])) * num_videos_per_prompt
-            return torch.zeros(count, 0, self.denoiser.text_dim, device=device, dtype=dtype), None
+            nothing = torch.zeros(count, 0, self.denoiser.text_dim, device=device, dtype=dtype)
+            return nothing, nothing if do_classifier_free_guidance else None
         length = max_sequence_length or self.config.max_sequence_length
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
@@ -1404,6 +1434,11 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
                 "videos at such a rate often look wrong"
             )
 
+    @property
+    def is_guidable(self) -> bool:
+        """Whether there are prompts or actions to steer towards."""
+        return not self.is_unprompted or bool(self.denoiser.config.action_dim)
+
     def _check_guidance(self, scale: float | None, guider: BaseGuidance | None) -> None:
         """Checks that at most one kind of guidance is requested.
 
@@ -1414,7 +1449,7 @@ class VideoGenPipeline(RunningCallMixin, DiffusionPipeline, LoraLoaderMixin):
             check_type("guider", guider, BaseGuidance, "one of diffusers' guiders")
         if guider is not None and scale is not None:
             raise ValueError("pass guidance_scale or guider, not both: the guider has its own weight")
-        if self.is_unprompted and (guider is not None or (scale or 0) > 1):
+        if self.is_unprompted and (guider is not None or not self.is_guidable and (scale or 0) > 1):
             raise ValueError(
                 "guidance_scale must be at most 1 and guider None for a checkpoint that was trained without prompts, "
                 f"got {scale if guider is None else type(guider).__name__}"

@@ -70,7 +70,7 @@ def test_a_chunk_attends_to_the_window_as_if_the_video_began_there(pipe, context
             known = torch.cat([again, known[:, :, 1:]], dim=2)
         pixels = torch.cat([pixels, rollout.step()], dim=2)
         evaluations.check(known)
-        latents = torch.cat([latents, *(one for one, _ in rollout.state.history[-3:])], dim=2)
+        latents = torch.cat([latents, *(one for one, *_ in rollout.state.history[-3:])], dim=2)
 
 
 def frames_of(rollout):

@@ -37,7 +37,7 @@ def test_without_a_change_nothing_depends_on_it(pipe, method):
 def test_redraw_is_sdedit_of_the_last_frame_which_begins_the_cache(pipe):
     options = {"num_inference_steps": 5, "guidance_scale": 2.0, "history_noise": 0.1, "prompt_change_strength": 0.5}
     rollout = after_chunks(pipe.rollout({0: PROMPT, 9: OTHER}, generator=seeded(), **options), 3)
-    (latents, _), source = rollout.state.history[-1], rollout.state.generator.clone_state()
+    (latents, *_), source = rollout.state.history[-1], rollout.state.generator.clone_state()
     next(rollout)
 
     embeds = torch.cat(pipe.encode_prompt(OTHER)[::-1])
@@ -51,7 +51,7 @@ def test_redraw_is_sdedit_of_the_last_frame_which_begins_the_cache(pipe):
             out = pipe.transformer(x.repeat(2, 1, 1, 1, 1), timestep.expand(2), embeds, frame_rate=8.0).sample
             negative, positive = out.chunk(2)
             x = scheduler.step(negative + 2.0 * (positive - negative), timestep, x, return_dict=False)[0]
-    (redrawn, level), (chunk, _) = rollout.state.history
+    (redrawn, level, _), (chunk, *_) = rollout.state.history
     torch.testing.assert_close(redrawn, x, atol=1e-4, rtol=1e-4)
     assert level == 0.1
 
@@ -89,10 +89,10 @@ def test_redrawing_from_pure_noise_keeps_nothing(pipe):
 def test_only_the_videos_whose_prompt_changes_are_redrawn(pipe):
     rollout = pipe.rollout([PROMPT, OTHER], generator=[seeded(0), seeded(1)])
     after_chunks(rollout, 3)
-    kept, _ = rollout.state.history[-1]
+    kept, *_ = rollout.state.history[-1]
     single = after_chunks(pipe.rollout(OTHER, generator=seeded(1)), 3)
     both, alone = rollout.step(prompt=[PROMPT, "a green star"]), single.step(prompt="a green star")
-    redrawn, _ = rollout.state.history[0]
+    redrawn, *_ = rollout.state.history[0]
     assert torch.equal(redrawn[0], kept[0]) and not torch.allclose(redrawn[1], kept[1], atol=1e-2)
     torch.testing.assert_close(both[1:], alone, atol=1e-3, rtol=0)
 

@@ -194,7 +194,7 @@ def test_nothing_grows_and_other_calls_do_not_disturb(pipe):
     sizes = set()
     for chunk in range(15):
         assert np.array_equal(next(rollout), expected[chunk])
-        assert not any(latents.requires_grad for latents, _ in rollout.state.history)
+        assert not any(latents.requires_grad for latents, *_ in rollout.state.history)
         pipe(OTHER, guidance_scale=1.0, num_inference_steps=3)
         if chunk >= 5:
             sizes.add(sizes_of(rollout.state))
@@ -229,7 +229,7 @@ def test_a_new_prompt_recomputes_what_is_remembered_from_the_clean_latents(pipe)
     history = list(rollout.state.history)
     next(rollout)
     with torch.no_grad():
-        for latents, level in history:
+        for latents, level, _ in history:
             pipe.transformer(
                 latents.repeat(2, 1, 1, 1, 1), torch.full((2,), level), embeds, frame_rate=8.0, state=state
             )

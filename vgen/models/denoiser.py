@@ -56,6 +56,50 @@ class FrameRateEmbedder(nn.Module):
         return (embedding * known[:, None].to(embedding)).unsqueeze(1)
 
 
+class ActionEmbedder(nn.Module):
+    """Embeds the actions of token frames. It begins as zero, also for unknown actions.
+
+    Args:
+        action_dim: Channels of the actions of one token frame.
+        dim: Channels of the embedding.
+
+    Source: DIAMOND, arXiv 2405.12399, which adds actions to the embedding of the noise level.
+    """
+
+    def __init__(self, action_dim: int, dim: int) -> None:
+        super().__init__()
+        self.action_dim = action_dim
+        self.embedder = TimestepEmbedding(action_dim, dim)
+        nn.init.zeros_(self.embedder.linear_2.weight)
+        nn.init.zeros_(self.embedder.linear_2.bias)
+        self.unknown = nn.Parameter(torch.zeros(dim))
+        """Embedding of token frames without known actions."""
+
+    def forward(self, actions: Tensor | None, batch_size: int, num_frames: int) -> Tensor:
+        """Embeds actions.
+
+        Args:
+            actions: `(b, n, action_dim)`. NaN stands for unknown actions: a token frame with any is one without known
+                actions. `None` means that all are unknown.
+            batch_size: `b`.
+            num_frames: `n`.
+
+        Returns:
+            Embeddings `(b, n, d)`, or `(1, 1, d)` for `None`.
+
+        Raises:
+            ValueError: The actions have another shape.
+        """
+        if actions is None:
+            return self.unknown[None, None]
+        expected = (batch_size, num_frames, self.action_dim)
+        if actions.shape != expected:
+            raise ValueError(f"actions must have shape {expected}, got {tuple(actions.shape)}")
+        known = actions.isfinite().all(-1, keepdim=True)
+        embedding = self.embedder(torch.where(known, actions, 0).to(dtype_of(self.embedder)))
+        return torch.where(known, embedding, self.unknown.to(embedding))
+
+
 class DispatchedAttention(RecordsCompilation):
     """Sends all attention, including xformers', through diffusers' dispatcher.
 

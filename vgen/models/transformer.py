@@ -6,6 +6,7 @@ Axes: `b` batch, `c` channels, `t h w` latent frames, rows and columns, `n` toke
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,14 @@ from torch import Tensor, nn
 
 from vgen.checks import check_choice, check_choices
 from vgen.models.convert.networks import refuse_nonzero, with_same_weights
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, dtype_of, estimate_linearly, expand_frame_rate
+from vgen.models.denoiser import (
+    ActionEmbedder,
+    DispatchedAttention,
+    FrameRateEmbedder,
+    dtype_of,
+    estimate_linearly,
+    expand_frame_rate,
+)
 from vgen.models.loading import StrictLoading
 from vgen.temporal.attention import (
     FrameCache,
@@ -53,7 +61,12 @@ logger = logging.get_logger(__name__)
 Task = Literal["text", "leading", "keyframes"]
 Attention = Literal["joint", "divided"]
 
-_BEYOND_WAN = ("keyframe_embedding", "frame_rate_embedder")
+_BEYOND_WAN = {
+    "keyframe_embedding": ("keyframe_embedding.",),
+    "frame_rate_embedder": ("frame_rate_embedder.embedder.linear_2",),
+    "action_embedder": ("action_embedder.embedder.linear_2", "action_embedder.unknown"),
+}
+"""Layers that Wan's network lacks, and those of their weights that are zero if a layer has no effect."""
 
 
 class ImageEmbedder(nn.Module):
@@ -102,7 +115,11 @@ class ConditionEmbedder(nn.Module):
         self.image_embedder = None if image_dim is None else ImageEmbedder(image_dim, dim, image_tokens)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds timesteps `(b, m)`, adds `extra` `(b, 1, d)`; gives `(b, m, d)` and its projection `(b, m, 6, d)`."""
+        """Embeds timesteps `(b, m)` and adds `extra` `(b, m, d)`, where either `m` may be 1.
+
+        Returns:
+            The sum `(b, m, d)` and its projection `(b, m, 6, d)`.
+        """
         m = timestep.shape[1]
         sinusoids = self.timesteps_proj(timestep.flatten())
         temb = self.time_embedder(sinusoids.to(dtype_of(self.time_embedder))).to(dtype)
@@ -299,6 +316,8 @@ class SpacetimeTransformer(
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
         inject_sample_info: Whether it is conditioned on one of two frame rates, 16 or any other, as in SkyReels-V2 DF
             1.3B.
+        action_dim: Channels of the action of one pixel frame; 0 for a network without actions.
+        action_frames: Pixel frames per token frame, whose actions are taken together.
         residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
             linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
             slots for it (`fill_keyframes`); whoever calls the network alone does that before.
@@ -313,7 +332,7 @@ class SpacetimeTransformer(
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = [
-        "patch_embedding", "keyframe_embedding", "condition_embedder", "frame_rate", "norm",
+        "patch_embedding", "keyframe_embedding", "condition_embedder", "frame_rate", "action", "norm",
     ]  # fmt: skip
     _no_split_modules = ["SpacetimeBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
@@ -352,6 +371,8 @@ class SpacetimeTransformer(
         still_keyframes: bool = False,
         frame_rate_embedding: bool = False,
         inject_sample_info: bool = False,
+        action_dim: int = 0,
+        action_frames: int = 1,
         residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
@@ -382,6 +403,7 @@ class SpacetimeTransformer(
             nn.init.zeros_(self.keyframe_embedding.weight)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, pos_embed_seq_len)
         self.frame_rate_embedder = FrameRateEmbedder(dim, freq_dim) if frame_rate_embedding else None
+        self.action_embedder = ActionEmbedder(action_dim * action_frames, dim) if action_dim else None
         self.fps_embedding = nn.Embedding(2, dim) if inject_sample_info else None
         self.fps_projection = (
             FeedForward(dim, 6 * dim, mult=1, activation_fn="linear-silu") if inject_sample_info else None
@@ -430,6 +452,7 @@ class SpacetimeTransformer(
         *,
         encoder_attention_mask: Tensor | None = None,
         frame_rate: float | Tensor | None = None,
+        actions: Tensor | None = None,
         keyframes: Tensor | None = None,
         condition: Tensor | None = None,
         image_embeds: Tensor | None = None,
@@ -448,6 +471,8 @@ class SpacetimeTransformer(
             encoder_hidden_states: Prompt embeddings `(b, l, text_dim)`; `None` or `l = 0` skips cross-attention.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
+            actions: Actions of the token frames `(b, n, action_frames * action_dim)`; `None` or NaN means unknown. See
+                `vgen.sampling.actions`.
             keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
             condition: Mask and latents of the known frames `(b, condition_channels, t, h, w)`, for networks with more
                 `in_channels` than `out_channels`; see `vgen.sampling.known_frames.encode_condition`.
@@ -507,8 +532,13 @@ class SpacetimeTransformer(
         if encoder_hidden_states is not None and not encoder_hidden_states.shape[1]:
             encoder_hidden_states = None
         dtype = tokens.dtype if encoder_hidden_states is None else encoder_hidden_states.dtype
-        rate = self._embed_frame_rate(frame_rate, b, hidden_states.device)
-        temb, modulation = self.condition_embedder(self._timesteps(timestep, b, n), dtype, rate)
+        extra = self._embed_frame_rate(frame_rate, b, hidden_states.device)
+        if self.action_embedder is not None:
+            acted = self.action_embedder(actions, b, n)
+            extra = acted if extra is None else extra + acted
+        elif actions is not None:
+            raise ValueError("this network does not take actions (action_dim=0 in its config)")
+        temb, modulation = self.condition_embedder(self._timesteps(timestep, b, n), dtype, extra)
         if self.fps_embedding is not None:
             modulation = modulation + self._project_frame_rate(frame_rate, b, hidden_states.device)
         prompt_mask = None
@@ -589,21 +619,17 @@ class SpacetimeTransformer(
             shared: Whether the result shares the memory of the weights, instead of copying them.
 
         Raises:
-            ValueError: Attention is divided, the network is residual, or the keyframe or frame-rate embedding is not
-                zero.
+            ValueError: Attention is divided, the network is residual, or the embedding of keyframes, frame rates or
+                actions is not zero.
         """
         target = SkyReelsV2Transformer3DModel if self.config.inject_sample_info else WanTransformer3DModel
         if self.config.attention != "joint":
             raise ValueError(f"{target.__name__} does not support attention='divided'")
         if self.config.residual:
             raise ValueError(f"{target.__name__} does not support residual=True")
-        for part in _BEYOND_WAN:
-            refuse_nonzero(
-                self,
-                f"{part}.{'embedder.linear_2' if 'rate' in part else ''}",
-                f"{target.__name__} has no such layer",
-            )
-        return with_same_weights(self, target, dropped=_BEYOND_WAN, shared=shared)
+        for weight in itertools.chain(*_BEYOND_WAN.values()):
+            refuse_nonzero(self, weight, f"{target.__name__} has no such layer")
+        return with_same_weights(self, target, dropped=tuple(_BEYOND_WAN), shared=shared)
 
     @property
     def pads_cache(self) -> bool:

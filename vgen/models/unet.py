@@ -38,7 +38,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vgen.checks import check_choice, check_choices
-from vgen.models.denoiser import DispatchedAttention, FrameRateEmbedder, estimate_linearly, expand_frame_rate
+from vgen.models.denoiser import (
+    ActionEmbedder,
+    DispatchedAttention,
+    FrameRateEmbedder,
+    estimate_linearly,
+    expand_frame_rate,
+)
 from vgen.models.loading import StrictLoading, load_strictly
 from vgen.models.transformer import Task
 from vgen.temporal.attention import (
@@ -431,6 +437,8 @@ class UNet3D(
         still_keyframes: Whether the latent of a keyframe is that of a clip in which the frame stands still, so that it
             looks like the latents around it. Otherwise it is that of the frame alone, the first of a video.
         frame_rate_embedding: Whether the network is conditioned on the frame rate.
+        action_dim: Channels of the action of one pixel frame; 0 for a network without actions.
+        action_frames: Pixel frames per latent frame, whose actions are taken together.
         residual: Whether the network predicts the difference from `estimate_linearly`, so that it begins as good as a
             linear blend of the known frames. It needs flow matching. Training and pipelines fill the empty keyframe
             slots for it (`fill_keyframes`); whoever calls the network alone does that before.
@@ -446,7 +454,14 @@ class UNet3D(
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["norm", "conv_in", "keyframe_embedding", "time_embedding", "frame_rate"]
+    _skip_layerwise_casting_patterns = [
+        "norm",
+        "conv_in",
+        "keyframe_embedding",
+        "time_embedding",
+        "frame_rate",
+        "action",
+    ]
     _no_split_modules = ["Stage", "BasicTransformerBlock", "ResnetBlock2D"]
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_keys = ["state", "prompt_cache"]
@@ -454,7 +469,7 @@ class UNet3D(
     """Number of preceding latent frames in the receptive field of one temporal convolution."""
     condition_channels = 0
     """Channels of a condition, which only Transformers have."""
-    temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder")
+    temporal = ("temporal_", "keyframe_embedding", "frame_rate_embedder", "action_embedder")
     """Substrings that identify the parameters that a 2D network does not have."""
 
     @register_to_config
@@ -490,6 +505,8 @@ class UNet3D(
         keyframe_slots: int = 0,
         still_keyframes: bool = False,
         frame_rate_embedding: bool = False,
+        action_dim: int = 0,
+        action_frames: int = 1,
         residual: bool = False,
         trained_frame_rates: Sequence[float] | None = None,
     ) -> None:
@@ -529,6 +546,7 @@ class UNet3D(
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos, freq_shift)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim, act_fn=act_fn)
         self.frame_rate_embedder = FrameRateEmbedder(time_dim, channels[0]) if frame_rate_embedding else None
+        self.action_embedder = ActionEmbedder(action_dim * action_frames, time_dim) if action_dim else None
 
         def stage(inputs: Sequence[int], level: int, attends: Sequence[bool]) -> Stage:
             return Stage(inputs, channels[level], attends, settings, heads[level], transformer_layers_per_block)
@@ -615,6 +633,7 @@ class UNet3D(
         hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         frame_rate: float | Tensor | None = None,
+        actions: Tensor | None = None,
         keyframes: Tensor | None = None,
         groups: Groups = "full",
         state: TemporalState | None = None,
@@ -634,6 +653,8 @@ class UNet3D(
             hidden_states: The latents under the name that Transformers have for them, instead of `sample`.
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
+            actions: Actions of the frames `(b, n, action_frames * action_dim)`; `None` or NaN means unknown. Those of
+                the frames of `conv_context` follow. See `vgen.sampling.actions`.
             keyframes: Keyframe slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
             groups: A group mode, or integers `(n,)` or `(b, n)`, for temporal attention: frame i attends to frame j
                 iff `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to
@@ -691,7 +712,7 @@ class UNet3D(
             prompt_cache.start(encoder_hidden_states)
         x = rearrange(hidden_states, "b c n h w -> (b n) c h w")
         context = Context(
-            temb=self._embed_time(timestep, frame_rate, b, n, x),
+            temb=self._embed_time(timestep, frame_rate, actions, b, n, x),
             prompt=encoder_hidden_states,
             prompt_mask=_additive(encoder_attention_mask, x.dtype),
             prompt_cache=prompt_cache,
@@ -776,9 +797,15 @@ class UNet3D(
         return target.train(source.training)
 
     def _embed_time(
-        self, timestep: Tensor | float, frame_rate: float | Tensor | None, b: int, n: int, like: Tensor
+        self,
+        timestep: Tensor | float,
+        frame_rate: float | Tensor | None,
+        actions: Tensor | None,
+        b: int,
+        n: int,
+        like: Tensor,
     ) -> Tensor:
-        """Embeds noise levels and frame rate, `((b n), d)`."""
+        """Embeds noise levels, frame rate and actions, `((b n), d)`."""
         levels = _levels(timestep, b, n, like.device)
         temb = self.time_embedding(self.time_proj(levels.flatten()).to(like.dtype)).unflatten(0, levels.shape)
         if frame_rate is not None and self.frame_rate_embedder is None:
@@ -786,6 +813,10 @@ class UNet3D(
         elif frame_rate is not None and self.frame_rate_embedder is not None:
             rates = expand_frame_rate(frame_rate, b, like.device)
             temb = temb + self.frame_rate_embedder(rates).to(temb)
+        if self.action_embedder is not None:
+            temb = temb + self.action_embedder(actions, b, n).to(temb)
+        elif actions is not None:
+            raise ValueError("this network does not take actions (action_dim=0 in its config)")
         return temb.expand(b, n, -1).flatten(0, 1)
 
 

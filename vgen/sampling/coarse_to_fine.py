@@ -81,7 +81,9 @@ class CoarseToFine(VideoStream):
 
         A prompt applies to the interpolated frames at once and to the coarse frames from their next chunk on.
         """
-        self._check_step(prompt, actions)
+        self._check_step(prompt)
+        if actions is not None:
+            raise ValueError("actions must be None with a keyframe interval")
         state = self.state
         if prompt is not None:
             state.schedule.prompts[state.frames_done] = prompt

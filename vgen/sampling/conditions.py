@@ -57,6 +57,8 @@ class Conditions:
     """`(b, l, d)`; needed for guidance."""
     frame_rate: float | None = None
     """Pixel frames per second; `None` for denoisers without a frame rate embedding."""
+    actions: Tensor | None = None
+    """Actions of the token frames `(b, n, k)`, NaN where they are unknown; `None` if all are."""
     keyframes: Tensor | None = None
     """Keyframe slots `(b, s * (c + 1), t, h, w)`."""
     condition: Tensor | None = None
@@ -80,13 +82,15 @@ class Conditions:
             "groups": self.groups,
             "attention_kwargs": self.attention_kwargs,
         }
-        images = {"condition": self.condition, "image_embeds": self.image_embeds}
-        return inputs | {name: value for name, value in images.items() if value is not None}
+        optional = {name: getattr(self, name) for name in ("actions", "condition", "image_embeds")}
+        return inputs | {name: value for name, value in optional.items() if value is not None}
 
     def doubled(self) -> Conditions:
-        """Negative and positive prompts in one batch `(2b, l, d)`, for classifier-free guidance."""
+        """Negative prompts with unknown actions, and the prompts with the actions, in one batch `(2b, l, d)`."""
         assert self.negative_prompt_embeds is not None
         given = {name: getattr(self, name) for name in ("keyframes", "condition", "image_embeds")}
         both: dict[str, Any] = {name: None if one is None else torch.cat([one, one]) for name, one in given.items()}
+        if self.actions is not None:
+            both["actions"] = torch.cat([torch.full_like(self.actions, torch.nan), self.actions])
         prompts = torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
         return replace(self, prompt_embeds=prompts, negative_prompt_embeds=None, **both)

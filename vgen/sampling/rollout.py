@@ -27,6 +27,7 @@ from vgen.io.atomic import atomic_directory, locked, restore_backup
 from vgen.io.pixels import to_frames, to_pt
 from vgen.io.records import check_seal, read_json, seal
 from vgen.models.denoiser import pack_keyframes
+from vgen.sampling.actions import pack_actions, read_actions, unknown_actions
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
 from vgen.sampling.options import RolloutOptions
@@ -36,7 +37,7 @@ from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "vgen.Rollout/6"
+FORMAT = "vgen.Rollout/7"
 LOCK_WAIT = 60.0
 """How long to wait for another process that reads or writes the same saved rollout, in seconds."""
 Encode = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -45,6 +46,17 @@ FrameType = Literal["uint8", "np", "pil", "pt"]
 """What iterating over a rollout yields: uint8 arrays `(n, h, w, 3)`, or diffusers' `np`, `pil` and `pt`."""
 Overlap = Literal[False, True, "auto"]
 """Whether a second thread denoises the next chunk of a rollout; `auto` means on a CPU with idle cores."""
+
+
+class Remembered(NamedTuple):
+    """A token frame in the KV cache."""
+
+    latents: Tensor
+    """Clean latents `(b, c, p_t, h, w)`."""
+    level: float
+    """The noise level that the denoiser is conditioned on."""
+    actions: Tensor | None = None
+    """Its actions `(b, 1, k)`; `None` for checkpoints without."""
 
 
 @dataclass(kw_only=True)
@@ -73,8 +85,11 @@ class RolloutState:
     """`(b, l, d)`."""
     negative_prompt_embeds: Tensor | None = None
     """`(b, l, d)`."""
-    history: list[tuple[Tensor, float]] = field(default_factory=list)
-    """Clean latents `(b, c, p_t, h, w)` of the token frames in the KV cache, with their noise levels."""
+    history: list[Remembered] = field(default_factory=list)
+    """The token frames in the KV cache."""
+    actions: Tensor | None = None
+    """Actions `(b, f, a)` of the next frames, beginning with the given ones of the next chunk, as far as known; `None`
+    for checkpoints without."""
     keyframes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Latents `(b, c, h, w)` of given frames that fill no token frame, by latent and slot of the next chunk."""
     num_given: int = 0
@@ -110,9 +125,11 @@ class RolloutState:
             fingerprint: Fingerprint of the networks.
         """
         tensors = {f"generator.{index}": source.get_state() for index, source in enumerate(self.generators)}
-        tensors |= {f"history.{index}": latents for index, (latents, _) in enumerate(self.history)}
+        tensors |= {f"history.{index}": one.latents for index, one in enumerate(self.history)}
+        acted = {f"acted.{index}": one.actions for index, one in enumerate(self.history)}
+        tensors |= {name: one for name, one in acted.items() if one is not None}
         tensors |= {f"keyframe.{latent}.{slot}": image for (latent, slot), image in self.keyframes.items()}
-        optional = ("prompt_embeds", "negative_prompt_embeds", "recent")
+        optional = ("prompt_embeds", "negative_prompt_embeds", "recent", "actions")
         tensors |= {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, folder / "tensors.safetensors")
         self.denoiser.save(folder / "denoiser.safetensors")
@@ -125,7 +142,7 @@ class RolloutState:
             "options": self.options.to_json(),
             "schedule": list(self.schedule.prompts.items()),
             **{name: getattr(self, name) for name in (*plain, "num_given")},
-            "levels": [level for _, level in self.history],
+            "levels": [one.level for one in self.history],
             "generators": [str(source.device) for source in self.generators],
             "one_generator": not isinstance(self.generator, list),
         }
@@ -181,7 +198,11 @@ class RolloutState:
             prompt_embeds=on_device["prompt_embeds"],
             negative_prompt_embeds=on_device.get("negative_prompt_embeds"),
             recent=on_device.get("recent"),
-            history=[(on_device[f"history.{index}"], level) for index, level in enumerate(record["levels"])],
+            actions=tensors.get("actions"),
+            history=[
+                Remembered(on_device[f"history.{index}"], level, on_device.get(f"acted.{index}"))
+                for index, level in enumerate(record["levels"])
+            ],
             keyframes=keyframes,
             denoiser=TemporalState.load(folder / "denoiser.safetensors").move_to(device),
             decoder=TemporalState.load(folder / "decoder.safetensors").move_to(device),
@@ -253,11 +274,9 @@ class VideoStream:
         chunk = convert_chunk(self.step(), self.frame_type)
         return chunk[0] if self.single else chunk
 
-    def _check_step(self, prompt: Any, actions: Any) -> None:
+    def _check_step(self, prompt: Any) -> None:
         if self.is_done:
             raise ValueError(f"the rollout has ended: all num_frames={self.num_frames} new frames have been generated")
-        if actions is not None:
-            raise ValueError("actions must be None: this checkpoint was not trained with actions")
         if prompt is None:
             return
         check_prompts(prompt)
@@ -304,7 +323,8 @@ class Rollout(VideoStream):
 
         Args:
             prompt: Prompt from this chunk on, instead of the scheduled one: a string, or a list of one per video.
-            actions: Must be `None` for checkpoints without actions.
+            actions: Actions of the new frames of this chunk, `(chunk_frames, a)` or with a leading axis for several
+                videos, instead of those that the rollout was started with; without either, they are unknown.
 
         Returns:
             Pixels `(b, 3, n, h, w)` in [-1, 1] on the device.
@@ -312,8 +332,10 @@ class Rollout(VideoStream):
         Raises:
             ValueError: All frames have been generated, or an argument is invalid.
         """
-        self._check_step(prompt, actions)
+        self._check_step(prompt)
         state = self.state
+        if actions is not None:
+            self._set_actions(actions)
         if state.options.prompt_change == "cut" and state.history and isinstance(prompt, list):
             if 0 < sum(_differ(state.prompt, prompt, index) for index in range(len(prompt))) < len(prompt):
                 raise ValueError("with prompt_change='cut' the prompts of all videos must change at the same time")
@@ -323,18 +345,31 @@ class Rollout(VideoStream):
         self.set_prompt()
         if state.options.context != "cached":
             self._compute_context()
-        latents, level = self._next_latents(), state.options.history_noise or 0.0
-        begin, end = state.num_given, self._count_frames(latents)
-        if state.num_frames is not None:
-            end = min(end, begin + state.num_frames - state.frames_done)
+        ahead, self._ahead = None if self._ahead is None else self._ahead.result(), None
+        acted, level = self._next_actions(), state.options.history_noise or 0.0
+        latents = self._denoise(acted, self.hooks.on_step) if ahead is None else ahead.latents
+        begin, new = state.num_given, self._count_new()
+        self._drop_actions(self._num_frames)
         state.num_given, state.keyframes = 0, {}
-        state.frames_done += end - begin
+        state.frames_done += new
         if self._overlaps:
-            self._go_on(latents, level)
+            self._go_on(latents, level, acted)
             clip = self.sampler.decode(latents, state.decoder)
         else:
-            clip = self._finish(latents, level)
-        return clip[:, :, begin:end]
+            clip = self._finish(latents, level, acted)
+        return clip[:, :, begin : begin + new]
+
+    @property
+    def chunk_frames(self) -> int:
+        """Number of new frames of the next chunk."""
+        if self._ahead is not None:
+            self._ahead.result()
+        return self._count_new()
+
+    def _count_new(self) -> int:
+        new = self._num_frames - self.state.num_given
+        left = None if self.num_frames is None else self.num_frames - self.frames_done
+        return new if left is None else min(new, left)
 
     def settle(self) -> None:
         """Waits for the second thread of `overlap`, and discards the chunk that it has denoised ahead."""
@@ -385,45 +420,63 @@ class Rollout(VideoStream):
         elif state.options.prompt_change == "redraw":
             state.recent = None
             changed = [index for index in range(len(state.prompt_embeds)) if _differ(before, due, index)]
-            self._remember([(self._redraw(history[-1][0], changed), state.options.history_noise or 0.0)])
+            level = state.options.history_noise or 0.0
+            self._remember([Remembered(self._redraw(history[-1], changed), level, history[-1].actions)])
         else:
             self._remember(history[:sink])
             self._remember(history[sink:])
 
     @torch.no_grad()
-    def take(self, clips: Iterable[Tensor]) -> None:
+    def take(self, clips: Iterable[Tensor], actions: Tensor | None = None) -> None:
         """Encodes given frames `(b, 3, f, h, w)`: whole token frames go to the KV cache, the others are keyframes.
 
+        Args:
+            clips: The frames.
+            actions: Their actions `(b, f, a)`; `None` if they are unknown.
+
         Raises:
-            ValueError: Some frames would be keyframes, and the checkpoint was not trained for keyframes.
+            ValueError: Some frames would be keyframes, and the checkpoint was not trained for keyframes; or there are
+                more or fewer actions than frames.
         """
         self.settle()
         self.set_prompt()
         sampler, grid = self.sampler, self.sampler.grid
         encoder_state, num_frames = TemporalState(), 0
         waiting: list[Tensor] = []  # pixels that fill no chunk yet
+        after, self.state.actions = self.state.actions, actions
+
+        def finish() -> None:
+            acted = self._pack_actions(len(waiting))
+            self._drop_actions(len(waiting))
+            self._finish(encode_clip(sampler.vae, torch.stack(waiting, dim=2), encoder_state), 0.0, acted)
+
         for frame in (frame for clip in clips for frame in clip.unbind(2)):
             waiting.append(frame.to(sampler.device))
             num_frames += 1
             frames = self._run_length * grid.patch_frames
             if len(waiting) == (grid.compression * frames if self.state.history else grid.num_frames(frames)):
-                self._finish(encode_clip(sampler.vae, torch.stack(waiting, dim=2), encoder_state), 0.0)
+                finish()
                 waiting = []
+        if actions is not None and actions.shape[1] != num_frames:
+            raise ValueError(f"video_actions must be those of all {num_frames} given frames, got {actions.shape[1]}")
         if not num_frames:
+            self.state.actions = after
             return
         layout = lay_out(range(num_frames), num_frames + grid.unit, grid)
         whole = len(waiting) - len(layout.slots)  # frames of a last, shorter chunk
+        rest_of_clip, waiting = waiting[whole:], waiting[:whole]
         if whole:
-            self._finish(encode_clip(sampler.vae, torch.stack(waiting[:whole], dim=2), encoder_state), 0.0)
+            finish()
         if layout.slots:
             check_tasks(sampler.denoiser.config, grid, {"keyframes"})
-            rest = zip(layout.slots.values(), waiting[whole:], strict=True)
+            rest = zip(layout.slots.values(), rest_of_clip, strict=True)
             self.state.keyframes = encode_slots(
                 sampler.vae,
                 {(latent - layout.num_leading, slot): frame for (latent, slot), frame in rest},
                 sampler.denoiser.config.still_keyframes,
             )
         self.state.num_given = len(layout.slots)
+        self._append_actions(self.state.num_given, after)
 
     @property
     def _conditions(self) -> Conditions:
@@ -443,7 +496,7 @@ class Rollout(VideoStream):
         autocast = torch.is_autocast_enabled(self.sampler.device.type)  # other threads do not inherit it
         return self.overlap and cached and not (watched or autocast or self.is_done)
 
-    def _go_on(self, latents: Tensor, level: float) -> None:
+    def _go_on(self, latents: Tensor, level: float, actions: Tensor | None) -> None:
         """Remembers finished latents and denoises the next chunk, in a second thread."""
         self._thread = self._thread or ThreadPoolExecutor(1, "vgen rollout")
         threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
@@ -451,16 +504,18 @@ class Rollout(VideoStream):
         def remember_and_denoise() -> Ahead | None:
             torch.set_num_threads(threads)
             with torch.inference_mode(inference), torch.no_grad():
-                self._remember([(frame, level) for frame in latents.split(self.sampler.grid.patch_frames, dim=2)])
+                self._remember(self._token_frames(latents, level, actions))
                 return self._denoise_ahead()
 
         self._ahead = self._thread.submit(contextvars.copy_context().run, remember_and_denoise)
 
     def _denoise_ahead(self) -> Ahead | None:
-        """The next chunk; `None` if its prompt is another one, or if it was interrupted."""
+        """The next chunk; `None` if its prompt is another one, its actions are not known, or it was interrupted."""
         state = self.state
         if state.schedule.due(state.frames_done) != state.prompt:
             return None
+        if self._action_dim and (state.actions is None or not state.actions.shape[1]):
+            return None  # they may come with the next step
         before, steps = [source.get_state() for source in state.generators], 0
 
         def count(index: int, timestep: Tensor, latents: Tensor, conditions: Conditions) -> tuple[Tensor, Conditions]:
@@ -468,7 +523,7 @@ class Rollout(VideoStream):
             steps += 1
             return latents, conditions
 
-        latents = self._denoise(count)
+        latents = self._denoise(self._next_actions(), count)
         if steps == self.sampler.num_timesteps:
             return Ahead(latents, before)
         self._rewind(before)
@@ -478,20 +533,67 @@ class Rollout(VideoStream):
         for source, before in zip(self.state.generators, states, strict=True):
             source.set_state(before)
 
-    def _next_latents(self) -> Tensor:
-        """The latents of the next chunk, which may have been denoised already."""
-        future, self._ahead = self._ahead, None
-        ahead = None if future is None else future.result()
-        return self._denoise(self.hooks.on_step) if ahead is None else ahead.latents
-
-    def _count_frames(self, latents: Tensor) -> int:
-        """Number of frames of the next latents."""
-        grid, count = self.sampler.grid, latents.shape[2]
+    @property
+    def _num_frames(self) -> int:
+        """Number of frames of the next chunk, with given ones and those after the end of the video."""
+        grid = self.sampler.grid
+        count = self._run_length * grid.patch_frames
         return grid.compression * count if self.state.history else grid.num_frames(count)
 
-    def _denoise(self, on_step: OnStep | None) -> Tensor:
+    @property
+    def _action_dim(self) -> int:
+        return self.sampler.denoiser.config.action_dim
+
+    def _set_actions(self, actions: Any) -> None:
+        """Sets the actions of the new frames of the next chunk."""
+        self.settle()
+        state, count = self.state, self._count_new()
+        assert state.prompt_embeds is not None
+        given = read_actions(actions, self._action_dim, len(state.prompt_embeds), count)
+        later = None if state.actions is None else state.actions[:, state.num_given + count :]
+        state.actions = self._known_actions(state.num_given)
+        self._append_actions(state.num_given, given)
+        self._append_actions(state.num_given + count, later)
+
+    def _append_actions(self, begin: int, actions: Tensor | None) -> None:
+        """Sets the known actions from frame `begin` of the next chunk on."""
+        if actions is not None:
+            self.state.actions = torch.cat([self._known_actions(begin), actions], dim=1)
+
+    def _known_actions(self, count: int) -> Tensor:
+        """Actions `(b, count, a)` of the next frames, NaN where they are unknown."""
+        known = self.state.actions
+        assert self.state.prompt_embeds is not None
+        if known is None:
+            return unknown_actions(len(self.state.prompt_embeds), count, self._action_dim)
+        known = known[:, :count]
+        return torch.cat([known, unknown_actions(len(known), count - known.shape[1], known.shape[2])], dim=1)
+
+    def _drop_actions(self, count: int) -> None:
+        """Forgets the actions of frames that are finished."""
+        if self.state.actions is not None:
+            self.state.actions = self.state.actions[:, count:]
+
+    def _next_actions(self) -> Tensor | None:
+        """Actions of the next chunk, `(b, n, k)`; frames after the end of the video repeat the last action."""
+        return self._pack_actions(self._num_frames, self.state.num_given + self._count_new())
+
+    def _pack_actions(self, count: int, end: int | None = None) -> Tensor | None:
+        if not self._action_dim:
+            return None
+        actions = self._known_actions(count if end is None else end)
+        actions = torch.cat([actions, actions[:, -1:].expand(-1, count - actions.shape[1], -1)], dim=1)
+        return pack_actions(actions, self.sampler.grid, bool(self.state.history)).to(self.sampler.device)
+
+    def _token_frames(self, latents: Tensor, level: float, actions: Tensor | None) -> list[Remembered]:
+        """Latents `(b, c, t, h, w)` and their actions `(b, n, k)`, one token frame at a time."""
+        frames = latents.split(self.sampler.grid.patch_frames, dim=2)
+        acted = [None] * len(frames) if actions is None else actions.split(1, dim=1)
+        return [Remembered(frame, level, one) for frame, one in zip(frames, acted, strict=True)]
+
+    def _denoise(self, actions: Tensor | None, on_step: OnStep | None) -> Tensor:
         """Denoises the next chunk."""
-        state, sampler, conditions = self.state, self.sampler, self._conditions
+        state, sampler, conditions = self.state, self.sampler, replace(self._conditions, actions=actions)
         frames = self._run_length * sampler.grid.patch_frames
         shape = latent_shape(sampler.denoiser, sampler.vae, len(conditions.prompt_embeds), frames, state.size)
         noise = draw_noise(shape, state.generator, torch.float32).to(sampler.device)
@@ -509,17 +611,17 @@ class Rollout(VideoStream):
             state=state.denoiser,
             on_step=on_step,
             custom=custom,
-            previous=state.history[-1][0][:, :, -1] if state.history else None,
+            previous=state.history[-1].latents[:, :, -1] if state.history else None,
         )
 
-    def _redraw(self, latents: Tensor, changed: list[int]) -> Tensor:
+    def _redraw(self, frame: Remembered, changed: list[int]) -> Tensor:
         """A token frame `(b, c, p_t, h, w)`, noised and denoised again in the `changed` videos.
 
         The denoiser sees no other frame, because it would continue the old object.
 
         Source: SDEdit, arXiv 2108.01073.
         """
-        state, steps = self.state, self.state.options.num_inference_steps
+        state, steps, latents = self.state, self.state.options.num_inference_steps, frame.latents
         strength, conditions = state.options.prompt_change_strength, self._conditions
         assert steps is not None and strength is not None
         negative = conditions.negative_prompt_embeds
@@ -527,6 +629,7 @@ class Rollout(VideoStream):
             conditions,
             prompt_embeds=conditions.prompt_embeds[changed],
             negative_prompt_embeds=None if negative is None else negative[changed],
+            actions=None if frame.actions is None else frame.actions[changed],
         )
         source = state.generator
         source = [source[index] for index in changed] if isinstance(source, list) else source
@@ -557,17 +660,17 @@ class Rollout(VideoStream):
         context = getattr(self.sampler.denoiser, "conv_history", 0)
         return math.ceil(context / self.state.options.chunk_size) * self.state.options.chunk_size
 
-    def _finish(self, latents: Tensor, level: float) -> Tensor:
+    def _finish(self, latents: Tensor, level: float, actions: Tensor | None) -> Tensor:
         """Writes finished latents `(b, c, t, h, w)` to the KV cache at a noise level; returns their pixels."""
-        self._remember([(frame, level) for frame in latents.split(self.sampler.grid.patch_frames, dim=2)])
+        self._remember(self._token_frames(latents, level, actions))
         clip, state = self.sampler.decode(latents, self.state.decoder), self.state
         if state.options.context == "reencoded":
             recent = clip if state.recent is None else torch.cat([state.recent, clip], dim=2)
             state.recent = recent[:, :, -self._num_recent - 1 :]
         return clip
 
-    def _remember(self, frames: list[tuple[Tensor, float]]) -> None:
-        """Adds token frames with their levels to the history, and writes them into the state, chunk by chunk."""
+    def _remember(self, frames: list[Remembered]) -> None:
+        """Adds token frames to the history, and writes them into the state, chunk by chunk."""
         state = self.state
         while frames:
             run, frames = frames[: self._run_length], frames[self._run_length :]
@@ -579,13 +682,15 @@ class Rollout(VideoStream):
             surplus = max(0, len(state.history) - sink - self._num_context - window)
             del state.history[sink : sink + surplus]
 
-    def _write(self, run: list[tuple[Tensor, float]]) -> None:
-        """Writes token frames with their levels into the state."""
+    def _write(self, run: list[Remembered]) -> None:
+        """Writes token frames into the state."""
         state = self.state
-        latents = torch.cat([latents for latents, _ in run], dim=2)
+        latents = torch.cat([one.latents for one in run], dim=2)
         # filled on the device: a copy from the host would wait for it
-        levels = torch.stack([latents.new_full((), level, dtype=torch.float32) for _, level in run])
-        self.sampler.remember(latents, levels, self._conditions, state.denoiser, state.generator)
+        levels = torch.stack([latents.new_full((), one.level, dtype=torch.float32) for one in run])
+        acted = [one.actions for one in run if one.actions is not None]
+        conditions = replace(self._conditions, actions=torch.cat(acted, dim=1) if acted else None)
+        self.sampler.remember(latents, levels, conditions, state.denoiser, state.generator)
 
     def _compute_context(self) -> None:
         """Writes the history into a new state, in chunks that begin with the window."""
@@ -597,8 +702,8 @@ class Rollout(VideoStream):
         if begins_later and not state.options.sink:
             assert state.recent is not None
             first = state.recent[:, :, 1 : 1 + grid.num_frames(grid.patch_frames)]
-            latents, level = frames[-window]
-            frames[-window] = encode_clip(self.sampler.vae, first).to(latents), level
+            old = frames[-window]
+            frames[-window] = old._replace(latents=encode_clip(self.sampler.vae, first).to(old.latents))
         while frames:
             run, frames = frames[:chunk], frames[chunk:]
             self._write(run)

@@ -155,7 +155,7 @@ def _report(
     height, width = (pipe.config.height, pipe.config.width) if size is None else size
     pipe.grid.check(frames)
     denoiser, vae = pipe.denoiser, pipe.video_vae
-    doubled = num_prompts * (2 if pipe.config.guidance_scale > 1 and not pipe.is_unprompted else 1)
+    doubled = num_prompts * (2 if pipe.config.guidance_scale > 1 and pipe.is_guidable else 1)
     whole = pipe.grid.num_latents(frames)
     at_once = whole  # a rollout computes a chunk at a time
     if "full" not in denoiser.config.group_modes:
