@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vgen.checks import check_choice
+from vgen.data.action_files import check_widths
 from vgen.data.augment import Augmentation
 from vgen.data.clips import (
     Bucket,
@@ -42,6 +43,7 @@ from vgen.data.clips import (
     VideoFolder,
     list_videos,
     sort_into_buckets,
+    stack_actions,
     stack_clips,
 )
 from vgen.data.latents import shard_length, write_shard
@@ -81,6 +83,8 @@ class Batch(NamedTuple):
     rates: list[float]
     real: Tensor
     """bool `(b, f)`, false for padding of short videos."""
+    actions: Tensor | None = None
+    """Actions `(b, f, a)`, NaN where they are unknown; `None` without."""
 
 
 @dataclass(kw_only=True)
@@ -307,7 +311,7 @@ class Encoder:
         path = folder / f"{first:08d}-{stop:08d}.safetensors"
         if path.exists():
             return
-        written = Shard(config, self.codec, self.text, self.images)
+        written = Shard(config, self.codec, self.text, self.images, getattr(clips, "action_dim", 0))
         for begin in range(first, stop, config.batch_size):
             written.add(clips.batch(range(begin, min(begin + config.batch_size, stop)), self.device))
         written.write(path)
@@ -383,14 +387,17 @@ class Shard:
         codec: CausalVideoVAE | PerFrameVAE,
         text: TextEncoder | None,
         images: ImageEncoder | None,
+        action_dim: int = 0,
     ):
         self.config, self.codec, self.text, self.images = config, codec, text, images
+        self.action_dim = action_dim
         self.latents: list[Tensor] = []
         self.frames: list[Tensor] = []
         self.motion: list[Tensor] = []
         self.condition: list[Tensor] = []
         self.image_embeds: list[Tensor] = []
         self.real: list[Tensor] = []
+        self.actions: list[Tensor] = []
         self.captions: list[list[str]] = []
         self.rates: list[float] = []
 
@@ -404,6 +411,9 @@ class Shard:
         config, clip = self.config, batch.pixels
         self.captions += batch.captions
         self.rates += batch.rates
+        if self.action_dim:
+            unknown = torch.full((*batch.real.shape, self.action_dim), torch.nan)
+            self.actions.append(unknown if batch.actions is None else batch.actions)
         if config.short == "pad":
             s = self.codec.temporal_compression_ratio
             self.real.append(torch.cat([batch.real[:, :1], batch.real[:, 1:].unflatten(1, (-1, s)).all(2)], dim=1))
@@ -429,7 +439,7 @@ class Shard:
         if not self.captions:
             return
         extra: dict[str, Any] = {"frames": self.frames, "motion": self.motion, "real": self.real}
-        extra |= {"condition": self.condition, "image_embeds": self.image_embeds}
+        extra |= {"condition": self.condition, "image_embeds": self.image_embeds, "actions": self.actions}
         extra = {name: torch.cat(parts) for name, parts in extra.items() if parts}
         if self.text is not None:
             extra["embeddings"] = self.text([caption for one in self.captions for caption in one])
@@ -531,6 +541,9 @@ class FolderClips:
         self.clips = self.clips[: config.num_clips]
         self.digest = hashlib.sha256("".join(folder.digest for folder in folders).encode()).hexdigest()
         """Digest of the videos and their numbers of clips, which decide the order of the clips."""
+        acted = {listed.actions for folder in folders for listed, *_ in folder.clips if listed.actions is not None}
+        self.action_dim = check_widths(acted)
+        """Channels of the actions of their frames; 0 without actions."""
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -601,7 +614,8 @@ def to_batch(clips: list[Clip], device: torch.device) -> Batch:
     if not clips:
         return Batch(torch.empty(0), [], [], torch.empty(0))
     pixels, real = stack_clips(clips, device)
-    return Batch(pixels, [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips], real)
+    captions, rates = [list(clip.captions) for clip in clips], [clip.frame_rate for clip in clips]
+    return Batch(pixels, captions, rates, real, stack_actions(clips))
 
 
 def encode(vae: CausalVideoVAE | PerFrameVAE, clip: Tensor, mixed_precision: str) -> Tensor:

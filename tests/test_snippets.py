@@ -49,7 +49,12 @@ PREPARED = {
 EXPORTED = "takes a minute; tests/tasks/test_export.py exports smaller networks"
 # shell commands that are not run, and why; those that need public weights are not run either
 FINE_TUNED = "is run by tests/train/test_public_conditions.py with tiny networks"
+ACTED = "is run by tests/train/test_actions.py with videos that have actions"
 NOT_RUN = {
+    "accelerate launch pipelines/encode_latents.py --data my-world --sampling sliding --vae runs/vae/vae "
+    "--output_dir runs/world-latents": ACTED,
+    "accelerate launch train/train_vdm.py --latents_dir runs/world-latents --vae runs/vae/vae --output_dir runs/world "
+    '--model {"action_dim": 2, "action_frames": 4} --known {"none": 0.1, "leading": 0.9} --groups {"chunk": 1}': ACTED,
     "accelerate launch pipelines/encode_latents.py --data my-videos --vae MODEL --text_encoder MODEL "
     "--max_sequence_length 512 --num_frames 81 --height 480 --width 832 --frame_rates [16] --output_dir "
     "runs/latents": FINE_TUNED,

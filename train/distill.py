@@ -53,6 +53,7 @@ from vgen.training.run import Run, config_text, generators, parse_config, start
 from vgen.training.sample import (
     DenoiserBatches,
     DenoiserSpec,
+    check_actions,
     check_conditions,
     check_encoders,
     check_stills,
@@ -138,6 +139,7 @@ def main(config: DistillConfig) -> None:
         compile_blocks(teacher.denoiser)
     embedded = all(source.data.has_embeddings for source in sources)
     check_stills(denoiser, sources)
+    check_actions(denoiser, sources)
     check_conditions(denoiser, sources, pipe.config.expand_timesteps)
     check_encoders(sources, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     if pipe.text_encoder is not None:
@@ -295,12 +297,14 @@ class SelfForced:
     """Self forcing; arguments as those of `Consistent`.
 
     Raises:
-        ValueError: The student cannot roll out.
+        ValueError: The student cannot roll out, or takes actions.
     """
 
     called: Called
 
     def __init__(self, config: DistillConfig, pipe: VideoGenPipeline, student: PromptedDenoiser, teacher: Teacher):
+        if pipe.denoiser.config.action_dim:
+            raise ValueError("method=self_forcing does not support denoisers with actions: use method=consistency")
         use_few_steps(pipe, config)
         pipe.register_to_config(rollout_defaults=pipe.config.rollout_defaults | config.rollout)
         options = RolloutOptions.from_json(config.rollout, "rollout")

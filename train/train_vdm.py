@@ -51,6 +51,7 @@ from vgen.training.sample import (
     DenoiserBatches,
     DenoiserSpec,
     Source,
+    check_actions,
     check_conditions,
     check_encoders,
     check_motion,
@@ -158,6 +159,7 @@ def main(config: VDMConfig) -> None:
         check_unprompted(config, both)
     embedded = not config.train_text_encoder and all(source.data.has_embeddings for source in both)
     check_stills(denoiser, both)
+    check_actions(denoiser, both)
     check_conditions(denoiser, both, takes_first)
     check_encoders(both, pipe.vae, pipe.text_encoder if embedded else None, pipe.config.max_sequence_length)
     model = PromptedDenoiser(denoiser, None if embedded else pipe.text_encoder)

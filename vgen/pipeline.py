@@ -64,7 +64,6 @@ from vgen.models.tiny_vae import TinyVideoVAE
 from vgen.models.transformer import SpacetimeTransformer
 from vgen.models.unet import UNet3D
 from vgen.models.vae import CausalVideoVAE
-from vgen.sampling.actions import pack_actions, read_actions
 from vgen.sampling.callbacks import TENSOR_INPUTS, Callback, RunningCallMixin, step_function, tensor_inputs_of
 from vgen.sampling.coarse_to_fine import FORMAT as COARSE_TO_FINE
 from vgen.sampling.coarse_to_fine import CoarseToFine, begin_coarse_to_fine, load_coarse_to_fine
@@ -109,6 +108,7 @@ from vgen.sampling.sampler import (
     num_steps,
     storable,
 )
+from vgen.temporal.actions import pack_actions, read_actions
 from vgen.temporal.attention import check_groups, make_groups
 from vgen.temporal.grid import LatentGrid
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vgen import VideoGenPipeline, load_rollout
-from vgen.sampling.actions import pack_actions, read_actions
+from vgen.temporal.actions import pack_actions, read_actions
 from vgen.temporal.grid import LatentGrid
 
 from ..test_pipeline import PROMPT, make_pipeline, seeded

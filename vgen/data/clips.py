@@ -19,6 +19,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from vgen.checks import check_choice
+from vgen.data.action_files import ACTION_COLUMN, check_augmentation, cut_actions, find_actions
 from vgen.data.augment import Augmentation, augment, draw_offset
 from vgen.data.caption_files import (
     CAPTION_COLUMNS,
@@ -60,6 +61,8 @@ class Listed:
     """Fetches the content of a file that is not stored at `path`; `path` is then only a name."""
     root: Path | None = field(default=None, compare=False)
     """The folder that lists the video and holds its index."""
+    actions: Path | None = None
+    """File with the actions of all frames of the file; see `vgen.data.action_files`."""
     identity: Hashable = field(default=None, compare=False)
     """Key under which the properties of a fetched file are cached; `None` probes the file each time."""
 
@@ -106,7 +109,8 @@ def list_videos(folder: Path) -> list[Listed]:
     It lists the videos of its folder and of the subfolders, with the columns `file_name`, `text` or `caption` (in
     jsonl and parquet also a list of alternative captions) and optionally `start` and `end` in seconds. Elsewhere they
     are read from a `.txt` file next to each video, one caption per line. A warning names videos without a caption, and
-    videos that are not used.
+    videos that are not used. Actions are read from the file that the column `actions` names, or elsewhere from a
+    `.npz` or `.npy` file next to each video; see `vgen.data.action_files`.
 
     Linked folders are searched too. Hidden files and folders and those of the system (`__MACOSX`, `@eaDir`) are not.
 
@@ -141,7 +145,8 @@ def list_videos(folder: Path) -> list[Listed]:
                 continue
             elif not has_table:
                 captions = _captions_in(parent / texts[path.stem]) if path.stem in texts else ()
-                outside.append(Listed(path=path, captions=captions or ("",), root=folder))
+                actions = find_actions(parent, path.stem, names)
+                outside.append(Listed(path=path, captions=captions or ("",), root=folder, actions=actions))
             elif os.path.abspath(path) not in in_tables:
                 unused.append(path)
     listed += sorted(outside, key=lambda one: one.path)
@@ -232,7 +237,11 @@ def listed_row(folder: Path, parent: Path, place: str, row: Mapping[str, Any]) -
         raise ValueError(f"{place}: start and end must be numbers of seconds") from error
     if not 0 <= (start or 0.0) < (math.inf if end is None else end):
         raise ValueError(f"{place}: 0 <= start < end is required, got start={start}, end={end}")
-    return Listed(path=path, captions=captions, start=start, end=end, root=folder)
+    named = row.get(ACTION_COLUMN)
+    if named is not None and (not is_text(named) or not named):
+        raise ValueError(f"{place}: {ACTION_COLUMN} must be the name of a file, got {named!r}")
+    actions = None if named is None else parent / named
+    return Listed(path=path, captions=captions, start=start, end=end, root=folder, actions=actions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,12 +428,23 @@ class Clip(NamedTuple):
     source: Listed
     first: float
     """Time of its first frame in the file, in seconds."""
+    actions: np.ndarray | None = None
+    """Actions of its frames `(f, a)`, NaN where they are unknown; `None` without."""
 
 
 def stack_frames(clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
     """Frames of clips, uint8 `(b, f, h, w, 3)`, and which of them are real, bool `(b, f)`; on the CPU."""
     frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
     return frames, torch.stack([torch.from_numpy(clip.real) for clip in clips])
+
+
+def stack_actions(clips: Sequence[Clip]) -> Tensor | None:
+    """Actions `(b, f, a)` of clips, NaN for those without; `None` if all are without."""
+    width = next((clip.actions.shape[1] for clip in clips if clip.actions is not None), None)
+    if width is None:
+        return None
+    unknown = np.full((len(clips[0].frames), width), np.nan, dtype=np.float32)
+    return torch.stack([torch.from_numpy(unknown if one.actions is None else one.actions) for one in clips])
 
 
 def stack_clips(clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -471,6 +491,8 @@ class VideoFolder:
         # with its number in the video, and frames, rate and aspect ratio of pixels of that
         self.clips: list[tuple[Listed, int, int, float, float]] = []
         for one in listed:
+            if one.actions is not None:
+                check_augmentation(augmentation or Augmentation(), one.actions)
             try:
                 info = one.info()
                 available, frame_rate = count_frames(one, info, sampling.frame_rate)
@@ -533,7 +555,12 @@ class VideoFolder:
         fit = Fit(kept[0].shape[:2], self.size, aspect, offset or draw_offset(augmentation, seed))
         pixels = augment(fit.to_target(np.stack(kept)), augmentation, seed, real)
         rate = self.sampling.clip_rate(available, frame_rate)
-        return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin)
+        try:
+            actions = None if listed.actions is None else _actions_of(listed, frame_rate, indices, real)
+        except (ValueError, OSError) as error:
+            self._skip(listed, str(error))
+            return None
+        return Clip(pixels, np.arange(len(indices)) < real, listed.captions, rate, listed, begin, actions)
 
     def _skip(self, listed: Listed, reason: str) -> None:
         self.skipped[listed] = reason
@@ -553,6 +580,13 @@ class VideoFolder:
             if clip is not None:
                 return clip
         raise ValueError(f"none of {len(self)} clips can be read: {next(iter(self.skipped.values()))}")
+
+
+def _actions_of(listed: Listed, frame_rate: float, indices: list[int], real: int) -> np.ndarray:
+    """The actions of a clip of a video; see `cut_actions`."""
+    assert listed.actions is not None
+    info, first = listed.info(), round((listed.start or 0.0) * frame_rate)
+    return cut_actions(listed.actions, info.num_frames, info.frame_rate, frame_rate, first, indices, real)
 
 
 @lru_cache(maxsize=4)

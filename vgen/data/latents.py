@@ -31,6 +31,7 @@ def write_shard(
     real: Tensor | None = None,
     condition: Tensor | None = None,
     image_embeds: Tensor | None = None,
+    actions: Tensor | None = None,
 ) -> None:
     """Writes a shard of encoded clips atomically.
 
@@ -48,6 +49,7 @@ def write_shard(
         condition: What an image-to-video denoiser is given of each clip, `(n, s + c, t, h, w)`; see
             `vgen.sampling.known_frames.encode_condition`.
         image_embeds: Tokens of the same frames from an image encoder, `(n, k, d)`.
+        actions: Actions of the pixel frames `(n, f, a)`, NaN where they are unknown; stored in float32.
 
     Raises:
         ValueError: The numbers of latents, captions and frame rates differ.
@@ -71,6 +73,8 @@ def write_shard(
     tensors = {
         name: tensor.to(torch.float16).cpu().contiguous() for name, tensor in given.items() if tensor is not None
     }
+    if actions is not None:
+        tensors["actions"] = actions.float().cpu().contiguous()
     with atomic_file(path) as partial:
         save_file(tensors | {"frame_rates": torch.tensor(frame_rates)}, partial, metadata=metadata)
 
@@ -92,6 +96,8 @@ class EncodedClip(NamedTuple):
     """What an image-to-video denoiser is given, `(s + c, t, h, w)`; see `write_shard`."""
     image_embeds: Tensor | None = None
     """Tokens of the same frames from an image encoder, `(k, d)`."""
+    actions: Tensor | None = None
+    """Actions of the pixel frames `(f, a)`, NaN where they are unknown."""
 
 
 def shard_length(path: Path) -> int:
@@ -120,7 +126,7 @@ def _open_shard(path: Path) -> tuple[Any, list[list[str]]]:
         isinstance(one, list) and all(isinstance(caption, str) for caption in one) for one in captions
     ):
         raise ValueError(f"{path} is damaged: its captions must be lists of strings")
-    per_clip = ("latents", "frame_rates", "frames", "motion", "real", "condition", "image_embeds")
+    per_clip = ("latents", "frame_rates", "frames", "motion", "real", "condition", "image_embeds", "actions")
     lengths = {name: len(captions) for name in per_clip}
     lengths["embeddings"] = sum(map(len, captions))
     for name, num_axes in {
@@ -132,6 +138,7 @@ def _open_shard(path: Path) -> tuple[Any, list[list[str]]]:
         "embeddings": 3,
         "condition": 5,
         "image_embeds": 3,
+        "actions": 3,
     }.items():
         shape = shapes.get(name)
         if (shape is None and name == "latents") or (shape and (len(shape) != num_axes or shape[0] != lengths[name])):
@@ -185,7 +192,7 @@ class LatentSet(torch.utils.data.Dataset):
         """Shape of a clip's latents, `(c, t, h, w)`."""
         self.frame_rates = torch.cat(rates)
         """Pixel frames per second of each clip."""
-        for name in ("frames", "motion", "embeddings", "condition", "image_embeds"):
+        for name in ("frames", "motion", "embeddings", "condition", "image_embeds", "actions"):
             if 0 < sum(name in one for one in names) < len(names):
                 raise ValueError(
                     f"some shards of {folder} have {name} and some do not: encode all clips with the same settings"
@@ -227,13 +234,24 @@ class LatentSet(torch.utils.data.Dataset):
         return number, channels
 
     @property
+    def action_dim(self) -> int:
+        """Channels of the actions of the pixel frames; 0 if clips have none."""
+        return self._stored_shape("actions")[2]
+
+    @property
+    def num_frames(self) -> int:
+        """Number of pixel frames per clip; 0 if clips have no actions, of which there is one for each."""
+        return self._stored_shape("actions")[1]
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of all captions and frame rates, and of the latents of up to 64 evenly spaced clips."""
+        """SHA-256 of all captions and frame rates, and of the latents and actions of up to 64 evenly spaced clips."""
         summary = json.dumps([self.captions, self.frame_rates.tolist(), [len(self), *self.shape]]).encode()
         digest = hashlib.sha256(summary)
         for index in torch.linspace(0, len(self) - 1, min(64, len(self))).long().tolist():
-            latents = self._read("latents", *self._place(index))
-            digest.update(latents.contiguous().view(torch.uint8).numpy().tobytes())
+            for name in ("latents", *(["actions"] if self.action_dim else [])):
+                read = self._read(name, *self._place(index))
+                digest.update(read.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> EncodedClip:
@@ -242,15 +260,13 @@ class LatentSet(torch.utils.data.Dataset):
             raise IndexError(f"clip index must be in [{-len(self)}, {len(self)}), got {index}")
         index %= len(self)
         shard, row = self._place(index)
-        frames, motion, real, condition, image_embeds = (
+        frames, motion, real, condition, image_embeds, actions = (
             self._read(name, shard, row) if name in self._names[shard] else None
-            for name in ("frames", "motion", "real", "condition", "image_embeds")
+            for name in ("frames", "motion", "real", "condition", "image_embeds", "actions")
         )
         real = torch.ones(self.num_latents, dtype=torch.bool) if real is None else real.bool()
         latents, rate = self._read("latents", shard, row), self.frame_rates[index].item()
-        return EncodedClip(
-            latents, self.captions[index], rate, frames, motion, real, condition=condition, image_embeds=image_embeds
-        )
+        return EncodedClip(latents, self.captions[index], rate, frames, motion, real, condition, image_embeds, actions)
 
     def embedding(self, index: int, caption: int | None) -> Tensor:
         """The embedding `(l, d)` of one of a clip's captions, or of the empty prompt for `None`."""

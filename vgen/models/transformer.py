@@ -472,7 +472,7 @@ class SpacetimeTransformer(
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
             actions: Actions of the token frames `(b, n, action_frames * action_dim)`; `None` or NaN means unknown. See
-                `vgen.sampling.actions`.
+                `vgen.temporal.actions`.
             keyframes: Keyframe slots `(b, s * (c + 1), t, h, w)`; `None` equals zeros.
             condition: Mask and latents of the known frames `(b, condition_channels, t, h, w)`, for networks with more
                 `in_channels` than `out_channels`; see `vgen.sampling.known_frames.encode_condition`.

@@ -654,7 +654,7 @@ class UNet3D(
             encoder_attention_mask: `(b, l)`, 1 for prompt tokens to attend to and 0 for padding.
             frame_rate: Pixel frames per second, a number or `(b,)`; `None` or NaN means unconditional.
             actions: Actions of the frames `(b, n, action_frames * action_dim)`; `None` or NaN means unknown. Those of
-                the frames of `conv_context` follow. See `vgen.sampling.actions`.
+                the frames of `conv_context` follow. See `vgen.temporal.actions`.
             keyframes: Keyframe slots `(b, s * (c + 1), n, h, w)`; `None` equals zeros.
             groups: A group mode, or integers `(n,)` or `(b, n)`, for temporal attention: frame i attends to frame j
                 iff `groups[j] <= groups[i]`. With a state they apply within these frames only, all of which attend to

@@ -27,12 +27,12 @@ from vgen.io.atomic import atomic_directory, locked, restore_backup
 from vgen.io.pixels import to_frames, to_pt
 from vgen.io.records import check_seal, read_json, seal
 from vgen.models.denoiser import pack_keyframes
-from vgen.sampling.actions import pack_actions, read_actions, unknown_actions
 from vgen.sampling.conditions import Conditions
 from vgen.sampling.known_frames import check_tasks, encode_clip, encode_slots, lay_out
 from vgen.sampling.options import RolloutOptions
 from vgen.sampling.prompts import PromptSchedule, check_prompts
 from vgen.sampling.sampler import OnStep, Sampler, Start, draw_noise, latent_shape
+from vgen.temporal.actions import pack_actions, read_actions, unknown_actions
 from vgen.temporal.state import TemporalState
 
 logger = logging.get_logger(__name__)

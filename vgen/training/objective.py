@@ -173,5 +173,7 @@ class PromptedDenoiser(nn.Module):
             if len(rows):
                 part = {key: value[rows] if torch.is_tensor(value) else value for key, value in inputs.items()}
                 part |= {} if has_gap else {"conv_context": None, "gap_index": None}
+                if not has_gap and part.get("actions") is not None:
+                    part["actions"] = part["actions"][:, : timestep.shape[1]]  # without those of the context
                 parts.append(self.denoiser(**part, return_dict=False)[0])
         return torch.cat(parts)[gap_order.argsort()]

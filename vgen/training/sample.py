@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vgen.checks import check_choice, check_integer, check_number, check_weights
+from vgen.data.clips import warn_once
 from vgen.data.latents import EncodedClip, LatentSet, epoch_order
 from vgen.diffusion import Prediction
 from vgen.io.fingerprint import encoder_digest, weights_digest
@@ -27,6 +28,7 @@ from vgen.models.denoiser import pack_keyframes
 from vgen.models.image_vae import PerFrameVAE
 from vgen.models.prompts import tokenize
 from vgen.models.vae import CausalVideoVAE
+from vgen.temporal.actions import pack_actions
 from vgen.temporal.attention import GroupMode, make_groups
 from vgen.temporal.flow import Motion, measure_motion
 from vgen.temporal.grid import LatentGrid
@@ -45,7 +47,7 @@ from vgen.training.temporal_loss import TemporalLossConfig, temporal_loss
 
 CONDITIONING_KEYS = (
     "input_ids", "prompt_mask", "prompt_embeds", "frame_rate", "keyframes", "num_leading", "conv_context", "gap_index",
-    "groups", "gap_order", "num_gaps", "condition", "image_embeds",
+    "groups", "gap_order", "num_gaps", "condition", "image_embeds", "actions",
 )  # fmt: skip
 
 
@@ -102,6 +104,8 @@ class SampleConfig(RunConfig, TemporalLossConfig):
     """Probability that the caption is replaced by the empty prompt."""
     frame_rate_dropout: float = 0.1
     """Probability that a sample has no frame-rate conditioning."""
+    action_dropout: float = 0.1
+    """Probability that the actions of a sample are unknown, for guidance and for videos without actions."""
 
     def check(self) -> None:
         """Checks the settings.
@@ -122,7 +126,7 @@ class SampleConfig(RunConfig, TemporalLossConfig):
             raise ValueError(f"level_range must be two noise levels, got {self.level_range}")
         check_number("the lower end of level_range", self.level_range[0], minimum=0, below=1)
         check_number("the upper end of level_range", self.level_range[1], above=self.level_range[0], maximum=1)
-        for name in ("text_dropout", "frame_rate_dropout", "corrupted", "corrupted_level"):
+        for name in ("text_dropout", "frame_rate_dropout", "action_dropout", "corrupted", "corrupted_level"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
         check_choice("level_distribution", self.level_distribution, LevelDistribution)
 
@@ -152,6 +156,10 @@ class DenoiserSpec:
     """Whether it makes videos from images, which are extra channels of its input."""
     has_image_embeds: bool = False
     """Whether it also attends to tokens of these images."""
+    action_dim: int = 0
+    """Channels of the action of one pixel frame; 0 for a denoiser without actions."""
+    action_frames: int = 1
+    """Pixel frames per token frame, whose actions are taken together."""
     leading_is_group: bool = True
     """Whether leading known frames are an attention group of their own. In Wan 2.2 TI2V-5B they are not."""
 
@@ -172,6 +180,8 @@ class DenoiserSpec:
             conv_history=getattr(denoiser, "conv_history", 0),
             has_condition=denoiser.condition_channels > 0,
             has_image_embeds=config.get("image_dim") is not None,
+            action_dim=config.action_dim,
+            action_frames=config.action_frames,
             leading_is_group=not expand_timesteps,
         )
 
@@ -237,6 +247,31 @@ def check_stills(denoiser: Any, sources: Sequence[Source]) -> None:
             raise ValueError(
                 f"the keyframes in {folder} were encoded with still_keyframes={stored}, and the denoiser has "
                 f"still_keyframes={wanted}: encode the clips again, or change the setting in model"
+            )
+
+
+def check_actions(denoiser: Any, sources: Sequence[Source]) -> None:
+    """Checks that clips have the actions that a denoiser takes.
+
+    Raises:
+        ValueError: All clips are without, or those of a source do not fit the denoiser.
+    """
+    network = denoiser.config
+    acted = [source for source in sources if source.data.action_dim]
+    if network.action_dim and not acted:
+        folders = ", ".join(str(source.config.latents_dir) for source in sources)
+        raise ValueError(f"action_dim={network.action_dim} needs actions, and the clips in {folders} have none")
+    for source in acted:
+        frames, latents = source.data.num_frames, source.data.num_latents
+        unit = denoiser.patch_size[0] * ((frames - 1) // (latents - 1) if latents > 1 else 1)
+        needed, found = (source.data.action_dim, unit), (network.action_dim, network.action_frames)
+        setting = f"model={{action_dim: {needed[0]}, action_frames: {needed[1]}}}"
+        if not network.action_dim:
+            warn_once(f"the actions in {source.config.latents_dir} are not used: the denoiser takes none ({setting})")
+        elif found != needed:
+            raise ValueError(
+                f"the actions in {source.config.latents_dir} need {setting}, got action_dim={found[0]} and "
+                f"action_frames={found[1]}"
             )
 
 
@@ -536,7 +571,7 @@ def make_sample(
         `generated`, bool `(n,)`, false for leading known frames; `num_leading`, the number of their latents; `real`,
         bool `(n,)`, false for padding; `frame_rate`, NaN without frame-rate conditioning. Depending on the settings
         also `conv_context` and `gap_index` (see `UNet3D`), `adjacent` and `motion` for the temporal loss, `keyframes`
-        (see `pack_keyframes`), and `condition` and `image_embeds` (see `SpacetimeTransformer`).
+        (see `pack_keyframes`), and `condition`, `image_embeds` and `actions` (see `SpacetimeTransformer`).
     """
     p = spec.patch_frames
     kind = choose(config.windows, rng)
@@ -565,8 +600,13 @@ def make_sample(
     if spec.has_image_embeds:
         assert clip.image_embeds is not None
         sample["image_embeds"] = clip.image_embeds.float()
+    frames_with_actions = window.frames
     if spec.conv_history and spec.sink and config.windows.get("sink"):
         sample |= gap_context(clip, window, spec)
+        first = _first_after_gap(window, spec)
+        frames_with_actions = [*window.frames, *range(first - spec.conv_history, first)]
+    if spec.action_dim:
+        sample["actions"] = sample_actions(clip, spec, config, rng)[frames_with_actions]
     if config.wants_temporal_loss:
         sample |= pairs_of(clip, window)
     if clip.frames is not None and spec.keyframe_slots:
@@ -598,13 +638,25 @@ def gap_context(clip: EncodedClip, window: Window, spec: DenoiserSpec) -> dict[s
 
     For a window without a gap, these are the start of its clip and the window's length.
     """
-    has_gap = window.kind == "sink"
-    first = window.frames[spec.sink] if has_gap else spec.conv_history
-    gap_index = spec.sink if has_gap else len(window.frames)
+    first = _first_after_gap(window, spec)
+    gap_index = spec.sink if window.kind == "sink" else len(window.frames)
     return {
         "conv_context": clip.latents[:, first - spec.conv_history : first].float(),
         "gap_index": torch.tensor(gap_index),
     }
+
+
+def _first_after_gap(window: Window, spec: DenoiserSpec) -> int:
+    return window.frames[spec.sink] if window.kind == "sink" else spec.conv_history
+
+
+def sample_actions(clip: EncodedClip, spec: DenoiserSpec, config: SampleConfig, rng: random.Random) -> Tensor:
+    """Actions of all token frames of a clip `(n, k)`, NaN if they are unknown or dropped."""
+    grid = LatentGrid(spec.action_frames // spec.patch_frames, spec.patch_frames)
+    dropped = rng.random() < config.action_dropout
+    if clip.actions is None or dropped:
+        return torch.full((clip.latents.shape[1] // spec.patch_frames, grid.unit * spec.action_dim), torch.nan)
+    return pack_actions(clip.actions[None], grid)[0]
 
 
 def pairs_of(clip: EncodedClip, window: Window) -> dict[str, Tensor]:
