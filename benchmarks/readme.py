@@ -96,6 +96,7 @@ def pages(measured: dict[str, Any]) -> dict[Path, str]:
         MEMORY: {"memory": memory(measured["memory"])},
         FEW_STEPS: {
             "few steps": few_steps(measured["few_steps"]),
+            "few steps, variants": few_steps(measured["few_steps_variants"]),
             "rollout speed": rollout_speed(measured["rollout_speed"]),
         },
         MODELLING_TIME: {
@@ -301,7 +302,7 @@ def rollout_speed(measured: dict[str, Any]) -> list[list[str]]:
     counts = list(next(iter(variants.values())))
     rows = [["variant", *(f"{count} step{'s' * (count != '1')}" for count in counts), "first frame"]]
     for name, row in variants.items():
-        rates = [f"{row[count]['frames/s']:.0f}" for count in counts]
+        rates = [f"{row[count]['frames/s']:.0f}" if count in row else "" for count in counts]
         rows.append([name, *rates, f"{min(one['first'] for one in row.values()):.2f} s"])
     return rows
 

@@ -4,7 +4,7 @@
 
 Each variant runs in a new process. Times include decoding, and are medians over chunks once the window is full. The
 time to the first frame is that of the first chunk of the first rollout after the pipeline was loaded. `--chunks 1000`
-also measures whether time and memory grow in a long rollout with the first variant.
+also measures whether time and memory grow in a long rollout with the first variant and the first number of steps.
 """
 
 import argparse
@@ -92,18 +92,28 @@ def speed(model: str, steps: int, variant: str) -> dict[str, float]:
 
 
 def lasting(model: str, steps: int, variant: str, chunks: int) -> dict[str, float]:
-    """Time and peak memory late in a rollout, relative to those early in it."""
-    rollout = begin(model, steps, variant)
-    spent, peaks = [], {}
+    """Time and peak memory late in a rollout, relative to those early in one.
+
+    The late chunks take turns with the early ones of another rollout, so that both see the same load of the machine.
+    """
+    rollout, peaks = begin(model, steps, variant), {}
     forget_peak()
-    for number in range(chunks):
-        start = time.perf_counter()
+    for number in range(chunks - TIMED):
         next(rollout)
-        spent.append(time.perf_counter() - start)
-        if number + 1 in (50, chunks):
+        if number + 1 in (50, chunks - TIMED):
             peaks[number + 1] = peak_mebibytes()
-    early, late = statistics.median(spent[FILLED : FILLED + 50]), statistics.median(spent[-50:])
-    return {"chunks": chunks, "time": late / early, "memory": peaks[chunks] / peaks[50]}
+    other = begin(model, steps, variant)
+    for _ in range(FILLED):
+        next(other)
+    late, early = [], []
+    for _ in range(TIMED):
+        for one, spent in ((rollout, late), (other, early)):
+            start = time.perf_counter()
+            next(one)
+            one.settle()
+            spent.append(time.perf_counter() - start)
+    ratio = statistics.median(late) / statistics.median(early)
+    return {"chunks": chunks, "time": ratio, "memory": peaks[chunks - TIMED] / peaks[50]}
 
 
 if __name__ == "__main__":

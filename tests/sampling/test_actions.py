@@ -137,6 +137,13 @@ def test_a_new_prompt_recomputes_the_cache_with_the_actions(pipe):
             torch.testing.assert_close(value, cached[key], atol=1e-4, rtol=1e-4)
 
 
+def test_a_cut_also_drops_the_actions_of_given_frames(pipe, video):
+    actions = some_actions(9)
+    rollout = pipe.rollout(PROMPT, video[:6], video_actions=some_actions(6, 1), actions=actions, prompt_change="cut")
+    rollout.step(prompt=OTHER)
+    assert torch.equal(rollout.state.actions, actions[None, 1:])
+
+
 def test_guidance_steers_from_unknown_to_known_actions_also_without_prompts(randomize):
     pipe = build(randomize, tasks=["leading"])
     pipe = VideoGenPipeline(**pipe.components | {"text_encoder": None, "tokenizer": None}, **pipe.defaults)

@@ -415,6 +415,7 @@ class Rollout(VideoStream):
         sink = state.options.sink or 0
         state.denoiser = new_state(state.options)
         if state.options.prompt_change == "cut":
+            self._drop_actions(state.num_given)
             state.decoder, state.keyframes, state.num_given = TemporalState(), {}, 0
             state.recent = None
         elif state.options.prompt_change == "redraw":
