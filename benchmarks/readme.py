@@ -42,7 +42,7 @@ MEASUREMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming_decode_glibc": ("benchmarks/streaming_decode.py", {"allocator": "glibc"}),
 }
 """The script and the settings that write each file of docs/results/."""
-ELSEWHERE = ("cpu_avx512", "gpu", "modelling_time_longer", "few_steps", "rollout_speed")
+ELSEWHERE = ("cpu_avx512", "gpu", "modelling_time_longer", "few_steps", "few_steps_variants", "rollout_speed")
 """Files of docs/results/ that were measured on other machines, with benchmarks/cpu.py and benchmarks/gpu.py, or with
 options that their page has.
 """
