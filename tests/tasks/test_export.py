@@ -135,13 +135,17 @@ def test_a_denoising_step_in_onnx_runtime_gives_the_prediction_of_pytorch(kind, 
     small = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",),
              "up_block_types": ("CrossAttnUpBlock2D",)}  # fmt: skip
     options = {"num_layers": 1} if kind == "joint" else small
+    options |= {"action_dim": 2, "action_frames": 4}
     denoiser = (make_unet if kind == "unet" else make_transformer)(frame_rate_embedding=True, **options)
     session = write(denoiser_graph(SimpleNamespace(denoiser=denoiser)), tmp_path / "a.onnx")
     for batch_size, frames, height, width, words in ((1, 4, 4, 8, 3), (3, 2, 8, 6, 7)):
         latents, prompt = torch.randn(batch_size, 3, frames, height, width), torch.randn(batch_size, words, 5)
         timestep, frame_rate = 900 * torch.rand(batch_size), 2.0 + torch.arange(batch_size)
-        expected = denoiser(latents, timestep, prompt, frame_rate=frame_rate).sample
+        actions = torch.randn(batch_size, frames, 8)
+        actions[0, 0] = torch.nan
+        expected = denoiser(latents, timestep, prompt, frame_rate=frame_rate, actions=actions).sample
         given = {"latents": latents, "timestep": timestep, "prompt_embeds": prompt, "frame_rate": frame_rate}
+        given["actions"] = actions
         close(session(**given)["prediction"], expected)
 
 

@@ -215,9 +215,13 @@ def denoiser_graph(pipe: VideoGenPipeline) -> Graph:
     axes: dict[str, Shape] = {"latents": (0, 2, 3, 4), "timestep": (0,), "prompt_embeds": (0, 1)}
     if config.get("frame_rate_embedding"):
         inputs["frame_rate"], axes["frame_rate"] = torch.full((_BATCH,), 8.0), (0,)
+    if config.get("action_dim"):
+        size = config.action_dim * config.action_frames
+        inputs["actions"], axes["actions"] = torch.zeros(_BATCH, _UNITS, size), (0, 1)
+    names = list(inputs)[3:]
 
-    def step(denoiser: Any, latents: Tensor, timestep: Tensor, prompt: Tensor, *rate: Tensor) -> dict[str, Tensor]:
-        options = {"frame_rate": rate[0]} if rate else {}
+    def step(denoiser: Any, latents: Tensor, timestep: Tensor, prompt: Tensor, *others: Tensor) -> dict[str, Tensor]:
+        options = dict(zip(names, others, strict=True))
         return {"prediction": denoiser(latents, timestep, prompt, **options).sample}
 
     return Graph(denoiser, step, inputs, axes)
