@@ -901,6 +901,13 @@ def validate(
                 )
             line = f"{clip['path']}: " + (description if clip["accepted"] else f"skipped: {clip['reason']}")
             typer.echo(printable(line))
+        acted = [clip["actions"] for clip in report["clips"] if clip["actions"] is not None]
+        if acted:
+            widths = ", ".join(map(str, sorted({one["channels"] for one in acted})))
+            constant = sum(one["constant"] for one in acted)
+            typer.echo(
+                f"actions: {len(acted)} videos have some, with {widths} channels; in {constant} all are constant"
+            )
         for name, one in report["buckets"].items():
             batches = f"{one['batches']} batches of {batch_size}, {one['batch_mib']:g} MiB of pixels each"
             typer.echo(f"{name}: {one['clips']} clips, {batches}")

@@ -1,13 +1,17 @@
 """Actions of videos: the brightness of each frame is its action, so that a clip shows which actions it must have."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from vgen.cli import app
 from vgen.data.action_files import read_actions_file
 from vgen.data.augment import Augmentation
-from vgen.data.clips import Sampling, VideoFolder, list_videos
+from vgen.data.clips import Bucket, Sampling, VideoFolder, list_videos
+from vgen.data.validate import validate_folder
 from vgen.data.video_io import write_video
 
 NUM_FRAMES = 20
@@ -130,3 +134,24 @@ def test_missing_and_other_files_are_one_line(tmp_path):
         read_actions_file(tmp_path / "a.txt")
     np.save(tmp_path / "one.npy", np.arange(3))
     assert read_actions_file(tmp_path / "one.npy").shape == (3, 1)
+
+
+def test_validation_describes_actions_and_refuses_videos_with_another_number(videos):
+    write(videos, "short", count=NUM_FRAMES - 1)
+    write(videos, "still")
+    np.savez(videos / "still.npz", actions=np.ones((NUM_FRAMES, 2)))
+    entries = {name_of(one): one for one in validate_folder(videos, [Bucket(5, 16, 16)])["clips"]}
+    assert entries["without"]["actions"] is None and entries["without"]["accepted"]
+    expected = {"channels": 2, "lowest": [12, -228], "highest": [228, -12], "constant": False}
+    assert entries["one"]["actions"] == entries["two"]["actions"] == expected
+    assert entries["still"]["actions"]["constant"] and entries["still"]["accepted"]
+    assert "has actions for 19 frames, and the video has 20" in entries["short"]["reason"]
+    report = validate_folder(videos, [Bucket(5, 16, 16)], frame_rate=4.0)
+    refused = {name_of(one) for one in report["clips"] if not one["accepted"]}
+    assert refused == {"one", "two", "short", "still"}
+    done = CliRunner().invoke(app, ["data", "validate", str(videos), "--bucket", "5x16x16"])
+    assert "actions: 3 videos have some, with 2 channels; in 1 all are constant" in done.output
+
+
+def name_of(entry):
+    return Path(entry["path"]).stem

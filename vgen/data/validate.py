@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vgen.data.action_files import cut_actions
 from vgen.data.clips import Bucket, Listed, Sampling, Short, choose_bucket, count_frames, list_videos
 from vgen.data.video_io import iter_video
 from vgen.temporal.grid import LatentGrid
@@ -37,8 +40,10 @@ def validate_folder(
     Returns:
         A JSON-serializable dictionary. `clips` has an entry for each listed video or segment: `path`, `accepted`,
         `reason`, `num_frames`, `height`, `width`, `nearest_length` (longest valid length that fits), `bucket`,
-        `num_clips`, `captions`. `accepted`, `refused` and `without_caption` are numbers of such entries. `buckets`
-        has, for each bucket, its clips and batches per epoch, and the size of a batch of float32 pixels in MiB.
+        `num_clips`, `captions`, `actions`. `accepted`, `refused` and `without_caption` are numbers of such entries.
+        `buckets` has, for each bucket, its clips and batches per epoch, and the size of a batch of float32 pixels in
+        MiB. The `actions` of an entry are `None` without, else their number of `channels`, the `lowest` and `highest`
+        value of each, `null` for channels that are unknown everywhere, and whether all are `constant`.
 
     Raises:
         FileNotFoundError: The folder does not exist.
@@ -48,7 +53,7 @@ def validate_folder(
         bucket: Sampling(num_frames=bucket.num_frames, kind="sliding", stride=stride, hop=hop, short=short)
         for bucket in buckets
     }
-    clips = [_entry(one, samplings, frame_rate, compression) for one in list_videos(folder)]
+    clips = [_entry(one, samplings, frame_rate, compression, stride) for one in list_videos(folder)]
     numbers: Counter[str] = Counter()
     for clip in clips:
         if clip["accepted"]:
@@ -71,11 +76,12 @@ def validate_folder(
 
 
 def _entry(
-    listed: Listed, samplings: dict[Bucket, Sampling], frame_rate: float | None, compression: int
+    listed: Listed, samplings: dict[Bucket, Sampling], frame_rate: float | None, compression: int, stride: int
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": str(listed.path), "start": listed.start, "end": listed.end}
     entry |= {"captions": list(listed.captions), "accepted": False, "reason": None, "num_frames": 0}
     entry |= {"height": None, "width": None, "nearest_length": None, "bucket": None, "num_clips": 0}
+    entry["actions"] = None
     try:
         info = listed.info()
         count, rate = count_frames(listed, info, frame_rate)
@@ -84,6 +90,11 @@ def _entry(
             entry["height"], entry["width"] = frame.shape[:2]
         if entry["num_frames"] != count:
             raise ValueError(f"{listed.path} is damaged: {entry['num_frames']} of {count} frames can be decoded")
+        if listed.actions is not None:
+            indices, first = list(range(0, count, stride)), round((listed.start or 0.0) * rate)
+            entry["actions"] = _describe(
+                cut_actions(listed.actions, info.num_frames, info.frame_rate, rate, first, indices, len(indices))
+            )
     except (ValueError, OSError) as error:
         return entry | {"reason": str(error)}
     grid = LatentGrid(compression)
@@ -94,3 +105,10 @@ def _entry(
         reason = f"{count} frames; the shortest clip needs {shortest}; the nearest valid length is "
         return entry | {"reason": reason + str(entry["nearest_length"])}
     return entry | {"accepted": True, "bucket": str(bucket), "num_clips": samplings[bucket].num_clips(count)}
+
+
+def _describe(actions: np.ndarray) -> dict[str, Any]:
+    """What `validate_folder` says of actions `(f, a)`."""
+    columns = [column[np.isfinite(column)].tolist() for column in actions[1:].T]  # that of frame 0 is not read
+    lowest, highest = ([pick(column) if column else None for column in columns] for pick in (min, max))
+    return {"channels": len(columns), "lowest": lowest, "highest": highest, "constant": lowest == highest}
