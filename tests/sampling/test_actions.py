@@ -122,7 +122,7 @@ def test_saved_rollouts_and_forks_keep_their_actions(pipe, video, tmp_path, over
         assert (np.concatenate([first, frames_of(one)]) == expected).all()
 
 
-def test_a_new_prompt_recomputes_the_cache_with_the_actions(pipe):
+def test_the_history_gives_the_cache_again_with_its_actions(pipe):
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "prompt_change": "recompute"}
     rollout = pipe.rollout(PROMPT, actions=some_actions(21), generator=seeded(), **options)
     for _ in range(3):

@@ -556,7 +556,7 @@ class VideoFolder:
         pixels = augment(fit.to_target(np.stack(kept)), augmentation, seed, real)
         rate = self.sampling.clip_rate(available, frame_rate)
         try:
-            actions = None if listed.actions is None else _actions_of(listed, frame_rate, indices, real)
+            actions = None if listed.actions is None else actions_of(listed, frame_rate, indices, real)
         except (ValueError, OSError) as error:
             self._skip(listed, str(error))
             return None
@@ -582,8 +582,8 @@ class VideoFolder:
         raise ValueError(f"none of {len(self)} clips can be read: {next(iter(self.skipped.values()))}")
 
 
-def _actions_of(listed: Listed, frame_rate: float, indices: list[int], real: int) -> np.ndarray:
-    """The actions of a clip of a video; see `cut_actions`."""
+def actions_of(listed: Listed, frame_rate: float, indices: list[int], real: int) -> np.ndarray:
+    """The actions of a clip of a video or segment, whose frames have these indices; see `cut_actions`."""
     assert listed.actions is not None
     info, first = listed.info(), round((listed.start or 0.0) * frame_rate)
     return cut_actions(listed.actions, info.num_frames, info.frame_rate, frame_rate, first, indices, real)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgen.data.action_files import cut_actions
-from vgen.data.clips import Bucket, Listed, Sampling, Short, choose_bucket, count_frames, list_videos
+from vgen.data.clips import Bucket, Listed, Sampling, Short, actions_of, choose_bucket, count_frames, list_videos
 from vgen.data.video_io import iter_video
 from vgen.temporal.grid import LatentGrid
 
@@ -91,10 +90,8 @@ def _entry(
         if entry["num_frames"] != count:
             raise ValueError(f"{listed.path} is damaged: {entry['num_frames']} of {count} frames can be decoded")
         if listed.actions is not None:
-            indices, first = list(range(0, count, stride)), round((listed.start or 0.0) * rate)
-            entry["actions"] = _describe(
-                cut_actions(listed.actions, info.num_frames, info.frame_rate, rate, first, indices, len(indices))
-            )
+            indices = list(range(0, count, stride))
+            entry["actions"] = _describe(actions_of(listed, rate, indices, len(indices)))
     except (ValueError, OSError) as error:
         return entry | {"reason": str(error)}
     grid = LatentGrid(compression)
